@@ -1,0 +1,47 @@
+"""Activations of feed-forward layers and their derivatives, by the names transformers uses in its configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Activation(NamedTuple):
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor, Tensor], Tensor]  # (gradient of the value, input) -> gradient of the input
+
+
+def _gelu(approximate: str) -> _Activation:
+    return _Activation(
+        lambda z: F.gelu(z, approximate=approximate),
+        lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate=approximate),
+    )
+
+
+_RELU = _Activation(F.relu, lambda grad, z: torch.where(z <= 0, 0, grad))
+_SILU = _Activation(F.silu, lambda grad, z: torch.ops.aten.silu_backward(grad, z))
+_IDENTITY = _Activation(lambda z: z, lambda grad, z: grad)
+
+ACTIVATIONS: dict[str, _Activation] = {
+    "relu": _RELU,
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "gelu_new": _gelu("tanh"),
+    "gelu_pytorch_tanh": _gelu("tanh"),
+    "silu": _SILU,
+    "swish": _SILU,
+    "identity": _IDENTITY,
+}
+
+
+def activate(pre_activation: Tensor, name: str) -> Tensor:
+    return ACTIVATIONS[name].value(pre_activation)
+
+
+def activate_backward(grad: Tensor, pre_activation: Tensor, name: str) -> Tensor:
+    """The gradient with respect to the pre-activation, given the gradient with respect to the activation."""
+    return ACTIVATIONS[name].derivative(grad, pre_activation)

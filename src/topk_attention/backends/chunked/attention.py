@@ -1,0 +1,375 @@
+"""Top-k attention as two operators, forward and backward, and the entry point that picks between them and full
+attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..calls import AttentionCall, accumulation_dtype
+from ..dropout import keep_mask
+from . import full_attention
+from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
+from .scores import ScoreInputs, nan_where_not_finite, prepare, query_rows, score_tile
+from .selection import select_topk
+from .tiles import (
+    HeadGroup,
+    Step,
+    backward_rows,
+    entries_of,
+    head_groups,
+    key_table_part,
+    key_table_start,
+    num_entries,
+    row_numbers,
+    rows_of,
+    split,
+    steps,
+    tile_shape,
+    write_rows,
+)
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
+    num_keys = call.key.shape[2]
+    keeps_every_key = call.head_k is None or min(call.head_k, default=num_keys) >= num_keys
+    if keeps_every_key and not call.return_selection:
+        return full_attention.full_attention(call), None, None
+    head_k = call.head_k or (num_keys,) * call.query.shape[1]
+    inputs = (call.query, call.key, call.value, call.bias, call.relative_bias)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    output, indices, weights = topk_attention_op(
+        call.query,
+        call.key,
+        call.value,
+        call.attn_mask,
+        call.bias,
+        call.relative_bias,
+        call.seed,
+        head_k,
+        call.is_causal,
+        call.scale,
+        call.dropout_p,
+        call.query_chunk_size,
+        needs_gradient or call.return_selection,
+    )
+    if not call.return_selection:
+        return output, None, None
+    return output, _padded(indices, call, head_k, -1), _padded(weights.detach(), call, head_k, 0)
+
+
+def _padded(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
+    """A flat selection as [B, H, N, K], K the largest k; unused slots hold `fill`."""
+    batch, num_heads, num_queries, _ = call.query.shape
+    padded = selection.new_full((batch, num_heads, num_queries, max(head_k, default=0)), fill)
+    for group in head_groups(head_k, batch, call.key.shape[1], num_queries):
+        heads = slice(group.query_heads.start, group.query_heads.stop)
+        padded[:, heads, :, : group.k] = entries_of(selection, group, batch, num_queries)
+    return padded
+
+
+@torch.library.custom_op("topk_attention::chunked_topk_attention", mutates_args=())
+def topk_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    seed: Tensor | None,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    query_chunk_size: int | None,
+    save_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns output [B, H, N, E] and the flat selection, indices int32 and weights, which is empty unless asked for.
+
+    The selection lists, for each head group, [B, heads, N, k] entries in ascending key order; -1 with weight 0 marks
+    an empty slot. Weights are those before dropout.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    inputs = prepare(query, key, attn_mask, bias, relative_bias, is_causal, scale)
+    dtype = inputs.key.dtype
+    values = value.to(dtype).contiguous()
+    table = values.flatten(0, 2)
+    output = query.new_empty(batch, num_heads, num_queries, value.shape[3])
+    num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
+    saved_indices = torch.empty(num_saved, dtype=torch.int32, device=query.device)
+    saved_weights = torch.empty(num_saved, dtype=dtype, device=query.device)
+    for group in head_groups(head_k, batch, key.shape[1], num_queries) if output.numel() > 0 else ():
+        shape = tile_shape(group, num_queries, inputs.num_keys, dtype.itemsize, query_chunk_size)
+        memory = None
+        for step in steps(group, batch, num_queries, shape.query_chunk, shape.rows_per_step):
+            if memory is None:  # no later step is larger than the first
+                memory = query.new_empty(step.num_rows * shape.key_block, dtype=dtype)
+            chosen = _choose(inputs, step, group.k, shape.key_block, memory)
+            if save_selection:
+                _save(chosen.saved_indices, saved_indices, group, step, batch, num_queries)
+                _save(chosen.weights, saved_weights, group, step, batch, num_queries)
+            weights = chosen.weights
+            if seed is not None:
+                rows = row_numbers(step, num_heads, num_queries, query.device)
+                weights = _drop(weights, seed, rows, chosen.indices, dropout_p)
+            result = weighted_sum_of_rows(table, _table_indices(chosen.indices, step, key), weights)
+            if chosen.row_is_empty is not None:
+                result.masked_fill_(chosen.row_is_empty, 0)
+            write_rows(output, step, result)
+    return output, saved_indices, saved_weights
+
+
+@topk_attention_op.register_fake
+def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, *options) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_heads, num_queries, _ = query.shape
+    save_selection = options[-1]
+    num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
+    return (
+        query.new_empty(batch, num_heads, num_queries, value.shape[3]),
+        query.new_empty(num_saved, dtype=torch.int32),
+        query.new_empty(num_saved, dtype=accumulation_dtype(query.dtype)),
+    )
+
+
+@torch.library.custom_op("topk_attention::chunked_topk_attention_backward", mutates_args=())
+def topk_attention_backward_op(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    indices: Tensor,
+    weights: Tensor,
+    head_k: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    bias_shape: Sequence[int],
+    relative_bias_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value, bias and relative_bias.
+
+    An empty shape stands for a bias that needs no gradient; its place holds an empty tensor. The gradients of the
+    biases come in the accumulation dtype.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    num_key_heads, num_keys = key.shape[1:3]
+    dtype = weights.dtype
+    keys = nan_where_not_finite(key.to(dtype).contiguous()).flatten(0, 2)
+    values = value.to(dtype).contiguous().flatten(0, 2)
+    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+    grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
+    grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
+    for group in head_groups(head_k, batch, num_key_heads, num_queries) if grad_output.numel() > 0 else ():
+        rows_per_step = backward_rows(num_keys, group.k)
+        query_chunk = max(1, min(rows_per_step // group.queries_per_key_head, num_queries))
+        for step in steps(group, batch, num_queries, query_chunk, rows_per_step):
+            entries = _entries_of_step(indices, group, step, batch, num_queries).reshape(step.num_rows, group.k)
+            p = _entries_of_step(weights, group, step, batch, num_queries).reshape(step.num_rows, group.k)
+            empty_slots = _none_unless_any(entries < 0)
+            if empty_slots is not None:
+                entries = _stand_ins(entries, empty_slots)
+            in_table = _table_indices(entries, step, key)
+            rows_query, rows_grad = rows_of(query, step).to(dtype), rows_of(grad_output, step).to(dtype)
+            if empty_slots is not None:
+                # A row without keys still points at some key: nothing of it may get there, not even 0 * NaN.
+                row_is_empty = empty_slots[:, :1]
+                rows_query = rows_query.masked_fill(row_is_empty, 0)
+                rows_grad = rows_grad.masked_fill(row_is_empty, 0)
+
+            p_dropped = p
+            grad_p = dot_with_rows(rows_grad, values, in_table)
+            if seed is not None:
+                rows = row_numbers(step, num_heads, num_queries, query.device)
+                p_dropped = _drop(p, seed, rows, entries, dropout_p)
+                grad_p = _drop(grad_p, seed, rows, entries, dropout_p)
+            # d softmax: p * (dp - sum_j p_j dp_j)
+            grad_scores = p * grad_p
+            if empty_slots is not None:
+                grad_scores.masked_fill_(empty_slots, 0)
+            grad_scores -= p * grad_scores.sum(1, keepdim=True)
+            if empty_slots is not None:
+                grad_scores.masked_fill_(empty_slots, 0)
+
+            _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores, entries, step, num_queries, num_keys)
+            grad_scores *= scale
+            rows_grad_query = weighted_sum_of_rows(keys, in_table, grad_scores)
+            if empty_slots is not None:
+                rows_grad_query.masked_fill_(row_is_empty, 0)
+            write_rows(grad_query, step, rows_grad_query)
+            part = key_table_part(step, num_key_heads, num_keys)
+            by_key = transpose_selection(in_table - part.start, part.stop - part.start)
+            grad_keys[part] += weighted_sum_by_target(by_key, rows_query, grad_scores)
+            grad_values[part] += weighted_sum_by_target(by_key, rows_grad, p_dropped)
+    return (
+        grad_query,
+        grad_keys.view(key.shape).to(key.dtype),
+        grad_values.view(value.shape).to(value.dtype),
+        grad_bias,
+        grad_relative_bias,
+    )
+
+
+@topk_attention_backward_op.register_fake
+def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, bias_shape, relative_shape):
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
+        query.new_empty(bias_shape or (0,), dtype=weights.dtype),
+        query.new_empty(relative_shape or (0,), dtype=weights.dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, _, bias, relative_bias, seed, head_k, _, scale, dropout_p, _, save_selection = inputs
+    _, indices, weights = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, seed, indices, weights)
+    ctx.head_k, ctx.scale, ctx.dropout_p, ctx.has_selection = head_k, scale, dropout_p, save_selection
+    # Shapes alone: the biases themselves are not needed again.
+    ctx.bias, ctx.relative_bias = (
+        (tuple(x.shape), x.dtype) if x is not None and x.requires_grad else ((), None) for x in (bias, relative_bias)
+    )
+
+
+def _backward(ctx, grad_output, _grad_indices, grad_weights):
+    if grad_weights is not None:
+        raise RuntimeError("the weights of a selection have no gradient; differentiate the output instead")
+    if grad_output is None:
+        return (None,) * 13
+    if not ctx.has_selection:
+        raise RuntimeError("chunked_topk_attention needs save_selection=True for a backward pass")
+    query, key, value, seed, indices, weights = ctx.saved_tensors
+    (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
+    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = topk_attention_backward_op(
+        grad_output,
+        query,
+        key,
+        value,
+        seed,
+        indices,
+        weights,
+        ctx.head_k,
+        ctx.scale,
+        ctx.dropout_p,
+        bias_shape,
+        relative_shape,
+    )
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        None,
+        grad_bias.to(bias_dtype) if bias_dtype else None,
+        grad_relative_bias.to(relative_dtype) if relative_dtype else None,
+        *(None,) * 7,
+    )
+
+
+topk_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Chosen(NamedTuple):
+    """The kept keys of one step's rows."""
+
+    indices: Tensor  # [rows, k] int64, always valid key indices
+    saved_indices: Tensor  # [rows, k], -1 in empty slots
+    weights: Tensor  # [rows, k], 0 in empty slots
+    row_is_empty: Tensor | None  # [rows, 1], None where every slot of the step is filled
+
+
+def _choose(inputs: ScoreInputs, step: Step, k: int, key_block: int, memory: Tensor) -> _Chosen:
+    query = query_rows(inputs, step)
+    scores = query.new_empty(step.num_rows, 0)
+    indices = torch.empty(step.num_rows, 0, dtype=torch.int64, device=query.device)
+    # A step that sees no key at all still scores one, and hides it.
+    for keys in split(range(max(inputs.num_visible_keys(step), 1)), key_block):
+        tile = score_tile(inputs, step, query, keys, memory)
+        block_scores, block_indices = select_topk(tile.view(step.num_rows, len(keys)), k)
+        block_indices = block_indices + keys.start
+        candidates = torch.cat([indices, block_indices], dim=1)
+        scores, positions = select_topk(torch.cat([scores, block_scores], dim=1), k)
+        indices = candidates.gather(1, positions)
+    if scores.shape[1] < k:
+        missing = (0, k - scores.shape[1])
+        scores, indices = F.pad(scores, missing, value=-torch.inf), F.pad(indices, missing)
+    empty_slots = _none_unless_any(scores.isneginf()) if inputs.rows_may_lack_keys else None
+    if empty_slots is None:
+        return _Chosen(indices, indices, scores.softmax(1), None)
+    indices, order = indices.masked_fill(empty_slots, inputs.num_keys).sort(1)
+    scores, empty_slots = scores.gather(1, order), indices == inputs.num_keys
+    weights = scores.softmax(1).masked_fill(empty_slots, 0)
+    return _Chosen(_stand_ins(indices, empty_slots), indices.masked_fill(empty_slots, -1), weights, empty_slots[:, :1])
+
+
+def _none_unless_any(mask: Tensor) -> Tensor | None:
+    return mask if mask.any() else None
+
+
+def _stand_ins(indices: Tensor, empty_slots: Tensor) -> Tensor:
+    """Point each empty slot at its row's first key, which the row may look at; rows without keys point at key 0.
+
+    With weight 0 a slot adds 0 * value, which is NaN for a value that the row must not see.
+    """
+    return torch.where(empty_slots, indices[:, :1].masked_fill(empty_slots[:, :1], 0), indices)
+
+
+def _drop(weights: Tensor, seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) -> Tensor:
+    kept = keep_mask(seed, rows.unsqueeze(1), indices.long(), dropout_p)
+    return torch.where(kept, weights, 0) / (1 - dropout_p)
+
+
+def _entries_of_step(selection: Tensor, group: HeadGroup, step: Step, batch: int, num_queries: int) -> Tensor:
+    """The step's part of a flat selection as [b, heads, n, k], a view."""
+    first_head = group.query_heads.start
+    entries = entries_of(selection, group, batch, num_queries)
+    entries = entries[step.batches.start : step.batches.stop]
+    entries = entries[:, step.query_heads.start - first_head : step.query_heads.stop - first_head]
+    return entries[:, :, step.queries.start : step.queries.stop]
+
+
+def _save(entries: Tensor, selection: Tensor, group: HeadGroup, step: Step, batch: int, num_queries: int) -> None:
+    part = _entries_of_step(selection, group, step, batch, num_queries)
+    part.copy_(entries.view(part.shape))
+
+
+def _table_indices(indices: Tensor, step: Step, key: Tensor) -> Tensor:
+    """Key indices as row numbers of the flat [B * G * M, D] table; int32 where they fit, it halves the traffic."""
+    start = key_table_start(step, key.shape[1], key.shape[2], key.device)
+    table_length = key.shape[0] * key.shape[1] * key.shape[2]
+    return (indices + start).to(torch.int32 if table_length < 2**31 else torch.int64)
+
+
+def _add_bias_gradients(
+    grad_bias: Tensor,
+    grad_relative_bias: Tensor,
+    grad_scores: Tensor,
+    indices: Tensor,
+    step: Step,
+    num_queries: int,
+    num_keys: int,
+) -> None:
+    """Add each kept entry's score gradient to the bias entry it came from; broadcast axes sum."""
+    device = grad_scores.device
+    shape = (len(step.batches), len(step.query_heads), len(step.queries), -1)
+    grad_scores, indices = grad_scores.view(shape), indices.view(shape).long()
+    batches = torch.arange(step.batches.start, step.batches.stop, device=device)[:, None, None, None]
+    heads = torch.arange(step.query_heads.start, step.query_heads.stop, device=device)[:, None, None]
+    queries = torch.arange(step.queries.start, step.queries.stop, device=device)[:, None]
+    if grad_bias.numel() > 0:
+        target = torch.zeros_like(indices)
+        for axis, (size, stride) in enumerate(zip(grad_bias.shape, grad_bias.stride(), strict=True)):
+            if size != 1:
+                target += (batches, heads, queries, indices)[axis] * stride
+        grad_bias.view(-1).scatter_add_(0, target.flatten(), grad_scores.flatten())
+    if grad_relative_bias.numel() > 0:
+        target = indices - queries + num_queries - 1
+        if grad_relative_bias.shape[0] != 1:
+            target += heads * (num_queries + num_keys - 1)
+        grad_relative_bias.view(-1).scatter_add_(0, target.flatten(), grad_scores.flatten())

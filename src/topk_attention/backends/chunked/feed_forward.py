@@ -1,0 +1,313 @@
+"""Top-k feed-forward as two operators, forward and backward.
+
+Source: Gupta et al. 2021, section 2, "feed-forward as attention".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import activate, activate_backward
+from ..calls import FeedForwardCall, accumulation_dtype
+from ..dropout import keep_mask
+from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
+from .selection import select_topk
+from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split
+
+# Up to this share of kept neurons a gathered product reads less than the dense one costs. Measured on two cores with
+# d_model = 768 and d_ff = 3,072 to 65,536.
+_GATHERED_PRODUCT_UP_TO = 1 / 32
+# Matrix products over fewer tokens than this spend their time reading the weights.
+_FEWEST_TOKENS = 64
+_ENTRIES_PER_NEURON = 8
+
+
+def feed_forward(call: FeedForwardCall) -> Tensor:
+    """Returns [T, O]."""
+    tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    output, *_ = feed_forward_op(
+        *tensors[:-1],
+        call.seed,
+        min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
+        call.activation,
+        call.dropout_p,
+        call.token_chunk_size,
+        needs_gradient,
+    )
+    return output if call.b_out is None else output + call.b_out
+
+
+@torch.library.custom_op("topk_attention::chunked_feed_forward", mutates_args=())
+def feed_forward_op(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    seed: Tensor | None,
+    k: int,
+    activation: str,
+    dropout_p: float,
+    token_chunk_size: int | None,
+    save_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns output [T, O] without b_out and the selection: neurons int32 [T, k], their pre-activations [T, k] and
+    their gate pre-activations [T, k].
+
+    The selection is empty unless asked for, and always where k keeps every neuron: then the backward pass computes
+    the pre-activations again.
+    """
+    layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
+    num_tokens, num_neurons = x.shape[0], w_in.shape[0]
+    num_saved = num_tokens if save_selection and k < num_neurons else 0
+    saved_neurons = torch.empty(num_saved, k, dtype=torch.int32, device=x.device)
+    saved_values = torch.empty(num_saved, k, dtype=layer.dtype, device=x.device)
+    saved_gates = torch.empty(num_saved if w_gate is not None else 0, k, dtype=layer.dtype, device=x.device)
+    output = x.new_empty(num_tokens, w_out.shape[0])
+    for tokens in _token_chunks(num_tokens, num_neurons, token_chunk_size, layer.dtype.itemsize):
+        part = slice(tokens.start, tokens.stop)
+        values, gates = layer.pre_activations(x[part])
+        neurons = None
+        if k < num_neurons:
+            _, neurons = select_topk(values if gates is None else layer.hidden(values, gates, activation).abs_(), k)
+            values = values.gather(1, neurons)
+            gates = gates.gather(1, neurons) if gates is not None else None
+            if save_selection:
+                saved_neurons[part], saved_values[part] = neurons, values
+                if gates is not None:
+                    saved_gates[part] = gates
+        hidden = layer.hidden(values, gates, activation)
+        if seed is not None:
+            hidden = hidden * _dropout_factor(seed, tokens, neurons, dropout_p, hidden)
+        if neurons is None:
+            output[part] = hidden @ layer.w_out_t
+        else:
+            output[part] = weighted_sum_of_rows(layer.w_out_t, neurons, hidden)
+    return output, saved_neurons, saved_values, saved_gates
+
+
+@feed_forward_op.register_fake
+def _(x, w_in, w_out, w_gate, b_in, b_gate, seed, k, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    save_selection = options[-1]
+    num_saved = x.shape[0] if save_selection and k < w_in.shape[0] else 0
+    dtype = accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape[0], w_out.shape[0]),
+        x.new_empty(num_saved, k, dtype=torch.int32),
+        x.new_empty(num_saved, k, dtype=dtype),
+        x.new_empty(num_saved if w_gate is not None else 0, k, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("topk_attention::chunked_feed_forward_backward", mutates_args=())
+def feed_forward_backward_op(
+    grad_output: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    seed: Tensor | None,
+    neurons: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    k: int,
+    activation: str,
+    dropout_p: float,
+    token_chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones."""
+    layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
+    num_tokens, num_neurons = x.shape[0], w_in.shape[0]
+    keeps_every_neuron = k == num_neurons
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    grad_w_in, grad_w_out_t = torch.zeros_like(layer.w_in), torch.zeros_like(layer.w_out_t)
+    grad_w_gate = torch.zeros_like(layer.w_gate) if layer.w_gate is not None else x.new_zeros(0, dtype=layer.dtype)
+    grad_b_in, grad_b_gate = (
+        x.new_zeros(num_neurons if b is not None else 0, dtype=layer.dtype) for b in (b_in, b_gate)
+    )
+    for tokens in _backward_token_chunks(num_tokens, num_neurons, k, token_chunk_size):
+        part = slice(tokens.start, tokens.stop)
+        rows_x, rows_grad = x[part].to(layer.dtype), grad_output[part].to(layer.dtype).contiguous()
+        if keeps_every_neuron:
+            kept = None
+            value, gate = layer.pre_activations(x[part])
+            grad_hidden = rows_grad @ layer.w_out_t.mT
+        else:
+            kept, value, gate = neurons[part], values[part], None if w_gate is None else gates[part]
+            if k > num_neurons * _GATHERED_PRODUCT_UP_TO:
+                grad_hidden = (rows_grad @ layer.w_out_t.mT).gather(1, kept.long())
+            else:
+                grad_hidden = dot_with_rows(rows_grad, layer.w_out_t, kept)
+        hidden = layer.hidden(value, gate, activation)
+        if seed is not None:
+            factor = _dropout_factor(seed, tokens, kept, dropout_p, hidden)
+            hidden, grad_hidden = hidden * factor, grad_hidden * factor
+        if gate is None:
+            grad_value, grad_gate = activate_backward(grad_hidden, value, activation), None
+        else:
+            grad_value = grad_hidden * activate(gate, activation)
+            grad_gate = activate_backward(grad_hidden * value, gate, activation)
+
+        sums: _DenseSums | _SparseSums = _DenseSums() if kept is None else _SparseSums(kept, num_neurons)
+        rows_grad_x = sums.over_neurons(layer.w_in, grad_value)
+        grad_w_in += sums.over_tokens(rows_x, grad_value)
+        grad_w_out_t += sums.over_tokens(rows_grad, hidden)
+        if b_in is not None:
+            sums.add_per_neuron(grad_b_in, grad_value)
+        if grad_gate is not None:
+            assert layer.w_gate is not None
+            rows_grad_x = rows_grad_x + sums.over_neurons(layer.w_gate, grad_gate)
+            grad_w_gate += sums.over_tokens(rows_x, grad_gate)
+            if b_gate is not None:
+                sums.add_per_neuron(grad_b_gate, grad_gate)
+        grad_x[part] = rows_grad_x
+    dtype = x.dtype
+    return (
+        grad_x,
+        grad_w_in.to(dtype),
+        grad_w_out_t.to(dtype),
+        grad_w_gate.to(dtype),
+        grad_b_in.to(dtype),
+        grad_b_gate.to(dtype),
+    )
+
+
+@feed_forward_backward_op.register_fake
+def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(w_in.shape),
+        x.new_empty(w_out.shape[::-1]),
+        x.new_empty(w_gate.shape if w_gate is not None else 0),
+        x.new_empty(b_in.shape if b_in is not None else 0),
+        x.new_empty(b_gate.shape if b_gate is not None else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, k, activation, dropout_p, token_chunk_size, save_selection = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = (k, activation, dropout_p, token_chunk_size)
+    ctx.has_selection = save_selection
+
+
+def _backward(ctx, grad_output, _grad_neurons, grad_values, grad_gates):
+    if grad_values is not None or grad_gates is not None:
+        raise RuntimeError("the selection of a feed-forward layer has no gradient; differentiate the output instead")
+    if grad_output is None:
+        return (None,) * 12
+    if not ctx.has_selection:
+        raise RuntimeError("chunked_feed_forward needs save_selection=True for a backward pass")
+    _, _, _, w_gate, b_in, b_gate, *_ = ctx.saved_tensors
+    grad_x, grad_w_in, grad_w_out_t, grad_w_gate, grad_b_in, grad_b_gate = feed_forward_backward_op(
+        grad_output, *ctx.saved_tensors, *ctx.options
+    )
+    return (
+        grad_x,
+        grad_w_in,
+        grad_w_out_t.t(),
+        grad_w_gate if w_gate is not None else None,
+        grad_b_in if b_in is not None else None,
+        grad_b_gate if b_gate is not None else None,
+        *(None,) * 6,
+    )
+
+
+feed_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Layer(NamedTuple):
+    """The layer's weights in the accumulation dtype, each neuron's output weights in one row."""
+
+    w_in: Tensor  # [F, D]
+    w_out_t: Tensor  # [F, O], contiguous
+    w_gate: Tensor | None  # [F, D]
+    b_in: Tensor | None  # [F]
+    b_gate: Tensor | None  # [F]
+
+    @staticmethod
+    def of(
+        x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_gate: Tensor | None
+    ) -> _Layer:
+        dtype = accumulation_dtype(x.dtype)
+
+        def optional(weight: Tensor | None) -> Tensor | None:
+            return None if weight is None else weight.to(dtype).contiguous()
+
+        return _Layer(
+            w_in.to(dtype).contiguous(),
+            w_out.t().to(dtype).contiguous(),
+            optional(w_gate),
+            optional(b_in),
+            optional(b_gate),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w_in.dtype
+
+    def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = x.to(self.dtype)
+        gates = None if self.w_gate is None else F.linear(x, self.w_gate, self.b_gate)
+        return F.linear(x, self.w_in, self.b_in), gates
+
+    @staticmethod
+    def hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
+        return activate(values, activation) if gates is None else activate(gates, activation) * values
+
+
+class _DenseSums:
+    """Products over every neuron, for a chunk of tokens."""
+
+    def over_neurons(self, weights: Tensor, coefficients: Tensor) -> Tensor:
+        return coefficients @ weights
+
+    def over_tokens(self, rows: Tensor, coefficients: Tensor) -> Tensor:
+        return coefficients.mT @ rows
+
+    def add_per_neuron(self, into: Tensor, coefficients: Tensor) -> None:
+        into += coefficients.sum(0)
+
+
+class _SparseSums:
+    """The same products over kept neurons only."""
+
+    def __init__(self, neurons: Tensor, num_neurons: int) -> None:
+        self.neurons = neurons
+        self.by_neuron = transpose_selection(neurons, num_neurons)
+
+    def over_neurons(self, weights: Tensor, coefficients: Tensor) -> Tensor:
+        return weighted_sum_of_rows(weights, self.neurons, coefficients)
+
+    def over_tokens(self, rows: Tensor, coefficients: Tensor) -> Tensor:
+        return weighted_sum_by_target(self.by_neuron, rows, coefficients)
+
+    def add_per_neuron(self, into: Tensor, coefficients: Tensor) -> None:
+        into.scatter_add_(0, self.neurons.flatten().long(), coefficients.flatten())
+
+
+def _token_chunks(num_tokens: int, num_neurons: int, token_chunk_size: int | None, itemsize: int) -> Iterator[range]:
+    size = token_chunk_size or max(TILE_BYTES // (itemsize * num_neurons), _FEWEST_TOKENS)
+    return split(range(num_tokens), size)
+
+
+def _backward_token_chunks(num_tokens: int, num_neurons: int, k: int, token_chunk_size: int | None) -> Iterator[range]:
+    """Each chunk adds a whole [F, D] block to the weight gradients, so it should bring several entries per neuron."""
+    entries = max(TILE_BYTES // BACKWARD_BYTES_PER_ENTRY, _ENTRIES_PER_NEURON * num_neurons)
+    return split(range(num_tokens), token_chunk_size or max(entries // k, _FEWEST_TOKENS))
+
+
+def _dropout_factor(seed: Tensor, tokens: range, neurons: Tensor | None, dropout_p: float, like: Tensor) -> Tensor:
+    rows = torch.arange(tokens.start, tokens.stop, device=like.device).unsqueeze(1)
+    columns = torch.arange(like.shape[1], device=like.device) if neurons is None else neurons.long()
+    return keep_mask(seed, rows, columns, dropout_p).to(like.dtype) / (1 - dropout_p)

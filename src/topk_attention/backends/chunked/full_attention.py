@@ -1,0 +1,270 @@
+"""Ordinary attention over every visible key, in query chunks and key blocks (Gupta et al. 2021, section 2: query
+chunking; the running softmax is that of Milakov and Gimelshein 2018). What top-k attention is when k reaches the
+number of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..calls import AttentionCall, accumulation_dtype
+from ..dropout import keep_mask
+from .scores import ScoreInputs, key_rows, prepare, query_rows, score_tile
+from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
+
+
+def full_attention(call: AttentionCall) -> Tensor:
+    """Returns [B, H, N, E]."""
+    output, _ = full_attention_op(
+        call.query,
+        call.key,
+        call.value,
+        call.attn_mask,
+        call.bias,
+        call.relative_bias,
+        call.seed,
+        call.is_causal,
+        call.scale,
+        call.dropout_p,
+        call.query_chunk_size,
+    )
+    return output
+
+
+@torch.library.custom_op("topk_attention::chunked_full_attention", mutates_args=())
+def full_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    query_chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns output [B, H, N, E] and the logarithm of each row's softmax denominator, [B, H, N, 1]."""
+    batch, num_heads, num_queries, _ = query.shape
+    inputs = prepare(query, key, attn_mask, bias, relative_bias, is_causal, scale)
+    dtype = inputs.key.dtype
+    values, value_is_broken = _finite_values(value.to(dtype).contiguous())
+    output = query.new_empty(batch, num_heads, num_queries, value.shape[3])
+    log_sums = query.new_empty(batch, num_heads, num_queries, 1, dtype=dtype)
+    for step, query_part, tiles in _tiles(inputs, query_chunk_size):
+        largest = query_part.new_full((*query_part.shape[:2], 1), -torch.inf)
+        total = torch.zeros_like(largest)
+        result = query_part.new_zeros(*query_part.shape[:2], value.shape[3])
+        sees_broken_value = torch.zeros_like(result, dtype=torch.bool)
+        for keys, tile in tiles:
+            scores = tile.flatten(0, 1).flatten(1, 2)  # [b * g, r * n, keys]
+            if value_is_broken is not None:
+                visible = (~scores.isneginf()).to(dtype)
+                sees_broken_value |= visible @ key_rows(value_is_broken, step, keys).to(dtype) > 0
+            new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
+            # Rows that have seen no key yet keep -inf; 0 stands in for it so that -inf - -inf never happens.
+            reference = new_largest.masked_fill(new_largest.isneginf(), 0)
+            scores.sub_(reference).exp_()
+            shrink = (largest - reference).exp_()
+            total = total * shrink + scores.sum(-1, keepdim=True)
+            if seed is not None:
+                scores *= _dropout_factor(seed, step, keys, num_heads, num_queries, dropout_p, scores)
+            result = torch.baddbmm(result * shrink, scores, key_rows(values, step, keys))
+            largest = new_largest
+        row_is_empty = largest.isneginf()
+        result = (result / total).masked_fill_(row_is_empty, 0)
+        if value_is_broken is not None:
+            result.masked_fill_(sees_broken_value, torch.nan)
+        write_rows(output, step, result)
+        # An empty row gets +inf, so that the backward pass finds weight exp(score - inf) = 0 for all keys.
+        write_rows(log_sums, step, (largest + total.log()).masked_fill_(row_is_empty, torch.inf))
+    return output, log_sums
+
+
+@full_attention_op.register_fake
+def _(query, key, value, *options) -> tuple[Tensor, Tensor]:
+    batch, num_heads, num_queries, _ = query.shape
+    dtype = accumulation_dtype(query.dtype)
+    return (
+        query.new_empty(batch, num_heads, num_queries, value.shape[3]),
+        query.new_empty(batch, num_heads, num_queries, 1, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("topk_attention::chunked_full_attention_backward", mutates_args=())
+def full_attention_backward_op(
+    grad_output: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    query_chunk_size: int | None,
+    bias_shape: Sequence[int],
+    relative_bias_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value, bias and relative_bias; an empty shape stands for no gradient."""
+    _, num_heads, num_queries, _ = query.shape
+    inputs = prepare(query, key, attn_mask, bias, relative_bias, is_causal, scale)
+    dtype = inputs.key.dtype
+    values, _ = _finite_values(value.to(dtype).contiguous())
+    keys_table, _ = _finite_values(inputs.key)
+    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    grad_key, grad_value = torch.zeros_like(inputs.key), torch.zeros_like(values)
+    grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
+    grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
+    for step, query_part, tiles in _tiles(inputs, query_chunk_size):
+        shape = query_part.shape[:2]
+        rows_grad = rows_of(grad_output, step).to(dtype)
+        # sum_j p_j dp_j is output . grad_output, also under dropout (Dao et al. 2022, FlashAttention, appendix B).
+        mean_grad = (rows_grad * rows_of(output, step)).sum(-1, keepdim=True).view(*shape, 1)
+        log_sum = rows_of(log_sums, step)
+        # A row without keys reaches no gradient, not even as 0 * NaN.
+        row_is_empty = log_sum.isposinf()
+        rows_grad = rows_grad.masked_fill(row_is_empty, 0).view(*shape, -1)
+        rows_query = rows_of(inputs.query, step).to(dtype).masked_fill(row_is_empty, 0).view(*shape, -1)
+        mean_grad = mean_grad.masked_fill(row_is_empty.view(*shape, 1), 0)
+        log_sum = log_sum.view(*shape, 1)
+        rows_grad_query = torch.zeros_like(query_part)
+        for keys, tile in tiles:
+            p = tile.flatten(0, 1).flatten(1, 2)
+            hidden = p.isneginf() if inputs.rows_may_lack_keys else None
+            p.sub_(log_sum).exp_()
+            grad_p = rows_grad @ key_rows(values, step, keys).mT
+            p_dropped = p
+            if seed is not None:
+                factor = _dropout_factor(seed, step, keys, num_heads, num_queries, dropout_p, p)
+                p_dropped = p * factor
+                grad_p *= factor
+            key_rows(grad_value, step, keys).add_(p_dropped.mT @ rows_grad)
+            grad_scores = grad_p.sub_(mean_grad).mul_(p)
+            if hidden is not None:
+                grad_scores.masked_fill_(hidden, 0)
+            _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores.view(tile.shape), step, keys, num_queries)
+            grad_scores *= scale
+            rows_grad_query.baddbmm_(grad_scores, key_rows(keys_table, step, keys))
+            key_rows(grad_key, step, keys).add_(grad_scores.mT @ rows_query)
+        write_rows(grad_query, step, rows_grad_query)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
+
+
+@full_attention_backward_op.register_fake
+def _(grad_output, output, log_sums, query, key, value, *options):
+    bias_shape, relative_shape = options[-2:]
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
+        query.new_empty(bias_shape or (0,), dtype=log_sums.dtype),
+        query.new_empty(relative_shape or (0,), dtype=log_sums.dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, is_causal, scale, dropout_p, query_chunk_size = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options = (is_causal, scale, dropout_p, query_chunk_size)
+
+
+def _backward(ctx, grad_output, grad_log_sums):
+    if grad_log_sums is not None:
+        raise RuntimeError("the log_sums of chunked_full_attention have no gradient; differentiate the output instead")
+    if grad_output is None:
+        return (None,) * 11
+    output, log_sums, *tensors = ctx.saved_tensors
+    bias, relative_bias = tensors[4:6]
+    bias_shape, relative_shape = (
+        tuple(x.shape) if x is not None and x.requires_grad else () for x in (bias, relative_bias)
+    )
+    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = full_attention_backward_op(
+        grad_output, output, log_sums, *tensors, *ctx.options, bias_shape, relative_shape
+    )
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        None,
+        grad_bias.to(bias.dtype) if bias_shape else None,
+        grad_relative_bias.to(relative_bias.dtype) if relative_shape else None,
+        *(None,) * 5,
+    )
+
+
+full_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tiles(
+    inputs: ScoreInputs, query_chunk_size: int | None
+) -> Iterator[tuple[Step, Tensor, Iterator[tuple[range, Tensor]]]]:
+    """Walk all score tiles: for each step its scaled queries and the tiles of its visible keys, one at a time."""
+    batch, num_heads, num_queries, _ = inputs.query.shape
+    if batch * num_heads * num_queries == 0:
+        return
+    group = HeadGroup(range(num_heads), range(inputs.key.shape[1]), 1, 0)
+    shape = tile_shape(group, num_queries, inputs.num_keys, inputs.key.dtype.itemsize, query_chunk_size)
+    memory = None
+    for step in steps(group, batch, num_queries, shape.query_chunk, shape.rows_per_step):
+        if memory is None:  # no later step is larger than the first
+            memory = inputs.key.new_empty(step.num_rows * shape.key_block)
+        query = query_rows(inputs, step)
+        blocks = split(range(max(inputs.num_visible_keys(step), 1)), shape.key_block)
+        yield step, query, ((keys, score_tile(inputs, step, query, keys, memory)) for keys in blocks)
+
+
+def _finite_values(table: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The table with 0 for NaN and inf, and where those were, or None if nowhere.
+
+    In a dense product a hidden NaN would spoil every row (0 * NaN), so rows that do see one are marked separately.
+    """
+    if table.sum().isfinite():
+        return table, None
+    broken = ~table.isfinite()
+    return table.masked_fill(broken, 0), broken
+
+
+def _dropout_factor(
+    seed: Tensor, step: Step, keys: range, num_heads: int, num_queries: int, dropout_p: float, like: Tensor
+) -> Tensor:
+    """0 for dropped entries and 1 / (1 - p) for kept ones, in the shape and dtype of `like`, [b * g, r * n, keys]."""
+    rows = row_numbers(step, num_heads, num_queries, like.device).view(*like.shape[:2], 1)
+    columns = torch.arange(keys.start, keys.stop, device=like.device)
+    return keep_mask(seed, rows, columns, dropout_p).to(like.dtype) / (1 - dropout_p)
+
+
+def _add_bias_gradients(
+    grad_bias: Tensor, grad_relative_bias: Tensor, grad_scores: Tensor, step: Step, keys: range, num_queries: int
+) -> None:
+    """Add a tile of score gradients [b, g, r, n, keys] to the biases the tile used; broadcast axes sum."""
+    if grad_bias.numel() > 0:
+        part = narrow(grad_bias, step, keys)
+        part += grad_scores.sum_to_size(part.shape)
+    if grad_relative_bias.numel() > 0:
+        per_head = grad_scores.sum(0).flatten(0, 1)
+        if grad_relative_bias.shape[0] == 1:
+            per_head = per_head.sum(0, keepdim=True)
+        diagonals = _sums_of_diagonals(per_head)
+        first = keys.start - (step.queries.stop - 1) + num_queries - 1
+        heads = slice(step.query_heads.start, step.query_heads.stop) if grad_relative_bias.shape[0] > 1 else slice(None)
+        grad_relative_bias[heads, first : first + diagonals.shape[1]] += diagonals
+
+
+def _sums_of_diagonals(tile: Tensor) -> Tensor:
+    """[H, n, m] -> [H, n + m - 1], from the lower left corner to the upper right.
+
+    Rows padded by n and read back with one column less shift by one place each, which turns diagonals into columns.
+    """
+    num_heads, n, m = tile.shape
+    padded = F.pad(tile.flip(1), (0, n)).flatten(1)[:, : n * (m + n - 1)]
+    return padded.view(num_heads, n, m + n - 1).sum(1)

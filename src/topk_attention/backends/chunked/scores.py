@@ -1,0 +1,142 @@
+"""One tile of attention scores: scale, bias, masks and causality, for a chunk of queries and a block of keys."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls import accumulation_dtype
+from .tiles import Step, narrow, rows_of
+
+
+class ScoreInputs(NamedTuple):
+    """Everything scores depend on, in the accumulation dtype.
+
+    B batch, H query heads, G key heads, N queries, M keys, D head size
+    """
+
+    query: Tensor  # [B, H, N, D]
+    key: Tensor  # [B, G, M, D], contiguous
+    attn_mask: Tensor | None  # [B|1, H|1, N|1, M|1]
+    bias: Tensor | None  # [B|1, H|1, N|1, M|1]
+    relative_bias: Tensor | None  # [H|1, N + M - 1]
+    is_causal: bool
+    scale: float
+
+    @property
+    def num_queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def rows_may_lack_keys(self) -> bool:
+        """Whether some query may see fewer keys than there are."""
+        return self.is_causal or any(part is not None for part in (self.attn_mask, self.bias, self.relative_bias))
+
+    def num_visible_keys(self, step: Step) -> int:
+        """Keys from this number on are in the future of every query of the step."""
+        if not self.is_causal:
+            return self.num_keys
+        return max(0, min(self.num_keys, step.queries.stop + self.num_keys - self.num_queries))
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> ScoreInputs:
+    dtype = accumulation_dtype(query.dtype)
+    return ScoreInputs(
+        nan_where_not_finite(query),
+        nan_where_not_finite(key.to(dtype).contiguous()),
+        attn_mask,
+        bias,
+        None if relative_bias is None else relative_bias.to(dtype),
+        is_causal,
+        scale,
+    )
+
+
+def nan_where_not_finite(tensor: Tensor) -> Tensor:
+    """NaN for each inf, so that no score of a broken query or key is a mere -inf. Copies only when it has to.
+
+    A finite sum proves that every element is finite; a sum that overflows costs a needless copy, nothing else.
+    """
+    if tensor.sum(dtype=accumulation_dtype(tensor.dtype)).isfinite():
+        return tensor
+    return torch.where(tensor.isfinite(), tensor, torch.nan)
+
+
+def query_rows(inputs: ScoreInputs, step: Step) -> Tensor:
+    """The step's queries, scaled, as [batches * key heads, rows of one key head, D]."""
+    batches, key_heads, queries_per_key_head, queries = step.shape
+    rows = rows_of(inputs.query, step).to(inputs.key.dtype) * inputs.scale
+    return rows.view(batches * key_heads, queries_per_key_head * queries, -1)
+
+
+def key_rows(table: Tensor, step: Step, keys: range) -> Tensor:
+    """The step's part of a contiguous [B, G, M, X] table as [batches * key heads, keys, X], a view."""
+    part = table[step.batches.start : step.batches.stop, step.key_heads.start : step.key_heads.stop]
+    return part[:, :, keys.start : keys.stop].flatten(0, 1)
+
+
+def score_tile(inputs: ScoreInputs, step: Step, query: Tensor, keys: range, memory: Tensor) -> Tensor:
+    """Scores [b, g, r, n, m] of the step's queries against a block of keys, -inf where a query may not look.
+
+    query   what `query_rows` returned
+    memory  flat, in the accumulation dtype; overwritten, and the result is a view of it
+    """
+    block = key_rows(inputs.key, step, keys)
+    tile = memory[: query.shape[0] * query.shape[1] * len(keys)].view(query.shape[0], query.shape[1], len(keys))
+    torch.bmm(query, block.mT, out=tile)
+    tile = tile.view(*step.shape, len(keys))
+    if inputs.relative_bias is not None:
+        tile += relative_tile(inputs.relative_bias, step, keys, inputs.num_queries)
+    for additive in (inputs.bias, inputs.attn_mask):
+        if additive is not None and additive.is_floating_point():
+            tile += narrow(additive, step, keys)
+    _hide(inputs, step, keys, tile)
+    return tile
+
+
+def _hide(inputs: ScoreInputs, step: Step, keys: range, tile: Tensor) -> None:
+    """Write -inf over hidden scores, also over those that are NaN: NaN + -inf alone would stay NaN."""
+    if inputs.relative_bias is not None and inputs.relative_bias.isneginf().any():
+        tile.masked_fill_(relative_tile(inputs.relative_bias, step, keys, inputs.num_queries).isneginf(), -torch.inf)
+    for mask in (inputs.bias, inputs.attn_mask):
+        if mask is not None:
+            part = narrow(mask, step, keys)
+            tile.masked_fill_(part.isneginf() if part.is_floating_point() else ~part, -torch.inf)
+    if inputs.is_causal:
+        # Only the block's last columns reach into the future of some query.
+        last_key_of_first_query = step.queries.start + inputs.num_keys - inputs.num_queries
+        first = max(keys.start, last_key_of_first_query + 1)
+        if first < keys.stop:
+            key_index = torch.arange(first, keys.stop, device=tile.device)
+            last_key = torch.arange(len(step.queries), device=tile.device) + last_key_of_first_query
+            tile[..., first - keys.start :].masked_fill_(key_index > last_key.unsqueeze(1), -torch.inf)
+
+
+def relative_tile(relative_bias: Tensor, step: Step, keys: range, num_queries: int) -> Tensor:
+    """The tile's part of a relative bias, [1, g|1, r|1, n, m].
+
+    Along a row the bias moves forward through its table, from row to row backward: sliding windows give the rows in
+    reverse.
+    """
+    _, key_heads, queries_per_key_head, _ = step.shape
+    first = keys.start - (step.queries.stop - 1) + num_queries - 1
+    window = relative_bias[:, first : first + len(step.queries) + len(keys) - 1]
+    if window.shape[0] != 1:
+        window = window[step.query_heads.start : step.query_heads.stop].unflatten(0, (key_heads, queries_per_key_head))
+    else:
+        window = window.unsqueeze(0)
+    return window.unfold(-1, len(keys), 1).flip(-2).unsqueeze(0)

@@ -1,0 +1,43 @@
+"""The k largest of a row, where of tied entries the one with the lower index wins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best entries of each row in ascending index order.
+
+    scores  [R, n]; -inf marks an entry that may not be chosen, NaN counts as largest
+    Returns values [R, m] and indices [R, m] int64 with m = min(k, n). A row with fewer than m entries above -inf
+    returns -inf entries for the rest, at arbitrary indices.
+
+    The order "higher score first, then lower index" is total, so the best k of a concatenation are the best k of the
+    parts' best k: callers merge blocks by selecting again.
+    """
+    num_entries = scores.shape[1]
+    if num_entries <= k:
+        return scores, torch.arange(num_entries, device=scores.device).expand_as(scores)
+    # torch.topk breaks ties in no particular order. One entry more than needed shows whether that matters: if entry
+    # k + 1 is smaller than entry k, the set is unique.
+    values, indices = scores.topk(k + 1, dim=1)
+    kth = values[:, k - 1]
+    tied = ((kth == values[:, k]) & (kth != -torch.inf)).nonzero().squeeze(1)
+    indices = indices[:, :k]
+    if tied.numel() > 0:
+        # The cumulative sum below takes 8 bytes an entry: keep it near the size of the scores.
+        for rows in tied.split(max(scores.shape[0] // 4, 1)):
+            indices[rows] = _lowest_indices_at_threshold(scores[rows], kth[rows], k)
+    indices = indices.sort(dim=1).values
+    return scores.gather(1, indices), indices
+
+
+def _lowest_indices_at_threshold(scores: Tensor, kth: Tensor, k: int) -> Tensor:
+    """All entries above the k-th value, then the first entries equal to it, until there are k."""
+    kth = kth.unsqueeze(1)
+    above = ~(scores <= kth)  # NaN is above everything
+    equal = scores == kth
+    needed = k - above.sum(dim=1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=1) <= needed))
+    return chosen.nonzero()[:, 1].view(scores.shape[0], k)

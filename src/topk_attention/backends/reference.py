@@ -1,0 +1,116 @@
+"""The specification: dense scores choose the keys, then autograd differentiates attention over the chosen ones.
+
+Short and slow on purpose. Every other backend is tested against this file, in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import activate
+from .calls import AttentionCall, FeedForwardCall, accumulation_dtype
+from .dropout import keep_mask
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns output [B, H, N, E], indices int32 and weights, both [B, H, N, K], K the largest k, -1 = empty."""
+    dtype = accumulation_dtype(call.query.dtype)
+    num_heads, num_queries, num_keys = call.query.shape[1], call.query.shape[2], call.key.shape[2]
+    queries_per_key_head = num_heads // call.key.shape[1]
+    query = _nan_where_not_finite(call.query.to(dtype))
+    key = _nan_where_not_finite(call.key.to(dtype)).repeat_interleave(queries_per_key_head, dim=1)
+    value = call.value.to(dtype).repeat_interleave(queries_per_key_head, dim=1)
+
+    head_k = torch.tensor(call.head_k or [num_keys] * num_heads, device=query.device)
+    bias = _dense_bias(call, dtype)
+    with torch.no_grad():
+        scores = query @ key.mT * call.scale + bias
+        scores = scores.masked_fill(~_visible(call, bias), -torch.inf)
+        # A stable sort leaves tied keys in index order, so the lower index comes first.
+        order = scores.argsort(dim=-1, descending=True, stable=True)[..., : int(head_k.max())]
+        rank = torch.arange(order.shape[-1], device=query.device)
+        kept = (scores.gather(-1, order) != -torch.inf) & (rank < head_k[:, None, None])
+        chosen = torch.where(kept, order, num_keys).sort(dim=-1).values
+        kept = chosen < num_keys
+        chosen = chosen.clamp(max=num_keys - 1)
+
+    def rows_of(table: Tensor) -> Tensor:  # [B, H, M, X] -> [B, H, N, K, X], zero in empty slots
+        rows = table.unsqueeze(2).expand(-1, -1, num_queries, -1, -1)
+        rows = rows.gather(3, chosen.unsqueeze(-1).expand(*chosen.shape, table.shape[-1]))
+        return torch.where(kept.unsqueeze(-1), rows, 0)
+
+    scores = (query.unsqueeze(3) * rows_of(key)).sum(-1) * call.scale + bias.gather(-1, chosen)
+    row_is_empty = ~kept.any(-1, keepdim=True)
+    scores = scores.masked_fill(~kept, -torch.inf).masked_fill(row_is_empty, 0)
+    weights = torch.where(row_is_empty, 0, scores.softmax(-1))
+    dropped = weights
+    if call.seed is not None:
+        kept_by_dropout = keep_mask(call.seed, _row_numbers(call), chosen, call.dropout_p)
+        dropped = weights * kept_by_dropout / (1 - call.dropout_p)
+    output = (dropped.unsqueeze(-1) * rows_of(value)).sum(-2)
+    return output.to(call.query.dtype), torch.where(kept, chosen, -1).int(), weights
+
+
+def feed_forward(call: FeedForwardCall) -> Tensor:
+    """Returns [T, O]."""
+    dtype = accumulation_dtype(call.x.dtype)
+    x, w_in, w_out = call.x.to(dtype), call.w_in.to(dtype), call.w_out.to(dtype)
+    pre_activation = F.linear(x, w_in, _to(call.b_in, dtype))
+    if call.w_gate is None:
+        hidden = activate(pre_activation, call.activation)
+        ranked_by = pre_activation
+    else:
+        gate = F.linear(x, call.w_gate.to(dtype), _to(call.b_gate, dtype))
+        hidden = activate(gate, call.activation) * pre_activation
+        ranked_by = hidden.abs()
+    if call.k is not None:
+        order = ranked_by.argsort(dim=-1, descending=True, stable=True)
+        kept = torch.zeros_like(hidden, dtype=torch.bool).scatter(-1, order[:, : call.k], True)
+        hidden = torch.where(kept, hidden, 0)
+    if call.seed is not None:
+        tokens = torch.arange(x.shape[0], device=x.device)[:, None]
+        neurons = torch.arange(w_in.shape[0], device=x.device)
+        hidden = hidden * keep_mask(call.seed, tokens, neurons, call.dropout_p) / (1 - call.dropout_p)
+    return F.linear(hidden, w_out, _to(call.b_out, dtype)).to(call.x.dtype)
+
+
+def _nan_where_not_finite(rows: Tensor) -> Tensor:
+    """Any score of a query or key that holds NaN or inf becomes NaN, never a mere -inf that would hide it."""
+    return torch.where(rows.isfinite(), rows, torch.nan)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _dense_bias(call: AttentionCall, dtype: torch.dtype) -> Tensor:
+    batch, num_heads, num_queries, _ = call.query.shape
+    num_keys = call.key.shape[2]
+    bias = torch.zeros(batch, num_heads, num_queries, num_keys, dtype=dtype, device=call.query.device)
+    if call.bias is not None:
+        bias = bias + call.bias.to(dtype)
+    if call.relative_bias is not None:
+        i = torch.arange(num_queries, device=bias.device)[:, None]
+        j = torch.arange(num_keys, device=bias.device)
+        bias = bias + call.relative_bias.to(dtype)[:, j - i + num_queries - 1]
+    if call.attn_mask is not None and call.attn_mask.is_floating_point():
+        bias = bias + call.attn_mask.to(dtype)
+    return bias
+
+
+def _visible(call: AttentionCall, bias: Tensor) -> Tensor:
+    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+    visible = bias != -torch.inf
+    if call.is_causal:
+        visible = visible.tril(diagonal=num_keys - num_queries)
+    if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
+        visible = visible & call.attn_mask
+    return visible
+
+
+def _row_numbers(call: AttentionCall) -> Tensor:
+    batch, num_heads, num_queries, _ = call.query.shape
+    rows = torch.arange(batch * num_heads * num_queries, device=call.query.device)
+    return rows.view(batch, num_heads, num_queries, 1)

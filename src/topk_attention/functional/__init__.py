@@ -1,0 +1,7 @@
+"""What the operations mean: public functions, their checks and their biases."""
+
+from .attention import Selection, topk_attention
+from .bias import ALiBi, BucketedBias, RelativeBias
+from .feed_forward import topk_feed_forward
+
+__all__ = ["ALiBi", "BucketedBias", "RelativeBias", "Selection", "topk_attention", "topk_feed_forward"]

@@ -1,0 +1,243 @@
+"""The public operation `topk_attention`: its meaning, its argument checks and its dispatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..backends import choose_backend
+from ..backends.calls import AttentionCall, accumulation_dtype
+from ..backends.dropout import draw_seed
+from .bias import Bias
+from .checks import autocast, check_dropout, check_floating, check_k, check_same_dtype_and_device, shape_of
+
+_BIAS_TYPES = Bias.__args__
+
+
+class Selection(NamedTuple):
+    """Which keys each query kept. K is the largest k, never more than the number of keys.
+
+    indices  [..., H, N, K]  int32, ascending; -1 marks an empty slot
+    weights  [..., H, N, K]  float32 (float64 for float64 inputs), softmax weights before dropout, 0 in empty slots;
+                             without gradient
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    k: int | Sequence[int] | Tensor | None,
+    attn_mask: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+    query_chunk_size: int | None = None,
+    return_selection: bool = False,
+) -> Tensor | tuple[Tensor, Selection]:
+    """Let each query attend only to its k best-scoring keys (Gupta et al. 2021, section 2).
+
+    B batch (any number of leading axes), H heads, N queries, M keys, D head size, E value size
+
+    query       [B, H, N, D]  float16, bfloat16, float32 or float64
+    key         [B, H, M, D]  same dtype and device as query
+    value       [B, H, M, E]  same dtype and device as query
+    k           keys kept per query: an int, one int per head, or None for all (query chunking alone)
+    attn_mask   bool, True = may attend, or float, added to the scores; broadcasts to [B, H, N, M], size-1 axes are
+                never expanded; gets no gradient
+    bias        float tensor that broadcasts to [B, H, N, M], or RelativeBias, BucketedBias or ALiBi; added to the
+                scores; gets a gradient
+    is_causal   query i sees keys j <= i + M - N: the last query sees all keys
+    dropout_p   probability of dropping a kept weight; applies whenever it is above 0, as in
+                `scaled_dot_product_attention`
+    scale       factor on query . key, 1 / sqrt(D) by default
+    enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
+    backend     "auto", "chunked" or "reference"; a named one runs or raises
+    query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
+    return_selection  also return which keys were kept
+
+    Returns [B, H, N, E] in the dtype of query, or with return_selection that and a `Selection`.
+
+    The softmax runs over the kept scores alone. With k >= M this is ordinary attention. Of tied keys the one with the
+    lower index is kept, on every backend. A query that may attend to nothing returns zeros and gets zero gradient;
+    one that may attend to fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden
+    key or value never reaches the output; in a key that a query sees it makes the query's output NaN.
+
+    Sums are kept in float32 (float64 for float64). Saved for the backward pass: query, key, value, and for each kept
+    key an int32 index and a float weight. Under autocast query, key and value are cast as for
+    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again.
+
+    Raises:
+        TypeError: k, a mask or a bias is of the wrong type.
+        ValueError: a shape, dtype, device, k or the backend's name does not fit.
+        RuntimeError: the requested backend cannot run here.
+
+    >>> import torch
+    >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+    >>> topk_attention(q, key, v, k=32).shape
+    torch.Size([2, 8, 128, 64])
+    """
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    _check_shapes(query, key, value, enable_gqa)
+    *batch, num_heads, num_queries, head_dim = query.shape
+    num_keys = key.shape[-2]
+    check_dropout(dropout_p)
+    if query_chunk_size is not None:
+        check_k("query_chunk_size", query_chunk_size)
+    full_shape = (*batch, num_heads, num_queries, num_keys)
+    dense_bias, relative_bias = _lower_bias(bias, query, full_shape)
+    call = AttentionCall(
+        query=query.reshape(-1, *query.shape[-3:]),
+        key=key.reshape(-1, *key.shape[-3:]),
+        value=value.reshape(-1, *value.shape[-3:]),
+        head_k=_k_per_head(k, num_heads, num_keys),
+        attn_mask=_lower_mask(attn_mask, query, full_shape),
+        bias=dense_bias,
+        relative_bias=relative_bias,
+        is_causal=is_causal,
+        scale=_check_scale(scale, head_dim),
+        dropout_p=dropout_p,
+        seed=draw_seed(query.device) if dropout_p > 0 else None,
+        query_chunk_size=query_chunk_size,
+        return_selection=return_selection,
+    )
+    output, indices, weights = _run(call, backend)
+    output = output.view(*batch, *output.shape[1:])
+    if indices is None or weights is None:
+        return output
+    return output, Selection(indices.view(*batch, *indices.shape[1:]), weights.view(*batch, *weights.shape[1:]))
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if call.key.shape[2] == 0:  # no keys at all: every query returns zeros
+        output = call.query.new_zeros(*call.query.shape[:3], call.value.shape[3]) + 0 * call.query.sum()
+        nothing = call.query.new_empty(*call.query.shape[:3], 0, dtype=accumulation_dtype(call.query.dtype))
+        return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
+    match choose_backend(backend).name:
+        case "reference":
+            from ..backends import reference
+
+            output, indices, weights = reference.attention(call)
+            return (output, indices, weights.detach()) if call.return_selection else (output, None, None)
+        case "chunked":
+            from ..backends import chunked
+
+            return chunked.attention(call)
+    raise AssertionError(backend)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, tensor)
+        if tensor.ndim < 3:
+            raise ValueError(f"{name} must have shape [..., heads, length, size], got {shape_of(tensor)}")
+    check_same_dtype_and_device("query", query, key=key, value=value)
+    *batch, num_heads, _, head_dim = query.shape
+    if head_dim == 0:
+        raise ValueError(f"query must have a head size of at least 1, got {shape_of(query)}")
+    key_heads = key.shape[-3] if enable_gqa else num_heads
+    expected: list[int | str] = [*batch, key_heads, "M", head_dim]
+    if key.ndim != query.ndim or [*key.shape[:-2], "M", key.shape[-1]] != expected:
+        hint = (
+            "; fewer key heads need enable_gqa=True"
+            if key.ndim == query.ndim and key.shape[-3] != num_heads and num_heads % max(key.shape[-3], 1) == 0
+            else ""
+        )
+        wanted: list[int | str] = [*batch, "heads", "M", head_dim] if enable_gqa else expected
+        raise ValueError(f"key must have shape {_show(wanted)} to match query, got {shape_of(key)}{hint}")
+    if num_heads % max(key_heads, 1) != 0 or (key_heads == 0) != (num_heads == 0):
+        raise ValueError(f"query heads must be a multiple of key heads, got {num_heads} and {key_heads}")
+    if list(value.shape[:-1]) != list(key.shape[:-1]):
+        raise ValueError(f"value must have shape {_show([*key.shape[:-1], 'E'])} to match key, got {shape_of(value)}")
+    if key.shape[-2] >= 2**31:
+        raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys: int) -> tuple[int, ...] | None:
+    if k is None:
+        return None
+    if isinstance(k, Tensor):
+        k = k.tolist()
+    per_head = list(k) if isinstance(k, list | tuple) else [cast(int, k)] * num_heads
+    if len(per_head) != num_heads:
+        raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
+    for one in per_head:
+        check_k("k", one)
+    return tuple(min(one, num_keys) for one in per_head)
+
+
+def _lower_bias(
+    bias: Tensor | Bias | None, query: Tensor, full_shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The dense and the relative part of a bias; one of them at most is there."""
+    if bias is None:
+        return None, None
+    if isinstance(bias, _BIAS_TYPES):
+        num_heads, num_queries, num_keys = full_shape[-3:]
+        values = bias.relative_values(num_queries, num_keys) if num_queries + num_keys > 0 else None
+        if values is not None and values.shape[0] not in (1, num_heads):
+            raise ValueError(f"bias must be for 1 head or {num_heads} heads to match query, got {values.shape[0]}")
+        if values is not None and values.device != query.device:
+            raise ValueError(f"bias must be on {query.device} like query, got {values.device}")
+        return None, values
+    if not isinstance(bias, Tensor):
+        names = ", ".join(kind.__name__ for kind in _BIAS_TYPES)
+        raise TypeError(f"bias must be a tensor, {names} or None, got {type(bias).__name__}")
+    check_floating("bias", bias)
+    return _broadcastable("bias", bias, query, full_shape), None
+
+
+def _lower_mask(attn_mask: Tensor | None, query: Tensor, full_shape: tuple[int, ...]) -> Tensor | None:
+    if attn_mask is None:
+        return None
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(
+            f"attn_mask must be bool (True = may attend) or float (added to the scores), got {attn_mask.dtype}; "
+            "convert a 0/1 mask with .bool()"
+        )
+    if attn_mask.requires_grad:
+        raise ValueError("attn_mask gets no gradient but requires one; pass it as bias=")
+    return _broadcastable("attn_mask", attn_mask, query, full_shape)
+
+
+def _broadcastable(name: str, tensor: Tensor, query: Tensor, full_shape: tuple[int, ...]) -> Tensor:
+    """The tensor as [B|1, H|1, N|1, M|1]."""
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
+    aligned = (1,) * (len(full_shape) - tensor.ndim) + tuple(tensor.shape)
+    fits = len(aligned) == len(full_shape) and all(
+        size in (1, full) for size, full in zip(aligned, full_shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {_show(full_shape)}, got {shape_of(tensor)}")
+    tensor = tensor.view(aligned) if tensor.ndim != len(aligned) else tensor
+    batch = full_shape[:-3]
+    if all(size == 1 for size in aligned[:-3]):
+        return tensor.reshape(1, *aligned[-3:])
+    # Only the leading axes are expanded, and only where the mask differs along one of them.
+    return tensor.expand(*batch, *aligned[-3:]).reshape(-1, *aligned[-3:])

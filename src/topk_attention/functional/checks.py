@@ -1,0 +1,60 @@
+"""Argument checks that both operations share. Each error names the argument, what was needed and what came."""
+
+from __future__ import annotations
+
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_same_dtype_and_device(name: str, first: Tensor, **others: Tensor | None) -> None:
+    for other_name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != first.dtype:
+            raise ValueError(
+                f"{other_name} must have dtype {first.dtype} like {name}, got {other.dtype}; convert one of them"
+            )
+        if other.device != first.device:
+            raise ValueError(
+                f"{other_name} must be on {first.device} like {name}, got {other.device}; move one of them"
+            )
+
+
+def check_k(name: str, k: object) -> None:
+    if isinstance(k, bool) or not isinstance(k, SupportsIndex | torch.SymInt) or isinstance(k, Tensor):
+        raise TypeError(f"{name} must be an int, got {type(k).__name__} {k!r}")
+    if not 1 <= int(k) < 2**31:
+        raise ValueError(f"{name} must be at least 1 and below 2^31, got {k}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the autocast dtype where autocast is on, as for matrix products: all but float64."""
+    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def autocast_optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else autocast(tensor)

@@ -1,0 +1,133 @@
+"""The public operation `topk_feed_forward`: its meaning, its argument checks and its dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import choose_backend
+from ..backends.activations import ACTIVATIONS
+from ..backends.calls import FeedForwardCall
+from ..backends.dropout import draw_seed
+from .checks import (
+    autocast,
+    autocast_optional,
+    check_dropout,
+    check_floating,
+    check_k,
+    check_same_dtype_and_device,
+    shape_of,
+)
+
+
+def topk_feed_forward(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    k: int | None,
+    w_gate: Tensor | None = None,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    token_chunk_size: int | None = None,
+) -> Tensor:
+    """A feed-forward layer in which each token uses only its k best neurons (Gupta et al. 2021, section 2).
+
+    D model size, F neurons (d_ff), O output size
+
+    x           [..., D]  float16, bfloat16, float32 or float64
+    w_in        [F, D]  same dtype and device, as in `nn.Linear`
+    w_out       [O, F]  as in `nn.Linear`
+    k           neurons kept per token, an int or None for all (token chunking alone)
+    w_gate      [F, D]  makes the layer gated: activation(x w_gate') * (x w_in')
+    b_in, b_gate  [F], b_out  [O]
+    activation  "relu", "gelu", "gelu_tanh", "silu", "identity" or another name transformers gives to one of them
+    dropout_p   probability of dropping a kept neuron's activation
+    backend     "auto", "chunked" or "reference"; a named one runs or raises
+    token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
+
+    Returns [..., O] in the dtype of x.
+
+    A plain layer keeps the k largest pre-activations x w_in' + b_in, which for ReLU-like activations are the largest
+    activations; a gated one the k largest |activation(gate) * in|. Of tied neurons the one with the lower index is
+    kept. With k >= F this is the ordinary layer. Saved for the backward pass: x, the weights, and for each kept neuron
+    an int32 index and a float pre-activation (two for a gated layer).
+
+    Raises:
+        TypeError: k is of the wrong type.
+        ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
+        RuntimeError: the requested backend cannot run here.
+
+    >>> import torch
+    >>> x, w_in, w_out = torch.randn(2, 128, 64), torch.randn(256, 64), torch.randn(64, 256)
+    >>> topk_feed_forward(x, w_in, w_out, k=32).shape
+    torch.Size([2, 128, 64])
+    """
+    x, w_in, w_out = autocast(x), autocast(w_in), autocast(w_out)
+    w_gate, b_in, b_out, b_gate = map(autocast_optional, (w_gate, b_in, b_out, b_gate))
+    _check_shapes(x, w_in, w_out, w_gate, b_in, b_out, b_gate)
+    if k is not None:
+        check_k("k", k)
+    if token_chunk_size is not None:
+        check_k("token_chunk_size", token_chunk_size)
+    check_dropout(dropout_p)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    call = FeedForwardCall(
+        x=x.reshape(-1, x.shape[-1]),
+        w_in=w_in,
+        w_out=w_out,
+        w_gate=w_gate,
+        b_in=b_in,
+        b_gate=b_gate,
+        b_out=b_out,
+        k=None if k is None else min(k, w_in.shape[0]),
+        activation=activation,
+        dropout_p=dropout_p,
+        seed=draw_seed(x.device) if dropout_p > 0 else None,
+        token_chunk_size=token_chunk_size,
+    )
+    return _run(call, backend).view(*x.shape[:-1], w_out.shape[0])
+
+
+def _run(call: FeedForwardCall, backend: str) -> Tensor:
+    match choose_backend(backend).name:
+        case "reference":
+            from ..backends import reference
+
+            return reference.feed_forward(call)
+        case "chunked":
+            from ..backends import chunked
+
+            return chunked.feed_forward(call)
+    raise AssertionError(backend)
+
+
+def _check_shapes(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    b_gate: Tensor | None,
+) -> None:
+    check_floating("x", x)
+    if x.ndim < 1:
+        raise ValueError(f"x must have shape [..., model size], got {shape_of(x)}")
+    if w_in.ndim != 2 or w_in.shape[1] != x.shape[-1] or w_in.shape[0] == 0:
+        raise ValueError(f"w_in must have shape [neurons, {x.shape[-1]}] to match x, got {shape_of(w_in)}")
+    num_neurons = w_in.shape[0]
+    if w_out.ndim != 2 or w_out.shape[1] != num_neurons:
+        raise ValueError(f"w_out must have shape [outputs, {num_neurons}] to match w_in, got {shape_of(w_out)}")
+    expected = {"w_gate": (w_gate, list(w_in.shape)), "b_in": (b_in, [num_neurons]), "b_gate": (b_gate, [num_neurons])}
+    expected["b_out"] = (b_out, [w_out.shape[0]])
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
+    if b_gate is not None and w_gate is None:
+        raise ValueError("b_gate needs w_gate, got None; pass both or neither")
+    check_same_dtype_and_device("x", x, w_in=w_in, w_out=w_out, w_gate=w_gate, b_in=b_in, b_out=b_out, b_gate=b_gate)

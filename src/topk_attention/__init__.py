@@ -1,5 +1,26 @@
 """Transformers that use only the k best keys per query and the k best feed-forward neurons per token."""
 
+from ._version import __version__
+from .convert import ConversionReport, convert, is_cross_attention, is_self_attention, unconvert
+from .convert.registration import register_when_transformers_is_imported
 from .functional import ALiBi, BucketedBias, RelativeBias, Selection, topk_attention, topk_feed_forward
+from .nn import TopKAttention, TopKFeedForward
 
-__all__ = ["ALiBi", "BucketedBias", "RelativeBias", "Selection", "topk_attention", "topk_feed_forward"]
+register_when_transformers_is_imported()
+
+__all__ = [
+    "ALiBi",
+    "BucketedBias",
+    "ConversionReport",
+    "RelativeBias",
+    "Selection",
+    "TopKAttention",
+    "TopKFeedForward",
+    "__version__",
+    "convert",
+    "is_cross_attention",
+    "is_self_attention",
+    "topk_attention",
+    "topk_feed_forward",
+    "unconvert",
+]

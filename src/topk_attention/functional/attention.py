@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,44 @@ class Selection(NamedTuple):
 
     indices: Tensor
     weights: Tensor
+
+
+@overload
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    k: int | Sequence[int] | Tensor | None,
+    attn_mask: Tensor | None = ...,
+    bias: Tensor | Bias | None = ...,
+    is_causal: bool = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    backend: str = ...,
+    query_chunk_size: int | None = ...,
+    return_selection: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    k: int | Sequence[int] | Tensor | None,
+    attn_mask: Tensor | None = ...,
+    bias: Tensor | Bias | None = ...,
+    is_causal: bool = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    backend: str = ...,
+    query_chunk_size: int | None = ...,
+    return_selection: Literal[True],
+) -> tuple[Tensor, Selection]: ...
 
 
 def topk_attention(

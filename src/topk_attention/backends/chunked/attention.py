@@ -13,6 +13,7 @@ from torch import Tensor
 from ..calls import AttentionCall, accumulation_dtype
 from ..dropout import keep_mask
 from . import full_attention
+from .autocast import without_autocast
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, nan_where_not_finite, prepare, query_rows, score_tile
 from .selection import select_topk
@@ -74,6 +75,7 @@ def _padded(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill:
 
 
 @torch.library.custom_op("topk_attention::chunked_topk_attention", mutates_args=())
+@without_autocast
 def topk_attention_op(
     query: Tensor,
     key: Tensor,
@@ -137,6 +139,7 @@ def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, *options)
 
 
 @torch.library.custom_op("topk_attention::chunked_topk_attention_backward", mutates_args=())
+@without_autocast
 def topk_attention_backward_op(
     grad_output: Tensor,
     query: Tensor,

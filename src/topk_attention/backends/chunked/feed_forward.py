@@ -15,6 +15,7 @@ from torch import Tensor
 from ..activations import activate, activate_backward
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
+from .autocast import without_autocast
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .selection import select_topk
 from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split
@@ -44,6 +45,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
 
 
 @torch.library.custom_op("topk_attention::chunked_feed_forward", mutates_args=())
+@without_autocast
 def feed_forward_op(
     x: Tensor,
     w_in: Tensor,
@@ -107,6 +109,7 @@ def _(x, w_in, w_out, w_gate, b_in, b_gate, seed, k, *options) -> tuple[Tensor, 
 
 
 @torch.library.custom_op("topk_attention::chunked_feed_forward_backward", mutates_args=())
+@without_autocast
 def feed_forward_backward_op(
     grad_output: Tensor,
     x: Tensor,
@@ -208,9 +211,10 @@ def _backward(ctx, grad_output, _grad_neurons, grad_values, grad_gates):
         return (None,) * 12
     if not ctx.has_selection:
         raise RuntimeError("chunked_feed_forward needs save_selection=True for a backward pass")
-    _, _, _, w_gate, b_in, b_gate, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: under activation checkpointing each read computes them anew
+    _, _, _, w_gate, b_in, b_gate, *_ = saved
     grad_x, grad_w_in, grad_w_out_t, grad_w_gate, grad_b_in, grad_b_gate = feed_forward_backward_op(
-        grad_output, *ctx.saved_tensors, *ctx.options
+        grad_output, *saved, *ctx.options
     )
     return (
         grad_x,

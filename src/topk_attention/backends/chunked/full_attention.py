@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..calls import AttentionCall, accumulation_dtype
 from ..dropout import keep_mask
+from .autocast import without_autocast
 from .scores import ScoreInputs, key_rows, prepare, query_rows, score_tile
 from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
 
@@ -35,6 +36,7 @@ def full_attention(call: AttentionCall) -> Tensor:
 
 
 @torch.library.custom_op("topk_attention::chunked_full_attention", mutates_args=())
+@without_autocast
 def full_attention_op(
     query: Tensor,
     key: Tensor,
@@ -96,6 +98,7 @@ def _(query, key, value, *options) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("topk_attention::chunked_full_attention_backward", mutates_args=())
+@without_autocast
 def full_attention_backward_op(
     grad_output: Tensor,
     output: Tensor,

@@ -1,0 +1,208 @@
+"""The attention function that transformers calls for `attn_implementation="topk"`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..functional import topk_attention
+from .masks import CompactMask
+from .settings import LayerSettings, layer_settings
+
+# Arguments that change what attention computes. Leaving one out would change results without a word.
+_UNSUPPORTED = {
+    "softcap": "a soft cap on scores",
+    "s_aux": "attention sinks",
+    "indices": "keys chosen by the model's own selector",
+    "cache": "a paged cache",
+}
+# Queries per mask tile for mask patterns that are neither causal nor full.
+_MASK_CHUNK = 512
+
+
+def topk_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: CompactMask | Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers v5 hands it over.
+
+    B batch, H heads, G key heads, N queries, M keys
+
+    query [B, H, N, D]; key [B, G, M, D]; value [B, G, M, E]; position_bias [1|B, H, N, M]
+    Returns output [B, N, H, E] and None in place of weights.
+    """
+    for name, meaning in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
+    if kwargs.get("output_attentions"):
+        warnings.warn('attn_implementation="topk" returns no attention weights; use "eager" for them', stacklevel=2)
+    settings = layer_settings(module)
+    if settings.k is None:
+        return _ordinary_attention(
+            module, query, key, value, attention_mask, scaling, dropout, is_causal, position_bias, kwargs
+        )
+    if attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        window = kwargs.get("sliding_window")
+        if window is not None and key.shape[2] > window:
+            raise ValueError('attn_implementation="topk" got sliding_window= without a mask that applies it')
+        output = _attend(settings, query, key, value, None, position_bias, causal, scaling, dropout)
+    elif isinstance(attention_mask, CompactMask):
+        output = _attend_compact(settings, query, key, value, attention_mask, position_bias, scaling, dropout)
+    else:
+        mask = _hide_lowest(attention_mask)
+        output = _attend(settings, query, key, value, mask, position_bias, False, scaling, dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    settings: LayerSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    position_bias: Tensor | None,
+    is_causal: bool,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    if query.shape[0] != key.shape[0]:  # queries that the whole batch shares
+        query = query.expand(key.shape[0], -1, -1, -1)
+    return topk_attention(
+        query,
+        key,
+        value,
+        k=settings.k,
+        attn_mask=attn_mask,
+        bias=position_bias,
+        is_causal=is_causal,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+        backend=settings.backend,
+    )
+
+
+def _attend_compact(
+    settings: LayerSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: CompactMask,
+    position_bias: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if mask.mask_function is bidirectional_mask_function:
+        return _attend(settings, query, key, value, mask.key_padding(), position_bias, False, scaling, dropout)
+    if mask.mask_function is causal_mask_function and not _offset_is_unknown(mask):
+        # A static cache has room for keys that are yet to come. Without them the last query sees the last key, which
+        # is what is_causal means here, in prefill as in decoding.
+        num_keys = int(mask.q_offset) + mask.q_length - mask.kv_offset
+        padding = mask.key_padding()
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+        padding = None if padding is None else padding[..., :num_keys]
+        position_bias = None if position_bias is None else position_bias[..., :num_keys]
+        return _attend(settings, query, key, value, padding, position_bias, True, scaling, dropout)
+    return _attend_in_mask_chunks(settings, query, key, value, mask, position_bias, scaling, dropout)
+
+
+def _offset_is_unknown(mask: CompactMask) -> bool:
+    """A static cache counts in a tensor, whose value compiled code cannot read."""
+    return isinstance(mask.q_offset, Tensor) and torch.compiler.is_compiling()
+
+
+def _attend_in_mask_chunks(
+    settings: LayerSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: CompactMask,
+    position_bias: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Any mask pattern (sliding windows, packed sequences, custom ones), written out one chunk of queries at a time.
+
+    With gradients each chunk is a checkpoint where the backward pass would otherwise keep its part of the mask.
+    """
+    smallest_k = settings.k if isinstance(settings.k, int) else min(settings.k or (0,))
+    backward_needs_mask = torch.is_grad_enabled() and smallest_k >= key.shape[2]
+
+    def attend(start: int) -> Tensor:
+        queries = range(start, min(start + _MASK_CHUNK, mask.q_length))
+        part = slice(queries.start, queries.stop)
+        bias = position_bias if position_bias is None or position_bias.shape[2] == 1 else position_bias[:, :, part]
+        return _attend(settings, query[:, :, part], key, value, mask.dense(queries), bias, False, scaling, dropout)
+
+    starts = range(0, mask.q_length, _MASK_CHUNK)
+    if backward_needs_mask:
+        return torch.cat([checkpoint(attend, start, use_reentrant=False) for start in starts], dim=2)
+    return torch.cat([attend(start) for start in starts], dim=2)
+
+
+def _ordinary_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: CompactMask | Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """PyTorch's own attention, for layers that `convert(where=...)` left out."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if isinstance(attention_mask, CompactMask):
+        compact = attention_mask
+        plain = compact.key_padding() is None
+        if plain and compact.mask_function is bidirectional_mask_function:
+            attention_mask, is_causal = None, False
+        elif (
+            plain
+            and compact.mask_function is causal_mask_function
+            and not isinstance(compact.q_offset, Tensor)
+            and compact.q_offset == 0
+            and compact.q_length == compact.kv_length
+        ):
+            attention_mask, is_causal = None, True
+        else:
+            attention_mask = compact.dense()
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        position_bias=position_bias,
+        **kwargs,
+    )
+
+
+def _hide_lowest(mask: Tensor) -> Tensor:
+    """transformers writes the lowest finite number where it means "hidden"; such a key must not be chosen."""
+    if not mask.is_floating_point():
+        return mask
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)

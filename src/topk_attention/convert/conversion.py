@@ -1,0 +1,226 @@
+"""`convert` and `unconvert`: plan first, then change the model, so that an error leaves it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..backends import choose_backend
+from ..functional.checks import check_k
+from .registration import NAME, register
+from .report import ConversionReport, ReportEntry
+from .settings import CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
+from .sites import AttentionSite, FeedForwardSite, attention_sites, feed_forward_sites
+
+Where = Callable[[str, nn.Module], bool]
+AnyK = int | Sequence[int | Sequence[int]] | Mapping[str, int | Sequence[int]]
+
+# What a converted model remembers of its former attention, on the model alone: it is not saved.
+_FORMER_ATTENTION = "_topk_attention_former_implementation"
+
+
+def convert(
+    model: nn.Module,
+    *,
+    attention_k: AnyK | None = None,
+    feed_forward_k: AnyK | None = None,
+    where: Where | None = None,
+    backend: str = "auto",
+) -> ConversionReport:
+    """Let a Hugging Face model use its k best keys per query and k best neurons per token, in place.
+
+    model           a transformers model of the Llama or BERT kind, with any head
+    attention_k     keys kept per query: an int, one entry per attention layer (each an int or one int per head), or a
+                    mapping from layer path to such an entry; None leaves attention alone
+    feed_forward_k  neurons kept per token: an int, one int per layer, or a mapping from path; None leaves them alone
+    where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. Lists count
+                    the layers it picks.
+    backend         handed on to `topk_attention` and `topk_feed_forward`
+
+    Weights stay where they are and keep their names: `save_pretrained` writes an ordinary checkpoint whose
+    configuration remembers every k. After `from_pretrained`, `convert(model)` without any k restores them. Calling it
+    again with another k changes it; `unconvert` gives the original model back.
+
+    Attention layers that are left out run PyTorch's own attention.
+
+    Returns a report of what was replaced, what was skipped and why.
+
+    Raises:
+        TypeError: the model is not a transformers model, or a k is of the wrong type.
+        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. The model
+            is then unchanged.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(
+    ...     hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99
+    ... )
+    >>> print(convert(BertModel(config), attention_k=16, feed_forward_k=8))
+    BertModel: 1 attention layers replaced, 1 feed-forward layers replaced
+      encoder.layer.0.attention.self  replaced  k = 16
+      encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
+    """
+    config = _config_of(model)
+    choose_backend(backend)
+    prefix = getattr(model, "base_model_prefix", "")
+    attention, feed_forward = list(attention_sites(model)), list(feed_forward_sites(model))
+    if attention_k is None and feed_forward_k is None:
+        stored = ModelSettings.from_config(config)
+        if stored is None:
+            raise ValueError(
+                "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
+            )
+        backend = stored.backend if backend == "auto" else backend
+        attention_k = _with_prefix(stored.attention_k, [site.path for site in attention], prefix)
+        feed_forward_k = _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix)
+        attention_k, feed_forward_k = attention_k or None, feed_forward_k or None
+
+    attention_plan = _plan_attention(attention, attention_k, where) if attention_k is not None else []
+    feed_forward_plan = _plan_feed_forward(feed_forward, feed_forward_k, where) if feed_forward_k is not None else []
+    report = ConversionReport(type(model).__name__, tuple(entry for _, entry in [*attention_plan, *feed_forward_plan]))
+    if not report.replaced:
+        raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
+
+    if any(entry.replaced for _, entry in attention_plan):
+        _use_topk_attention(model)
+        for site, entry in attention_plan:
+            set_layer_settings(site.module, LayerSettings(entry.k, backend))
+    for feed_forward_site, entry in feed_forward_plan:
+        if isinstance(entry.k, int):
+            feed_forward_site.replace(entry.k, backend)
+        elif feed_forward_site.restore is not None:  # an earlier conversion picked it, this one does not
+            feed_forward_site.restore()
+    _remember(config, report, prefix, backend, keep_attention=attention_k is None, keep_network=feed_forward_k is None)
+    return report
+
+
+def unconvert(model: Any) -> None:
+    """Give the original model back: its own attention, its own feed-forward layers, the same weights.
+
+    Raises:
+        ValueError: the model was not converted.
+    """
+    config = _config_of(model)
+    if not hasattr(config, CONFIG_ATTRIBUTE):
+        raise ValueError(f"{type(model).__name__} was not converted, or was already given back")
+    for site in attention_sites(model):
+        set_layer_settings(site.module, None)
+    for feed_forward_site in list(feed_forward_sites(model)):
+        if feed_forward_site.restore is not None:
+            feed_forward_site.restore()
+    if hasattr(model, _FORMER_ATTENTION):
+        model.set_attn_implementation(getattr(model, _FORMER_ATTENTION))
+        delattr(model, _FORMER_ATTENTION)
+    delattr(config, CONFIG_ATTRIBUTE)
+
+
+def _config_of(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None or not hasattr(model, "set_attn_implementation"):
+        raise TypeError(
+            f"model must be a transformers model (a PreTrainedModel), got {type(model).__name__}; for your own modules "
+            "use topk_attention.nn"
+        )
+    return config
+
+
+def _plan_attention(
+    sites: Sequence[AttentionSite], k: AnyK, where: Where | None
+) -> list[tuple[AttentionSite, ReportEntry]]:
+    chosen = [site for site in sites if where is None or where(site.path, site.module)]
+    per_path = _k_per_path("attention_k", k, [site.path for site in chosen])
+    plan = []
+    for site in sites:
+        layer_k = per_path.get(site.path)
+        if layer_k is None:
+            reason = "attention_k has no entry for it" if site in chosen else "not picked by where="
+        else:
+            if isinstance(layer_k, tuple) and site.num_heads is not None and len(layer_k) != site.num_heads:
+                raise ValueError(
+                    f"attention_k for {site.path} must hold one int for each of its {site.num_heads} heads, "
+                    f"got {len(layer_k)}"
+                )
+            reason = f"k = {layer_k}" if isinstance(layer_k, int) else f"k per head = {list(layer_k)}"
+        plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
+    return plan
+
+
+def _plan_feed_forward(
+    sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
+) -> list[tuple[FeedForwardSite, ReportEntry]]:
+    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
+    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen])
+    plan = []
+    for site in sites:
+        layer_k = per_path.get(site.path)
+        if isinstance(layer_k, tuple):
+            raise TypeError(f"feed_forward_k for {site.path} must be an int, got {list(layer_k)}")
+        if layer_k is not None:
+            reason = f"k = {layer_k} of {site.num_neurons} neurons"
+        elif site.obstacle is not None:
+            reason = site.obstacle
+        else:
+            reason = "feed_forward_k has no entry for it" if site in chosen else "not picked by where="
+        plan.append((site, ReportEntry(site.path, "feed_forward", layer_k, reason)))
+    return plan
+
+
+def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
+    entries: dict[str, Any]
+    if isinstance(k, Mapping):
+        if unknown := sorted(set(k) - set(paths)):
+            raise ValueError(f"{name} names layers that are not there or not picked: {', '.join(unknown)}")
+        entries = dict(k)
+    elif isinstance(k, list | tuple):
+        if len(k) != len(paths):
+            raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
+        entries = dict(zip(paths, k, strict=True))
+    else:
+        check_k(name, k)
+        entries = dict.fromkeys(paths, k)
+    for entry in entries.values():
+        for one in entry if isinstance(entry, list | tuple) else [entry]:
+            check_k(name, one)
+    return {path: tuple(entry) if isinstance(entry, list | tuple) else int(entry) for path, entry in entries.items()}
+
+
+def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
+    """Stored paths lack the base model's prefix, because a checkpoint loads with or without a head."""
+    by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
+    if unknown := sorted(set(stored) - set(by_name)):
+        raise ValueError(f"the model's configuration names layers that are not there: {', '.join(unknown)}")
+    return {by_name[name]: k for name, k in stored.items()}
+
+
+def _use_topk_attention(model: Any) -> None:
+    register()
+    former = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ValueError(f"{type(model).__name__} does not take its attention from transformers' attention interface")
+    if former != NAME:
+        setattr(model, _FORMER_ATTENTION, former)
+    elif not hasattr(model, _FORMER_ATTENTION):
+        setattr(model, _FORMER_ATTENTION, "sdpa")  # loaded with attn_implementation="topk": its default otherwise
+
+
+def _remember(
+    config: Any, report: ConversionReport, prefix: str, backend: str, keep_attention: bool, keep_network: bool
+) -> None:
+    former = ModelSettings.from_config(config) or ModelSettings({}, {})
+    new: dict[str, dict[str, Any]] = {"attention": {}, "feed_forward": {}}
+    for entry in report.replaced:
+        new[entry.kind][entry.path.removeprefix(f"{prefix}.")] = entry.k
+    settings = ModelSettings(
+        former.attention_k if keep_attention else new["attention"],
+        former.feed_forward_k if keep_network else new["feed_forward"],
+        backend,
+    )
+    setattr(config, CONFIG_ATTRIBUTE, settings.to_json())
+
+
+def _describe(report: ConversionReport, model: nn.Module) -> str:
+    if report.entries:
+        return str(report)
+    return f"{type(model).__name__}: no layer of a kind this version knows (Llama kind, BERT kind)"

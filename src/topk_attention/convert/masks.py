@@ -1,0 +1,115 @@
+"""The mask that transformers builds for `attn_implementation="topk"`: a description, never a [B, 1, N, M] tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CompactMask:
+    """Which keys each query may see, as transformers describes it.
+
+    B batch, N queries, M keys
+
+    mask_function  (batch, head, query, key) indices -> bool, on positions in the whole sequence
+    padding        [B, all tokens so far] bool, True = a real token, or None
+    q_offset       position of the first query; an int, or an int tensor with a static cache
+    kv_offset      position of the first key
+    """
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor
+    kv_offset: int
+    mask_function: Callable[..., Any]
+    padding: Tensor | None
+    use_vmap: bool
+    device: torch.device | str
+
+    # generate() prepares masks ahead for static caches and treats them as the 4-D tensors they usually are.
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.batch_size, 1, self.q_length, self.kv_length)
+
+    def contiguous(self) -> CompactMask:
+        return self
+
+    def to(self, device: torch.device | str, **_: object) -> CompactMask:
+        offset = self.q_offset.to(device) if isinstance(self.q_offset, Tensor) else self.q_offset
+        padding = None if self.padding is None else self.padding.to(device)
+        return replace(self, q_offset=offset, padding=padding, device=device)
+
+    def key_padding(self) -> Tensor | None:
+        """[B, 1, 1, M] bool, or None where every key is a real token."""
+        from transformers.masking_utils import prepare_padding_mask
+
+        if self.padding is None:
+            return None
+        padding = prepare_padding_mask(self.padding, self.kv_length, self.kv_offset)
+        padding = padding[:, self.kv_offset : self.kv_offset + self.kv_length].bool()
+        # Reading the values is impossible while tracing; the padding then stays.
+        if not torch.compiler.is_compiling() and bool(padding.all()):
+            return None
+        return padding[:, None, None, :]
+
+    def dense(self, queries: range | None = None) -> Tensor:
+        """[B, 1, n, M] bool for a range of the queries, all by default."""
+        from transformers.masking_utils import sdpa_mask
+
+        queries = range(self.q_length) if queries is None else queries
+        mask = sdpa_mask(
+            batch_size=self.batch_size,
+            q_length=len(queries),
+            kv_length=self.kv_length,
+            q_offset=self.q_offset + queries.start,
+            kv_offset=self.kv_offset,
+            mask_function=self.mask_function,
+            attention_mask=self.padding,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=self.use_vmap,
+            device=self.device,
+        )
+        assert mask is not None
+        return mask
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | CompactMask | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: object,
+) -> CompactMask:
+    """What transformers calls in place of its own mask builders; always returns a mask, so nothing is left to guess."""
+    from transformers.masking_utils import causal_mask_function
+
+    if isinstance(attention_mask, CompactMask):  # made ahead by generate()
+        return attention_mask
+    if isinstance(q_offset, Tensor):
+        # The cache counts on in this very tensor before attention reads the mask.
+        q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
+    return CompactMask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function or causal_mask_function,
+        attention_mask,
+        use_vmap,
+        device,
+    )

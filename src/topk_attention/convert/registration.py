@@ -1,0 +1,65 @@
+"""Makes `attn_implementation="topk"` known to transformers, whichever of the two libraries is imported first."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+NAME = "topk"
+_MODELING_UTILS = "transformers.modeling_utils"
+
+
+def register() -> None:
+    """Register the attention and its mask under one name: with one alone, padding or causality would be lost."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from .attention_function import topk_attention_forward
+    from .masks import compact_mask
+
+    AttentionInterface.register(NAME, topk_attention_forward)
+    AttentionMaskInterface.register(NAME, compact_mask)
+
+
+def register_when_transformers_is_imported() -> None:
+    """Now, if transformers is there; otherwise as soon as it is imported.
+
+    Importing transformers here would cost every user of the plain functions several seconds.
+    """
+    if _MODELING_UTILS in sys.modules:
+        register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the import of transformers' attention registry go its usual way and registers when it is done."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _MODELING_UTILS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        register()
+
+    def __getattr__(self, name: str) -> object:  # get_source and the like, which tracebacks and inspect use
+        return getattr(self.loader, name)

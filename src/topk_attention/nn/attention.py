@@ -1,0 +1,98 @@
+"""Multi-head top-k attention as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..functional import topk_attention
+from ..functional.bias import Bias
+
+
+class TopKAttention(nn.Module):
+    """Multi-head attention in which each query uses its k best keys, around four projections it is handed.
+
+    B batch, N queries, M keys, C input size, H heads, G key heads, D head size
+
+    query_projection   C -> H * D
+    key_projection     C -> G * D
+    value_projection   C -> G * E
+    output_projection  H * E -> any size
+    k                  keys kept per query: an int, one int per head, or None for all
+
+    The other options are those of `topk_attention`; dropout applies in training mode only.
+
+    >>> import torch
+    >>> attention = TopKAttention(*(nn.Linear(64, 64) for _ in range(4)), num_heads=8, k=16, is_causal=True)
+    >>> attention(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        query_projection: nn.Module,
+        key_projection: nn.Module,
+        value_projection: nn.Module,
+        output_projection: nn.Module,
+        *,
+        num_heads: int,
+        k: int | Sequence[int] | None,
+        num_key_heads: int | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        backend: str = "auto",
+        query_chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.query_projection = query_projection
+        self.key_projection = key_projection
+        self.value_projection = value_projection
+        self.output_projection = output_projection
+        self.num_heads = num_heads
+        self.num_key_heads = num_key_heads or num_heads
+        self.k = k
+        self.is_causal = is_causal
+        self.dropout_p = dropout_p
+        self.scale = scale
+        self.backend = backend
+        self.query_chunk_size = query_chunk_size
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        bias: Tensor | Bias | None = None,
+    ) -> Tensor:
+        """Attend from x [B, N, C] to context [B, M, C], or to x itself; returns [B, N, output size]."""
+        context = x if context is None else context
+        output = topk_attention(
+            self._heads(self.query_projection(x), self.num_heads),
+            self._heads(self.key_projection(context), self.num_key_heads),
+            self._heads(self.value_projection(context), self.num_key_heads),
+            k=self.k,
+            attn_mask=attn_mask,
+            bias=bias,
+            is_causal=self.is_causal,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=self.num_key_heads != self.num_heads,
+            backend=self.backend,
+            query_chunk_size=self.query_chunk_size,
+        )
+        return self.output_projection(output.transpose(-2, -3).flatten(-2))
+
+    @staticmethod
+    def _heads(projected: Tensor, num_heads: int) -> Tensor:
+        """[B, N, H * D] -> [B, H, N, D]"""
+        if projected.shape[-1] % num_heads != 0:
+            raise ValueError(
+                f"a projection's size must be a multiple of its {num_heads} heads, got {projected.shape[-1]}"
+            )
+        return projected.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, num_heads={self.num_heads}, is_causal={self.is_causal}, backend={self.backend!r}"

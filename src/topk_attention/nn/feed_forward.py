@@ -1,0 +1,74 @@
+"""A top-k feed-forward network as a layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..functional import topk_feed_forward
+
+
+class TopKFeedForward(nn.Module):
+    """A feed-forward network in which each token uses its k best neurons, around linear layers it is handed.
+
+    C input size, F neurons, O output size
+
+    linear_in    nn.Linear(C, F)
+    linear_out   nn.Linear(F, O)
+    linear_gate  nn.Linear(C, F) for a gated network, activation(gate) * in, or None
+    k            neurons kept per token, or None for all
+    names        what the layers are called in the state dict, in the order in, out, gate: give the original's names
+                 and its checkpoints load into this layer, and the other way round
+
+    Dropout acts on kept activations, in training mode only.
+
+    >>> import torch
+    >>> layer = TopKFeedForward(nn.Linear(64, 256), nn.Linear(256, 64), k=32, activation="gelu")
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        linear_in: nn.Linear,
+        linear_out: nn.Linear,
+        *,
+        k: int | None,
+        linear_gate: nn.Linear | None = None,
+        activation: str = "relu",
+        dropout_p: float = 0.0,
+        backend: str = "auto",
+        token_chunk_size: int | None = None,
+        names: tuple[str, str, str] = ("linear_in", "linear_out", "linear_gate"),
+    ) -> None:
+        super().__init__()
+        self._names = names
+        for name, linear in zip(names, (linear_in, linear_out, linear_gate), strict=True):
+            self.add_module(name, linear)
+        self.k = k
+        self.activation = activation
+        self.dropout_p = dropout_p
+        self.backend = backend
+        self.token_chunk_size = token_chunk_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C]; returns [..., O]."""
+        linear_in, linear_out, linear_gate = (self._modules[name] for name in self._names)
+        assert isinstance(linear_in, nn.Linear)
+        assert isinstance(linear_out, nn.Linear)
+        return topk_feed_forward(
+            x,
+            linear_in.weight,
+            linear_out.weight,
+            k=self.k,
+            w_gate=linear_gate.weight if isinstance(linear_gate, nn.Linear) else None,
+            b_in=linear_in.bias,
+            b_out=linear_out.bias,
+            b_gate=linear_gate.bias if isinstance(linear_gate, nn.Linear) else None,
+            activation=self.activation,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            backend=self.backend,
+            token_chunk_size=self.token_chunk_size,
+        )
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, activation={self.activation!r}, backend={self.backend!r}"

@@ -15,16 +15,16 @@ from ..dropout import keep_mask
 from . import full_attention
 from .autocast import without_autocast
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
-from .scores import ScoreInputs, nan_where_not_finite, prepare, query_rows, score_tile
+from .scores import ScoreInputs, query_rows, score_tile
 from .selection import select_topk
+from .tables import Tables, part_of_heads, row_table_starts
 from .tiles import (
     HeadGroup,
     Step,
     backward_rows,
+    empty_output,
     entries_of,
     head_groups,
-    key_table_part,
-    key_table_start,
     num_entries,
     row_numbers,
     rows_of,
@@ -97,11 +97,10 @@ def topk_attention_op(
     an empty slot. Weights are those before dropout.
     """
     batch, num_heads, num_queries, _ = query.shape
-    inputs = prepare(query, key, attn_mask, bias, relative_bias, is_causal, scale)
-    dtype = inputs.key.dtype
-    values = value.to(dtype).contiguous()
-    table = values.flatten(0, 2)
-    output = query.new_empty(batch, num_heads, num_queries, value.shape[3])
+    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    dtype = inputs.dtype
+    tables = Tables(key, value, dtype)
+    output = empty_output(query, value)
     num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
     saved_indices = torch.empty(num_saved, dtype=torch.int32, device=query.device)
     saved_weights = torch.empty(num_saved, dtype=dtype, device=query.device)
@@ -111,7 +110,8 @@ def topk_attention_op(
         for step in steps(group, batch, num_queries, shape.query_chunk, shape.rows_per_step):
             if memory is None:  # no later step is larger than the first
                 memory = query.new_empty(step.num_rows * shape.key_block, dtype=dtype)
-            chosen = _choose(inputs, step, group.k, shape.key_block, memory)
+            key_table, value_table = tables.of(step)
+            chosen = _choose(inputs, step, group.k, key_table, shape.key_block, memory)
             if save_selection:
                 _save(chosen.saved_indices, saved_indices, group, step, batch, num_queries)
                 _save(chosen.weights, saved_weights, group, step, batch, num_queries)
@@ -119,7 +119,7 @@ def topk_attention_op(
             if seed is not None:
                 rows = row_numbers(step, num_heads, num_queries, query.device)
                 weights = _drop(weights, seed, rows, chosen.indices, dropout_p)
-            result = weighted_sum_of_rows(table, _table_indices(chosen.indices, step, key), weights)
+            result = weighted_sum_of_rows(value_table, _table_indices(chosen.indices, step, inputs.num_keys), weights)
             if chosen.row_is_empty is not None:
                 result.masked_fill_(chosen.row_is_empty, 0)
             write_rows(output, step, result)
@@ -128,11 +128,11 @@ def topk_attention_op(
 
 @topk_attention_op.register_fake
 def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, *options) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_heads, num_queries, _ = query.shape
+    batch, _, num_queries, _ = query.shape
     save_selection = options[-1]
     num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
     return (
-        query.new_empty(batch, num_heads, num_queries, value.shape[3]),
+        empty_output(query, value),
         query.new_empty(num_saved, dtype=torch.int32),
         query.new_empty(num_saved, dtype=accumulation_dtype(query.dtype)),
     )
@@ -162,10 +162,9 @@ def topk_attention_backward_op(
     batch, num_heads, num_queries, _ = query.shape
     num_key_heads, num_keys = key.shape[1:3]
     dtype = weights.dtype
-    keys = nan_where_not_finite(key.to(dtype).contiguous()).flatten(0, 2)
-    values = value.to(dtype).contiguous().flatten(0, 2)
-    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+    tables = Tables(key, value, dtype)
+    grad_query = torch.zeros_like(query)
+    grad_key, grad_value = torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
     grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
     grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
     for group in head_groups(head_k, batch, num_key_heads, num_queries) if grad_output.numel() > 0 else ():
@@ -177,7 +176,8 @@ def topk_attention_backward_op(
             empty_slots = _none_unless_any(entries < 0)
             if empty_slots is not None:
                 entries = _stand_ins(entries, empty_slots)
-            in_table = _table_indices(entries, step, key)
+            key_table, value_table = tables.of(step)
+            in_table = _table_indices(entries, step, num_keys)
             rows_query, rows_grad = rows_of(query, step).to(dtype), rows_of(grad_output, step).to(dtype)
             if empty_slots is not None:
                 # A row without keys still points at some key: nothing of it may get there, not even 0 * NaN.
@@ -186,7 +186,7 @@ def topk_attention_backward_op(
                 rows_grad = rows_grad.masked_fill(row_is_empty, 0)
 
             p_dropped = p
-            grad_p = dot_with_rows(rows_grad, values, in_table)
+            grad_p = dot_with_rows(rows_grad, value_table, in_table)
             if seed is not None:
                 rows = row_numbers(step, num_heads, num_queries, query.device)
                 p_dropped = _drop(p, seed, rows, entries, dropout_p)
@@ -201,29 +201,23 @@ def topk_attention_backward_op(
 
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores, entries, step, num_queries, num_keys)
             grad_scores *= scale
-            rows_grad_query = weighted_sum_of_rows(keys, in_table, grad_scores)
+            rows_grad_query = weighted_sum_of_rows(key_table, in_table, grad_scores)
             if empty_slots is not None:
                 rows_grad_query.masked_fill_(row_is_empty, 0)
             write_rows(grad_query, step, rows_grad_query)
-            part = key_table_part(step, num_key_heads, num_keys)
-            by_key = transpose_selection(in_table - part.start, part.stop - part.start)
-            grad_keys[part] += weighted_sum_by_target(by_key, rows_query, grad_scores)
-            grad_values[part] += weighted_sum_by_target(by_key, rows_grad, p_dropped)
-    return (
-        grad_query,
-        grad_keys.view(key.shape).to(key.dtype),
-        grad_values.view(value.shape).to(value.dtype),
-        grad_bias,
-        grad_relative_bias,
-    )
+            by_key = transpose_selection(in_table, key_table.shape[0])
+            for grad, rows, coefficients in ((grad_key, rows_query, grad_scores), (grad_value, rows_grad, p_dropped)):
+                part = part_of_heads(grad, step)
+                part += weighted_sum_by_target(by_key, rows, coefficients).view(part.shape)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
 
 
 @topk_attention_backward_op.register_fake
 def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, bias_shape, relative_shape):
     return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
         query.new_empty(relative_shape or (0,), dtype=weights.dtype),
     )
@@ -287,13 +281,13 @@ class _Chosen(NamedTuple):
     row_is_empty: Tensor | None  # [rows, 1], None where every slot of the step is filled
 
 
-def _choose(inputs: ScoreInputs, step: Step, k: int, key_block: int, memory: Tensor) -> _Chosen:
+def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_block: int, memory: Tensor) -> _Chosen:
     query = query_rows(inputs, step)
     scores = query.new_empty(step.num_rows, 0)
     indices = torch.empty(step.num_rows, 0, dtype=torch.int64, device=query.device)
     # A step that sees no key at all still scores one, and hides it.
     for keys in split(range(max(inputs.num_visible_keys(step), 1)), key_block):
-        tile = score_tile(inputs, step, query, keys, memory)
+        tile = score_tile(inputs, step, query, key_table, keys, memory)
         block_scores, block_indices = select_topk(tile.view(step.num_rows, len(keys)), k)
         block_indices = block_indices + keys.start
         candidates = torch.cat([indices, block_indices], dim=1)
@@ -342,11 +336,12 @@ def _save(entries: Tensor, selection: Tensor, group: HeadGroup, step: Step, batc
     part.copy_(entries.view(part.shape))
 
 
-def _table_indices(indices: Tensor, step: Step, key: Tensor) -> Tensor:
-    """Key indices as row numbers of the flat [B * G * M, D] table; int32 where they fit, it halves the traffic."""
-    start = key_table_start(step, key.shape[1], key.shape[2], key.device)
-    table_length = key.shape[0] * key.shape[1] * key.shape[2]
-    return (indices + start).to(torch.int32 if table_length < 2**31 else torch.int64)
+def _table_indices(indices: Tensor, step: Step, num_keys: int) -> Tensor:
+    """Key indices as row numbers of the step's tables; int32 where they fit, it halves the traffic."""
+    batches, key_heads, _, _ = step.shape
+    if batches * key_heads > 1:
+        indices = indices + row_table_starts(step, num_keys, indices.device)
+    return indices.to(torch.int32 if batches * key_heads * num_keys < 2**31 else torch.int64)
 
 
 def _add_bias_gradients(

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..calls import AttentionCall, accumulation_dtype
 from ..dropout import keep_mask
 from .autocast import without_autocast
-from .scores import ScoreInputs, key_rows, prepare, query_rows, score_tile
-from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
+from .scores import ScoreInputs, block_of, query_rows, score_tile
+from .tables import Tables, part_of_heads
+from .tiles import HeadGroup, Step, empty_output, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
 
 
 def full_attention(call: AttentionCall) -> Tensor:
@@ -52,12 +53,13 @@ def full_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """Returns output [B, H, N, E] and the logarithm of each row's softmax denominator, [B, H, N, 1]."""
     batch, num_heads, num_queries, _ = query.shape
-    inputs = prepare(query, key, attn_mask, bias, relative_bias, is_causal, scale)
-    dtype = inputs.key.dtype
-    values, value_is_broken = _finite_values(value.to(dtype).contiguous())
-    output = query.new_empty(batch, num_heads, num_queries, value.shape[3])
+    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    dtype = inputs.dtype
+    tables = Tables(key, value, dtype)
+    output = empty_output(query, value)
     log_sums = query.new_empty(batch, num_heads, num_queries, 1, dtype=dtype)
-    for step, query_part, tiles in _tiles(inputs, query_chunk_size):
+    for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
+        values, value_is_broken = _finite_values(tables.of(step)[1])
         largest = query_part.new_full((*query_part.shape[:2], 1), -torch.inf)
         total = torch.zeros_like(largest)
         result = query_part.new_zeros(*query_part.shape[:2], value.shape[3])
@@ -66,7 +68,7 @@ def full_attention_op(
             scores = tile.flatten(0, 1).flatten(1, 2)  # [b * g, r * n, keys]
             if value_is_broken is not None:
                 visible = (~scores.isneginf()).to(dtype)
-                sees_broken_value |= visible @ key_rows(value_is_broken, step, keys).to(dtype) > 0
+                sees_broken_value |= visible @ block_of(value_is_broken, step, keys).to(dtype) > 0
             new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
             # Rows that have seen no key yet keep -inf; 0 stands in for it so that -inf - -inf never happens.
             reference = new_largest.masked_fill(new_largest.isneginf(), 0)
@@ -75,7 +77,7 @@ def full_attention_op(
             total = total * shrink + scores.sum(-1, keepdim=True)
             if seed is not None:
                 scores *= _dropout_factor(seed, step, keys, num_heads, num_queries, dropout_p, scores)
-            result = torch.baddbmm(result * shrink, scores, key_rows(values, step, keys))
+            result = torch.baddbmm(result * shrink, scores, block_of(values, step, keys))
             largest = new_largest
         row_is_empty = largest.isneginf()
         result = (result / total).masked_fill_(row_is_empty, 0)
@@ -92,7 +94,7 @@ def _(query, key, value, *options) -> tuple[Tensor, Tensor]:
     batch, num_heads, num_queries, _ = query.shape
     dtype = accumulation_dtype(query.dtype)
     return (
-        query.new_empty(batch, num_heads, num_queries, value.shape[3]),
+        empty_output(query, value),
         query.new_empty(batch, num_heads, num_queries, 1, dtype=dtype),
     )
 
@@ -119,15 +121,16 @@ def full_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, bias and relative_bias; an empty shape stands for no gradient."""
     _, num_heads, num_queries, _ = query.shape
-    inputs = prepare(query, key, attn_mask, bias, relative_bias, is_causal, scale)
-    dtype = inputs.key.dtype
-    values, _ = _finite_values(value.to(dtype).contiguous())
-    keys_table, _ = _finite_values(inputs.key)
-    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = torch.zeros_like(inputs.key), torch.zeros_like(values)
+    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    dtype = inputs.dtype
+    tables = Tables(key, value, dtype)
+    grad_query = torch.zeros_like(query)
+    grad_key, grad_value = torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
     grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
     grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
-    for step, query_part, tiles in _tiles(inputs, query_chunk_size):
+    for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
+        key_table, value_table = (_finite_values(table)[0] for table in tables.of(step))
+        step_grad_key, step_grad_value = part_of_heads(grad_key, step), part_of_heads(grad_value, step)
         shape = query_part.shape[:2]
         rows_grad = rows_of(grad_output, step).to(dtype)
         # sum_j p_j dp_j is output . grad_output, also under dropout (Dao et al. 2022, FlashAttention, appendix B).
@@ -136,7 +139,7 @@ def full_attention_backward_op(
         # A row without keys reaches no gradient, not even as 0 * NaN.
         row_is_empty = log_sum.isposinf()
         rows_grad = rows_grad.masked_fill(row_is_empty, 0).view(*shape, -1)
-        rows_query = rows_of(inputs.query, step).to(dtype).masked_fill(row_is_empty, 0).view(*shape, -1)
+        rows_query = rows_of(query, step).to(dtype).masked_fill(row_is_empty, 0).view(*shape, -1)
         mean_grad = mean_grad.masked_fill(row_is_empty.view(*shape, 1), 0)
         log_sum = log_sum.view(*shape, 1)
         rows_grad_query = torch.zeros_like(query_part)
@@ -144,20 +147,20 @@ def full_attention_backward_op(
             p = tile.flatten(0, 1).flatten(1, 2)
             hidden = p.isneginf() if inputs.rows_may_lack_keys else None
             p.sub_(log_sum).exp_()
-            grad_p = rows_grad @ key_rows(values, step, keys).mT
+            grad_p = rows_grad @ block_of(value_table, step, keys).mT
             p_dropped = p
             if seed is not None:
                 factor = _dropout_factor(seed, step, keys, num_heads, num_queries, dropout_p, p)
                 p_dropped = p * factor
                 grad_p *= factor
-            key_rows(grad_value, step, keys).add_(p_dropped.mT @ rows_grad)
+            _add_to_block(step_grad_value, keys, p_dropped.mT @ rows_grad)
             grad_scores = grad_p.sub_(mean_grad).mul_(p)
             if hidden is not None:
                 grad_scores.masked_fill_(hidden, 0)
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores.view(tile.shape), step, keys, num_queries)
             grad_scores *= scale
-            rows_grad_query.baddbmm_(grad_scores, key_rows(keys_table, step, keys))
-            key_rows(grad_key, step, keys).add_(grad_scores.mT @ rows_query)
+            rows_grad_query.baddbmm_(grad_scores, block_of(key_table, step, keys))
+            _add_to_block(step_grad_key, keys, grad_scores.mT @ rows_query)
         write_rows(grad_query, step, rows_grad_query)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
 
@@ -166,9 +169,9 @@ def full_attention_backward_op(
 def _(grad_output, output, log_sums, query, key, value, *options):
     bias_shape, relative_shape = options[-2:]
     return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
         query.new_empty(bias_shape or (0,), dtype=log_sums.dtype),
         query.new_empty(relative_shape or (0,), dtype=log_sums.dtype),
     )
@@ -209,21 +212,28 @@ full_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _tiles(
-    inputs: ScoreInputs, query_chunk_size: int | None
+    inputs: ScoreInputs, tables: Tables, num_key_heads: int, query_chunk_size: int | None
 ) -> Iterator[tuple[Step, Tensor, Iterator[tuple[range, Tensor]]]]:
     """Walk all score tiles: for each step its scaled queries and the tiles of its visible keys, one at a time."""
     batch, num_heads, num_queries, _ = inputs.query.shape
     if batch * num_heads * num_queries == 0:
         return
-    group = HeadGroup(range(num_heads), range(inputs.key.shape[1]), 1, 0)
-    shape = tile_shape(group, num_queries, inputs.num_keys, inputs.key.dtype.itemsize, query_chunk_size)
+    group = HeadGroup(range(num_heads), range(num_key_heads), 1, 0)
+    shape = tile_shape(group, num_queries, inputs.num_keys, inputs.dtype.itemsize, query_chunk_size)
     memory = None
     for step in steps(group, batch, num_queries, shape.query_chunk, shape.rows_per_step):
         if memory is None:  # no later step is larger than the first
-            memory = inputs.key.new_empty(step.num_rows * shape.key_block)
+            memory = inputs.query.new_empty(step.num_rows * shape.key_block, dtype=inputs.dtype)
         query = query_rows(inputs, step)
         blocks = split(range(max(inputs.num_visible_keys(step), 1)), shape.key_block)
-        yield step, query, ((keys, score_tile(inputs, step, query, keys, memory)) for keys in blocks)
+        key_table, _ = tables.of(step)
+        yield step, query, ((keys, score_tile(inputs, step, query, key_table, keys, memory)) for keys in blocks)
+
+
+def _add_to_block(grad: Tensor, keys: range, sums: Tensor) -> None:
+    """Add sums [b * g, keys, X] to a block of a gradient [b, g, M, X]."""
+    part = grad[:, :, keys.start : keys.stop]
+    part += sums.view(part.shape)
 
 
 def _finite_values(table: Tensor) -> tuple[Tensor, Tensor | None]:

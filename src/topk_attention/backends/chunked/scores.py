@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from ..calls import accumulation_dtype
+from .tables import nan_where_not_finite
 from .tiles import Step, narrow, rows_of
 
 
 class ScoreInputs(NamedTuple):
-    """Everything scores depend on, in the accumulation dtype.
+    """Everything but the keys that scores depend on.
 
-    B batch, H query heads, G key heads, N queries, M keys, D head size
+    B batch, H query heads, N queries, M keys, D head size
     """
 
     query: Tensor  # [B, H, N, D]
-    key: Tensor  # [B, G, M, D], contiguous
+    num_keys: int
     attn_mask: Tensor | None  # [B|1, H|1, N|1, M|1]
     bias: Tensor | None  # [B|1, H|1, N|1, M|1]
     relative_bias: Tensor | None  # [H|1, N + M - 1]
@@ -26,12 +27,12 @@ class ScoreInputs(NamedTuple):
     scale: float
 
     @property
-    def num_queries(self) -> int:
-        return self.query.shape[2]
+    def dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.query.dtype)
 
     @property
-    def num_keys(self) -> int:
-        return self.key.shape[2]
+    def num_queries(self) -> int:
+        return self.query.shape[2]
 
     @property
     def rows_may_lack_keys(self) -> bool:
@@ -45,57 +46,23 @@ class ScoreInputs(NamedTuple):
         return max(0, min(self.num_keys, step.queries.stop + self.num_keys - self.num_queries))
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None,
-    bias: Tensor | None,
-    relative_bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> ScoreInputs:
-    dtype = accumulation_dtype(query.dtype)
-    return ScoreInputs(
-        nan_where_not_finite(query),
-        nan_where_not_finite(key.to(dtype).contiguous()),
-        attn_mask,
-        bias,
-        None if relative_bias is None else relative_bias.to(dtype),
-        is_causal,
-        scale,
-    )
-
-
-def nan_where_not_finite(tensor: Tensor) -> Tensor:
-    """NaN for each inf, so that no score of a broken query or key is a mere -inf. Copies only when it has to.
-
-    A finite sum proves that every element is finite; a sum that overflows costs a needless copy, nothing else.
-    """
-    if tensor.sum(dtype=accumulation_dtype(tensor.dtype)).isfinite():
-        return tensor
-    return torch.where(tensor.isfinite(), tensor, torch.nan)
-
-
 def query_rows(inputs: ScoreInputs, step: Step) -> Tensor:
     """The step's queries, scaled, as [batches * key heads, rows of one key head, D]."""
     batches, key_heads, queries_per_key_head, queries = step.shape
-    rows = rows_of(inputs.query, step).to(inputs.key.dtype) * inputs.scale
+    rows = nan_where_not_finite(rows_of(inputs.query, step).to(inputs.dtype)) * inputs.scale
     return rows.view(batches * key_heads, queries_per_key_head * queries, -1)
 
 
-def key_rows(table: Tensor, step: Step, keys: range) -> Tensor:
-    """The step's part of a contiguous [B, G, M, X] table as [batches * key heads, keys, X], a view."""
-    part = table[step.batches.start : step.batches.stop, step.key_heads.start : step.key_heads.stop]
-    return part[:, :, keys.start : keys.stop].flatten(0, 1)
-
-
-def score_tile(inputs: ScoreInputs, step: Step, query: Tensor, keys: range, memory: Tensor) -> Tensor:
+def score_tile(
+    inputs: ScoreInputs, step: Step, query: Tensor, key_table: Tensor, keys: range, memory: Tensor
+) -> Tensor:
     """Scores [b, g, r, n, m] of the step's queries against a block of keys, -inf where a query may not look.
 
     query   what `query_rows` returned
+    key_table  the keys of the step's heads, [b * g * M, D]
     memory  flat, in the accumulation dtype; overwritten, and the result is a view of it
     """
-    block = key_rows(inputs.key, step, keys)
+    block = block_of(key_table, step, keys)
     tile = memory[: query.shape[0] * query.shape[1] * len(keys)].view(query.shape[0], query.shape[1], len(keys))
     torch.bmm(query, block.mT, out=tile)
     tile = tile.view(*step.shape, len(keys))
@@ -106,6 +73,12 @@ def score_tile(inputs: ScoreInputs, step: Step, query: Tensor, keys: range, memo
             tile += narrow(additive, step, keys)
     _hide(inputs, step, keys, tile)
     return tile
+
+
+def block_of(table: Tensor, step: Step, keys: range) -> Tensor:
+    """A block of the step's keys out of a [b * g * M, X] table, as [b * g, keys, X], a view."""
+    batches, key_heads, _, _ = step.shape
+    return table.view(batches * key_heads, -1, table.shape[1])[:, keys.start : keys.stop]
 
 
 def _hide(inputs: ScoreInputs, step: Step, keys: range, tile: Tensor) -> None:

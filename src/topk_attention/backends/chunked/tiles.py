@@ -122,22 +122,6 @@ def backward_rows(num_keys: int, k: int) -> int:
     return max(entries // k, 1)
 
 
-def key_table_start(step: Step, num_key_heads: int, num_keys: int, device: torch.device) -> Tensor:
-    """For each row of the step where its keys begin in the flat [B * G * M, D] table, int64 [rows, 1]."""
-    batches = torch.arange(step.batches.start, step.batches.stop, device=device)[:, None, None]
-    heads = torch.arange(step.key_heads.start, step.key_heads.stop, device=device)[:, None]
-    _, _, queries_per_key_head, queries = step.shape
-    start = (batches * num_key_heads + heads) * num_keys
-    return start.expand(-1, -1, queries_per_key_head * queries).reshape(-1, 1)
-
-
-def key_table_part(step: Step, num_key_heads: int, num_keys: int) -> slice:
-    """The rows of the flat [B * G * M, D] key table between the step's first and last key."""
-    first = (step.batches.start * num_key_heads + step.key_heads.start) * num_keys
-    last = ((step.batches.stop - 1) * num_key_heads + step.key_heads.stop) * num_keys
-    return slice(first, last)
-
-
 def split(whole: range, size: int) -> Iterator[range]:
     for start in range(whole.start, whole.stop, size):
         yield range(start, min(start + size, whole.stop))
@@ -157,6 +141,13 @@ def rows_of(tensor: Tensor, step: Step) -> Tensor:
     """The step's part of a [B, H, N, X] tensor as [rows, X], rows in the order batch, head, query."""
     part = tensor[step.batches.start : step.batches.stop, step.query_heads.start : step.query_heads.stop]
     return part[:, :, step.queries.start : step.queries.stop].reshape(step.num_rows, tensor.shape[-1])
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """Memory for an output [B, H, N, E] in which each query's heads lie side by side, as the next projection reads
+    them: joining the heads then copies nothing."""
+    batch, num_heads, num_queries, _ = query.shape
+    return query.new_empty(batch, num_queries, num_heads, value.shape[3]).transpose(1, 2)
 
 
 def write_rows(tensor: Tensor, step: Step, rows: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
+from ..backends.autocast import autocast_off
 from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
@@ -136,9 +137,9 @@ def topk_attention(
     full_shape = (*batch, num_heads, num_queries, num_keys)
     dense_bias, relative_bias = _lower_bias(bias, query, full_shape)
     call = AttentionCall(
-        query=query.reshape(-1, *query.shape[-3:]),
-        key=key.reshape(-1, *key.shape[-3:]),
-        value=value.reshape(-1, *value.shape[-3:]),
+        query=query.reshape(math.prod(batch), *query.shape[-3:]),
+        key=key.reshape(math.prod(batch), *key.shape[-3:]),
+        value=value.reshape(math.prod(batch), *value.shape[-3:]),
         head_k=_k_per_head(k, num_heads, num_keys),
         attn_mask=_lower_mask(attn_mask, query, full_shape),
         bias=dense_bias,
@@ -158,21 +159,24 @@ def topk_attention(
 
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    choice = choose_backend(backend)
     if call.key.shape[2] == 0:  # no keys at all: every query returns zeros
-        output = call.query.new_zeros(*call.query.shape[:3], call.value.shape[3]) + 0 * call.query.sum()
+        zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
+        output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
         nothing = call.query.new_empty(*call.query.shape[:3], 0, dtype=accumulation_dtype(call.query.dtype))
         return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
-    match choose_backend(backend).name:
-        case "reference":
-            from ..backends import reference
+    with autocast_off(call.query.device.type):
+        match choice.name:
+            case "reference":
+                from ..backends import reference
 
-            output, indices, weights = reference.attention(call)
-            return (output, indices, weights.detach()) if call.return_selection else (output, None, None)
-        case "chunked":
-            from ..backends import chunked
+                output, indices, weights = reference.attention(call)
+                return (output, indices, weights.detach()) if call.return_selection else (output, None, None)
+            case "chunked":
+                from ..backends import chunked
 
-            return chunked.attention(call)
-    raise AssertionError(backend)
+                return chunked.attention(call)
+    raise AssertionError(choice)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -278,4 +282,4 @@ def _broadcastable(name: str, tensor: Tensor, query: Tensor, full_shape: tuple[i
     if all(size == 1 for size in aligned[:-3]):
         return tensor.reshape(1, *aligned[-3:])
     # Only the leading axes are expanded, and only where the mask differs along one of them.
-    return tensor.expand(*batch, *aligned[-3:]).reshape(-1, *aligned[-3:])
+    return tensor.expand(*batch, *aligned[-3:]).reshape(math.prod(batch), *aligned[-3:])

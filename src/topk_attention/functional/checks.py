@@ -7,6 +7,8 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from ..backends.autocast import autocast_is_on
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -14,7 +16,7 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
+def check_floating(name: str, tensor: Tensor | None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
@@ -49,7 +51,7 @@ def check_dropout(dropout_p: float) -> None:
 
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in the autocast dtype where autocast is on, as for matrix products: all but float64."""
-    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+    if not isinstance(tensor, Tensor) or not autocast_is_on(tensor.device.type):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor

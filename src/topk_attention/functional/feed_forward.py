@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..backends.activations import ACTIVATIONS
+from ..backends.autocast import autocast_off
 from ..backends.calls import FeedForwardCall
 from ..backends.dropout import draw_seed
 from .checks import (
@@ -94,16 +95,18 @@ def topk_feed_forward(
 
 
 def _run(call: FeedForwardCall, backend: str) -> Tensor:
-    match choose_backend(backend).name:
-        case "reference":
-            from ..backends import reference
+    choice = choose_backend(backend)
+    with autocast_off(call.x.device.type):
+        match choice.name:
+            case "reference":
+                from ..backends import reference
 
-            return reference.feed_forward(call)
-        case "chunked":
-            from ..backends import chunked
+                return reference.feed_forward(call)
+            case "chunked":
+                from ..backends import chunked
 
-            return chunked.feed_forward(call)
-    raise AssertionError(backend)
+                return chunked.feed_forward(call)
+    raise AssertionError(choice)
 
 
 def _check_shapes(
@@ -115,7 +118,11 @@ def _check_shapes(
     b_out: Tensor | None,
     b_gate: Tensor | None,
 ) -> None:
-    check_floating("x", x)
+    others = {"w_in": w_in, "w_out": w_out, "w_gate": w_gate, "b_in": b_in, "b_out": b_out, "b_gate": b_gate}
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is not None or name in ("x", "w_in", "w_out"):
+            check_floating(name, tensor)
+    check_same_dtype_and_device("x", x, **others)
     if x.ndim < 1:
         raise ValueError(f"x must have shape [..., model size], got {shape_of(x)}")
     if w_in.ndim != 2 or w_in.shape[1] != x.shape[-1] or w_in.shape[0] == 0:
@@ -130,4 +137,3 @@ def _check_shapes(
             raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
     if b_gate is not None and w_gate is None:
         raise ValueError("b_gate needs w_gate, got None; pass both or neither")
-    check_same_dtype_and_device("x", x, w_in=w_in, w_out=w_out, w_gate=w_gate, b_in=b_in, b_out=b_out, b_gate=b_gate)

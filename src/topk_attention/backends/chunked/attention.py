@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype
 from ..dropout import keep_mask
 from . import full_attention
-from .autocast import without_autocast
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
 from .selection import select_topk
@@ -296,7 +296,7 @@ def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_bloc
     if scores.shape[1] < k:
         missing = (0, k - scores.shape[1])
         scores, indices = F.pad(scores, missing, value=-torch.inf), F.pad(indices, missing)
-    empty_slots = _none_unless_any(scores.isneginf()) if inputs.rows_may_lack_keys else None
+    empty_slots = _none_unless_any(scores.isneginf())
     if empty_slots is None:
         return _Chosen(indices, indices, scores.softmax(1), None)
     indices, order = indices.masked_fill(empty_slots, inputs.num_keys).sort(1)

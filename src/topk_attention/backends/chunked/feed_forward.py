@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activate, activate_backward
+from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
-from .autocast import without_autocast
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .selection import select_topk
 from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split

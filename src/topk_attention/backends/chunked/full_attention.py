@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype
 from ..dropout import keep_mask
-from .autocast import without_autocast
 from .scores import ScoreInputs, block_of, query_rows, score_tile
 from .tables import Tables, part_of_heads
 from .tiles import HeadGroup, Step, empty_output, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
@@ -139,7 +139,8 @@ def full_attention_backward_op(
         # A row without keys reaches no gradient, not even as 0 * NaN.
         row_is_empty = log_sum.isposinf()
         rows_grad = rows_grad.masked_fill(row_is_empty, 0).view(*shape, -1)
-        rows_query = rows_of(query, step).to(dtype).masked_fill(row_is_empty, 0).view(*shape, -1)
+        rows_query, _ = _finite_values(rows_of(query, step).to(dtype))
+        rows_query = rows_query.masked_fill(row_is_empty, 0).view(*shape, -1)
         mean_grad = mean_grad.masked_fill(row_is_empty.view(*shape, 1), 0)
         log_sum = log_sum.view(*shape, 1)
         rows_grad_query = torch.zeros_like(query_part)
@@ -147,6 +148,8 @@ def full_attention_backward_op(
             p = tile.flatten(0, 1).flatten(1, 2)
             hidden = p.isneginf() if inputs.rows_may_lack_keys else None
             p.sub_(log_sum).exp_()
+            if hidden is not None:  # not even a row that is NaN reaches keys that it does not see
+                p.masked_fill_(hidden, 0)
             grad_p = rows_grad @ block_of(value_table, step, keys).mT
             p_dropped = p
             if seed is not None:

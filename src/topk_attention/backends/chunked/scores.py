@@ -78,7 +78,8 @@ def score_tile(
 def block_of(table: Tensor, step: Step, keys: range) -> Tensor:
     """A block of the step's keys out of a [b * g * M, X] table, as [b * g, keys, X], a view."""
     batches, key_heads, _, _ = step.shape
-    return table.view(batches * key_heads, -1, table.shape[1])[:, keys.start : keys.stop]
+    num_keys = table.shape[0] // (batches * key_heads)
+    return table.view(batches * key_heads, num_keys, table.shape[1])[:, keys.start : keys.stop]
 
 
 def _hide(inputs: ScoreInputs, step: Step, keys: range, tile: Tensor) -> None:

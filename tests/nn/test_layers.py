@@ -1,0 +1,121 @@
+"""Layers around projections that they are handed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from topk_attention import ALiBi, TopKAttention, TopKFeedForward, topk_attention
+
+
+def projections(size: int, key_size: int | None = None) -> list[nn.Linear]:
+    torch.manual_seed(0)
+    key_size = key_size or size
+    return [
+        layer.double()
+        for layer in (
+            nn.Linear(size, size),
+            nn.Linear(size, key_size),
+            nn.Linear(size, key_size),
+            nn.Linear(size, size, bias=False),
+        )
+    ]
+
+
+def test_attention_with_every_key_equals_torchs_multihead_attention():
+    to_query, to_key, to_value, to_output = projections(24)
+    theirs = nn.MultiheadAttention(24, 4, batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([to_query.weight, to_key.weight, to_value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([to_query.bias, to_key.bias, to_value.bias]))
+        theirs.out_proj.weight.copy_(to_output.weight)
+        theirs.out_proj.bias.zero_()
+    ours = TopKAttention(to_query, to_key, to_value, to_output, num_heads=4, k=100)
+    x, context = torch.randn(2, 7, 24).double(), torch.randn(2, 11, 24).double()
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+    torch.testing.assert_close(ours(x, context), theirs(x, context, context)[0])
+
+
+def test_attention_hands_every_option_on():
+    layers = projections(24, key_size=12)
+    bias = ALiBi(torch.rand(4).double())
+    mask = torch.rand(2, 1, 1, 9) > 0.3
+    x = torch.randn(2, 9, 24).double()
+    ours = TopKAttention(*layers, num_heads=4, num_key_heads=2, k=[1, 2, 3, 4], is_causal=True, scale=0.7)
+    query, key, value = (
+        layer(x).view(2, 9, heads, 6).transpose(1, 2) for layer, heads in zip(layers, (4, 2, 2), strict=False)
+    )
+    expected = topk_attention(
+        query, key, value, k=[1, 2, 3, 4], attn_mask=mask, bias=bias, is_causal=True, scale=0.7, enable_gqa=True
+    )
+    expected = layers[3](expected.transpose(1, 2).reshape(2, 9, 24))
+    torch.testing.assert_close(ours(x, attn_mask=mask, bias=bias), expected)
+
+
+def test_attention_drops_in_training_alone():
+    ours = TopKAttention(*projections(24), num_heads=4, k=5, dropout_p=0.5)
+    x = torch.randn(2, 9, 24).double()
+    assert not torch.equal(ours(x), ours(x))
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+def test_attention_says_when_heads_do_not_divide_a_projection():
+    ours = TopKAttention(*projections(24), num_heads=5, k=5)
+    with pytest.raises(ValueError, match="a projection's size must be a multiple of its 5 heads, got 24"):
+        ours(torch.randn(2, 9, 24).double())
+
+
+class Dense(nn.Module):
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(10, 20)
+        self.down = nn.Linear(20, 10)
+        self.gate = nn.Linear(10, 20) if gated else None
+
+    def forward(self, x):
+        hidden = F.silu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_feed_forward_state_dicts_are_interchangeable_with_the_dense_layers_both_ways(gated):
+    torch.manual_seed(0)
+    dense = Dense(gated)
+    ours = TopKFeedForward(
+        dense.up, dense.down, linear_gate=dense.gate, k=20, activation="silu", names=("up", "down", "gate")
+    )
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(ours(x), dense(x))
+    assert ours.state_dict().keys() == dense.state_dict().keys()
+    other = copy.deepcopy(ours)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    dense.load_state_dict(other.state_dict())
+    torch.testing.assert_close(dense(x), other(x))
+    other.load_state_dict(Dense(gated).state_dict())
+
+
+def test_feed_forward_uses_the_very_weights_it_was_handed():
+    dense = Dense(gated=True)
+    ours = TopKFeedForward(dense.up, dense.down, linear_gate=dense.gate, k=3)
+    assert {p.data_ptr() for p in ours.parameters()} == {p.data_ptr() for p in dense.parameters()}
+
+
+def test_feed_forward_drops_in_training_alone():
+    dense = Dense(gated=False)
+    ours = TopKFeedForward(dense.up, dense.down, k=9, dropout_p=0.5)
+    x = torch.randn(3, 10)
+    assert not torch.equal(ours(x), ours(x))
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+def test_layers_print_their_k():
+    assert "k=5, num_heads=4" in repr(TopKAttention(*projections(24), num_heads=4, k=5))
+    dense = Dense(gated=False)
+    assert "k=7, activation='relu'" in repr(TopKFeedForward(dense.up, dense.down, k=7))

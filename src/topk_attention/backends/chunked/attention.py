@@ -38,7 +38,7 @@ from .tiles import (
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
     num_keys = call.key.shape[2]
-    keeps_every_key = call.head_k is None or min(call.head_k, default=num_keys) >= num_keys
+    keeps_every_key = call.head_k is None or all(k >= num_keys for k in call.head_k)
     if keeps_every_key and not call.return_selection:
         return full_attention.full_attention(call), None, None
     head_k = call.head_k or (num_keys,) * call.query.shape[1]
@@ -61,13 +61,13 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     )
     if not call.return_selection:
         return output, None, None
-    return output, _padded(indices, call, head_k, -1), _padded(weights.detach(), call, head_k, 0)
+    return output, _padded(indices, call, head_k, -1), _padded(weights, call, head_k, 0)
 
 
 def _padded(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
     """A flat selection as [B, H, N, K], K the largest k; unused slots hold `fill`."""
     batch, num_heads, num_queries, _ = call.query.shape
-    padded = selection.new_full((batch, num_heads, num_queries, max(head_k, default=0)), fill)
+    padded = selection.new_full((batch, num_heads, num_queries, max((0, *head_k))), fill)
     for group in head_groups(head_k, batch, call.key.shape[1], num_queries):
         heads = slice(group.query_heads.start, group.query_heads.stop)
         padded[:, heads, :, : group.k] = entries_of(selection, group, batch, num_queries)
@@ -227,6 +227,7 @@ def _setup_context(ctx, inputs, output) -> None:
     query, key, value, _, bias, relative_bias, seed, head_k, _, scale, dropout_p, _, save_selection = inputs
     _, indices, weights = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(indices, weights)
     ctx.save_for_backward(query, key, value, seed, indices, weights)
     ctx.head_k, ctx.scale, ctx.dropout_p, ctx.has_selection = head_k, scale, dropout_p, save_selection
     # Shapes alone: the biases themselves are not needed again.
@@ -235,9 +236,7 @@ def _setup_context(ctx, inputs, output) -> None:
     )
 
 
-def _backward(ctx, grad_output, _grad_indices, grad_weights):
-    if grad_weights is not None:
-        raise RuntimeError("the weights of a selection have no gradient; differentiate the output instead")
+def _backward(ctx, grad_output, *_):
     if grad_output is None:
         return (None,) * 13
     if not ctx.has_selection:

@@ -199,14 +199,13 @@ def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options):
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, k, activation, dropout_p, token_chunk_size, save_selection = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.options = (k, activation, dropout_p, token_chunk_size)
     ctx.has_selection = save_selection
 
 
-def _backward(ctx, grad_output, _grad_neurons, grad_values, grad_gates):
-    if grad_values is not None or grad_gates is not None:
-        raise RuntimeError("the selection of a feed-forward layer has no gradient; differentiate the output instead")
+def _backward(ctx, grad_output, *_):
     if grad_output is None:
         return (None,) * 12
     if not ctx.has_selection:

@@ -183,13 +183,12 @@ def _(grad_output, output, log_sums, query, key, value, *options):
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, is_causal, scale, dropout_p, query_chunk_size = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *tensors)
     ctx.options = (is_causal, scale, dropout_p, query_chunk_size)
 
 
-def _backward(ctx, grad_output, grad_log_sums):
-    if grad_log_sums is not None:
-        raise RuntimeError("the log_sums of chunked_full_attention have no gradient; differentiate the output instead")
+def _backward(ctx, grad_output, *_):
     if grad_output is None:
         return (None,) * 11
     output, log_sums, *tensors = ctx.saved_tensors

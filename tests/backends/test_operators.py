@@ -1,0 +1,138 @@
+"""The custom operators keep torch's rules: schema, fake tensors, autograd and tracing."""
+
+import importlib
+
+import pytest
+import torch
+
+attention = importlib.import_module("topk_attention.backends.chunked.attention")
+full_attention = importlib.import_module("topk_attention.backends.chunked.full_attention")
+feed_forward = importlib.import_module("topk_attention.backends.chunked.feed_forward")
+
+BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 4, 2, 5, 7, 3, 6
+
+
+def attention_tensors(case, requires_grad):
+    """query, key, value, attn_mask, bias, relative_bias, seed"""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
+
+    query, key = random(BATCH, HEADS, QUERIES, HEAD_DIM), random(BATCH, KEY_HEADS, KEYS, HEAD_DIM)
+    value = random(BATCH, KEY_HEADS, KEYS, VALUE_DIM)
+    if case == "transposed":
+        query, key, value = (
+            x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(requires_grad)
+            for x in (query, key, value)
+        )
+    mask = bias = relative_bias = seed = None
+    if case == "bool mask and bias":
+        mask, bias = torch.rand(BATCH, 1, QUERIES, KEYS) < 0.7, random(1, HEADS, 1, KEYS)
+    if case == "float mask and relative bias":
+        mask, relative_bias = torch.randn(1, 1, QUERIES, KEYS).double(), random(HEADS, QUERIES + KEYS - 1)
+    if case == "dropout":
+        seed = torch.tensor(17)
+    return query, key, value, mask, bias, relative_bias, seed
+
+
+CASES = pytest.mark.parametrize(
+    "case", ["plain", "transposed", "bool mask and bias", "float mask and relative bias", "dropout"]
+)
+REQUIRES_GRAD = pytest.mark.parametrize("requires_grad", [False, True], ids=["constants", "with gradients"])
+
+
+def topk_options(case):
+    """head_k, is_causal, scale, dropout_p, query_chunk_size"""
+    head_k = [1, 3, 3, 2] if case == "float mask and relative bias" else [3] * HEADS
+    return head_k, case == "transposed", 0.5, 0.3 if case == "dropout" else 0.0, 2 if case == "plain" else None
+
+
+@CASES
+@REQUIRES_GRAD
+def test_topk_attention_is_a_proper_operator(case, requires_grad):
+    arguments = (*attention_tensors(case, requires_grad), *topk_options(case), True)
+    torch.library.opcheck(attention.topk_attention_op, arguments)
+
+
+@CASES
+def test_topk_attention_without_a_saved_selection_is_a_proper_operator(case):
+    arguments = (*attention_tensors(case, False), *topk_options(case), False)
+    torch.library.opcheck(attention.topk_attention_op, arguments)
+
+
+@CASES
+def test_topk_attention_backward_is_a_proper_operator(case):
+    tensors = attention_tensors(case, False)
+    query, key, value, _, bias, relative_bias, seed = tensors
+    head_k, _, scale, dropout_p, _ = options = topk_options(case)
+    output, indices, weights = attention.topk_attention_op(*tensors, *options, True)
+    shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
+    arguments = (torch.randn_like(output), query, key, value, seed, indices, weights, head_k, scale, dropout_p, *shapes)
+    torch.library.opcheck(attention.topk_attention_backward_op, arguments)
+
+
+@CASES
+@REQUIRES_GRAD
+def test_full_attention_is_a_proper_operator(case, requires_grad):
+    _, *options = topk_options(case)
+    torch.library.opcheck(full_attention.full_attention_op, (*attention_tensors(case, requires_grad), *options))
+
+
+@CASES
+def test_full_attention_backward_is_a_proper_operator(case):
+    tensors = attention_tensors(case, False)
+    _, *options = topk_options(case)
+    output, log_sums = full_attention.full_attention_op(*tensors, *options)
+    shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
+    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *shapes)
+    torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
+
+
+TOKENS, MODEL, NEURONS, OUTPUTS = 6, 3, 8, 5
+
+
+def feed_forward_arguments(case, requires_grad):
+    """All arguments but save_selection."""
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
+
+    x, w_in, w_out = random(TOKENS, MODEL), random(NEURONS, MODEL), random(OUTPUTS, NEURONS)
+    w_gate = b_in = b_gate = seed = None
+    if case == "transposed":
+        x, w_in, w_out = (y.detach().mT.contiguous().mT.requires_grad_(requires_grad) for y in (x, w_in, w_out))
+    if case in ("gated", "all neurons"):
+        w_gate, b_in, b_gate = random(NEURONS, MODEL), random(NEURONS), random(NEURONS)
+    if case == "dropout":
+        seed = torch.tensor(17)
+    k = NEURONS if case == "all neurons" else 3
+    return x, w_in, w_out, w_gate, b_in, b_gate, seed, k, "gelu", 0.3 if seed is not None else 0.0, 4
+
+
+FEED_FORWARD_CASES = pytest.mark.parametrize("case", ["plain", "transposed", "gated", "all neurons", "dropout"])
+
+
+@FEED_FORWARD_CASES
+@REQUIRES_GRAD
+def test_feed_forward_is_a_proper_operator(case, requires_grad):
+    torch.library.opcheck(feed_forward.feed_forward_op, (*feed_forward_arguments(case, requires_grad), True))
+
+
+@FEED_FORWARD_CASES
+def test_feed_forward_backward_is_a_proper_operator(case):
+    arguments = feed_forward_arguments(case, False)
+    output, *selection = feed_forward.feed_forward_op(*arguments, True)
+    *tensors, k, activation, dropout_p, chunk = arguments
+    torch.library.opcheck(
+        feed_forward.feed_forward_backward_op,
+        (torch.randn_like(output), *tensors, *selection, k, activation, dropout_p, chunk),
+    )
+
+
+def test_a_backward_pass_without_a_saved_selection_is_refused():
+    output, _, _ = attention.topk_attention_op(*attention_tensors("plain", True), *topk_options("plain"), False)
+    with pytest.raises(RuntimeError, match="chunked_topk_attention needs save_selection=True for a backward pass"):
+        output.sum().backward()
+    output, *_ = feed_forward.feed_forward_op(*feed_forward_arguments("plain", True), False)
+    with pytest.raises(RuntimeError, match="chunked_feed_forward needs save_selection=True for a backward pass"):
+        output.sum().backward()

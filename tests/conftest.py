@@ -1,0 +1,75 @@
+"""Fixtures that tests of all layers share."""
+
+import importlib
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+
+from topk_attention.backends import BACKENDS
+from topk_attention.backends.chunked import tiles
+
+settings.register_profile("local", max_examples=100, deadline=None)
+settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+class ScoredTile(NamedTuple):
+    step: tiles.Step
+    keys: range
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    # Inputs of a few rows gain nothing from a second thread and wait 8 ms for it whenever the machine is busy.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def scored_tiles(monkeypatch):
+    """A list that receives every score tile the chunked backend computes."""
+    tiles_so_far: list[ScoredTile] = []
+    for name in ("attention", "full_attention"):
+        # By its full name: in the package, `attention` is the function.
+        module = importlib.import_module(f"topk_attention.backends.chunked.{name}")
+        score_tile = module.score_tile
+
+        def recorded(inputs, step, *rest, score_tile=score_tile):
+            tiles_so_far.append(ScoredTile(step, next(x for x in rest if isinstance(x, range))))
+            return score_tile(inputs, step, *rest)
+
+        monkeypatch.setattr(module, "score_tile", recorded)
+    return tiles_so_far
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, scored_tiles):
+    """Cut inputs of a dozen rows into several query chunks, key blocks and backward steps."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 128)  # 16 scores in float64
+    monkeypatch.setattr(tiles, "_QUERY_CHUNK_BEFORE_KEYS_ARE_BLOCKED", 4)
+    monkeypatch.setattr(tiles, "_KEY_BLOCK_PER_K", 1)
+    feed_forward = importlib.import_module("topk_attention.backends.chunked.feed_forward")
+    monkeypatch.setattr(feed_forward, "TILE_BYTES", 128)
+    monkeypatch.setattr(feed_forward, "_FEWEST_TOKENS", 1)
+    monkeypatch.setattr(feed_forward, "_ENTRIES_PER_NEURON", 1)
+    return scored_tiles
+
+
+@pytest.fixture(params=["one_tile", "small_tiles"])
+def tiling(request):
+    """Run the test with everything in one tile and again with the inputs cut into many."""
+    if request.param == "small_tiles":
+        request.getfixturevalue("small_tiles")
+    return request.param

@@ -1,0 +1,137 @@
+"""Gradients are exact, repeatable and only where they are asked for."""
+
+import itertools
+
+import pytest
+import torch
+from comparison import CALL_NAMES, SIZES, TINY, assert_same, attention_inputs, named_call, output_and_gradients
+from torch import nn
+
+from topk_attention import topk_attention
+
+K_OR_NONE = pytest.mark.parametrize("options", [{}, {"k": None}], ids=["some", "all"])
+
+
+@K_OR_NONE
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("name", CALL_NAMES)
+def test_gradients_match_finite_differences(backend, small_tiles, name, dropout_p, options):
+    call = named_call(name, TINY, smallest_gap=1e-3)
+
+    def function(*tensors):
+        torch.manual_seed(3)  # each evaluation draws the same dropout
+        return call(*tensors, dropout_p=dropout_p, query_chunk_size=2, backend=backend, **options)
+
+    # The fast mode checks one random direction. Without dropout that will do: other tests compare with a dense matrix.
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in call.tensors], fast_mode=dropout_p == 0)
+
+
+@K_OR_NONE
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["plain", "everything_at_once", "relative_bias"])
+def test_a_second_backward_pass_over_one_graph_gives_equal_gradients(backend, tiling, name, dropout_p, options):
+    call = named_call(name)
+    inputs = [x.requires_grad_() for x in call.tensors]
+    output = call(*inputs, dropout_p=dropout_p, query_chunk_size=3, backend=backend, **options)
+    grad_output = torch.randn_like(output)
+    first = torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
+    second = torch.autograd.grad(output, inputs, grad_output)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Attention(nn.Module):
+    def __init__(self, backend, k):
+        super().__init__()
+        self.to_query, self.to_key = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+        self.options = {"backend": backend, "k": k, "query_chunk_size": 2}
+
+    def forward(self, x):
+        dropout_p = 0.5 if self.training else 0.0
+        return topk_attention(self.to_query(x), self.to_key(x), x, dropout_p=dropout_p, **self.options)
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_backward_after_eval_is_that_of_the_training_forward(backend, tiling, k):
+    layer, x = Attention(backend, k), torch.randn(1, 2, 7, 3, dtype=torch.float64)
+
+    def gradients(call_eval):
+        layer.train()
+        torch.manual_seed(5)
+        output = layer(x)
+        if call_eval:
+            layer.eval()
+            layer(x)
+        return torch.autograd.grad(output.sum(), list(layer.parameters()))
+
+    assert_same(gradients(call_eval=True), gradients(call_eval=False))
+
+
+@K_OR_NONE
+@pytest.mark.parametrize("name", ["everything_at_once", "relative_bias"])
+def test_each_input_alone_may_require_a_gradient(backend, tiling, name, options):
+    call = named_call(name)
+    _, *expected = call.run(backend=backend, **options)
+    for wanted in itertools.chain(itertools.combinations(range(4), 1), itertools.combinations(range(4), 2)):
+        tensors = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(call.tensors)]
+        output = call(*tensors, backend=backend, **options)
+        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        output.backward(grad_output)
+        assert_same([tensors[i].grad for i in wanted], [expected[i] for i in wanted])
+        assert all(x.grad is None for i, x in enumerate(tensors) if i not in wanted)
+
+
+@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_output_is_the_same(backend, tiling, context, k):
+    inputs = attention_inputs()
+    expected = topk_attention(*(x.requires_grad_() for x in inputs), k=k, backend=backend)
+    assert expected.requires_grad
+    with context():
+        output = topk_attention(*inputs, k=k, backend=backend)
+    assert not output.requires_grad
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_the_gradient_of_the_output_may_have_any_strides(backend, tiling, k):
+    inputs = [x.requires_grad_() for x in attention_inputs()]
+    output = topk_attention(*inputs, k=k, backend=backend)
+    shape = output.shape
+    for grad_output in (
+        torch.tensor(1.5, dtype=torch.float64).expand(shape),
+        torch.randn(shape[0], 1, shape[2], 1, dtype=torch.float64).expand(shape),
+        torch.randn(shape[::-1], dtype=torch.float64).permute(3, 2, 1, 0),
+    ):
+        assert not grad_output.is_contiguous()
+        actual = torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
+        assert_same(actual, torch.autograd.grad(output, inputs, grad_output.contiguous(), retain_graph=True))
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_one_tensor_may_be_query_key_and_value(backend, tiling, k):
+    _, x, _ = attention_inputs()
+    (together,) = output_and_gradients(lambda x: topk_attention(x, x, x, k=k, backend=backend), x)[1:]
+    _, *parts = output_and_gradients(lambda q, key, v: topk_attention(q, key, v, k=k, backend=backend), x, x, x)
+    assert_same([together], [sum(parts)])
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_a_gradient_of_the_gradient_is_refused(k):
+    query, key, value = (x.requires_grad_() for x in attention_inputs())
+    output = topk_attention(query, key, value, k=k, backend="chunked")
+    (grad_query,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        grad_query.sum().backward()
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_keys_that_no_query_keeps_get_zero_gradient(backend, tiling, k):
+    query, key, value = attention_inputs()
+    mask = torch.ones(SIZES.keys, dtype=torch.bool)
+    mask[[0, 4, SIZES.keys - 1]] = False
+    _, _, grad_key, grad_value = output_and_gradients(
+        lambda *x: topk_attention(*x, k=k, attn_mask=mask, backend=backend), query, key, value
+    )
+    for grad in (grad_key, grad_value):
+        assert torch.equal(grad[:, :, ~mask], torch.zeros_like(grad[:, :, ~mask]))
+        assert (grad[:, :, mask].abs().sum(-1) > 0).any()

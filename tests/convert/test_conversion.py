@@ -177,3 +177,77 @@ def test_the_mask_is_never_square():
         patch.setattr(tiles, "TILE_BYTES", 2**17)
         model.model(tokens, attention_mask=padding, use_cache=False)
     assert mode.largest < length * length / 4  # bytes: even a bool mask would be length * length
+
+
+def test_a_linear_layer_wrapped_after_conversion_is_refused_rather_than_skipped(tokens):
+    class Adapter(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) + 1
+
+    for model, path in ((tiny_llama(), "model.layers.0.mlp.gate_proj"), (tiny_bert(), "encoder.layer.0.output.dense")):
+        convert(model, feed_forward_k=6)
+        owner, name = path.rsplit(".", 1)
+        setattr(model.get_submodule(owner), name, Adapter(model.get_submodule(path)))
+        with pytest.raises(TypeError, match=f"{name} of TopK.* must be nn.Linear, got Adapter"):
+            model(tokens)
+        unconvert(model)
+        assert type(model.get_submodule(path)) is Adapter  # nothing is lost
+
+
+def test_networks_that_compute_something_else_are_skipped_with_the_reason():
+    class Scaled(type(tiny_llama().model.layers[0].mlp)):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    model = tiny_llama()
+    model.model.layers[0].mlp.__class__ = Scaled
+    model.model.layers[1].mlp.norm = nn.LayerNorm(48)
+    with pytest.raises(ValueError, match="convert replaced nothing") as error:
+        convert(model, feed_forward_k=6)
+    assert "Scaled computes something else than down(act(gate) * up)" in str(error.value)
+    assert "LlamaMLP does more than its projections: norm" in str(error.value)
+
+
+def test_soft_capped_scores_are_skipped_with_the_reason():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    report = convert(Gemma2ForCausalLM(config), attention_k=4, feed_forward_k=6)
+    assert [entry.reason for entry in report.skipped] == ["its scores have a soft cap"] * 2
+    assert [entry.kind for entry in report.replaced] == ["feed_forward"] * 2
+
+
+def test_a_network_that_layers_share_is_replaced_in_each_and_stays_shared(tokens):
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    report = convert(model, feed_forward_k=6)
+    assert [entry.path for entry in report.replaced] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    first, second = (layer.mlp for layer in model.model.layers)
+    assert first.up_proj is second.up_proj
+    unconvert(model)
+    assert model.model.layers[0].mlp is model.model.layers[1].mlp
+
+
+def test_each_call_decides_anew_for_the_kind_it_names():
+    model = tiny_llama()
+    convert(model, attention_k=3, backend="reference")
+    convert(model, attention_k=3, feed_forward_k=6, where=lambda path, module: path.endswith("mlp"))
+    assert model.config.topk_attention["attention_k"] == {}
+    assert all(layer.self_attn._topk_attention_layer.k is None for layer in model.model.layers)
+    convert(model, attention_k=3, backend="reference")
+    convert(model, feed_forward_k=7)
+    assert model.config.topk_attention["attention_backend"] == "reference"
+    assert model.config.topk_attention["feed_forward_backend"] == "auto"
+    assert len(model.config.topk_attention["attention_k"]) == 2

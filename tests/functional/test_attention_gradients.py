@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparison import CALL_NAMES, SIZES, TINY, assert_same, attention_inputs, named_call, output_and_gradients
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from topk_attention import topk_attention
 
@@ -105,6 +106,21 @@ def test_the_gradient_of_the_output_may_have_any_strides(backend, tiling, k):
         assert not grad_output.is_contiguous()
         actual = torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
         assert_same(actual, torch.autograd.grad(output, inputs, grad_output.contiguous(), retain_graph=True))
+
+
+@K_OR_NONE
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("name", ["everything_at_once", "relative_bias"])
+def test_activation_checkpointing_changes_no_gradient(backend, tiling, name, dropout_p, options):
+    call = named_call(name)
+
+    def attend(*tensors):
+        return call(*tensors, dropout_p=dropout_p, backend=backend, **options)
+
+    torch.manual_seed(1)
+    expected = output_and_gradients(attend, *call.tensors)
+    torch.manual_seed(1)
+    assert_same(output_and_gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), *call.tensors), expected)
 
 
 @pytest.mark.parametrize("k", [3, None])

@@ -1,5 +1,8 @@
 """Compiled calls, without a graph break, do what eager ones do."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from comparison import SIZES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
@@ -97,6 +100,26 @@ def test_one_compiled_function_serves_several_lengths(k):
             lambda q, key, v: topk_attention(q, key, v, k=k, is_causal=True, backend="chunked"), *inputs
         )
         assert_same(output_and_gradients(attend, *inputs), expected)
+
+
+EXPORT_FIRST = """
+import torch
+from topk_attention import topk_attention, topk_feed_forward
+
+class Layer(torch.nn.Module):
+    def forward(self, x, weight):
+        x = topk_attention(x, x, x, k=3, is_causal=True, backend="chunked")
+        return topk_feed_forward(x, weight, weight.t(), k=4, backend="chunked")
+
+inputs = torch.randn(1, 2, 5, 4), torch.randn(9, 4)
+exported = torch.export.export(Layer(), inputs).module()
+assert torch.equal(exported(*inputs), Layer()(*inputs))
+"""
+
+
+def test_an_export_may_be_the_first_use_in_a_process():
+    run = subprocess.run([sys.executable, "-c", EXPORT_FIRST], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_inductor_compiles_forward_and_backward():

@@ -18,6 +18,7 @@ from comparison import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from topk_attention import topk_feed_forward
 
@@ -312,6 +313,20 @@ def test_a_second_backward_pass_over_one_graph_gives_equal_gradients(backend, ti
     first = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
     second = torch.autograd.grad(output, tensors, grad_output)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("k", [4, None])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_activation_checkpointing_changes_no_gradient(backend, tiling, dropout_p, k):
+    layer = random_layer("gated with biases")
+
+    def run(*tensors):
+        return apply(Layer(*tensors), k=k, activation="silu", dropout_p=dropout_p, backend=backend)
+
+    torch.manual_seed(1)
+    expected = output_and_gradients(run, *layer)
+    torch.manual_seed(1)
+    assert_same(output_and_gradients(lambda *x: checkpoint(run, *x, use_reentrant=False), *layer), expected)
 
 
 @pytest.mark.parametrize("k", [4, None])

@@ -17,6 +17,8 @@ from .settings import LayerSettings, layer_settings
 _UNSUPPORTED = {
     "softcap": "a soft cap on scores",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "block_indices": "key blocks chosen by the model's own selector",
     "indices": "keys chosen by the model's own selector",
     "cache": "a paged cache",
 }
@@ -143,6 +145,9 @@ def _attend_in_mask_chunks(
     """
     smallest_k = settings.k if isinstance(settings.k, int) else min(settings.k or (0,))
     backward_needs_mask = torch.is_grad_enabled() and smallest_k >= key.shape[2]
+    if mask.q_length <= _MASK_CHUNK and not backward_needs_mask:
+        # One chunk, without a loop: compiled code then serves every such length.
+        return _attend(settings, query, key, value, mask.dense(), position_bias, False, scaling, dropout)
 
     def attend(start: int) -> Tensor:
         queries = range(start, min(start + _MASK_CHUNK, mask.q_length))

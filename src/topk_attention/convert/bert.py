@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..functional import topk_feed_forward
+from ..nn.feed_forward import plain_linear
 from .sites import FeedForwardSite, obstacle_of
 
 
@@ -45,14 +46,14 @@ class TopKOutput(nn.Module):
         self.backend = backend
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        first = self.intermediate[0].dense
+        first, second = plain_linear(self.intermediate[0], "dense"), plain_linear(self, "dense")
         hidden_states = topk_feed_forward(
             hidden_states,
             first.weight,
-            self.dense.weight,
+            second.weight,
             k=self.k,
             b_in=first.bias,
-            b_out=self.dense.bias,
+            b_out=second.bias,
             activation=self.activation,
             backend=self.backend,
         )
@@ -71,7 +72,10 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if not hasattr(original_intermediate, "intermediate_act_fn") or not hasattr(original_output, "LayerNorm"):
         return
     linears = {"intermediate.dense": original_intermediate.dense, "output.dense": original_output.dense}
-    activation = _activation(module)
+    activation = _activation(module, model)
+    obstacle = obstacle_of(linears, activation)
+    if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
+        obstacle = f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
 
     def replace(k: int, backend: str) -> None:
         first = TopKIntermediate(original_intermediate)
@@ -79,6 +83,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         module.intermediate, module.output = first.train(module.training), second.train(module.training)
 
     def restore() -> None:
+        original_intermediate.dense, original_output.dense = intermediate.dense, output.dense
         module.intermediate = original_intermediate.train(module.training)
         module.output = original_output.train(module.training)
 
@@ -86,15 +91,15 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         f"{path}.intermediate",
         intermediate,
         getattr(linears["intermediate.dense"], "out_features", 0),
-        obstacle_of(linears, activation),
+        obstacle,
         replace,
         None if original_intermediate is intermediate else restore,
     )
 
 
-def _activation(layer: nn.Module) -> object:
-    """The layer itself does not keep its configuration; its attention does."""
-    for module in layer.modules():
+def _activation(layer: nn.Module, model: nn.Module) -> object:
+    """The layer itself does not keep its configuration; its attention does, or else the model."""
+    for module in (*layer.modules(), model):
         if (activation := getattr(getattr(module, "config", None), "hidden_act", None)) is not None:
             return activation
     return None

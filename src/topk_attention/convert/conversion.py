@@ -27,7 +27,7 @@ def convert(
     attention_k: AnyK | None = None,
     feed_forward_k: AnyK | None = None,
     where: Where | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> ConversionReport:
     """Let a Hugging Face model use its k best keys per query and k best neurons per token, in place.
 
@@ -37,7 +37,7 @@ def convert(
     feed_forward_k  neurons kept per token: an int, one int per layer, or a mapping from path; None leaves them alone
     where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. Lists count
                     the layers it picks.
-    backend         handed on to `topk_attention` and `topk_feed_forward`
+    backend         handed on to `topk_attention` and `topk_feed_forward`; "auto", or what a saved model remembers
 
     Weights stay where they are and keep their names: `save_pretrained` writes an ordinary checkpoint whose
     configuration remembers every k. After `from_pretrained`, `convert(model)` without any k restores them. Calling it
@@ -62,16 +62,19 @@ def convert(
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
     config = _config_of(model)
-    choose_backend(backend)
+    if backend is not None:
+        choose_backend(backend)
     prefix = getattr(model, "base_model_prefix", "")
     attention, feed_forward = list(attention_sites(model)), list(feed_forward_sites(model))
+    attention_backend = feed_forward_backend = backend or "auto"
     if attention_k is None and feed_forward_k is None:
         stored = ModelSettings.from_config(config)
         if stored is None:
             raise ValueError(
                 "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
             )
-        backend = stored.backend if backend == "auto" else backend
+        attention_backend = backend or stored.attention_backend
+        feed_forward_backend = backend or stored.feed_forward_backend
         attention_k = _with_prefix(stored.attention_k, [site.path for site in attention], prefix)
         feed_forward_k = _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix)
         attention_k, feed_forward_k = attention_k or None, feed_forward_k or None
@@ -82,16 +85,26 @@ def convert(
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
 
-    if any(entry.replaced for _, entry in attention_plan):
+    replaces_attention = any(entry.replaced for _, entry in attention_plan)
+    if replaces_attention:
         _use_topk_attention(model)
+    if replaces_attention or config._attn_implementation == NAME:
         for site, entry in attention_plan:
-            set_layer_settings(site.module, LayerSettings(entry.k, backend))
+            set_layer_settings(site.module, LayerSettings(entry.k, attention_backend))
     for feed_forward_site, entry in feed_forward_plan:
         if isinstance(entry.k, int):
-            feed_forward_site.replace(entry.k, backend)
+            feed_forward_site.replace(entry.k, feed_forward_backend)
         elif feed_forward_site.restore is not None:  # an earlier conversion picked it, this one does not
             feed_forward_site.restore()
-    _remember(config, report, prefix, backend, keep_attention=attention_k is None, keep_network=feed_forward_k is None)
+    former = ModelSettings.from_config(config) or ModelSettings({}, {})
+    settings = ModelSettings(
+        former.attention_k if attention_k is None else _stored(report, "attention", prefix),
+        former.feed_forward_k if feed_forward_k is None else _stored(report, "feed_forward", prefix),
+        former.attention_backend if attention_k is None else attention_backend,
+        former.feed_forward_backend if feed_forward_k is None else feed_forward_backend,
+    )
+    for holder in _configs(config, attention):
+        setattr(holder, CONFIG_ATTRIBUTE, settings.to_json())
     return report
 
 
@@ -112,7 +125,9 @@ def unconvert(model: Any) -> None:
     if hasattr(model, _FORMER_ATTENTION):
         model.set_attn_implementation(getattr(model, _FORMER_ATTENTION))
         delattr(model, _FORMER_ATTENTION)
-    delattr(config, CONFIG_ATTRIBUTE)
+    for holder in _configs(config, list(attention_sites(model))):
+        if hasattr(holder, CONFIG_ATTRIBUTE):
+            delattr(holder, CONFIG_ATTRIBUTE)
 
 
 def _config_of(model: nn.Module) -> Any:
@@ -128,12 +143,14 @@ def _config_of(model: nn.Module) -> Any:
 def _plan_attention(
     sites: Sequence[AttentionSite], k: AnyK, where: Where | None
 ) -> list[tuple[AttentionSite, ReportEntry]]:
-    chosen = [site for site in sites if where is None or where(site.path, site.module)]
+    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
     per_path = _k_per_path("attention_k", k, [site.path for site in chosen])
     plan = []
     for site in sites:
         layer_k = per_path.get(site.path)
-        if layer_k is None:
+        if site.obstacle is not None:
+            reason = site.obstacle
+        elif layer_k is None:
             reason = "attention_k has no entry for it" if site in chosen else "not picked by where="
         else:
             if isinstance(layer_k, tuple) and site.num_heads is not None and len(layer_k) != site.num_heads:
@@ -205,19 +222,14 @@ def _use_topk_attention(model: Any) -> None:
         setattr(model, _FORMER_ATTENTION, "sdpa")  # loaded with attn_implementation="topk": its default otherwise
 
 
-def _remember(
-    config: Any, report: ConversionReport, prefix: str, backend: str, keep_attention: bool, keep_network: bool
-) -> None:
-    former = ModelSettings.from_config(config) or ModelSettings({}, {})
-    new: dict[str, dict[str, Any]] = {"attention": {}, "feed_forward": {}}
-    for entry in report.replaced:
-        new[entry.kind][entry.path.removeprefix(f"{prefix}.")] = entry.k
-    settings = ModelSettings(
-        former.attention_k if keep_attention else new["attention"],
-        former.feed_forward_k if keep_network else new["feed_forward"],
-        backend,
-    )
-    setattr(config, CONFIG_ATTRIBUTE, settings.to_json())
+def _configs(config: Any, sites: Sequence[AttentionSite]) -> list[Any]:
+    """The model's configuration and those of its parts, which is what their layers can see."""
+    parts = [part for site in sites if (part := getattr(site.module, "config", None)) is not None]
+    return list({id(part): part for part in (config, *parts)}.values())
+
+
+def _stored(report: ConversionReport, kind: str, prefix: str) -> dict[str, Any]:
+    return {entry.path.removeprefix(f"{prefix}."): entry.k for entry in report.replaced if entry.kind == kind}
 
 
 def _describe(report: ConversionReport, model: nn.Module) -> str:

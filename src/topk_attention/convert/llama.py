@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
+from ..backends.activations import activate
 from ..nn import TopKFeedForward
 from .sites import FeedForwardSite, attribute_owner, obstacle_of
 
@@ -23,7 +26,12 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if not _has(original, *_NAMES) or not hasattr(original, "act_fn"):
         return
     linears = {name: getattr(original, name) for name in _NAMES}
-    activation = getattr(getattr(original, "config", None), "hidden_act", None)
+    activation = _activation(original) or _activation(model)
+    obstacle = obstacle_of(linears, activation)
+    if obstacle is None and (others := set(dict(original.named_children())) - {*_NAMES, "act_fn"}):
+        obstacle = f"{type(original).__name__} does more than its projections: {', '.join(sorted(others))}"
+    if obstacle is None and not _is_plain(original, str(activation)):
+        obstacle = f"{type(original).__name__} computes something else than down(act(gate) * up)"
     owner, name = attribute_owner(model, path)
 
     def replace(k: int, backend: str) -> None:
@@ -40,16 +48,38 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         setattr(owner, name, layer)
 
     def restore() -> None:
+        for linear in _NAMES:
+            setattr(original, linear, getattr(module, linear))
         setattr(owner, name, original.train(module.training))
 
     yield FeedForwardSite(
         path,
         module,
         getattr(linears["up_proj"], "out_features", 0),
-        obstacle_of(linears, activation),
+        obstacle,
         replace,
         None if original is module else restore,
     )
+
+
+def _activation(module: nn.Module) -> object:
+    config = getattr(module, "config", None)
+    return getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+
+
+def _is_plain(network: Any, activation: str) -> bool:
+    """Whether the network computes down(act(gate) * up), tried on a few random tokens: scales and clamps show.
+
+    Inputs are large enough to reach a clamp, and drawn without touching the global random state.
+    """
+    weight = network.up_proj.weight
+    if weight.is_meta:
+        return True
+    x = 8 * torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = network.down_proj(activate(network.gate_proj(x), activation) * network.up_proj(x))
+        return torch.allclose(network(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def _has(module: nn.Module, *names: str) -> bool:

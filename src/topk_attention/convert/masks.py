@@ -64,12 +64,12 @@ class CompactMask:
         """[B, 1, n, M] bool for a range of the queries, all by default."""
         from transformers.masking_utils import sdpa_mask
 
-        queries = range(self.q_length) if queries is None else queries
+        start, length = (0, self.q_length) if queries is None else (queries.start, len(queries))
         mask = sdpa_mask(
             batch_size=self.batch_size,
-            q_length=len(queries),
+            q_length=length,
             kv_length=self.kv_length,
-            q_offset=self.q_offset + queries.start,
+            q_offset=self.q_offset + start,
             kv_offset=self.kv_offset,
             mask_function=self.mask_function,
             attention_mask=self.padding,

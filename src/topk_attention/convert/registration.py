@@ -38,27 +38,35 @@ def register_when_transformers_is_imported() -> None:
 class _Finder(importlib.abc.MetaPathFinder):
     """Lets the import of transformers' attention registry go its usual way and registers when it is done."""
 
+    is_asking_others = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODELING_UTILS:
+        if fullname != _MODELING_UTILS or self.is_asking_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.is_asking_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.is_asking_others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
         self.loader = loader
+        self.finder = finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         register()
 
     def __getattr__(self, name: str) -> object:  # get_source and the like, which tracebacks and inspect use

@@ -32,13 +32,15 @@ class ModelSettings:
 
     attention_k: dict[str, K]
     feed_forward_k: dict[str, K]
-    backend: str = "auto"
+    attention_backend: str = "auto"
+    feed_forward_backend: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "attention_k": {path: list(k) if isinstance(k, tuple) else k for path, k in self.attention_k.items()},
             "feed_forward_k": dict(self.feed_forward_k),
-            "backend": self.backend,
+            "attention_backend": self.attention_backend,
+            "feed_forward_backend": self.feed_forward_backend,
         }
 
     @staticmethod
@@ -53,7 +55,8 @@ class ModelSettings:
         return ModelSettings(
             {path: k_of(k) for path, k in stored["attention_k"].items()},
             dict(stored["feed_forward_k"]),
-            stored.get("backend", "auto"),
+            stored.get("attention_backend", "auto"),
+            stored.get("feed_forward_backend", "auto"),
         )
 
 
@@ -69,7 +72,8 @@ def layer_settings(module: nn.Module) -> LayerSettings:
     settings = getattr(module, _LAYER_ATTRIBUTE, None)
     if settings is not None:
         return settings
-    if ModelSettings.from_config(getattr(module, "config", None)) is not None:
+    stored = ModelSettings.from_config(getattr(module, "config", None))
+    if stored is not None and stored.attention_k:
         raise RuntimeError(
             "this checkpoint was saved with its own k for each layer; call topk_attention.convert(model) after "
             "from_pretrained to restore them"

@@ -18,6 +18,7 @@ class AttentionSite:
     path: str
     module: nn.Module
     num_heads: int | None
+    obstacle: str | None  # why it cannot be replaced
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,25 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
 
     for path, module in model.named_modules():
         if llama.is_attention(module) or bert.is_attention(module):
-            yield AttentionSite(path, module, _num_heads(module))
+            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module))
 
 
 def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
     from . import bert, llama
 
-    for path, module in model.named_modules():
+    # A network that several layers share is replaced in each of them; its weights stay shared.
+    for path, module in model.named_modules(remove_duplicate=False):
         yield from llama.feed_forward_sites(model, path, module)
+    for path, module in model.named_modules():
         yield from bert.feed_forward_sites(model, path, module)
+
+
+def _attention_obstacle(module: nn.Module) -> str | None:
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "its scores have a soft cap"
+    if getattr(module, "sinks", None) is not None:
+        return "it has attention sinks"
+    return None
 
 
 def _num_heads(module: nn.Module) -> int | None:

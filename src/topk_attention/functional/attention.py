@@ -93,8 +93,8 @@ def topk_attention(
     key         [B, H, M, D]  same dtype and device as query
     value       [B, H, M, E]  same dtype and device as query
     k           keys kept per query: an int, one int per head, or None for all (query chunking alone)
-    attn_mask   bool, True = may attend, or float, added to the scores; broadcasts to [B, H, N, M], size-1 axes are
-                never expanded; gets no gradient
+    attn_mask   bool, True = may attend, or float, added to the scores; broadcasts to [B, H, N, M]; size-1 axes are
+                never expanded (of several leading axes, all or none); gets no gradient
     bias        float tensor that broadcasts to [B, H, N, M], or RelativeBias, BucketedBias or ALiBi; added to the
                 scores; gets a gradient
     is_causal   query i sees keys j <= i + M - N: the last query sees all keys
@@ -120,7 +120,6 @@ def topk_attention(
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
-        RuntimeError: the requested backend cannot run here.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -213,7 +212,7 @@ def _show(shape: Sequence[int | str]) -> str:
 def _check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 
@@ -221,9 +220,9 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
 def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys: int) -> tuple[int, ...] | None:
     if k is None:
         return None
-    if isinstance(k, Tensor):
+    if hasattr(k, "tolist"):  # tensors and arrays
         k = k.tolist()
-    per_head = list(k) if isinstance(k, list | tuple) else [cast(int, k)] * num_heads
+    per_head = list(k) if isinstance(k, list | tuple | range) else [cast(int, k)] * num_heads
     if len(per_head) != num_heads:
         raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
     for one in per_head:
@@ -240,7 +239,7 @@ def _lower_bias(
     if isinstance(bias, _BIAS_TYPES):
         num_heads, num_queries, num_keys = full_shape[-3:]
         values = bias.relative_values(num_queries, num_keys) if num_queries + num_keys > 0 else None
-        if values is not None and values.shape[0] not in (1, num_heads):
+        if values is not None and values.shape[0] != 1 and values.shape[0] != num_heads:
             raise ValueError(f"bias must be for 1 head or {num_heads} heads to match query, got {values.shape[0]}")
         if values is not None and values.device != query.device:
             raise ValueError(f"bias must be on {query.device} like query, got {values.device}")
@@ -273,7 +272,8 @@ def _broadcastable(name: str, tensor: Tensor, query: Tensor, full_shape: tuple[i
         raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
     aligned = (1,) * (len(full_shape) - tensor.ndim) + tuple(tensor.shape)
     fits = len(aligned) == len(full_shape) and all(
-        size in (1, full) for size, full in zip(aligned, full_shape, strict=True)
+        size == 1 or size == full  # not `in`: compiled code with dynamic shapes gets that wrong
+        for size, full in zip(aligned, full_shape, strict=True)
     )
     if not fits:
         raise ValueError(f"{name} must broadcast to {_show(full_shape)}, got {shape_of(tensor)}")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.calls import accumulation_dtype
+
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias:
@@ -80,7 +82,7 @@ class BucketedBias:
     def relative_values(self, num_queries: int, num_keys: int) -> Tensor:
         """The table [H, N + M - 1] for a call with N queries and M keys."""
         distance = _key_minus_query(num_queries, num_keys, self.table.device)
-        return self.table[self._bucket(distance)].t()
+        return _accumulated(self.table)[self._bucket(distance)].t()
 
     def _bucket(self, distance: Tensor) -> Tensor:
         num_buckets = self.table.shape[0]
@@ -135,10 +137,15 @@ class ALiBi:
     def relative_values(self, num_queries: int, num_keys: int) -> Tensor:
         """The table [H, N + M - 1] for a call with N queries and M keys."""
         distance = _key_minus_query(num_queries, num_keys, self.slopes.device).abs()
-        return -self.slopes.unsqueeze(1) * distance
+        return -_accumulated(self.slopes).unsqueeze(1) * distance
 
 
 Bias = RelativeBias | BucketedBias | ALiBi
+
+
+def _accumulated(parameters: Tensor) -> Tensor:
+    """In half precision a bucket's gradient would stop growing at 256 and far distances would round or overflow."""
+    return parameters.to(accumulation_dtype(parameters.dtype))
 
 
 def _key_minus_query(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

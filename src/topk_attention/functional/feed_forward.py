@@ -60,7 +60,6 @@ def topk_feed_forward(
     Raises:
         TypeError: k is of the wrong type.
         ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
-        RuntimeError: the requested backend cannot run here.
 
     >>> import torch
     >>> x, w_in, w_out = torch.randn(2, 128, 64), torch.randn(256, 64), torch.randn(64, 256)

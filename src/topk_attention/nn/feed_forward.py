@@ -7,6 +7,21 @@ from torch import Tensor, nn
 from ..functional import topk_feed_forward
 
 
+def plain_linear(owner: nn.Module, name: str) -> nn.Linear:
+    """The owner's linear layer of this name, whose weights are used without calling it.
+
+    Raises:
+        TypeError: it has become something else, such as an adapter, whose own computation would be skipped.
+    """
+    linear = getattr(owner, name)
+    if type(linear) is not nn.Linear:
+        raise TypeError(
+            f"{name} of {type(owner).__name__} must be nn.Linear, got {type(linear).__name__}; a top-k network reads "
+            "its weights directly, so wrap it only after topk_attention.unconvert, or leave it out with where="
+        )
+    return linear
+
+
 class TopKFeedForward(nn.Module):
     """A feed-forward network in which each token uses its k best neurons, around linear layers it is handed.
 
@@ -52,18 +67,18 @@ class TopKFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C]; returns [..., O]."""
-        linear_in, linear_out, linear_gate = (self._modules[name] for name in self._names)
-        assert isinstance(linear_in, nn.Linear)
-        assert isinstance(linear_out, nn.Linear)
+        name_in, name_out, name_gate = self._names
+        linear_in, linear_out = plain_linear(self, name_in), plain_linear(self, name_out)
+        linear_gate = None if getattr(self, name_gate) is None else plain_linear(self, name_gate)
         return topk_feed_forward(
             x,
             linear_in.weight,
             linear_out.weight,
             k=self.k,
-            w_gate=linear_gate.weight if isinstance(linear_gate, nn.Linear) else None,
+            w_gate=None if linear_gate is None else linear_gate.weight,
             b_in=linear_in.bias,
             b_out=linear_out.bias,
-            b_gate=linear_gate.bias if isinstance(linear_gate, nn.Linear) else None,
+            b_gate=None if linear_gate is None else linear_gate.bias,
             activation=self.activation,
             dropout_p=self.dropout_p if self.training else 0.0,
             backend=self.backend,

@@ -42,12 +42,15 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     if keeps_every_key and not call.return_selection:
         return full_attention.full_attention(call), None, None
     head_k = call.head_k or (num_keys,) * call.query.shape[1]
+    value = call.value
+    if value.shape[3] == 0:  # the selection is wanted all the same
+        value = F.pad(value, (0, 1))
     inputs = (call.query, call.key, call.value, call.bias, call.relative_bias)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     output, indices, weights = topk_attention_op(
         call.query,
         call.key,
-        call.value,
+        value,
         call.attn_mask,
         call.bias,
         call.relative_bias,
@@ -59,6 +62,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
         call.query_chunk_size,
         needs_gradient or call.return_selection,
     )
+    output = output[..., : call.value.shape[3]]
     if not call.return_selection:
         return output, None, None
     return output, _padded(indices, call, head_k, -1), _padded(weights, call, head_k, 0)
@@ -318,7 +322,7 @@ def _stand_ins(indices: Tensor, empty_slots: Tensor) -> Tensor:
 
 def _drop(weights: Tensor, seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) -> Tensor:
     kept = keep_mask(seed, rows.unsqueeze(1), indices.long(), dropout_p)
-    return torch.where(kept, weights, 0) / (1 - dropout_p)
+    return weights * kept / (1 - dropout_p)  # a product, so that NaN stays NaN
 
 
 def _entries_of_step(selection: Tensor, group: HeadGroup, step: Step, batch: int, num_queries: int) -> Tensor:

@@ -5,18 +5,13 @@ Each has a portable form out of gathers and sums, and on the CPU a fused one tha
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-with warnings.catch_warnings():
-    # torch announces once per process that CSR tensors are in beta. Only their oldest part is used here, so take the
-    # announcement now instead of showing it to users.
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1.0]), size=(1, 1))
 
 # The portable forms gather this many rows of the table at once, at most.
 _GATHERED_ELEMENTS = 2**21
@@ -46,13 +41,24 @@ def dot_with_rows(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     return _gathered_product(rows, table, indices)
 
 
+@functools.cache
+def _take_the_beta_warning() -> None:
+    """torch announces once per process that CSR tensors are in beta; only their oldest part is used here, so take the
+    announcement instead of showing it to users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1.0]), size=(1, 1))
+
+
 def _sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    _take_the_beta_warning()
     num_rows, k = indices.shape
     pattern = torch.sparse_csr_tensor(
         torch.arange(0, num_rows * k + 1, k, dtype=indices.dtype, device=rows.device),
         indices.flatten(),
         rows.new_zeros(num_rows * k),
         size=(num_rows, table.shape[0]),
+        check_invariants=False,  # a row may name a key twice: empty slots point at its first one, with weight 0
     )
     return torch.sparse.sampled_addmm(pattern, rows, table.t(), beta=0.0).values().view(num_rows, k)
 

@@ -1,0 +1,17 @@
+"""The command `topk-attention`."""
+
+from __future__ import annotations
+
+try:
+    from .commands import app
+except ModuleNotFoundError as error:
+    if error.name not in ("typer", "rich"):
+        raise
+    _missing = error.name
+
+    def app() -> None:  # type: ignore[misc]
+        """Stands in for the command line where the packages it needs are missing."""
+        raise SystemExit(f"error: {_missing} is not installed; pip install 'topk-attention[experiments]'")
+
+
+__all__ = ["app"]

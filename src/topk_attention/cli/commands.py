@@ -1,0 +1,192 @@
+"""The commands: each reads its options and hands over to `topk_attention.experiments`, imported only then."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .._version import __version__
+
+app = typer.Typer(
+    help="Transformers that use only the k best keys per query and the k best feed-forward neurons per token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+benchmark = typer.Typer(help="Measure memory and time; points that are there already are kept.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
+Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
+Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"topk-attention {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,32,64,128,256",
+    out: Out = Path("results/demo"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make all runs again.")] = False,
+) -> None:
+    """Read a text with full attention and with several k; compare perplexity, time and memory.
+
+    Writes demo.json, demo.png and demo.html. Interrupted, the same command continues with the runs that are missing.
+    """
+    with _errors_in_words(f"finished runs are in {out / 'demo.json'}"):
+        from ..experiments.demo import DemoConfig, run_demo
+
+        run_demo(
+            DemoConfig(
+                model=model,
+                text=text,
+                num_tokens=tokens,
+                k=_integers("k", k),
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@benchmark.command()
+def attention(
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,8192,16384,32768",
+    implementations: Annotated[
+        str, typer.Option(help="Among topk, query-chunks and sdpa, separated by commas.")
+    ] = "topk,query-chunks,sdpa",
+    k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 128,
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    bias: Annotated[str, typer.Option(help='"none", or "learned": a number per head and distance.')] = "none",
+    dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
+    projections: Annotated[
+        bool, typer.Option(help="Four linear layers around the attention, or the attention alone.")
+    ] = True,
+    bias_and_dropout: Annotated[
+        bool,
+        typer.Option(
+            "--bias-and-dropout",
+            help="Instead of the grid: learned bias, then dropout 0.1, at L = 8192 with 4 heads without projections, "
+            "topk against sdpa.",
+        ),
+    ] = False,
+    repetitions: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")] = 900,
+    out: Out = Path("results/attention"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+) -> None:
+    """One self-attention layer, forward and backward: peak memory and time against length.
+
+    Every point is checked against a dense computation first. Points are appended to attention.jsonl; interrupted, the
+    same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out / 'attention.jsonl'}"):
+        import torch
+
+        from ..experiments import attention_layer
+
+        settings = {"k": k, "threads": threads or torch.get_num_threads(), "backend": backend, "seed": seed}
+        if bias_and_dropout:
+            points = attention_layer.bias_and_dropout(**settings)
+        else:
+            points = attention_layer.grid(
+                _integers("lengths", lengths),
+                _names(implementations),
+                num_heads=heads,
+                head_dim=head_dim,
+                bias=bias,
+                dropout_p=dropout,
+                projections=projections,
+                **settings,
+            )
+        attention_layer.run_attention_benchmark(
+            attention_layer.AttentionBenchmark(
+                points, out=out, repetitions=repetitions, time_limit_s=time_limit, fresh=fresh
+            ),
+            _console(),
+        )
+
+
+@app.command()
+def info() -> None:
+    """Show versions, processor, backends and which of them runs."""
+    with _errors_in_words():
+        from ..experiments.information import describe_environment
+
+        typer.echo(describe_environment())
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
+
+
+def _integers(name: str, listed: str) -> list[int]:
+    try:
+        return [int(entry) for entry in listed.split(",") if entry.strip()]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}") from None
+
+
+def _names(listed: str) -> list[str]:
+    return [entry.strip() for entry in listed.split(",") if entry.strip()]
+
+
+@contextmanager
+def _errors_in_words(kept: str = "") -> Iterator[None]:
+    """What a user can put right ends with one line and status 2; Ctrl-C with 130 and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; {kept}\nto continue: {_same_command()}", err=True)
+        raise typer.Exit(130) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: {error.name} is not installed; pip install 'topk-attention[experiments]'", err=True)
+        raise typer.Exit(2) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _same_command() -> str:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
+    return shlex.join(["topk-attention", *arguments])

@@ -1,0 +1,1 @@
+"""Experiments: a configuration goes in, one JSON record comes out; plots read records."""

@@ -1,0 +1,138 @@
+"""Pictures drawn from records. Nothing here measures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .records import Json, write_whole
+
+_COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#6b6b6b")
+_MARKERS = ("o", "s", "^", "D", "v")
+_QUOTED = "#6b6b6b"
+
+
+def draw_demo(record: Json, path: Path) -> None:
+    """Perplexity, seconds and peak memory against k, with full attention as a dashed line.
+
+    record  as `demo.py` writes it, with at least one run
+    """
+    full = [run for run in record["runs"] if run["k"] is None]
+    topk = sorted((run for run in record["runs"] if run["k"] is not None), key=lambda run: run["k"])
+    panels = (
+        ("perplexity", "Perplexity", "lower is better"),
+        ("elapsed_s", "Time of the forward pass [s]", "lower is better"),
+        ("peak_mib", "Peak memory above the model [MiB]", "lower is better"),
+    )
+    figure = _new_figure(width=11, height=3.6)
+    for number, (field, title, note) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 3, number)
+        if topk:
+            axes.plot(
+                [run["k"] for run in topk],
+                [run[field] for run in topk],
+                color=_COLOURS[0],
+                marker="o",
+                label="top-k attention",
+            )
+            axes.set_xscale("log", base=2)
+            _only_ticks_at(axes.xaxis, [run["k"] for run in topk])
+        for run in full:
+            axes.axhline(run[field], color=_COLOURS[1], linestyle="--", label="full attention")
+        axes.set_ylim(0, 1.12 * max(run[field] for run in record["runs"]))
+        axes.set_xlabel("k, keys kept per query")
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        axes.text(
+            0.98,
+            0.03,
+            note,
+            transform=axes.transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=_QUOTED,
+            style="italic",
+        )
+        if number == 1:
+            axes.legend(frameon=False, fontsize=9, loc="center left")
+    _save(figure, path)
+
+
+def draw_memory_and_time(
+    curves: Mapping[str, Sequence[Json]],
+    path: Path,
+    *,
+    x: str,
+    x_label: str,
+    title: str,
+    quoted: tuple[str, Mapping[int, float]] | None = None,
+) -> None:
+    """Peak memory and time of one step against a size, both axes logarithmic.
+
+    curves  name -> points, each with x, `peak_mib` and `elapsed_s`; points that did not finish lack them and are left
+            out
+    quoted  (name, {x: GiB}) of somebody else's memory, drawn dotted
+    """
+    figure = _new_figure(width=10, height=4.2)
+    panels = (("peak_mib", "Peak memory of a step [GiB]", 1 / 1024), ("elapsed_s", "Forward and backward [s]", 1.0))
+    sizes = {point[x] for points in curves.values() for point in points}
+    for number, (field, panel_title, factor) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 2, number)
+        for index, (name, points) in enumerate(curves.items()):
+            drawn = sorted((point[x], point[field] * factor) for point in points if field in point)
+            if not drawn:
+                continue
+            axes.plot(
+                *zip(*drawn, strict=True),
+                label=name,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=5,
+            )
+        if quoted is not None and field == "peak_mib":
+            name, values = quoted
+            shown = sorted((size, gib) for size, gib in values.items() if size in sizes)
+            if shown:
+                axes.plot(*zip(*shown, strict=True), label=name, color=_QUOTED, linestyle=":", marker="x")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+        _only_ticks_at(axes.xaxis, sorted(sizes))
+        axes.set_xlabel(x_label)
+        axes.set_title(panel_title, fontsize=10, loc="left")
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Any:
+    # A figure of its own, without pyplot: no window system, no state that outlives the call.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _only_ticks_at(axis: Any, values: Sequence[int]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(values, [f"{value:,}" for value in values])
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10 and so on instead of powers of ten, which say little over one or two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _save(figure: Any, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_whole(path, picture.getvalue())

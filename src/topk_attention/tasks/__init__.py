@@ -1,0 +1,1 @@
+"""Data and metrics: what a model reads and how its answers are scored. Nothing here trains."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,7 +221,7 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
 def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys: int) -> tuple[int, ...] | None:
     if k is None:
         return None
-    if hasattr(k, "tolist"):  # tensors and arrays
+    if isinstance(k, Tensor | np.ndarray):
         k = k.tolist()
     per_head = list(k) if isinstance(k, list | tuple | range) else [cast(int, k)] * num_heads
     if len(per_head) != num_heads:

@@ -39,6 +39,14 @@ def test_a_function_that_does_not_return_says_why(function, outcome, words):
     assert caught.value.outcome == outcome
 
 
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "1000"), ("77", "77")])
+def test_threads_of_a_fresh_process_spin_briefly_unless_the_user_chose(monkeypatch, chosen, expected):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", chosen)
+    assert run_in_fresh_process("worker_functions:add", {"numbers": []})["spin_count"] == expected
+
+
 def test_a_function_that_takes_too_long_is_ended(tmp_path):
     pid_file = tmp_path / "pid"
     with pytest.raises(WorkerError, match=r"not finished after 4 s") as caught:

@@ -14,7 +14,7 @@ def add(request, send):
     print("on standard output, out of the messages' way")
     for number in request["numbers"]:
         send({"number": number})
-    return {"sum": sum(request["numbers"]), "pid": os.getpid()}
+    return {"sum": sum(request["numbers"]), "pid": os.getpid(), "spin_count": os.environ.get("GOMP_SPINCOUNT")}
 
 
 def refuse(request, send):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..nn import TopKAttention
 from .memory import PeakMeter, limit_memory
 from .plots import draw_memory_and_time
 from .records import Json, append_json_line, environment, read_json_lines
+from .timing import Stopwatch, busy_note
 from .workers import Send, WorkerError, run_in_fresh_process
 
 if TYPE_CHECKING:
@@ -198,13 +198,15 @@ def measure_point(request: Json, send: Send) -> Json:
     torch.manual_seed(point.seed)
     limit_memory(_MEMORY_FRACTION)
     largest_error = check(point)  # also the warm-up, at a tiny length
+    other_cores: list[float] = []
 
     def step(layer: nn.Module, inputs: tuple[Tensor, ...], output_gradient: Tensor) -> float:
         for tensor in (*inputs, *layer.parameters()):
             tensor.grad = None
-        start = time.perf_counter()
-        layer(*inputs).backward(output_gradient)
-        return time.perf_counter() - start
+        with Stopwatch() as stopwatch:
+            layer(*inputs).backward(output_gradient)
+        other_cores.extend([] if stopwatch.other_cores is None else [stopwatch.other_cores])
+        return stopwatch.elapsed_s
 
     with PeakMeter() as first_meter:
         # Made inside: weights, input and all gradients count.
@@ -222,6 +224,7 @@ def measure_point(request: Json, send: Send) -> Json:
         "fastest_s": min(times),
         "slowest_s": max(times),
         "repetitions": len(times),
+        "other_cores": max(other_cores, default=None),
         "peak_mib": memory.peak_mib,
         "baseline_mib": memory.baseline_mib,
         "total_peak_mib": memory.total_peak_mib,
@@ -487,6 +490,9 @@ def _show(records: Sequence[Json], points: Sequence[Point], console: Console) ->
         console,
         "Memory is the peak of the first step above what the process held before the layer was made; time: median.",
     )
+    note = busy_note([record.get("other_cores") for record in records], records[0]["environment"]["num_cpus"])
+    if note is not None:
+        _say(console, note)
     if any(_paper_gib(point) is not None for point in points):
         _say(
             console,

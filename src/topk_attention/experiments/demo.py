@@ -6,7 +6,6 @@ whole window. The record is written after every run, so that an interrupted demo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from .memory import PeakMeter
 from .models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer, longest_input, unpacked
 from .plots import draw_demo
 from .records import Json, environment, now, read_json, write_json, write_whole
+from .timing import Stopwatch, busy_note
 from .workers import Send, WorkerError, run_in_fresh_process
 
 if TYPE_CHECKING:
@@ -122,21 +122,20 @@ def measure_run(request: Json, send: Send) -> Json:
     input_ids = torch.tensor([request["input_ids"]])
     # A short prefix also serves as the warm-up: it touches every weight and starts the threads.
     logits_in_chunks = hidden_states_give_logits(model, input_ids)
-    with PeakMeter() as meter:
-        start = time.perf_counter()
+    with PeakMeter() as meter, Stopwatch() as stopwatch:
         result = perplexity(
             model,
             input_ids,
             progress=lambda done, total: send({"done": done / total}),
             logits_in_chunks=logits_in_chunks,
         )
-        elapsed_s = time.perf_counter() - start
     memory = meter.read()
     return {
         "k": request["k"],
         "attn_implementation": model.config._attn_implementation,
         "perplexity": result,
-        "elapsed_s": elapsed_s,
+        "elapsed_s": stopwatch.elapsed_s,
+        "other_cores": stopwatch.other_cores,
         "peak_mib": memory.peak_mib,
         "baseline_mib": memory.baseline_mib,
         "total_peak_mib": memory.total_peak_mib,
@@ -281,6 +280,9 @@ def _show(record: Json, files: DemoFiles, console: Console, say: Say) -> None:
         )
     console.print(table)
     say(f"Peak memory is counted above the loaded model. {summary(record)}")
+    note = busy_note([run.get("other_cores") for run in record["runs"]], record["environment"]["num_cpus"])
+    if note is not None:
+        say(note)
     say(f"Record:  {files.record}")
     say(f"Picture: {files.picture}")
     say(f"Page:    {files.page}")

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from .records import Json
+from .timing import busy_note
 
 # A perplexity this much above full attention's counts as close to it.
 _CLOSE = 0.05
@@ -64,7 +65,7 @@ k best keys.</p>
 <img alt="Perplexity, time and peak memory against k" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
 <p>Each run had a process of its own. Time is that of one forward pass over the whole window, logits included. Peak
 memory is the resident memory above what the process held just before, with the model loaded and warmed up; the last
-column includes that.</p>
+column includes that.{_busy(record)}</p>
 <footer>topk_attention {escape(_known(environment, "topk_attention"))} ({escape(_known(environment, "commit"))}),
 torch {escape(_known(environment, "torch"))}, transformers {escape(_known(environment, "transformers"))},
 Python {escape(_known(environment, "python"))}, {escape(_known(environment, "cpu"))}, {config["threads"]} threads,
@@ -73,6 +74,11 @@ text sha256 {escape(text["sha256"][:16])}</footer>
 </body>
 </html>
 """
+
+
+def _busy(record: Json) -> str:
+    note = busy_note([run.get("other_cores") for run in record["runs"]], record["environment"].get("num_cpus"))
+    return "" if note is None else f"\n{note}"
 
 
 def _row(run: Json) -> str:

@@ -86,6 +86,11 @@ def limit_memory(fraction_of_available: float) -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed; torch and C++ have no type of their own for that."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error)
+
+
 def _return_freed_memory() -> None:
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it

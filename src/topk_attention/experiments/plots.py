@@ -12,6 +12,10 @@ from .records import Json, write_whole
 _COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#6b6b6b")
 _MARKERS = ("o", "s", "^", "D", "v")
 _QUOTED = "#6b6b6b"
+MEMORY_AND_TIME = (
+    ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
+    ("elapsed_s", "Forward and backward [s]", 1.0),
+)
 
 
 def draw_demo(record: Json, path: Path) -> None:
@@ -69,18 +73,18 @@ def draw_memory_and_time(
     x_label: str,
     title: str,
     quoted: tuple[str, Mapping[int, float]] | None = None,
+    panels: Sequence[tuple[str, str, float]] = MEMORY_AND_TIME,
 ) -> None:
     """Peak memory and time of one step against a size, both axes logarithmic.
 
-    curves  name -> points, each with x, `peak_mib` and `elapsed_s`; points that did not finish lack them and are left
-            out
+    curves  name -> points, each with x and the panels' fields; points that did not finish lack those and are left out
+    panels  (field of the points, title, factor from the field's unit to the title's)
     quoted  (name, {x: GiB}) of somebody else's memory, drawn dotted
     """
-    figure = _new_figure(width=10, height=4.2)
-    panels = (("peak_mib", "Peak memory of a step [GiB]", 1 / 1024), ("elapsed_s", "Forward and backward [s]", 1.0))
+    figure = _new_figure(width=5 * len(panels), height=4.2)
     sizes = {point[x] for points in curves.values() for point in points}
     for number, (field, panel_title, factor) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, 2, number)
+        axes = figure.add_subplot(1, len(panels), number)
         for index, (name, points) in enumerate(curves.items()):
             drawn = sorted((point[x], point[field] * factor) for point in points if field in point)
             if not drawn:

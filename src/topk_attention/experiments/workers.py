@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
+from .memory import ran_out_of_memory
 from .records import Json
 
 Send = Callable[[Json], None]
@@ -148,7 +149,7 @@ def _child(function: str) -> None:
         answer: Json = {"result": getattr(importlib.import_module(module_name), name)(request, send)}
     except (MemoryError, RuntimeError, ValueError, OSError) as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, MemoryError) or "allocate memory" in text:
+        if ran_out_of_memory(error):
             answer = {"error": text, "outcome": "out of memory"}
         elif isinstance(error, ValueError | OSError):  # the user's to put right, or a failed check
             answer = {"error": text, "outcome": "error"}

@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGUMENTS ?=
+BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs bench clean
+.PHONY: install demo test check format lint types docs bench bench-attention clean
 
 install: $(STAMP)
 
@@ -38,6 +39,10 @@ docs: install
 
 bench: install
 	$(BIN)/topk-attention benchmark attention
+
+bench-attention: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-benchmark.txt
+	$(BIN)/topk-attention benchmark attention-kernel $(BENCH_ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) build

@@ -146,6 +146,66 @@ def attention(
         )
 
 
+@benchmark.command()
+def attention_kernel(
+    sweep: Annotated[
+        str | None, typer.Option(help='Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).')
+    ] = None,
+    works: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the table, separated by commas: plain, long, causal, short, large-k, learned-bias, dropout."
+        ),
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="For the sweep over length, instead of its own.")] = None,
+    rivals: Annotated[
+        str | None,
+        typer.Option(help="Among sdpa, topk-chunked, query-chunks and performer, separated by commas."),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
+    step_limit: Annotated[
+        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
+    ] = 120,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    out: Out = Path("results/attention-kernel"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Annotated[str, typer.Option(help="Backend of top-k attention that is held against the rivals.")] = "cpu",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+) -> None:
+    """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
+
+    Methods are checked against the reference first. Points are appended to table.jsonl, length.jsonl or k.jsonl;
+    interrupted, the same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out}"):
+        from ..experiments import attention_kernel as kernel
+
+        name, plan = kernel.make_plan(
+            backend,
+            sweep=sweep,
+            works=None if works is None else _names(works),
+            lengths=None if lengths is None else _integers("lengths", lengths),
+            rivals=None if rivals is None else _names(rivals),
+        )
+        kernel.run_and_report(
+            kernel.KernelBenchmark(
+                name,
+                plan,
+                out=out,
+                threads=threads,
+                seed=seed,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                with_memory=memory,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
 @app.command()
 def info() -> None:
     """Show versions, processor, backends and which of them runs."""

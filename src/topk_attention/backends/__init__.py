@@ -1,10 +1,14 @@
-"""How the operations are computed. Backends never import one another; this file knows their names alone."""
+"""How the operations are computed. Backends never import one another; this file knows them all and chooses."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from . import cpu, sdpa
+from .calls import AttentionCall, FeedForwardCall
+
 BACKENDS = {
+    "cpu": "compiled kernels for CPU tensors, memory linear in length",
     "chunked": "plain PyTorch in query chunks and key blocks, memory linear in length, any device",
     "reference": "dense scores, memory quadratic in length: the specification that the others are tested against",
 }
@@ -15,11 +19,43 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_backend(requested: str) -> Choice:
-    """The backend that runs, and why. Only "auto" chooses; any other name is taken at its word."""
+def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None = None) -> Choice:
+    """The backend that runs a call (without one: most calls), and why. Only "auto" chooses; a named one runs or raises.
+
+    Beside the names in BACKENDS "auto" may choose "sdpa", PyTorch's own attention.
+    """
     if requested == "auto":
-        return Choice("chunked", "the only backend with memory linear in length")
+        return _choose(call)
     if requested not in BACKENDS:
         names = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {names}, got {requested!r}")
+    if requested == "cpu":
+        _check_cpu(call)
     return Choice(requested, "asked for by name")
+
+
+def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
+    if isinstance(call, FeedForwardCall):
+        return Choice("chunked", "the only backend with memory linear in tokens")
+    if call is not None and (call.head_k is None or all(k >= call.key.shape[2] for k in call.head_k)):
+        obstacle = sdpa.obstacle(call)
+        if obstacle is None:
+            return Choice("sdpa", "every visible key is kept: PyTorch's attention computes the same, and faster")
+        if not call.return_selection:
+            return Choice("chunked", f"every visible key is kept, which selects nothing; not PyTorch's: {obstacle}")
+    if call is not None and call.query.device.type != "cpu":
+        return Choice("chunked", "the compiled kernels are for CPU tensors")
+    problem = cpu.problem()
+    if problem is not None:
+        return Choice("chunked", problem)
+    return Choice("cpu", f"the fastest for CPU tensors; kernels for {cpu.cpu_target()}")
+
+
+def _check_cpu(call: AttentionCall | FeedForwardCall | None) -> None:
+    problem = cpu.problem()
+    if problem is not None:
+        raise RuntimeError(f'backend="cpu" cannot run here: {problem}; use backend="auto"')
+    if isinstance(call, FeedForwardCall):
+        raise ValueError('backend="cpu" computes attention alone; use backend="auto" for feed-forward layers')
+    if call is not None and call.query.device.type != "cpu":
+        raise ValueError(f'backend="cpu" needs CPU tensors, got {call.query.device}; move them or use backend="auto"')

@@ -17,6 +17,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """Memory for an output [B, H, N, E] in which each query's heads lie side by side, as the next projection reads
+    them: joining the heads then copies nothing."""
+    batch, num_heads, num_queries, _ = query.shape
+    return query.new_empty(batch, num_queries, num_heads, value.shape[3]).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention call.

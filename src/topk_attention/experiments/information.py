@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..backends import BACKENDS, choose_backend
+from ..backends import BACKENDS, choose_backend, cpu
 from ..convert import registration
 from .records import environment, package_version
 
@@ -25,10 +25,17 @@ def describe_environment() -> str:
         "backends",
         *(f"  {name:<12}  {_can_run(name)}: {meaning}" for name, meaning in BACKENDS.items()),
         f'  "auto" uses {chosen.name}: {chosen.reason}',
+        "  (sdpa, PyTorch's own attention, where k is no smaller than the number of keys and nothing else forbids it)",
+        f"  kernels: {_kernels()}",
         "",
         f'attn_implementation="{registration.NAME}"  {_registration()}',
     ]
     return "\n".join(lines)
+
+
+def _kernels() -> str:
+    problem = cpu.problem()
+    return problem or f"{cpu.cpu_target()} in use; this processor can run {', '.join(cpu.cpu_targets())}"
 
 
 def _can_run(backend: str) -> str:

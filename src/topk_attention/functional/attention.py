@@ -103,7 +103,8 @@ def topk_attention(
                 `scaled_dot_product_attention`
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
-    backend     "auto", "chunked" or "reference"; a named one runs or raises
+    backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
+                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept
     query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
     return_selection  also return which keys were kept
 
@@ -121,6 +122,7 @@ def topk_attention(
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
+        RuntimeError: the backend asked for cannot run here.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -159,7 +161,7 @@ def topk_attention(
 
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    choice = choose_backend(backend)
+    choice = choose_backend(backend, call)
     if call.key.shape[2] == 0:  # no keys at all: every query returns zeros
         zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
@@ -167,6 +169,14 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
         return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
     with autocast_off(call.query.device.type):
         match choice.name:
+            case "cpu":
+                from ..backends import cpu
+
+                return cpu.attention(call)
+            case "sdpa":
+                from ..backends import sdpa
+
+                return sdpa.attention(call), None, None
             case "reference":
                 from ..backends import reference
 

@@ -94,7 +94,7 @@ def topk_feed_forward(
 
 
 def _run(call: FeedForwardCall, backend: str) -> Tensor:
-    choice = choose_backend(backend)
+    choice = choose_backend(backend, call)
     with autocast_off(call.x.device.type):
         match choice.name:
             case "reference":

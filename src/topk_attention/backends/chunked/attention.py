@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..calls import AttentionCall, accumulation_dtype
+from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
 from . import full_attention
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
@@ -22,7 +22,6 @@ from .tiles import (
     HeadGroup,
     Step,
     backward_rows,
-    empty_output,
     entries_of,
     head_groups,
     num_entries,

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..calls import AttentionCall, accumulation_dtype
+from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
 from .scores import ScoreInputs, block_of, query_rows, score_tile
 from .tables import Tables, part_of_heads
-from .tiles import HeadGroup, Step, empty_output, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
+from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
 
 
 def full_attention(call: AttentionCall) -> Tensor:

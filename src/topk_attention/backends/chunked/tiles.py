@@ -144,13 +144,6 @@ def rows_of(tensor: Tensor, step: Step) -> Tensor:
     return part[:, :, step.queries.start : step.queries.stop].reshape(step.num_rows, tensor.shape[-1])
 
 
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """Memory for an output [B, H, N, E] in which each query's heads lie side by side, as the next projection reads
-    them: joining the heads then copies nothing."""
-    batch, num_heads, num_queries, _ = query.shape
-    return query.new_empty(batch, num_queries, num_heads, value.shape[3]).transpose(1, 2)
-
-
 def write_rows(tensor: Tensor, step: Step, rows: Tensor) -> None:
     """The inverse of `rows_of`."""
     part = tensor[step.batches.start : step.batches.stop, step.query_heads.start : step.query_heads.stop]

@@ -1,0 +1,88 @@
+// What the tensor side and the kernels say to each other: pointers, sizes and options, no tensors.
+//
+// B batch, H query heads, G key heads (H a multiple of G), N queries, M keys, D head size, E value size
+#pragma once
+
+#include <cstdint>
+
+namespace topk {
+
+enum class DType : int32_t { float32, float64, bfloat16, float16, boolean };
+
+// A 4-d array that is read. Strides count elements; an axis of size 1 that broadcasts has stride 0.
+struct View {
+  const void* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+  DType dtype = DType::float32;
+};
+
+// Runs task(state, i) for every i in [0, num_tasks), on several threads, in no order; returns when all are done.
+struct Parallel {
+  void (*run)(int64_t num_tasks, void* state, void (*task)(void* state, int64_t index)) = nullptr;
+  int64_t num_threads = 1;
+};
+
+struct Dropout {
+  bool active = false;
+  uint64_t seed = 0;
+  double p = 0;
+};
+
+struct Sizes {
+  int64_t batch, num_heads, num_key_heads, num_queries, num_keys, head_dim, value_dim;
+};
+
+// Which keys the rows of each head keep, and where its entries lie.
+//
+// The entries of batch b, head h, query i begin at (b * total_k + first_k[h]) * N + i * k[h]: k[h] of them, ascending by
+// key, then -1 (weight 0) in slots that stay empty. With one k for all heads this is a [B, H, N, k] array.
+struct HeadK {
+  const int64_t* k;        // [H], each in 1..M
+  const int64_t* first_k;  // [H], sums of the k before
+  int64_t total_k;
+};
+
+// A is float, or double where the inputs are; T the dtype of the inputs.
+struct AttentionForward {
+  Sizes sizes;
+  DType dtype;                     // T
+  View query, key, value;          // [B, H, N, D], [B, G, M, D], [B, G, M, E] of T; the last axis is contiguous
+  View attn_mask, bias;            // [B|1, H|1, N|1, M|1]; data may be null
+  const void* relative_bias;       // A [H|1, N + M - 1]; may be null
+  int64_t relative_bias_stride;    // 0 for one head
+  HeadK head_k;
+  bool is_causal;
+  double scale;
+  Dropout dropout;
+  void* output;                    // written: T [B, H, N, E], the last axis contiguous
+  int64_t output_stride[3];
+  int32_t* indices;                // written unless null: all entries
+  void* weights;                   // written unless null: A, softmax weights before dropout
+};
+
+struct AttentionBackward {
+  Sizes sizes;
+  DType dtype;
+  View grad_output, query, key, value;  // of T; the last axis is contiguous
+  const int32_t* indices;
+  const void* weights;
+  HeadK head_k;
+  double scale;
+  Dropout dropout;
+  void* grad_query;               // written: T [B, H, N, D], contiguous
+  void* grad_key;                 // added to: A [B, G, M, D], contiguous, zeros at the start
+  void* grad_value;               // added to: A [B, G, M, E], contiguous, zeros at the start
+  void* grad_bias;                // added to unless null: A, with these strides
+  int64_t grad_bias_stride[4];
+  void* grad_relative_bias;       // added to unless null: A [H|1, N + M - 1]
+  int64_t grad_relative_bias_stride;  // 0 for one head
+};
+
+// The kernels of one CPU target. Both allocate scratch memory per thread and return false where there is none to have.
+struct AttentionKernels {
+  const char* target;
+  bool (*forward)(const AttentionForward& call, const Parallel& parallel);
+  bool (*backward)(const AttentionBackward& call, const Parallel& parallel);
+};
+
+}  // namespace topk

@@ -1,0 +1,236 @@
+// Where tensors end: the operators of torch.ops.topk_attention, on the LibTorch stable ABI. Python has checked every
+// argument (functional/) and given shapes, dtypes and devices their canonical form (backends/cpu/).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+#include "targets.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string forced_target;  // empty: the best there is
+
+const topk::AttentionKernels& kernels() {
+  const topk::AttentionKernels* found = topk::attention_kernels(forced_target);
+  STD_TORCH_CHECK(found != nullptr, "no CPU target named ", forced_target);
+  return *found;
+}
+
+topk::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return topk::DType::float32;
+    case ScalarType::Double: return topk::DType::float64;
+    case ScalarType::BFloat16: return topk::DType::bfloat16;
+    case ScalarType::Half: return topk::DType::float16;
+    case ScalarType::Bool: return topk::DType::boolean;
+    default: STD_TORCH_CHECK(false, "unsupported dtype");
+  }
+}
+
+ScalarType accumulation_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+topk::View view_of(const Tensor& tensor) {
+  topk::View view;
+  view.data = tensor.const_data_ptr();
+  view.dtype = dtype_of(tensor);
+  for (int64_t axis = 0; axis < 4; ++axis) view.stride[axis] = tensor.size(axis) == 1 ? 0 : tensor.stride(axis);
+  return view;
+}
+
+topk::View view_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? view_of(*tensor) : topk::View(); }
+
+// Copies only where the last axis is not contiguous.
+Tensor with_whole_rows(const Tensor& tensor) {
+  const bool whole = tensor.size(3) <= 1 || tensor.stride(3) == 1;
+  return whole ? tensor : torch::stable::contiguous(tensor);
+}
+
+topk::Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+  topk::Dropout dropout;
+  dropout.p = p;
+  if (seed.has_value()) {
+    dropout.active = true;
+    dropout.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  }
+  return dropout;
+}
+
+struct HeadK {
+  explicit HeadK(const std::vector<int64_t>& head_k) : k(head_k) {
+    for (int64_t one : k) {
+      first.push_back(total);
+      total += one;
+    }
+  }
+  topk::HeadK view() const { return {k.data(), first.data(), total}; }
+
+  std::vector<int64_t> k, first;
+  int64_t total = 0;
+};
+
+// Tasks go to torch's own threads, each to the next one that is free.
+void run_in_parallel(int64_t num_tasks, void* state, void (*task)(void*, int64_t)) {
+  std::atomic<int64_t> next = 0;
+  const int64_t num_threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = next++; i < num_tasks; i = next++) task(state, i);
+  });
+}
+
+topk::Parallel parallel() { return {run_in_parallel, int64_t(torch::stable::get_num_threads())}; }
+
+Tensor empty(const std::vector<int64_t>& size, ScalarType dtype) { return torch::stable::empty(size, dtype); }
+
+Tensor zeros(const std::vector<int64_t>& size, ScalarType dtype) {
+  Tensor tensor = empty(size, dtype);
+  return torch::stable::zero_(tensor);
+}
+
+void check_memory(bool ok) { STD_TORCH_CHECK(ok, "top-k attention found no memory for its scratch space"); }
+
+// Output [B, H, N, E] (laid out as [B, N, H, E]) and all entries, indices int32 and weights, which are empty unless asked
+// for: see topk::HeadK for their order.
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
+    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
+    double scale, double dropout_p, bool save_selection) {
+  query = with_whole_rows(query);
+  key = with_whole_rows(key);
+  value = with_whole_rows(value);
+  const HeadK per_head(head_k);
+  topk::AttentionForward call = {};
+  topk::Sizes& s = call.sizes;
+  s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
+  Tensor output = empty({s.batch, s.num_queries, s.num_heads, s.value_dim}, query.scalar_type());
+  output = torch::stable::transpose(output, 1, 2);
+  const int64_t num_entries = save_selection ? s.batch * s.num_queries * per_head.total : 0;
+  Tensor indices = empty({num_entries}, ScalarType::Int);
+  Tensor weights = empty({num_entries}, accumulation_dtype(query));
+  if (s.batch * s.num_heads * s.num_queries == 0) return {output, indices, weights};
+
+  call.dtype = dtype_of(query);
+  call.query = view_of(query);
+  call.key = view_of(key);
+  call.value = view_of(value);
+  call.attn_mask = view_of(attn_mask);
+  call.bias = view_of(bias);
+  if (relative_bias.has_value()) {
+    relative_bias = torch::stable::contiguous(*relative_bias);
+    call.relative_bias = relative_bias->const_data_ptr();
+    call.relative_bias_stride = relative_bias->size(0) == 1 ? 0 : relative_bias->size(1);
+  }
+  call.head_k = per_head.view();
+  call.is_causal = is_causal;
+  call.scale = scale;
+  call.dropout = dropout_of(seed, dropout_p);
+  call.output = output.mutable_data_ptr();
+  for (int64_t axis = 0; axis < 3; ++axis) call.output_stride[axis] = output.stride(axis);
+  if (save_selection) {
+    call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    call.weights = weights.mutable_data_ptr();
+  }
+  check_memory(kernels().forward(call, parallel()));
+  return {output, indices, weights};
+}
+
+// Gradients of query (in its dtype) and of key, value, bias and relative_bias (in the accumulation dtype). An empty shape
+// stands for a bias that needs no gradient; its place holds an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
+    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, std::vector<int64_t> bias_shape,
+    std::vector<int64_t> relative_bias_shape) {
+  grad_output = with_whole_rows(grad_output);
+  query = with_whole_rows(query);
+  key = with_whole_rows(key);
+  value = with_whole_rows(value);
+  const ScalarType accumulated = accumulation_dtype(query);
+  const HeadK per_head(head_k);
+  topk::AttentionBackward call = {};
+  topk::Sizes& s = call.sizes;
+  s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
+  Tensor grad_query = empty({s.batch, s.num_heads, s.num_queries, s.head_dim}, query.scalar_type());
+  Tensor grad_key = zeros({s.batch, s.num_key_heads, s.num_keys, s.head_dim}, accumulated);
+  Tensor grad_value = zeros({s.batch, s.num_key_heads, s.num_keys, s.value_dim}, accumulated);
+  if (bias_shape.empty()) bias_shape = {0};
+  if (relative_bias_shape.empty()) relative_bias_shape = {0};
+  Tensor grad_bias = zeros(bias_shape, accumulated);
+  Tensor grad_relative_bias = zeros(relative_bias_shape, accumulated);
+  if (s.batch * s.num_heads * s.num_queries == 0)
+    return {grad_query, grad_key, grad_value, grad_bias, grad_relative_bias};
+
+  call.dtype = dtype_of(query);
+  call.grad_output = view_of(grad_output);
+  call.query = view_of(query);
+  call.key = view_of(key);
+  call.value = view_of(value);
+  call.indices = static_cast<const int32_t*>(indices.const_data_ptr());
+  call.weights = weights.const_data_ptr();
+  call.head_k = per_head.view();
+  call.scale = scale;
+  call.dropout = dropout_of(seed, dropout_p);
+  call.grad_query = grad_query.mutable_data_ptr();
+  call.grad_key = grad_key.mutable_data_ptr();
+  call.grad_value = grad_value.mutable_data_ptr();
+  if (bias_shape.size() == 4) {
+    call.grad_bias = grad_bias.mutable_data_ptr();
+    const topk::View view = view_of(grad_bias);
+    for (int64_t axis = 0; axis < 4; ++axis) call.grad_bias_stride[axis] = view.stride[axis];
+  }
+  if (relative_bias_shape.size() == 2) {
+    call.grad_relative_bias = grad_relative_bias.mutable_data_ptr();
+    call.grad_relative_bias_stride = relative_bias_shape[0] == 1 ? 0 : relative_bias_shape[1];
+  }
+  check_memory(kernels().backward(call, parallel()));
+  return {grad_query, grad_key, grad_value, grad_bias, grad_relative_bias};
+}
+
+// Targets that this processor can run, best first, separated by spaces; the one in use comes before a colon.
+std::string cpu_targets() {
+  std::string names = std::string(kernels().target) + ":";
+  for (const std::string& name : topk::available_targets()) names += " " + name;
+  return names;
+}
+
+// Use the target of this name from now on, the best there is for an empty one.
+void force_cpu_target(std::string target) {
+  STD_TORCH_CHECK(topk::attention_kernels(target) != nullptr, "this processor cannot run CPU target ", target);
+  forced_target = target;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
+  m.def(
+      "cpu_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
+      "Tensor? relative_bias, Tensor? seed, int[] head_k, bool is_causal, float scale, float dropout_p, "
+      "bool save_selection) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
+      "Tensor indices, Tensor weights, int[] head_k, float scale, float dropout_p, int[] bias_shape, "
+      "int[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_targets() -> str");
+  m.def("force_cpu_target(str target) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
+  m.impl("cpu_attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(topk_attention, CompositeExplicitAutograd, m) {
+  m.impl("cpu_targets", TORCH_BOX(&cpu_targets));
+  m.impl("force_cpu_target", TORCH_BOX(&force_cpu_target));
+}

@@ -1,0 +1,289 @@
+// Top-k attention, backward: touches the kept keys alone.
+//
+// Rows of one head group go in chunks, in two phases. Phase one, parallel over rows: the gradient of each kept score (and
+// of the query). Phase two, parallel over ranges of keys: each key's gradient gathers its rows in ascending order, so the
+// sums are the same for any number of threads. Biases are summed likewise, over ranges of their own.
+
+constexpr int64_t kScoreGradientBytes = 2 << 20;
+// Gradients of the keys and values of one range should stay in the second-level cache.
+constexpr int64_t kKeyRangeBytes = 512 << 10;
+constexpr int64_t kRowsPerTask = 64, kBiasRanges = 16;
+
+template <class A>
+inline A dot(const A* a, const A* b, int64_t n) {
+  Vector<A> sum = {};
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) sum = multiply_add<A>(load(a + i), load(b + i), sum);
+  A result = sum_of_lanes<A>(sum);
+  for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) result += a[i] * b[i];
+  return result;
+}
+
+template <class A>
+inline void add_multiple(A factor, const A* x, A* to, int64_t n) {
+  const Vector<A> factors = broadcast(factor);
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store<A>(to + i, multiply_add<A>(factors, load(x + i), load(to + i)));
+  for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) to[i] += factor * x[i];
+}
+
+// The first of `count` ascending indices that is not below `bound`.
+inline int64_t first_not_below(const int32_t* indices, int64_t count, int64_t bound) {
+  int64_t first = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    const bool is_below = indices[first + half] < bound;
+    first = is_below ? first + half + 1 : first;
+    count = is_below ? count - half - 1 : half;
+  }
+  return first;
+}
+
+// kDim is the head and value size where it is known when compiling, otherwise 0.
+template <class T, class A, int kDim>
+class Backward {
+ public:
+  explicit Backward(const AttentionBackward& call)
+      : call_(call), s_(call.sizes), rows_of_group_(s_.num_heads / s_.num_key_heads * s_.num_queries) {
+    for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
+    chunk_rows_ = larger<int64_t>(kScoreGradientBytes / (largest_k_ * int64_t(sizeof(A))), kRowsPerTask);
+    chunk_rows_ = smaller(chunk_rows_, rows_of_group_);
+    const int64_t key_bytes = (s_.head_dim + s_.value_dim) * int64_t(sizeof(A));
+    keys_per_range_ = larger<int64_t>(kKeyRangeBytes / key_bytes, 16);
+    keys_per_range_ = smaller(keys_per_range_, s_.num_keys);
+  }
+
+  int64_t num_groups() const { return s_.batch * s_.num_key_heads; }
+  int64_t num_ranges() const { return ceil_div(s_.num_keys, keys_per_range_); }
+  int64_t num_score_gradients() const { return chunk_rows_ * largest_k_; }
+  int64_t spare() const { return 2 * (s_.head_dim + s_.value_dim) + largest_k_ + 3 * kLanes<A>; }
+
+  // The whole group, phase after phase. `parallel` runs the tasks of a phase.
+  bool run_group(int64_t group, A* score_gradients, const Parallel& parallel) const {
+    for (int64_t first = 0; first < rows_of_group_; first += chunk_rows_) {
+      Chunk chunk = {this, group, first, smaller(chunk_rows_, rows_of_group_ - first), score_gradients, true};
+      parallel.run(ceil_div(chunk.num_rows, kRowsPerTask), &chunk, [](void* opaque, int64_t task) {
+        Chunk& chunk = *static_cast<Chunk*>(opaque);
+        chunk.self->score_gradients(chunk, task * kRowsPerTask);
+      });
+      parallel.run(num_ranges(), &chunk, [](void* opaque, int64_t task) {
+        Chunk& chunk = *static_cast<Chunk*>(opaque);
+        chunk.self->key_gradients(chunk, task);
+      });
+      if (call_.grad_relative_bias != nullptr) {
+        parallel.run(kBiasRanges, &chunk, [](void* opaque, int64_t task) {
+          Chunk& chunk = *static_cast<Chunk*>(opaque);
+          chunk.self->relative_bias_gradients(chunk, task);
+        });
+      }
+      if (call_.grad_bias != nullptr) {
+        parallel.run(kBiasRanges, &chunk, [](void* opaque, int64_t task) {
+          Chunk& chunk = *static_cast<Chunk*>(opaque);
+          chunk.self->bias_gradients(chunk, task);
+        });
+      }
+      if (!chunk.ok) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Chunk {
+    const Backward* self;
+    int64_t group, first_row, num_rows;
+    A* score_gradients;  // [num_rows, largest k]
+    bool ok;
+  };
+
+  // One row of a chunk: where its parts are.
+  struct Row {
+    int64_t batch, head, query, number, count;
+    const int32_t* indices;
+    const A* weights;
+    A* score_gradients;
+  };
+
+  int64_t head_dim() const { return kDim != 0 ? kDim : s_.head_dim; }
+  int64_t value_dim() const { return kDim != 0 ? kDim : s_.value_dim; }
+
+  Row row_of(const Chunk& chunk, int64_t r) const {
+    Row row;
+    const int64_t key_head = chunk.group % s_.num_key_heads;
+    row.batch = chunk.group / s_.num_key_heads;
+    row.head = key_head * (s_.num_heads / s_.num_key_heads) + (chunk.first_row + r) / s_.num_queries;
+    row.query = (chunk.first_row + r) % s_.num_queries;
+    row.number = (row.batch * s_.num_heads + row.head) * s_.num_queries + row.query;
+    const int64_t k = call_.head_k.k[row.head];
+    const int64_t first =
+        (row.batch * call_.head_k.total_k + call_.head_k.first_k[row.head]) * s_.num_queries + row.query * k;
+    row.indices = call_.indices + first;
+    row.weights = static_cast<const A*>(call_.weights) + first;
+    row.count = row.indices[k - 1] >= 0 ? k : num_filled(row.indices, k);
+    row.score_gradients = chunk.score_gradients + r * largest_k_;
+    return row;
+  }
+
+  static int64_t num_filled(const int32_t* indices, int64_t k) {
+    int64_t count = 0;
+    while (count < k && indices[count] >= 0) ++count;
+    return count;
+  }
+
+  const T* at(const View& view, int64_t batch, int64_t head, int64_t row) const {
+    return static_cast<const T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
+  }
+
+  void score_gradients(Chunk& chunk, int64_t first) const {
+    Arena size, arena;
+    A *grad = nullptr, *spare = nullptr, *grad_query = nullptr;
+    Arena* const passes[] = {&size, &arena};
+    for (Arena* pass : passes) {
+      if (pass == &arena && !arena.allocate(size)) {
+        __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
+        return;
+      }
+      grad = pass->take<A>(value_dim());
+      spare = pass->take<A>(larger(head_dim(), value_dim()));
+      grad_query = pass->take<A>(head_dim());
+    }
+    constexpr int64_t kAhead = 8;
+    const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + kRowsPerTask, chunk.num_rows);
+    for (int64_t r = first; r < last; ++r) {
+      const Row row = row_of(chunk, r);
+      const T* values = at(call_.value, row.batch, key_head, 0);
+      const T* keys = at(call_.key, row.batch, key_head, 0);
+      const A* grad_output = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), grad);
+      A mean = 0;
+      for (int64_t j = 0; j < row.count; ++j) {
+        if (j + kAhead < row.count)
+          prefetch_row(values + row.indices[j + kAhead] * call_.value.stride[2], value_dim());
+        const A* value = widened<T, A>(values + row.indices[j] * call_.value.stride[2], value_dim(), spare);
+        row.score_gradients[j] = dot(grad_output, value, value_dim());
+      }
+      if (call_.dropout.active) {
+        const DropoutRow draw(call_.dropout, row.number);
+        const A factor = A(1 / (1 - call_.dropout.p));
+        for (int64_t j = 0; j < row.count; ++j)
+          row.score_gradients[j] *= draw.keeps(row.indices[j]) ? factor : A(0);
+      }
+      // Softmax: p * (dp - sum of p * dp).
+      for (int64_t j = 0; j < row.count; ++j) mean += row.weights[j] * row.score_gradients[j];
+      for (int64_t j = 0; j < row.count; ++j) row.score_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
+      weighted_sum_of_rows<T, A>(keys, call_.key.stride[2], row.indices, row.score_gradients, row.count, head_dim(),
+                                 grad_query, spare);
+      T* to = static_cast<T*>(call_.grad_query) + row.number * head_dim();
+      for (int64_t d = 0; d < head_dim(); ++d) to[d] = narrow_to<T>(grad_query[d] * A(call_.scale));
+    }
+  }
+
+  void key_gradients(Chunk& chunk, int64_t range) const {
+    Arena size, arena;
+    A *query_spare = nullptr, *grad_spare = nullptr;
+    Arena* const passes[] = {&size, &arena};
+    for (Arena* pass : passes) {
+      if (pass == &arena && !arena.allocate(size)) {
+        __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
+        return;
+      }
+      query_spare = pass->take<A>(head_dim());
+      grad_spare = pass->take<A>(value_dim());
+    }
+    A* const grad_keys = static_cast<A*>(call_.grad_key) + chunk.group * s_.num_keys * head_dim();
+    A* const grad_values = static_cast<A*>(call_.grad_value) + chunk.group * s_.num_keys * value_dim();
+    const int64_t first_key = range * keys_per_range_, end_key = first_key + keys_per_range_;
+    const A factor = A(1 / (1 - call_.dropout.p));
+    for (int64_t r = 0; r < chunk.num_rows; ++r) {
+      const Row row = row_of(chunk, r);
+      int64_t j = first_not_below(row.indices, row.count, first_key);
+      if (j == row.count || row.indices[j] >= end_key) continue;
+      const A* query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), query_spare);
+      const A* grad = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), grad_spare);
+      const DropoutRow draw(call_.dropout, row.number);
+      for (; j < row.count && row.indices[j] < end_key; ++j) {
+        const int64_t key = row.indices[j];
+        A weight = row.weights[j];
+        if (call_.dropout.active) weight *= draw.keeps(int32_t(key)) ? factor : A(0);
+        add_multiple<A>(row.score_gradients[j] * A(call_.scale), query, grad_keys + key * head_dim(), head_dim());
+        add_multiple<A>(weight, grad, grad_values + key * value_dim(), value_dim());
+      }
+    }
+  }
+
+  void relative_bias_gradients(Chunk& chunk, int64_t range) const {
+    const int64_t positions = s_.num_queries + s_.num_keys - 1, per_range = ceil_div(positions, kBiasRanges);
+    A* const grad = static_cast<A*>(call_.grad_relative_bias);
+    for (int64_t r = 0; r < chunk.num_rows; ++r) {
+      const Row row = row_of(chunk, r);
+      const int64_t shift = s_.num_queries - 1 - row.query;  // position of key 0
+      const int64_t end_key = (range + 1) * per_range - shift;
+      A* const of_head = grad + row.head * call_.grad_relative_bias_stride + shift;
+      int64_t j = first_not_below(row.indices, row.count, range * per_range - shift);
+      for (; j < row.count && row.indices[j] < end_key; ++j) of_head[row.indices[j]] += row.score_gradients[j];
+    }
+  }
+
+  // Ranges are of queries where the bias has that axis, otherwise of keys; without either one task does it all.
+  void bias_gradients(Chunk& chunk, int64_t range) const {
+    const int64_t* stride = call_.grad_bias_stride;
+    const bool by_query = stride[2] != 0, by_key = !by_query && stride[3] != 0;
+    if (!by_query && !by_key && range > 0) return;
+    const int64_t length = by_query ? s_.num_queries : s_.num_keys;
+    const int64_t per_range = by_query || by_key ? ceil_div(length, kBiasRanges) : length;
+    const int64_t first = range * per_range, end = first + per_range;
+    A* const grad = static_cast<A*>(call_.grad_bias);
+    for (int64_t r = 0; r < chunk.num_rows; ++r) {
+      const int64_t query = (chunk.first_row + r) % s_.num_queries;
+      if (by_query && (query < first || query >= end)) continue;
+      const Row row = row_of(chunk, r);
+      A* const of_row = grad + row.batch * stride[0] + row.head * stride[1] + row.query * stride[2];
+      int64_t j = by_query ? 0 : first_not_below(row.indices, row.count, first);
+      for (; j < row.count && (by_query || row.indices[j] < end); ++j)
+        of_row[row.indices[j] * stride[3]] += row.score_gradients[j];
+    }
+  }
+
+  const AttentionBackward& call_;
+  const Sizes s_;
+  const int64_t rows_of_group_;
+  int64_t largest_k_ = 1, chunk_rows_, keys_per_range_;
+};
+
+inline void run_serially(int64_t num_tasks, void* state, void (*task)(void*, int64_t)) {
+  for (int64_t i = 0; i < num_tasks; ++i) task(state, i);
+}
+
+// Many groups: each thread takes whole groups. Few, or a bias that groups share: all threads work within one group.
+template <class T, class A, int kDim>
+bool run_backward(const AttentionBackward& call, const Parallel& parallel) {
+  const Backward<T, A, kDim> backward(call);
+  const bool has_bias = call.grad_bias != nullptr || call.grad_relative_bias != nullptr;
+  if (has_bias || backward.num_groups() < 4 * parallel.num_threads) {
+    Arena size, arena;
+    size.take<A>(backward.num_score_gradients());
+    if (!arena.allocate(size)) return false;
+    A* score_gradients = arena.take<A>(backward.num_score_gradients());
+    for (int64_t group = 0; group < backward.num_groups(); ++group)
+      if (!backward.run_group(group, score_gradients, parallel)) return false;
+    return true;
+  }
+  struct State {
+    const Backward<T, A, kDim>& backward;
+    int64_t next;
+    bool ok;
+  } state = {backward, 0, true};
+  parallel.run(parallel.num_threads, &state, [](void* opaque, int64_t) {
+    State& state = *static_cast<State*>(opaque);
+    const auto& backward = state.backward;
+    Arena size, arena;
+    size.take<A>(backward.num_score_gradients());
+    bool ok = arena.allocate(size);
+    A* score_gradients = ok ? arena.take<A>(backward.num_score_gradients()) : nullptr;
+    while (ok) {
+      const int64_t group = __atomic_fetch_add(&state.next, 1, __ATOMIC_RELAXED);
+      if (group >= backward.num_groups()) return;
+      ok = backward.run_group(group, score_gradients, {run_serially, 1});
+    }
+    __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
+  });
+  return state.ok;
+}

@@ -1,0 +1,3 @@
+#define TOPK_TARGET baseline
+#define TOPK_TARGET_NAME "baseline"
+#include "target.h"

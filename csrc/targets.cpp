@@ -1,0 +1,61 @@
+#include "targets.h"
+
+namespace topk {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const AttentionKernels kernels;
+}
+namespace avx2 {
+extern const AttentionKernels kernels;
+}
+namespace baseline {
+extern const AttentionKernels kernels;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const AttentionKernels kernels;
+}
+#else
+namespace baseline {
+extern const AttentionKernels kernels;
+}
+#endif
+
+namespace {
+
+std::vector<const AttentionKernels*> runnable() {
+  std::vector<const AttentionKernels*> kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi") &&
+                        __builtin_cpu_supports("bmi2");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    kernels.push_back(&avx512::kernels);
+  if (has_avx2) kernels.push_back(&avx2::kernels);
+  kernels.push_back(&baseline::kernels);
+#elif defined(__aarch64__)
+  kernels.push_back(&neon::kernels);  // every 64-bit Arm processor has NEON
+#else
+  kernels.push_back(&baseline::kernels);
+#endif
+  return kernels;
+}
+
+}  // namespace
+
+std::vector<std::string> available_targets() {
+  std::vector<std::string> names;
+  for (const AttentionKernels* kernels : runnable()) names.push_back(kernels->target);
+  return names;
+}
+
+const AttentionKernels* attention_kernels(const std::string& target) {
+  for (const AttentionKernels* kernels : runnable())
+    if (target.empty() || target == kernels->target) return kernels;
+  return nullptr;
+}
+
+}  // namespace topk

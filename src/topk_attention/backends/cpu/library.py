@@ -1,0 +1,59 @@
+"""Loads the compiled kernels and says what they can do here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parents[2]
+
+
+def _load() -> str | None:
+    """Why there are no kernels, None where they are loaded."""
+    files = sorted(_FOLDER.glob("_kernels*.so"))
+    if not files:
+        return "the package was installed without its compiled kernels, which need a C++ compiler and torch to build"
+    try:
+        torch.ops.load_library(files[0])
+    except OSError as error:
+        return f"the compiled kernels do not load: {error.__cause__ or error}"
+    return None
+
+
+_PROBLEM = _load()
+
+
+def problem() -> str | None:
+    """Why the kernels cannot run in this process, None where they can."""
+    return _PROBLEM
+
+
+def cpu_targets() -> tuple[str, ...]:
+    """The instruction sets with kernels of their own that this processor can run, best first."""
+    _, names = torch.ops.topk_attention.cpu_targets().split(":")
+    return tuple(names.split())
+
+
+def cpu_target() -> str:
+    """The one in use: the best, unless `forced_cpu_target` says otherwise."""
+    return torch.ops.topk_attention.cpu_targets().split(":")[0]
+
+
+@contextmanager
+def forced_cpu_target(name: str) -> Iterator[None]:
+    """Run the kernels of one instruction set, "avx512", "avx2", "neon" or "baseline", in the whole process.
+
+    Raises:
+        ValueError: this processor, or this build, has no such kernels.
+    """
+    if name not in cpu_targets():
+        raise ValueError(f"name must be one of {', '.join(cpu_targets())} on this processor, got {name!r}")
+    before = cpu_target()
+    torch.ops.topk_attention.force_cpu_target(name)
+    try:
+        yield
+    finally:
+        torch.ops.topk_attention.force_cpu_target(before)

@@ -78,9 +78,8 @@ struct AttentionBackward {
   int64_t grad_relative_bias_stride;  // 0 for one head
 };
 
-// The kernels of one CPU target. Both allocate scratch memory per thread and return false where there is none to have.
+// All kernels allocate scratch memory per thread and return false where there is none to have.
 struct AttentionKernels {
-  const char* target;
   bool (*forward)(const AttentionForward& call, const Parallel& parallel);
   bool (*backward)(const AttentionBackward& call, const Parallel& parallel);
 };

@@ -10,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
 #include "targets.h"
 
 namespace {
@@ -20,8 +19,8 @@ using torch::stable::Tensor;
 
 std::string forced_target;  // empty: the best there is
 
-const topk::AttentionKernels& kernels() {
-  const topk::AttentionKernels* found = topk::attention_kernels(forced_target);
+const topk::Kernels& kernels() {
+  const topk::Kernels* found = topk::kernels_of(forced_target);
   STD_TORCH_CHECK(found != nullptr, "no CPU target named ", forced_target);
   return *found;
 }
@@ -142,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     call.weights = weights.mutable_data_ptr();
   }
-  check_memory(kernels().forward(call, parallel()));
+  check_memory(kernels().attention.forward(call, parallel()));
   return {output, indices, weights};
 }
 
@@ -193,20 +192,108 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     call.grad_relative_bias = grad_relative_bias.mutable_data_ptr();
     call.grad_relative_bias_stride = relative_bias_shape[0] == 1 ? 0 : relative_bias_shape[1];
   }
-  check_memory(kernels().backward(call, parallel()));
+  check_memory(kernels().attention.backward(call, parallel()));
   return {grad_query, grad_key, grad_value, grad_bias, grad_relative_bias};
 }
 
-// Targets that this processor can run, best first, separated by spaces; the one in use comes before a colon.
+// x, weights and tables are matrices whose last axis is contiguous.
+topk::Matrix matrix_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
+
+topk::Matrix matrix_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? matrix_of(*tensor) : topk::Matrix();
+}
+
+const void* data_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+topk::Entries entries_of(const Tensor& neurons, const Tensor& coefficients) {
+  return {neurons.size(0), neurons.size(1), static_cast<const int32_t*>(neurons.const_data_ptr()),
+          coefficients.const_data_ptr()};
+}
+
+// The k best neurons of each token, int32 [T, k], their pre-activations [T, k] and those of their gates ([0, k] without
+// a gate) in the accumulation dtype. Biases come in the accumulation dtype.
+std::tuple<Tensor, Tensor, Tensor> choose_neurons(Tensor x, Tensor w_in, std::optional<Tensor> w_gate,
+                                                  std::optional<Tensor> b_in, std::optional<Tensor> b_gate,
+                                                  int64_t activation, int64_t k) {
+  const ScalarType accumulated = accumulation_dtype(x);
+  Tensor neurons = empty({x.size(0), k}, ScalarType::Int);
+  Tensor values = empty({x.size(0), k}, accumulated);
+  Tensor gates = empty({w_gate.has_value() ? x.size(0) : 0, k}, accumulated);
+  topk::ChooseNeurons call = {};
+  call.num_tokens = x.size(0);
+  call.model_size = x.size(1);
+  call.num_neurons = w_in.size(0);
+  call.k = k;
+  call.dtype = dtype_of(x);
+  call.x = matrix_of(x);
+  call.w_in = matrix_of(w_in);
+  call.w_gate = matrix_of(w_gate);
+  call.b_in = data_of(b_in);
+  call.b_gate = data_of(b_gate);
+  call.activation = topk::Activation(activation);
+  call.neurons = static_cast<int32_t*>(neurons.mutable_data_ptr());
+  call.values = values.mutable_data_ptr();
+  call.gates = gates.mutable_data_ptr();
+  if (call.num_tokens > 0) check_memory(kernels().feed_forward.choose_neurons(call, parallel()));
+  return {neurons, values, gates};
+}
+
+// [T, X] in the accumulation dtype: for each token the sum of its neurons' rows of `table` [F, X].
+Tensor sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) {
+  Tensor out = zeros({neurons.size(0), table.size(1)}, accumulation_dtype(table));
+  topk::SumNeurons call = {};
+  call.entries = entries_of(neurons, coefficients);
+  call.num_neurons = table.size(0);
+  call.size = table.size(1);
+  call.dtype = dtype_of(table);
+  call.table = matrix_of(table);
+  call.out = out.mutable_data_ptr();
+  if (neurons.size(0) * call.size > 0) check_memory(kernels().feed_forward.sum_neurons(call, parallel()));
+  return out;
+}
+
+// [T, k] in the accumulation dtype: products of each token's row with its neurons' rows of `table` [F, X].
+Tensor dot_neurons(Tensor rows, Tensor table, Tensor neurons) {
+  Tensor out = empty({neurons.size(0), neurons.size(1)}, accumulation_dtype(table));
+  topk::DotNeurons call = {};
+  call.num_tokens = neurons.size(0);
+  call.k = neurons.size(1);
+  call.num_neurons = table.size(0);
+  call.size = table.size(1);
+  call.dtype = dtype_of(table);
+  call.neurons = static_cast<const int32_t*>(neurons.const_data_ptr());
+  call.rows = matrix_of(rows);
+  call.table = matrix_of(table);
+  call.out = out.mutable_data_ptr();
+  if (call.num_tokens > 0) check_memory(kernels().feed_forward.dot_neurons(call, parallel()));
+  return out;
+}
+
+// Adds to sums [F, X], for each neuron, the rows [T, X] of the tokens that chose it; and its coefficients to bias [F].
+void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, std::optional<Tensor> bias) {
+  topk::SumTokens call = {};
+  call.entries = entries_of(neurons, coefficients);
+  call.num_neurons = sums.size(0);
+  call.size = sums.size(1);
+  call.dtype = dtype_of(rows);
+  call.rows = matrix_of(rows);
+  call.out = sums.mutable_data_ptr();
+  call.bias_out = bias.has_value() ? bias->mutable_data_ptr() : nullptr;
+  if (neurons.size(0) > 0) check_memory(kernels().feed_forward.sum_tokens(call, parallel()));
+}
+
+// Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {
-  std::string names = std::string(kernels().target) + ":";
-  for (const std::string& name : topk::available_targets()) names += " " + name;
+  std::string names;
+  for (const std::string& name : topk::available_targets()) names += name + " ";
   return names;
 }
 
 // Use the target of this name from now on, the best there is for an empty one.
 void force_cpu_target(std::string target) {
-  STD_TORCH_CHECK(topk::attention_kernels(target) != nullptr, "this processor cannot run CPU target ", target);
+  STD_TORCH_CHECK(topk::kernels_of(target) != nullptr, "this processor cannot run CPU target ", target);
   forced_target = target;
 }
 
@@ -221,6 +308,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
       "Tensor indices, Tensor weights, int[] head_k, float scale, float dropout_p, int[] bias_shape, "
       "int[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("cpu_sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) -> Tensor");
+  m.def("cpu_dot_neurons(Tensor rows, Tensor table, Tensor neurons) -> Tensor");
+  m.def("cpu_add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor(a!) sums, Tensor(b!)? bias) -> ()");
   m.def("cpu_targets() -> str");
   m.def("force_cpu_target(str target) -> ()");
 }
@@ -228,6 +321,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
   m.impl("cpu_attention_forward", TORCH_BOX(&attention_forward));
   m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("cpu_choose_neurons", TORCH_BOX(&choose_neurons));
+  m.impl("cpu_sum_neurons", TORCH_BOX(&sum_neurons));
+  m.impl("cpu_dot_neurons", TORCH_BOX(&dot_neurons));
+  m.impl("cpu_add_tokens", TORCH_BOX(&add_tokens));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CompositeExplicitAutograd, m) {

@@ -4,28 +4,28 @@ namespace topk {
 
 #if defined(__x86_64__)
 namespace avx512 {
-extern const AttentionKernels kernels;
+extern const Kernels kernels;
 }
 namespace avx2 {
-extern const AttentionKernels kernels;
+extern const Kernels kernels;
 }
 namespace baseline {
-extern const AttentionKernels kernels;
+extern const Kernels kernels;
 }
 #elif defined(__aarch64__)
 namespace neon {
-extern const AttentionKernels kernels;
+extern const Kernels kernels;
 }
 #else
 namespace baseline {
-extern const AttentionKernels kernels;
+extern const Kernels kernels;
 }
 #endif
 
 namespace {
 
-std::vector<const AttentionKernels*> runnable() {
-  std::vector<const AttentionKernels*> kernels;
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -48,12 +48,12 @@ std::vector<const AttentionKernels*> runnable() {
 
 std::vector<std::string> available_targets() {
   std::vector<std::string> names;
-  for (const AttentionKernels* kernels : runnable()) names.push_back(kernels->target);
+  for (const Kernels* kernels : runnable()) names.push_back(kernels->target);
   return names;
 }
 
-const AttentionKernels* attention_kernels(const std::string& target) {
-  for (const AttentionKernels* kernels : runnable())
+const Kernels* kernels_of(const std::string& target) {
+  for (const Kernels* kernels : runnable())
     if (target.empty() || target == kernels->target) return kernels;
   return nullptr;
 }

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
+#include "kernels.h"
 
 namespace topk {
 
@@ -12,6 +12,6 @@ namespace topk {
 std::vector<std::string> available_targets();
 
 // The kernels of a target by name; of the best where the name is empty, null where there are none by that name.
-const AttentionKernels* attention_kernels(const std::string& target);
+const Kernels* kernels_of(const std::string& target);
 
 }  // namespace topk

@@ -125,7 +125,7 @@ class Forward {
       row.is_guess = row.is_done = false;
       thresholds_[r] = -Types<A>::largest;  // -inf, a hidden key, never reaches it
       row.found = {candidate_scores_ + r * slots_, candidate_indices_ + r * slots_, 0, 0, thresholds_[r], false};
-      pack_columns<T, A>(query + row.head * call_.query.stride[1] + row.query * call_.query.stride[2], 0, 1, 1,
+      pack_columns<T, A, true>(query + row.head * call_.query.stride[1] + row.query * call_.query.stride[2], 0, 1, 1,
                          s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows, kTileRows, spare_rows_);
     }
     for (int64_t r = block.num_rows; r % kTileRows != 0; ++r) {
@@ -159,7 +159,7 @@ class Forward {
                     block_.key_head * call_.key.stride[1];
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = int64_t(panels[p]) * kPanel<A>;
-      pack_columns<T, A>(keys + first * call_.key.stride[2], call_.key.stride[2], s_.num_keys - first, kPanel<A>,
+      pack_columns<T, A, true>(keys + first * call_.key.stride[2], call_.key.stride[2], s_.num_keys - first, kPanel<A>,
                          s_.head_dim, A(1), keys_ + p * kPanel<A> * s_.head_dim, kPanel<A>, spare_rows_);
     }
   }

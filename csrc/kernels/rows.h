@@ -42,9 +42,9 @@ inline void transpose(Vector<A>* rows) {
   if constexpr (kLanes<A> > 8) exchange<A, 8>(rows);
 }
 
-// Rows of a matrix as columns: to[d * stride + r] for r < width; zeros for rows from num_rows on. `spare` holds as many
-// rows as a vector has lanes.
-template <class T, class A>
+// Rows of a matrix as columns: to[d * stride + r] for r < width; zeros for rows from num_rows on. With kBreaks an
+// infinite element becomes NaN. `spare` holds as many rows as a vector has lanes.
+template <class T, class A, bool kBreaks>
 void pack_columns(const T* from, int64_t row_stride, int64_t num_rows, int64_t width, int64_t dim, A scale, A* to,
                   int64_t stride, A* spare) {
   for (int64_t first = 0; first < width; first += kLanes<A>) {
@@ -66,11 +66,12 @@ void pack_columns(const T* from, int64_t row_stride, int64_t num_rows, int64_t w
         transpose<A>(block);
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes<A>; ++r)
-          store<A>(to + (d + r) * stride + first, (block[r] + block[r] * A(0)) * scale);
+          store<A>(to + (d + r) * stride + first, (kBreaks ? block[r] + block[r] * A(0) : block[r]) * scale);
       }
     }
     for (; d < dim; ++d)
-      for (int64_t r = 0; r < in_block; ++r) to[d * stride + first + r] = nan_unless_finite(rows[r][d]) * scale;
+      for (int64_t r = 0; r < in_block; ++r)
+        to[d * stride + first + r] = (kBreaks ? nan_unless_finite(rows[r][d]) : rows[r][d]) * scale;
   }
 }
 

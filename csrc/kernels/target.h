@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../attention.h"
+#include "../kernels.h"
 
 namespace topk {
 namespace TOPK_TARGET {
@@ -21,16 +21,20 @@ namespace {
 #include "scores.h"
 #include "forward.h"
 #include "backward.h"
+#include "activations.h"
+#include "choose_neurons.h"
+#include "neuron_sums.h"
 
-bool forward(const AttentionForward& call, const Parallel& parallel) {
-  switch (call.dtype) {
-    case DType::float32: return run_forward<float, float>(call, parallel);
-    case DType::float64: return run_forward<double, double>(call, parallel);
-    case DType::bfloat16: return run_forward<BFloat16, float>(call, parallel);
-    case DType::float16: return run_forward<Float16, float>(call, parallel);
-    default: return false;
+#define FOR_DTYPE(run)                                                       \
+  switch (call.dtype) {                                                      \
+    case DType::float32: return run<float, float>(call, parallel);           \
+    case DType::float64: return run<double, double>(call, parallel);         \
+    case DType::bfloat16: return run<BFloat16, float>(call, parallel);       \
+    case DType::float16: return run<Float16, float>(call, parallel);         \
+    default: return false;                                                   \
   }
-}
+
+bool forward(const AttentionForward& call, const Parallel& parallel) { FOR_DTYPE(run_forward) }
 
 template <class T, class A>
 bool backward_of(const AttentionBackward& call, const Parallel& parallel) {
@@ -39,20 +43,17 @@ bool backward_of(const AttentionBackward& call, const Parallel& parallel) {
   return run_backward<T, A, 0>(call, parallel);
 }
 
-bool backward(const AttentionBackward& call, const Parallel& parallel) {
-  switch (call.dtype) {
-    case DType::float32: return backward_of<float, float>(call, parallel);
-    case DType::float64: return backward_of<double, double>(call, parallel);
-    case DType::bfloat16: return backward_of<BFloat16, float>(call, parallel);
-    case DType::float16: return backward_of<Float16, float>(call, parallel);
-    default: return false;
-  }
-}
+bool backward(const AttentionBackward& call, const Parallel& parallel) { FOR_DTYPE(backward_of) }
+
+bool choose_neurons(const ChooseNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_choose_neurons) }
+bool sum_neurons(const SumNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_sum_neurons) }
+bool dot_neurons(const DotNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_dot_neurons) }
+bool sum_tokens(const SumTokens& call, const Parallel& parallel) { FOR_DTYPE(run_sum_tokens) }
 
 }  // namespace
 
-extern const AttentionKernels kernels;
-const AttentionKernels kernels = {TOPK_TARGET_NAME, forward, backward};
+extern const Kernels kernels;
+const Kernels kernels = {TOPK_TARGET_NAME, {forward, backward}, {choose_neurons, sum_neurons, dot_neurons, sum_tokens}};
 
 }  // namespace TOPK_TARGET
 }  // namespace topk

@@ -35,15 +35,15 @@ def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None 
 
 
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
-    if isinstance(call, FeedForwardCall):
-        return Choice("chunked", "the only backend with memory linear in tokens")
-    if call is not None and (call.head_k is None or all(k >= call.key.shape[2] for k in call.head_k)):
+    if isinstance(call, AttentionCall) and (call.head_k is None or all(k >= call.key.shape[2] for k in call.head_k)):
         obstacle = sdpa.obstacle(call)
         if obstacle is None:
             return Choice("sdpa", "every visible key is kept: PyTorch's attention computes the same, and faster")
         if not call.return_selection:
             return Choice("chunked", f"every visible key is kept, which selects nothing; not PyTorch's: {obstacle}")
-    if call is not None and call.query.device.type != "cpu":
+    if isinstance(call, FeedForwardCall) and (call.k is None or call.k >= call.w_in.shape[0]):
+        return Choice("chunked", "every neuron is kept: dense products")
+    if _device(call) != "cpu":
         return Choice("chunked", "the compiled kernels are for CPU tensors")
     problem = cpu.problem()
     if problem is not None:
@@ -55,7 +55,12 @@ def _check_cpu(call: AttentionCall | FeedForwardCall | None) -> None:
     problem = cpu.problem()
     if problem is not None:
         raise RuntimeError(f'backend="cpu" cannot run here: {problem}; use backend="auto"')
-    if isinstance(call, FeedForwardCall):
-        raise ValueError('backend="cpu" computes attention alone; use backend="auto" for feed-forward layers')
-    if call is not None and call.query.device.type != "cpu":
-        raise ValueError(f'backend="cpu" needs CPU tensors, got {call.query.device}; move them or use backend="auto"')
+    device = _device(call)
+    if device != "cpu":
+        raise ValueError(f'backend="cpu" needs CPU tensors, got {device}; move them or use backend="auto"')
+
+
+def _device(call: AttentionCall | FeedForwardCall | None) -> str:
+    if call is None:
+        return "cpu"
+    return call.x.device.type if isinstance(call, FeedForwardCall) else call.query.device.type

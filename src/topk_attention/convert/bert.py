@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..functional import topk_feed_forward
-from ..nn.feed_forward import plain_linear
+from ..nn.feed_forward import plain_linear, store_by_neuron
 from .sites import FeedForwardSite, obstacle_of
 
 
@@ -36,6 +36,7 @@ class TopKOutput(nn.Module):
     def __init__(self, intermediate: TopKIntermediate, original: Any, k: int, activation: str, backend: str) -> None:
         super().__init__()
         self.dense = original.dense
+        store_by_neuron(self.dense)
         self.LayerNorm = original.LayerNorm
         self.dropout = original.dropout
         # In tuples they are no submodules, so the state dict stays that of the original.

@@ -47,7 +47,8 @@ def topk_feed_forward(
     b_in, b_gate  [F], b_out  [O]
     activation  "relu", "gelu", "gelu_tanh", "silu", "identity" or another name transformers gives to one of them
     dropout_p   probability of dropping a kept neuron's activation
-    backend     "auto", "chunked" or "reference"; a named one runs or raises
+    backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
+                or raises
     token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
 
     Returns [..., O] in the dtype of x.
@@ -60,6 +61,7 @@ def topk_feed_forward(
     Raises:
         TypeError: k is of the wrong type.
         ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
+        RuntimeError: the backend asked for cannot run here.
 
     >>> import torch
     >>> x, w_in, w_out = torch.randn(2, 128, 64), torch.randn(256, 64), torch.randn(64, 256)
@@ -97,6 +99,10 @@ def _run(call: FeedForwardCall, backend: str) -> Tensor:
     choice = choose_backend(backend, call)
     with autocast_off(call.x.device.type):
         match choice.name:
+            case "cpu":
+                from ..backends import cpu
+
+                return cpu.feed_forward(call)
             case "reference":
                 from ..backends import reference
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import topk_feed_forward
@@ -22,6 +23,18 @@ def plain_linear(owner: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
+@torch.no_grad()
+def store_by_neuron(linear_out: nn.Module) -> None:
+    """Let the weight [O, F] of a network's last layer lie in memory neuron by neuron, as top-k reads it.
+
+    Shape, values, name and the parameter itself stay; only its strides change, which a dense layer does not mind. A
+    state dict loads into either form.
+    """
+    weight = getattr(linear_out, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not weight.is_meta and not weight.t().is_contiguous():
+        weight.data = weight.t().contiguous().t()
+
+
 class TopKFeedForward(nn.Module):
     """A feed-forward network in which each token uses its k best neurons, around linear layers it is handed.
 
@@ -34,7 +47,8 @@ class TopKFeedForward(nn.Module):
     names        what the layers are called in the state dict, in the order in, out, gate: give the original's names
                  and its checkpoints load into this layer, and the other way round
 
-    Dropout acts on kept activations, in training mode only.
+    The weights are used where they are; that of linear_out changes its strides, so that each neuron's output weights
+    lie together. Dropout acts on kept activations, in training mode only.
 
     >>> import torch
     >>> layer = TopKFeedForward(nn.Linear(64, 256), nn.Linear(256, 64), k=32, activation="gelu")
@@ -59,6 +73,7 @@ class TopKFeedForward(nn.Module):
         self._names = names
         for name, linear in zip(names, (linear_in, linear_out, linear_gate), strict=True):
             self.add_module(name, linear)
+        store_by_neuron(linear_out)
         self.k = k
         self.activation = activation
         self.dropout_p = dropout_p

@@ -6,5 +6,6 @@ __all__ = ["cpu_target", "cpu_targets", "forced_cpu_target", "problem"]
 
 if problem() is None:
     from .attention import attention
+    from .feed_forward import feed_forward
 
-    __all__ += ["attention"]
+    __all__ += ["attention", "feed_forward"]

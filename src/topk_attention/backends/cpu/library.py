@@ -24,6 +24,8 @@ def _load() -> str | None:
 
 
 _PROBLEM = _load()
+_TARGETS = tuple(torch.ops.topk_attention.cpu_targets().split()) if _PROBLEM is None else ()
+_forced: str | None = None
 
 
 def problem() -> str | None:
@@ -33,13 +35,12 @@ def problem() -> str | None:
 
 def cpu_targets() -> tuple[str, ...]:
     """The instruction sets with kernels of their own that this processor can run, best first."""
-    _, names = torch.ops.topk_attention.cpu_targets().split(":")
-    return tuple(names.split())
+    return _TARGETS
 
 
 def cpu_target() -> str:
     """The one in use: the best, unless `forced_cpu_target` says otherwise."""
-    return torch.ops.topk_attention.cpu_targets().split(":")[0]
+    return _forced or _TARGETS[0]
 
 
 @contextmanager
@@ -51,9 +52,12 @@ def forced_cpu_target(name: str) -> Iterator[None]:
     """
     if name not in cpu_targets():
         raise ValueError(f"name must be one of {', '.join(cpu_targets())} on this processor, got {name!r}")
-    before = cpu_target()
+    global _forced
+    before = _forced
     torch.ops.topk_attention.force_cpu_target(name)
+    _forced = name
     try:
         yield
     finally:
-        torch.ops.topk_attention.force_cpu_target(before)
+        torch.ops.topk_attention.force_cpu_target(before or "")
+        _forced = before

@@ -1,0 +1,208 @@
+"""Top-k feed-forward by the compiled kernels.
+
+Source: Gupta et al. 2021, section 2, "feed-forward as attention".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..activations import activate, activate_backward
+from ..autocast import without_autocast
+from ..calls import FeedForwardCall, accumulation_dtype
+from ..dropout import keep_mask
+from . import library  # noqa: F401  loads the kernels
+
+_kernels = torch.ops.topk_attention
+# Entries [tokens, k] of one float whose gradients exist at a time in the backward pass.
+_ENTRIES_AT_A_TIME = 2**20
+# The numbers of topk::Activation.
+_ACTIVATIONS = {
+    "identity": 0,
+    "relu": 1,
+    "silu": 2,
+    "swish": 2,
+    "gelu": 3,
+    "gelu_tanh": 4,
+    "gelu_new": 4,
+    "gelu_pytorch_tanh": 4,
+}
+
+
+def feed_forward(call: FeedForwardCall) -> Tensor:
+    """Returns [T, O]."""
+    tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    output, *_ = feed_forward_op(
+        *tensors[:-1],
+        call.seed,
+        min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
+        call.activation,
+        call.dropout_p,
+        needs_gradient,
+    )
+    return output if call.b_out is None else output + call.b_out
+
+
+@torch.library.custom_op("topk_attention::cpu_feed_forward", mutates_args=())
+@without_autocast
+def feed_forward_op(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    seed: Tensor | None,
+    k: int,
+    activation: str,
+    dropout_p: float,
+    save_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns output [T, O] without b_out and, if asked for, the selection: neurons int32 [T, k], their
+    pre-activations [T, k] and their gate pre-activations [T, k]."""
+    dtype = accumulation_dtype(x.dtype)
+    neurons, values, gates = _kernels.cpu_choose_neurons(
+        _whole_rows(x),
+        _whole_rows(w_in),
+        None if w_gate is None else _whole_rows(w_gate),
+        None if b_in is None else b_in.to(dtype).contiguous(),
+        None if b_gate is None else b_gate.to(dtype).contiguous(),
+        _ACTIVATIONS[activation],
+        k,
+    )
+    hidden = _hidden(values, None if w_gate is None else gates, activation)
+    if seed is not None:
+        hidden = hidden * _dropout_factor(seed, 0, neurons, dropout_p, dtype)
+    output = _kernels.cpu_sum_neurons(_whole_rows(w_out.t()), neurons, hidden).to(x.dtype)
+    if save_selection:
+        return output, neurons, values, gates
+    return output, neurons[:0].clone(), values[:0].clone(), gates[:0].clone()
+
+
+@feed_forward_op.register_fake
+def _(x, w_in, w_out, w_gate, b_in, b_gate, seed, k, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_saved = x.shape[0] if options[-1] else 0
+    dtype = accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape[0], w_out.shape[0]),
+        x.new_empty(num_saved, k, dtype=torch.int32),
+        x.new_empty(num_saved, k, dtype=dtype),
+        x.new_empty(num_saved if w_gate is not None else 0, k, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("topk_attention::cpu_feed_forward_backward", mutates_args=())
+@without_autocast
+def feed_forward_backward_op(
+    grad_output: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    seed: Tensor | None,
+    neurons: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones."""
+    dtype = values.dtype
+    x, grad_output, w_in, w_out_t = (_whole_rows(part) for part in (x, grad_output, w_in, w_out.t()))
+    num_neurons = w_in.shape[0]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_w_in, grad_w_out_t = (torch.zeros(w.shape, dtype=dtype) for w in (w_in, w_out_t))
+    grad_w_gate = torch.zeros(w_in.shape if w_gate is not None else 0, dtype=dtype)
+    grad_b_in, grad_b_gate = (torch.zeros(num_neurons if b is not None else 0, dtype=dtype) for b in (b_in, b_gate))
+    tokens_at_a_time = max(1, _ENTRIES_AT_A_TIME // neurons.shape[1])
+    for first in range(0, x.shape[0], tokens_at_a_time):
+        part = slice(first, first + tokens_at_a_time)
+        kept, value, gate = neurons[part], values[part], None if w_gate is None else gates[part]
+        hidden = _hidden(value, gate, activation)
+        grad_hidden = _kernels.cpu_dot_neurons(grad_output[part], w_out_t, kept)
+        if seed is not None:
+            factor = _dropout_factor(seed, first, kept, dropout_p, dtype)
+            hidden, grad_hidden = hidden * factor, grad_hidden.mul_(factor)
+        _kernels.cpu_add_tokens(grad_output[part], kept, hidden, grad_w_out_t, None)
+        if gate is None:
+            grad_value = activate_backward(grad_hidden, value, activation)
+        else:
+            grad_value = grad_hidden * activate(gate, activation)
+        rows_grad_x = _kernels.cpu_sum_neurons(w_in, kept, grad_value)
+        _kernels.cpu_add_tokens(x[part], kept, grad_value, grad_w_in, None if b_in is None else grad_b_in)
+        if gate is not None and w_gate is not None:
+            grad_gate = activate_backward(grad_hidden.mul_(value), gate, activation)
+            rows_grad_x += _kernels.cpu_sum_neurons(_whole_rows(w_gate), kept, grad_gate)
+            _kernels.cpu_add_tokens(x[part], kept, grad_gate, grad_w_gate, None if b_gate is None else grad_b_gate)
+        grad_x[part] = rows_grad_x
+    return (
+        grad_x,
+        grad_w_in.to(x.dtype),
+        grad_w_out_t.to(x.dtype),
+        grad_w_gate.to(x.dtype),
+        grad_b_in.to(x.dtype),
+        grad_b_gate.to(x.dtype),
+    )
+
+
+@feed_forward_backward_op.register_fake
+def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(w_in.shape),
+        x.new_empty(w_out.shape[::-1]),
+        x.new_empty(w_gate.shape if w_gate is not None else 0),
+        x.new_empty(b_in.shape if b_in is not None else 0),
+        x.new_empty(b_gate.shape if b_gate is not None else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, _, activation, dropout_p, save_selection = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = (activation, dropout_p)
+    ctx.has_selection = save_selection
+
+
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 11
+    if not ctx.has_selection:
+        raise RuntimeError("cpu_feed_forward needs save_selection=True for a backward pass")
+    saved = ctx.saved_tensors  # once: under activation checkpointing each read computes them anew
+    _, _, _, w_gate, b_in, b_gate, *_ = saved
+    grad_x, grad_w_in, grad_w_out_t, grad_w_gate, grad_b_in, grad_b_gate = feed_forward_backward_op(
+        grad_output, *saved, *ctx.options
+    )
+    return (
+        grad_x,
+        grad_w_in,
+        grad_w_out_t.t(),
+        grad_w_gate if w_gate is not None else None,
+        grad_b_in if b_in is not None else None,
+        grad_b_gate if b_gate is not None else None,
+        *(None,) * 5,
+    )
+
+
+feed_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
+    return activate(values, activation) if gates is None else activate(gates, activation) * values
+
+
+def _whole_rows(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous rows; `w_out.t()` already has them where the layer keeps w_out neuron by neuron."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _dropout_factor(seed: Tensor, first_token: int, neurons: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    rows = torch.arange(first_token, first_token + neurons.shape[0]).unsqueeze(1)
+    return keep_mask(seed, rows, neurons.long(), dropout_p).to(dtype) / (1 - dropout_p)

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs bench bench-attention clean
+.PHONY: install demo test check format lint types docs check-native bench bench-attention clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ types: install
 
 docs: install
 	$(BIN)/pdoc --output-directory build/docs topk_attention
+
+# Needs a C++ compiler and nothing else.
+check-native:
+	csrc/tests/check
 
 bench: install
 	$(BIN)/topk-attention benchmark attention

@@ -66,6 +66,7 @@ class Backward {
         Chunk& chunk = *static_cast<Chunk*>(opaque);
         chunk.self->score_gradients(chunk, task * kRowsPerTask);
       });
+      if (!chunk.ok) return false;
       parallel.run(num_ranges(), &chunk, [](void* opaque, int64_t task) {
         Chunk& chunk = *static_cast<Chunk*>(opaque);
         chunk.self->key_gradients(chunk, task);

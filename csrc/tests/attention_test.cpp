@@ -25,7 +25,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------------- keeping score
 
 // What may come on top of one rounding to the dtype of a result: roundings of the accumulation dtype, relative to the sum
-// of the magnitudes that went into it (Number::mass). 1.53 is the most that was seen over all claims and targets; each
+// of the magnitudes that went into it (Number::mass). 1.46 is the most that was seen over all claims and targets; each
 // claim prints its own.
 constexpr double kAllowedRoundings = 3;
 

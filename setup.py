@@ -54,7 +54,10 @@ def extensions() -> list[Extension]:
         Extension(
             "topk_attention._kernels",
             sources=["csrc/bindings.cpp", "csrc/targets.cpp", *(f"csrc/kernels/{name}.cpp" for name in targets())],
-            depends=["setup.py", *(str(path) for path in [*sorted(Path("csrc").rglob("*.h")), *sorted(FLAGS.iterdir())])],
+            depends=[
+                "setup.py",
+                *(str(path) for path in [*sorted(Path("csrc").rglob("*.h")), *sorted(FLAGS.iterdir())]),
+            ],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],  # in the process already when the kernels are loaded

@@ -11,7 +11,7 @@ BENCH_ARGUMENTS ?=
 install: $(STAMP)
 
 # The kernels are compiled against the torch that is installed, so that comes first and the build is not isolated.
-$(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.*)
+$(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.* csrc/flags/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	TOPK_ATTENTION_KERNELS=required $(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -6,12 +6,12 @@ STAMP := $(VENV)/.installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs bench bench-attention clean
+.PHONY: install demo test check format lint types docs check-native bench bench-attention clean
 
 install: $(STAMP)
 
 # The kernels are compiled against the torch that is installed, so that comes first and the build is not isolated.
-$(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.*)
+$(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.* csrc/flags/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	TOPK_ATTENTION_KERNELS=required $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -38,6 +38,10 @@ types: install
 
 docs: install
 	$(BIN)/pdoc --output-directory build/docs topk_attention
+
+# Needs a C++ compiler and nothing else.
+check-native:
+	csrc/tests/check
 
 bench: install
 	$(BIN)/topk-attention benchmark attention

@@ -13,34 +13,31 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = os.environ.get("TOPK_ATTENTION_KERNELS", "optional")
-X86_FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mpopcnt", "-mbmi", "-mbmi2"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
-        *("-mavx2", "-mfma", "-mpopcnt", "-mbmi", "-mbmi2"),
-    ],
-}
-TARGET_FLAGS = {"x86_64": X86_FLAGS, "amd64": X86_FLAGS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
+X86_TARGETS = ["baseline", "avx2", "avx512"]
+TARGETS = {"x86_64": X86_TARGETS, "amd64": X86_TARGETS, "aarch64": ["neon"], "arm64": ["neon"]}
+FLAGS = Path("csrc/flags")  # a file of compiler flags for all sources, and one for each target that needs more
 
 
 class BuildKernels(build_ext):
     """Compiles each kernels/<target>.cpp with that target's flags."""
 
     def build_extension(self, ext: Extension) -> None:
-        flags = target_flags()
         compile_one = self.compiler._compile
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            more = flags[Path(src).stem] if Path(src).parent.name == "kernels" else []
+            more = flags_of(Path(src).stem) if Path(src).parent.name == "kernels" else []
             compile_one(obj, src, ext, cc_args, [*extra_postargs, *more], pp_opts)
 
         self.compiler._compile = compile_with_flags
         super().build_extension(ext)
 
 
-def target_flags() -> dict[str, list[str]]:
-    return TARGET_FLAGS.get(platform.machine().lower(), {"baseline": []})
+def targets() -> list[str]:
+    return TARGETS.get(platform.machine().lower(), ["baseline"])
+
+
+def flags_of(name: str) -> list[str]:
+    return (FLAGS / name).read_text().split() if (FLAGS / name).exists() else []
 
 
 def extensions() -> list[Extension]:
@@ -56,14 +53,17 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "topk_attention._kernels",
-            sources=["csrc/bindings.cpp", "csrc/targets.cpp", *(f"csrc/kernels/{name}.cpp" for name in target_flags())],
-            depends=["setup.py", *(str(path) for path in sorted(Path("csrc").rglob("*.h")))],
+            sources=["csrc/bindings.cpp", "csrc/targets.cpp", *(f"csrc/kernels/{name}.cpp" for name in targets())],
+            depends=[
+                "setup.py",
+                *(str(path) for path in [*sorted(Path("csrc").rglob("*.h")), *sorted(FLAGS.iterdir())]),
+            ],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],  # in the process already when the kernels are loaded
             # torch 2.10 is the first with the stable ABI's parallel_for.
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", "-g0"],
+            extra_compile_args=[*flags_of("all"), "-g0"],
             extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--as-needed"],
             py_limited_api=True,
             optional=KERNELS != "required",

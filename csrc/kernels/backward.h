@@ -56,7 +56,6 @@ class Backward {
   int64_t num_groups() const { return s_.batch * s_.num_key_heads; }
   int64_t num_ranges() const { return ceil_div(s_.num_keys, keys_per_range_); }
   int64_t num_score_gradients() const { return chunk_rows_ * largest_k_; }
-  int64_t spare() const { return 2 * (s_.head_dim + s_.value_dim) + largest_k_ + 3 * kLanes<A>; }
 
   // The whole group, phase after phase. `parallel` runs the tasks of a phase.
   bool run_group(int64_t group, A* score_gradients, const Parallel& parallel) const {
@@ -66,6 +65,7 @@ class Backward {
         Chunk& chunk = *static_cast<Chunk*>(opaque);
         chunk.self->score_gradients(chunk, task * kRowsPerTask);
       });
+      if (!chunk.ok) return false;
       parallel.run(num_ranges(), &chunk, [](void* opaque, int64_t task) {
         Chunk& chunk = *static_cast<Chunk*>(opaque);
         chunk.self->key_gradients(chunk, task);

@@ -36,7 +36,7 @@ int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_thread
 template <class T, class A>
 class Forward {
  public:
-  Forward(const AttentionForward& call, int64_t max_rows) : call_(call), s_(call.sizes), max_rows_(max_rows) {
+  Forward(const AttentionForward& call, int64_t max_rows) : call_(call), s_(call.sizes) {
     for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
     capacity_ = capacity_for(largest_k_, s_.num_keys);
     slots_ = slots_for<A>(largest_k_, s_.num_keys);
@@ -52,7 +52,7 @@ class Forward {
       query_ = arena->take<A>(tiles * kTileRows * s_.head_dim);
       keys_ = arena->take<A>(key_panels_ * kPanel<A> * s_.head_dim);
       scores_ = arena->take<A>(kTileRows * key_panels_ * kPanel<A>);
-      additive_ = arena->take<A>(kTileRows * kPanel<A>);
+      additive_ = arena->take<A>(kPanel<A>);
       thresholds_ = arena->take<A>(tiles * kTileRows);
       rows_ = arena->take<Row>(max_rows);
       candidate_scores_ = arena->take<A>(max_rows * slots_);
@@ -89,7 +89,7 @@ class Forward {
     for (int64_t r = 0; r < block_.num_rows; ++r) {
       Row& row = rows_[r];
       thresholds_[r] = row.is_done ? kInfinity<A> : -Types<A>::largest;
-      row.found = {row.found.scores, row.found.indices, 0, 0, thresholds_[r], false};
+      row.found = {row.found.scores, row.found.indices, 0, 0, thresholds_[r]};
     }
     for (int64_t p = 0; p < num_panels; ++p) panels_[p] = int32_t(p);
     visit(num_panels);
@@ -124,7 +124,7 @@ class Forward {
       most_visible_ = larger(most_visible_, row.visible);
       row.is_guess = row.is_done = false;
       thresholds_[r] = -Types<A>::largest;  // -inf, a hidden key, never reaches it
-      row.found = {candidate_scores_ + r * slots_, candidate_indices_ + r * slots_, 0, 0, thresholds_[r], false};
+      row.found = {candidate_scores_ + r * slots_, candidate_indices_ + r * slots_, 0, 0, thresholds_[r]};
       pack_columns<T, A, true>(query + row.head * call_.query.stride[1] + row.query * call_.query.stride[2], 0, 1, 1,
                          s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows, kTileRows, spare_rows_);
     }
@@ -167,7 +167,7 @@ class Forward {
   int64_t num_tiles() const { return ceil_div<int64_t>(block_.num_rows, kTileRows); }
   int64_t rows_of(int64_t tile) const { return smaller<int64_t>(kTileRows, block_.num_rows - tile * kTileRows); }
 
-  // The largest number of keys that a row of the tile may see, and whether all its rows may see `end` keys or more.
+  // The largest and the smallest number of keys that a row of the tile may see.
   int64_t most_visible_of(int64_t tile) const {
     int64_t most = 0;
     for (int64_t r = 0; r < rows_of(tile); ++r) most = larger(most, rows_[tile * kTileRows + r].visible);
@@ -369,7 +369,6 @@ class Forward {
 
   const AttentionForward& call_;
   const Sizes s_;
-  const int64_t max_rows_;
   int64_t largest_k_ = 1, capacity_ = 0, slots_ = 0, key_panels_ = 0;
   Arena arena_;
   A *query_, *keys_, *scores_, *additive_, *thresholds_, *candidate_scores_, *spare_scores_, *weights_, *sums_;

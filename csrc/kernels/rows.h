@@ -20,7 +20,7 @@ inline const A* widened(const T* row, int64_t dim, A* spare) {
 // One step of a transposition: lanes whose index has the bit `half` change places with those of the partner vector.
 template <class A, int half>
 inline void exchange(Vector<A>* rows) {
-  typename Types<A>::Ints low, high;
+  typename Types<A>::Ints low = {}, high = {};
   for (int lane = 0; lane < kLanes<A>; ++lane) {
     low[lane] = (lane & half) != 0 ? kLanes<A> + lane - half : lane;
     high[lane] = (lane & half) != 0 ? kLanes<A> + lane : lane + half;

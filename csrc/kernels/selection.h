@@ -9,7 +9,6 @@ struct Candidates {
   int64_t count;
   int64_t second_run;
   A threshold;
-  bool has_nan;
 };
 
 inline int32_t ordinal(float x) {
@@ -123,14 +122,11 @@ void keep_not_less(Candidates<A>& row, A at) {
 }
 
 // Keep the k best candidates, of equal ones those with lower indices, ascending by index; later candidates have to reach
-// the worst of them. NaN counts as the best of all, and the row remembers it. Does nothing with k or fewer.
+// the worst of them. NaN counts as the best of all and becomes inf. Does nothing with k or fewer.
 template <class A>
 __attribute__((noinline)) void keep_best(Candidates<A>& row, int64_t k, A* spare_scores, int32_t* spare_indices) {
   for (int64_t i = 0; i < row.count; ++i) {
-    if (row.scores[i] != row.scores[i]) {
-      row.scores[i] = kInfinity<A>;
-      row.has_nan = true;
-    }
+    if (row.scores[i] != row.scores[i]) row.scores[i] = kInfinity<A>;
   }
   if (row.count > k) {
     const Cut<A> cut = find_cut(row.scores, row.count, k, k, row.threshold, row.count);

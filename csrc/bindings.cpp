@@ -302,12 +302,12 @@ void force_cpu_target(std::string target) {
 STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def(
       "cpu_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
-      "Tensor? relative_bias, Tensor? seed, int[] head_k, bool is_causal, float scale, float dropout_p, "
+      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
       "bool save_selection) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
-      "Tensor indices, Tensor weights, int[] head_k, float scale, float dropout_p, int[] bias_shape, "
-      "int[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
+      "SymInt[] bias_shape, SymInt[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "
       "-> (Tensor, Tensor, Tensor)");

@@ -59,7 +59,7 @@ def _padded(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: i
     if len(set(head_k)) <= 1:
         return entries.view(batch, num_heads, num_queries, largest)
     padded = entries.new_full((batch, num_heads, num_queries, largest), fill)
-    heads = entries.view(batch, -1).split([k * num_queries for k in head_k], dim=1)
+    heads = entries.view(batch, num_queries * sum(head_k)).split([k * num_queries for k in head_k], dim=1)
     for head, (k, of_head) in enumerate(zip(head_k, heads, strict=True)):
         padded[:, head, :, :k] = of_head.view(batch, num_queries, k)
     return padded

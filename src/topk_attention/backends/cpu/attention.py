@@ -131,4 +131,10 @@ def _backward(ctx, grad_output, *_):
     )
 
 
+def _refuse_second_derivatives(ctx, *_):
+    raise RuntimeError("the backward pass of topk_attention cannot be differentiated again")
+
+
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
+# Without this torch would warn and take the gradients for constants.
+torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)

@@ -82,7 +82,7 @@ def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dro
         key.new_empty(key.shape, dtype=weights.dtype),
         value.new_empty(value.shape, dtype=weights.dtype),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
-        query.new_empty(relative_shape or (0,), dtype=weights.dtype),
+        query.new_empty(relative_shape or (0,), dtype=torch.float64),
     )
 
 

@@ -74,7 +74,7 @@ struct AttentionBackward {
   void* grad_value;               // added to: A [B, G, M, E], contiguous, zeros at the start
   void* grad_bias;                // added to unless null: A, with these strides
   int64_t grad_bias_stride[4];
-  void* grad_relative_bias;       // added to unless null: A [H|1, N + M - 1]
+  double* grad_relative_bias;     // added to unless null: [H|1, N + M - 1]; a sum over all rows, hence double
   int64_t grad_relative_bias_stride;  // 0 for one head
 };
 

@@ -145,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   return {output, indices, weights};
 }
 
-// Gradients of query (in its dtype) and of key, value, bias and relative_bias (in the accumulation dtype). An empty shape
-// stands for a bias that needs no gradient; its place holds an empty tensor.
+// Gradients of query (in its dtype), of key, value and bias (in the accumulation dtype) and of relative_bias (float64). An
+// empty shape stands for a bias that needs no gradient; its place holds an empty tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
     Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, std::vector<int64_t> bias_shape,
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (bias_shape.empty()) bias_shape = {0};
   if (relative_bias_shape.empty()) relative_bias_shape = {0};
   Tensor grad_bias = zeros(bias_shape, accumulated);
-  Tensor grad_relative_bias = zeros(relative_bias_shape, accumulated);
+  Tensor grad_relative_bias = zeros(relative_bias_shape, ScalarType::Double);
   if (s.batch * s.num_heads * s.num_queries == 0)
     return {grad_query, grad_key, grad_value, grad_bias, grad_relative_bias};
 
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     for (int64_t axis = 0; axis < 4; ++axis) call.grad_bias_stride[axis] = view.stride[axis];
   }
   if (relative_bias_shape.size() == 2) {
-    call.grad_relative_bias = grad_relative_bias.mutable_data_ptr();
+    call.grad_relative_bias = static_cast<double*>(grad_relative_bias.mutable_data_ptr());
     call.grad_relative_bias_stride = relative_bias_shape[0] == 1 ? 0 : relative_bias_shape[1];
   }
   check_memory(kernels().attention.backward(call, parallel()));
@@ -302,12 +302,12 @@ void force_cpu_target(std::string target) {
 STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def(
       "cpu_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
-      "Tensor? relative_bias, Tensor? seed, int[] head_k, bool is_causal, float scale, float dropout_p, "
+      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
       "bool save_selection) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
-      "Tensor indices, Tensor weights, int[] head_k, float scale, float dropout_p, int[] bias_shape, "
-      "int[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
+      "SymInt[] bias_shape, SymInt[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "
       "-> (Tensor, Tensor, Tensor)");

@@ -32,13 +32,38 @@ def _same_random_numbers_in_any_order():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=list(BACKENDS))
-def backend(request):
-    if request.param == "cpu" and cpu.problem() is not None:
+@pytest.fixture
+def kernels():
+    """Skip the test where there are no compiled kernels; in CI that is a failure."""
+    if cpu.problem() is not None:
         if os.environ.get("CI"):
             pytest.fail(cpu.problem())
         pytest.skip(cpu.problem())
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    if request.param == "cpu":
+        request.getfixturevalue("kernels")
     return request.param
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def fast_backend(request):
+    """A backend to compare with the reference."""
+    if request.param == "cpu":
+        request.getfixturevalue("kernels")
+    return request.param
+
+
+@pytest.fixture(params=["cpu", "chunked", "chunked-small_tiles"])
+def tiled_backend(request):
+    """The same, and the chunked one again with the inputs cut into many tiles."""
+    if request.param == "cpu":
+        request.getfixturevalue("kernels")
+    if request.param == "chunked-small_tiles":
+        request.getfixturevalue("small_tiles")
+    return request.param.removesuffix("-small_tiles")
 
 
 @pytest.fixture

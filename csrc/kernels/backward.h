@@ -211,12 +211,11 @@ class Backward {
 
   void relative_bias_gradients(Chunk& chunk, int64_t range) const {
     const int64_t positions = s_.num_queries + s_.num_keys - 1, per_range = ceil_div(positions, kBiasRanges);
-    A* const grad = static_cast<A*>(call_.grad_relative_bias);
     for (int64_t r = 0; r < chunk.num_rows; ++r) {
       const Row row = row_of(chunk, r);
       const int64_t shift = s_.num_queries - 1 - row.query;  // position of key 0
       const int64_t end_key = (range + 1) * per_range - shift;
-      A* const of_head = grad + row.head * call_.grad_relative_bias_stride + shift;
+      double* const of_head = call_.grad_relative_bias + row.head * call_.grad_relative_bias_stride + shift;
       int64_t j = first_not_below(row.indices, row.count, range * per_range - shift);
       for (; j < row.count && row.indices[j] < end_key; ++j) of_head[row.indices[j]] += row.score_gradients[j];
     }

@@ -61,6 +61,11 @@ def key_mask_to_add():
     return torch.zeros(LENGTH).masked_fill(torch.arange(LENGTH) > LENGTH - 100, -torch.inf)
 
 
+# Asked for by name, cpu holds k entries a query whatever k: keeping all keys is not its work.
+SELECTING = pytest.mark.parametrize(
+    ("backend", "k"), [("chunked", K), ("chunked", None), ("cpu", K)], indirect=["backend"]
+)
+
 CALLS = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -81,18 +86,18 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("k", [K, None])
+@SELECTING
 @pytest.mark.parametrize("name", CALLS)
-def test_attention_never_holds_even_a_bool_for_each_query_and_key(name, k):
-    run = attend_and_differentiate("chunked", **CALLS[name], k=k)
+def test_attention_never_holds_even_a_bool_for_each_query_and_key(backend, name, k):
+    run = attend_and_differentiate(backend, **CALLS[name], k=k)
     run()  # what is made once per process does not count
     assert peak_bytes(run) < LENGTH * LENGTH
 
 
-def test_the_selection_takes_no_more_memory_than_its_size_calls_for():
+def test_the_selection_takes_no_more_memory_than_its_size_calls_for(fast_backend):
     def run():
         tensors = [torch.randn(1, 1, LENGTH, HEAD_DIM) for _ in range(3)]
-        topk_attention(*tensors, k=K, backend="chunked", return_selection=True)
+        topk_attention(*tensors, k=K, backend=fast_backend, return_selection=True)
 
     run()
     assert peak_bytes(run) < LENGTH * LENGTH
@@ -102,13 +107,13 @@ def test_the_reference_does_hold_a_matrix_of_queries_and_keys():
     assert peak_bytes(attend_and_differentiate("reference")) > 4 * LENGTH * LENGTH
 
 
-@pytest.mark.parametrize("k", [K, None])
-def test_memory_grows_linearly_with_length(k):
+@SELECTING
+def test_memory_grows_linearly_with_length(backend, k):
     def peak(length):
         tensors = [torch.randn(1, 1, length, HEAD_DIM, requires_grad=True) for _ in range(3)]
 
         def run():
-            topk_attention(*tensors, k=k, is_causal=True, backend="chunked").sum().backward()
+            topk_attention(*tensors, k=k, is_causal=True, backend=backend).sum().backward()
 
         run()
         return peak_bytes(run)
@@ -164,13 +169,13 @@ def dtypes_and_sizes(tensors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [3, [1, 2, 3, 5]], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_attention_saves_its_inputs_an_index_and_a_weight_for_each_kept_key(dropout_p, k, dtype):
+def test_attention_saves_its_inputs_an_index_and_a_weight_for_each_kept_key(fast_backend, dropout_p, k, dtype):
     query, key, value = (torch.randn(2, 4, n, 16, dtype=dtype, requires_grad=True) for n in (7, 11, 11))
     mask = torch.rand(2, 1, 7, 11) < 0.8
     bias = torch.randn(4, 7, 11, dtype=dtype, requires_grad=True)
     saved = saved_for_backward(
         lambda: topk_attention(
-            query, key, value, k=k, attn_mask=mask, bias=bias, dropout_p=dropout_p, backend="chunked"
+            query, key, value, k=k, attn_mask=mask, bias=bias, dropout_p=dropout_p, backend=fast_backend
         )
     )
     num_kept = 2 * 7 * (4 * 3 if k == 3 else sum(k))
@@ -191,6 +196,25 @@ def test_attention_over_all_keys_saves_its_inputs_its_output_and_one_float_a_que
     expected = [("torch.float32", 2 * 4 * 7), ("torch.float32", 2 * 4 * 7 * 16)]
     expected += [("torch.int64", 1)] if dropout_p else []
     assert dtypes_and_sizes(new_tensors(saved, query, key, value, mask, bias)) == expected
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_cpu_backend_saves_an_index_and_a_weight_for_each_key_where_all_are_kept():
+    query, key, value = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (7, 11, 11))
+    saved = saved_for_backward(lambda: topk_attention(query, key, value, k=None, backend="cpu"))
+    num_kept = 2 * 4 * 7 * 11
+    assert dtypes_and_sizes(new_tensors(saved, query, key, value)) == [
+        ("torch.float32", num_kept),
+        ("torch.int32", num_kept),
+    ]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_cpu_backend_saves_nothing_when_nothing_needs_a_gradient():
+    tensors = [torch.randn(2, 4, n, 16) for n in (7, 11, 11)]
+    forward = torch.ops.topk_attention.cpu_attention_forward
+    _, indices, weights = forward(*tensors, None, None, None, None, [3] * 4, False, 0.25, 0.0, False)
+    assert indices.numel() == weights.numel() == 0
 
 
 def test_nothing_is_saved_when_nothing_needs_a_gradient():

@@ -32,19 +32,23 @@ def attention_tensors(case, requires_grad):
         mask, relative_bias = torch.randn(1, 1, QUERIES, KEYS).double(), random(HEADS, QUERIES + KEYS - 1)
     if case == "dropout":
         seed = torch.tensor(17)
+    if case == "everything":
+        mask, bias, seed = torch.rand(BATCH, 1, 1, KEYS) < 0.7, random(1, HEADS, 1, KEYS), torch.tensor(17)
+        relative_bias = random(1, QUERIES + KEYS - 1)
     return query, key, value, mask, bias, relative_bias, seed
 
 
 CASES = pytest.mark.parametrize(
-    "case", ["plain", "transposed", "bool mask and bias", "float mask and relative bias", "dropout"]
+    "case", ["plain", "transposed", "bool mask and bias", "float mask and relative bias", "dropout", "everything"]
 )
 REQUIRES_GRAD = pytest.mark.parametrize("requires_grad", [False, True], ids=["constants", "with gradients"])
 
 
 def topk_options(case):
     """head_k, is_causal, scale, dropout_p, query_chunk_size"""
-    head_k = [1, 3, 3, 2] if case == "float mask and relative bias" else [3] * HEADS
-    return head_k, case == "transposed", 0.5, 0.3 if case == "dropout" else 0.0, 2 if case == "plain" else None
+    head_k = [1, 3, 3, 2] if case in ("float mask and relative bias", "everything") else [3] * HEADS
+    dropout_p = 0.3 if case in ("dropout", "everything") else 0.0
+    return head_k, case in ("transposed", "everything"), 0.5, dropout_p, 2 if case == "plain" else None
 
 
 @CASES
@@ -86,6 +90,38 @@ def test_full_attention_backward_is_a_proper_operator(case):
     shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
     arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *shapes)
     torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("save_selection", [False, True], ids=["output alone", "with selection"])
+@CASES
+@REQUIRES_GRAD
+def test_cpu_attention_is_a_proper_operator(case, requires_grad, save_selection):
+    *options, _ = topk_options(case)
+    arguments = (*attention_tensors(case, requires_grad and save_selection), *options, save_selection)
+    torch.library.opcheck(torch.ops.topk_attention.cpu_attention_forward.default, arguments)
+
+
+@pytest.mark.usefixtures("kernels")
+@CASES
+def test_cpu_attention_backward_is_a_proper_operator(case):
+    tensors = attention_tensors(case, False)
+    query, key, value, _, bias, relative_bias, seed = tensors
+    head_k, is_causal, scale, dropout_p, _ = topk_options(case)
+    forward = torch.ops.topk_attention.cpu_attention_forward.default
+    output, indices, weights = forward(*tensors, head_k, is_causal, scale, dropout_p, True)
+    shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
+    arguments = (torch.randn_like(output), query, key, value, seed, indices, weights, head_k, scale, dropout_p, *shapes)
+    torch.library.opcheck(torch.ops.topk_attention.cpu_attention_backward.default, arguments)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_cpu_backward_pass_without_a_saved_selection_is_refused():
+    *options, _ = topk_options("plain")
+    forward = torch.ops.topk_attention.cpu_attention_forward.default
+    output, _, _ = forward(*attention_tensors("plain", True), *options, False)
+    with pytest.raises(RuntimeError, match="cpu_attention_forward needs save_selection=True for a backward pass"):
+        output.sum().backward()
 
 
 TOKENS, MODEL, NEURONS, OUTPUTS = 6, 3, 8, 5

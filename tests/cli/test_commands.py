@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from topk_attention import __version__
+from topk_attention.backends import choose_backend
 from topk_attention.cli import app
 
 runner = CliRunner()
@@ -202,7 +203,7 @@ def test_info_tells_versions_backends_and_the_registration():
     for words in ("python ", "torch ", "transformers ", "cpu ", "threads "):
         assert words in result.output
     assert "chunked       runs here: plain PyTorch" in result.output
-    assert '"auto" uses chunked: ' in result.output
+    assert f'"auto" uses {choose_backend("auto").name}: ' in result.output
     assert 'attn_implementation="topk"  is registered with transformers' in result.output
 
 

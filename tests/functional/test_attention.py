@@ -68,16 +68,16 @@ def test_asking_for_the_selection_changes_no_output_and_no_gradient(backend, til
 
 @pytest.mark.parametrize("k", [3, None])
 @pytest.mark.parametrize("name", CALL_NAMES)
-def test_chunked_equals_the_reference(tiling, name, k):
+def test_fast_backends_equal_the_reference(tiled_backend, name, k):
     call = named_call(name)
     options = {} if k is not None else {"k": None}
-    assert_same(call.run(backend="chunked", **options), call.run(backend="reference", **options))
+    assert_same(call.run(backend=tiled_backend, **options), call.run(backend="reference", **options))
 
 
 @pytest.mark.parametrize("name", CALL_NAMES)
-def test_chunked_keeps_the_keys_the_reference_keeps(tiling, name):
+def test_fast_backends_keep_the_keys_the_reference_keeps(tiled_backend, name):
     call = named_call(name)
-    indices, weights = call.select(backend="chunked")
+    indices, weights = call.select(backend=tiled_backend)
     expected_indices, expected_weights = call.select(backend="reference")
     assert torch.equal(indices, expected_indices)
     assert_same([weights], [expected_weights])
@@ -135,15 +135,15 @@ def test_key_block_size_changes_nothing(monkeypatch, tile_bytes, key_block_per_k
 
 
 @pytest.mark.parametrize("k", [8, None])
-def test_the_number_of_threads_changes_nothing(k):
+def test_the_number_of_threads_changes_nothing(fast_backend, k):
     inputs = attention_inputs(Sizes(batch=2, heads=2, key_heads=2, queries=150, keys=300, head_dim=16, value_dim=8))
-    function = attend("chunked", k=k, query_chunk_size=64)
+    function = attend(fast_backend, k=k, query_chunk_size=64)
     threads = torch.get_num_threads()
     results = []
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            indices = attend("chunked", k=k, return_selection=True)(*inputs)[1].indices
+            indices = attend(fast_backend, k=k, return_selection=True)(*inputs)[1].indices
             results.append([indices, *output_and_gradients(function, *inputs)])
     finally:
         torch.set_num_threads(threads)
@@ -289,6 +289,16 @@ def test_empty_inputs_give_zeros_of_the_right_shape_and_zero_gradients(backend, 
         assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("k", [3, [], None], ids=str)
+def test_without_heads_output_selection_and_gradients_are_empty(backend, k):
+    inputs = [x.requires_grad_() for x in attention_inputs(SIZES._replace(heads=0, key_heads=0))]
+    output, selection = topk_attention(*inputs, k=k, backend=backend, return_selection=True)
+    assert topk_attention(*inputs, k=k, backend=backend).shape == output.shape == (2, 0, SIZES.queries, SIZES.value_dim)
+    assert selection.indices.shape == selection.weights.shape == (2, 0, SIZES.queries, 0)
+    output.sum().backward()
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+
+
 def test_without_keys_even_broken_queries_give_zeros(backend):
     query, key, value = attention_inputs(SIZES._replace(keys=0), torch.float16)
     query[0, 0, 0, 0] = math.nan
@@ -364,6 +374,9 @@ def test_the_arguments_are_left_as_they_were(backend, tiling, name, k):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_auto_means_chunked():
-    inputs = attention_inputs()
-    assert torch.equal(topk_attention(*inputs, k=3), topk_attention(*inputs, k=3, backend="chunked"))
+@pytest.mark.parametrize("k", [3, KEYS, None])
+@pytest.mark.parametrize("name", CALL_NAMES)
+def test_auto_equals_the_reference(name, k):
+    call = named_call(name)
+    options = {} if k == 3 else {"k": k}
+    assert_same(call.run(backend="auto", **options), call.run(backend="reference", **options))

@@ -35,8 +35,9 @@ def in_float64(call):
     return Call(tuple(x.double() for x in call.tensors), options, call.bias)
 
 
-def errors_of_chunked_and_reference(name, dtype, **options):
-    errors = []
+def errors_of(backend, name, dtype, **options):
+    """The errors of a backend and of the reference in the same dtype."""
+    errors, backends = [], (backend, "reference")
     for draw in range(3):
         call = named_call(name, MANY_ROWS, dtype, smallest_gap=0 if "k" in options else 1e-5, first_seed=1000 * draw)
 
@@ -45,15 +46,15 @@ def errors_of_chunked_and_reference(name, dtype, **options):
             return call.run(backend=backend, **options)
 
         truth = run(in_float64(call), "reference")
-        errors.append([largest_errors(run(call, backend), truth) for backend in ("chunked", "reference")])
+        errors.append([largest_errors(run(call, backend), truth) for backend in backends])
     return map(torch.stack, zip(*errors, strict=True))
 
 
 @LOW_PRECISION
 @K_OR_NONE
 @pytest.mark.parametrize("name", CALL_NAMES)
-def test_low_precision_is_as_close_to_float64_as_the_reference(two_key_blocks, name, dtype, options):
-    errors, reference_errors = errors_of_chunked_and_reference(name, dtype, **options)
+def test_low_precision_is_as_close_to_float64_as_the_reference(two_key_blocks, fast_backend, name, dtype, options):
+    errors, reference_errors = errors_of(fast_backend, name, dtype, **options)
     assert_within_measured_allowance(errors, reference_errors, dtype)
 
 
@@ -66,8 +67,8 @@ def test_outputs_and_gradients_have_the_dtype_of_their_inputs(backend, dtype, op
 
 @LOW_PRECISION
 @K_OR_NONE
-def test_dropout_in_low_precision_is_as_close_to_float64_as_the_reference(two_key_blocks, dtype, options):
-    errors, reference_errors = errors_of_chunked_and_reference("causal", dtype, dropout_p=0.3, **options)
+def test_dropout_in_low_precision_is_as_close_to_float64_as_the_reference(two_key_blocks, fast_backend, dtype, options):
+    errors, reference_errors = errors_of(fast_backend, "causal", dtype, dropout_p=0.3, **options)
     assert_within_measured_allowance(errors, reference_errors, dtype)
 
 
@@ -114,9 +115,9 @@ def test_autocast_casts_like_scaled_dot_product_attention(backend, tiling, autoc
 
 
 @pytest.mark.parametrize("k", [3, None])
-def test_a_backward_pass_under_autocast_sums_in_float32_too(tiling, k):
+def test_a_backward_pass_under_autocast_sums_in_float32_too(tiled_backend, k):
     inputs = [x.requires_grad_() for x in attention_inputs(dtype=torch.float32)]
-    output = topk_attention(*inputs, k=k, backend="chunked")
+    output = topk_attention(*inputs, k=k, backend=tiled_backend)
     expected = torch.autograd.grad(output.square().sum(), inputs, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(output.square().sum(), inputs)

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention
+from topk_attention.backends import cpu
 from topk_attention.backends.chunked import tiles
+
+FAST_BACKENDS = ["chunked"] if cpu.problem() else ["chunked", "cpu"]
 
 
 class RandomCall(NamedTuple):
@@ -139,8 +142,9 @@ def test_any_call_gives_the_output_the_selection_and_the_gradients_of_the_refere
     with pytest.MonkeyPatch.context() as patch:
         for name, size in call.tile_sizes.items():
             patch.setattr(tiles, name, size)
-        actual, selection = run("chunked")
-        assert torch.equal(selection.indices, expected_selection.indices)
-        assert_same([selection.weights], [expected_selection.weights])
-        assert_same(actual, expected)
-        assert_same(run_without_selection("chunked"), expected)
+        for backend in FAST_BACKENDS:
+            actual, selection = run(backend)
+            assert torch.equal(selection.indices, expected_selection.indices)
+            assert_same([selection.weights], [expected_selection.weights])
+            assert_same(actual, expected)
+            assert_same(run_without_selection(backend), expected)

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 from comparison import SIZES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from topk_attention import topk_attention, topk_feed_forward
+from topk_attention import RelativeBias, topk_attention, topk_feed_forward
 
 pytestmark = [
     # torch's own: importing its compiler, and compiling, use what newer torch calls deprecated.
@@ -37,16 +38,18 @@ def assert_compiled_equals_eager(function, *tensors, compiler="aot_eager"):
     "name",
     ["plain", "causal", "padding_mask", "k_per_head", "dense_bias", "relative_bias", "bucketed_bias", "alibi"],
 )
-def test_compiled_attention_equals_eager_attention(name, options):
+def test_compiled_attention_equals_eager_attention(fast_backend, name, options):
     call = named_call(name)
-    assert_compiled_equals_eager(lambda *tensors: call(*tensors, backend="chunked", **options), *call.tensors)
+    assert_compiled_equals_eager(lambda *tensors: call(*tensors, backend=fast_backend, **options), *call.tensors)
 
 
 @pytest.mark.parametrize("options", [{}, {"k": None}], ids=["some", "all"])
-def test_compiled_attention_of_several_things_at_once_equals_eager_attention(options):
+def test_compiled_attention_of_several_things_at_once_equals_eager_attention(fast_backend, options):
     call = named_call("everything_at_once")
     assert_compiled_equals_eager(
-        lambda *tensors: 2 * call(*(x.sin() for x in tensors), backend="chunked", query_chunk_size=3, **options).cos(),
+        lambda *tensors: (
+            2 * call(*(x.sin() for x in tensors), backend=fast_backend, query_chunk_size=3, **options).cos()
+        ),
         *call.tensors,
     )
 
@@ -66,11 +69,11 @@ def test_compiled_feed_forward_equals_eager_feed_forward(is_gated, k):
 
 
 @pytest.mark.parametrize("k", [3, None])
-def test_compiled_dropout_draws_the_mask_of_an_equal_seed(k):
+def test_compiled_dropout_draws_the_mask_of_an_equal_seed(fast_backend, k):
     inputs = attention_inputs()
 
     def attend(query, key, value):
-        return topk_attention(query, key, value, k=k, dropout_p=0.4, backend="chunked")
+        return topk_attention(query, key, value, k=k, dropout_p=0.4, backend=fast_backend)
 
     torch.manual_seed(1)
     expected = output_and_gradients(attend, *inputs)
@@ -78,11 +81,11 @@ def test_compiled_dropout_draws_the_mask_of_an_equal_seed(k):
     assert_same(output_and_gradients(compiled(attend), *inputs), expected)
 
 
-def test_a_compiled_call_returns_the_selection():
+def test_a_compiled_call_returns_the_selection(fast_backend):
     inputs = attention_inputs()
 
     def select(query, key, value):
-        return topk_attention(query, key, value, k=[1, 2, 3, 4], backend="chunked", return_selection=True)
+        return topk_attention(query, key, value, k=[1, 2, 3, 4], backend=fast_backend, return_selection=True)
 
     output, selection = select(*inputs)
     compiled_output, compiled_selection = compiled(select)(*inputs)
@@ -91,15 +94,28 @@ def test_a_compiled_call_returns_the_selection():
     assert_same([compiled_selection.weights], [selection.weights])
 
 
-@pytest.mark.parametrize("k", [3, None])
-def test_one_compiled_function_serves_several_lengths(k):
-    attend = compiled(lambda q, key, v: topk_attention(q, key, v, k=k, is_causal=True, backend="chunked"), dynamic=True)
-    for queries, keys in ((7, 11), (5, 13), (9, 9)):
+@pytest.mark.parametrize(
+    ("backend", "kind", "k"),
+    [
+        *((backend, "no bias", k) for backend in ("auto", "cpu", "chunked") for k in (3, None)),
+        *(("cpu", kind, k) for kind, k in (("dense", 3), ("relative", 3), ("relative", 10**6))),
+    ],
+    indirect=["backend"],
+)
+def test_one_compiled_function_serves_several_lengths(backend, kind, k):
+    def attend(query, key, value, *source):
+        bias = RelativeBias(*source) if kind == "relative" else next(iter(source), None)
+        return topk_attention(query, key, value, k=k, bias=bias, is_causal=True, backend=backend)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_attend = compiled(attend, counter, dynamic=True)
+    for queries, keys in ((7, 11), (5, 13), (9, 15), (8, 20), (6, 17)):
         inputs = attention_inputs(SIZES._replace(queries=queries, keys=keys))
-        expected = output_and_gradients(
-            lambda q, key, v: topk_attention(q, key, v, k=k, is_causal=True, backend="chunked"), *inputs
-        )
-        assert_same(output_and_gradients(attend, *inputs), expected)
+        shape = {"no bias": None, "dense": (4, queries, keys), "relative": (4, queries + keys - 1)}[kind]
+        source = [] if shape is None else [torch.randn(shape, dtype=torch.float64)]
+        expected = output_and_gradients(attend, *inputs, *source)
+        assert_same(output_and_gradients(compiled_attend, *inputs, *source), expected)
+    assert counter.frame_count <= 2  # torch may take the first lengths for fixed ones
 
 
 EXPORT_FIRST = """
@@ -108,7 +124,7 @@ from topk_attention import topk_attention, topk_feed_forward
 
 class Layer(torch.nn.Module):
     def forward(self, x, weight):
-        x = topk_attention(x, x, x, k=3, is_causal=True, backend="chunked")
+        x = topk_attention(x, x, x, k=3, is_causal=True, backend="BACKEND")
         return topk_feed_forward(x, weight, weight.t(), k=4, backend="chunked")
 
 inputs = torch.randn(1, 2, 5, 4), torch.randn(9, 4)
@@ -117,15 +133,16 @@ assert torch.equal(exported(*inputs), Layer()(*inputs))
 """
 
 
-def test_an_export_may_be_the_first_use_in_a_process():
-    run = subprocess.run([sys.executable, "-c", EXPORT_FIRST], capture_output=True, text=True)
+def test_an_export_may_be_the_first_use_in_a_process(fast_backend):
+    code = EXPORT_FIRST.replace("BACKEND", fast_backend)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
-def test_inductor_compiles_forward_and_backward():
+def test_inductor_compiles_forward_and_backward(fast_backend):
     inputs = attention_inputs(Sizes(batch=1, heads=2, key_heads=2, queries=5, keys=6, head_dim=4, value_dim=4))
 
     def layer(query, key, value):
-        return 2 * topk_attention(query, key, value, k=3, is_causal=True, backend="chunked")
+        return 2 * topk_attention(query, key, value, k=3, is_causal=True, backend=fast_backend)
 
     assert_compiled_equals_eager(layer, *inputs, compiler="inductor")

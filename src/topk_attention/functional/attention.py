@@ -162,7 +162,7 @@ def topk_attention(
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     choice = choose_backend(backend, call)
-    if call.key.shape[2] == 0:  # no keys at all: every query returns zeros
+    if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads, or no keys at all: every query returns zeros
         zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
         nothing = call.query.new_empty(*call.query.shape[:3], 0, dtype=accumulation_dtype(call.query.dtype))

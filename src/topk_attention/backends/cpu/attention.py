@@ -59,7 +59,7 @@ def _padded(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: i
     if len(set(head_k)) <= 1:
         return entries.view(batch, num_heads, num_queries, largest)
     padded = entries.new_full((batch, num_heads, num_queries, largest), fill)
-    heads = entries.view(batch, -1).split([k * num_queries for k in head_k], dim=1)
+    heads = entries.view(batch, num_queries * sum(head_k)).split([k * num_queries for k in head_k], dim=1)
     for head, (k, of_head) in enumerate(zip(head_k, heads, strict=True)):
         padded[:, head, :, :k] = of_head.view(batch, num_queries, k)
     return padded
@@ -82,7 +82,7 @@ def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dro
         key.new_empty(key.shape, dtype=weights.dtype),
         value.new_empty(value.shape, dtype=weights.dtype),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
-        query.new_empty(relative_shape or (0,), dtype=weights.dtype),
+        query.new_empty(relative_shape or (0,), dtype=torch.float64),
     )
 
 
@@ -131,4 +131,10 @@ def _backward(ctx, grad_output, *_):
     )
 
 
+def _refuse_second_derivatives(ctx, *_):
+    raise RuntimeError("the backward pass of topk_attention cannot be differentiated again")
+
+
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
+# Without this torch would warn and take the gradients for constants.
+torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)

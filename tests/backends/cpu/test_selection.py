@@ -1,0 +1,196 @@
+"""Scores made to mislead the kernels' guesses: what is kept stays what the reference keeps."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from large_calls import (
+    assert_equals_the_reference,
+    assert_keeps_what_the_reference_keeps,
+    integer_inputs,
+    integers,
+    select,
+)
+
+from topk_attention import topk_attention
+from topk_attention.backends import cpu
+
+NUM_KEYS = 4096
+# Keys of a panel in float64; twice as many in float32.
+PANELS = {"avx512": 16, "avx2": 8, "neon": 6, "baseline": 4}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def panel_of(cpu_target, dtype):
+    return PANELS[cpu_target] * (2 if dtype == torch.float32 else 1)
+
+
+def in_sampled_panels(panel):
+    """[M] bool: of 4096 keys the sample is an eighth of the panels, the fifth, the thirteenth, ..."""
+    return torch.arange(NUM_KEYS) // panel % 8 == 4
+
+
+def noise():
+    return torch.randint(0, 1000, (NUM_KEYS,)) / 1024
+
+
+PATTERNS = {
+    "ascending": lambda panel: torch.arange(NUM_KEYS),
+    "descending": lambda panel: -torch.arange(NUM_KEYS),
+    "all equal": lambda panel: torch.zeros(NUM_KEYS),
+    "one dominates, first": lambda panel: torch.arange(NUM_KEYS) == 0,
+    "one dominates, last": lambda panel: (torch.arange(NUM_KEYS) == NUM_KEYS - 1) * 30,
+    "two levels": lambda panel: torch.arange(NUM_KEYS) % 2,
+    "up and down": lambda panel: (torch.arange(NUM_KEYS) * 2654435761 % 4099) / 64,
+    # Fewer than k keys reach the guess: the rows are done again.
+    "the sample is best": lambda panel: in_sampled_panels(panel) * 8 + noise(),
+    "the sample is best, equal elsewhere": lambda panel: torch.where(in_sampled_panels(panel), 8 + noise(), 0),
+    "a few of the sample are best": lambda panel: in_sampled_panels(panel) * (noise() > 0.7) * 8 + noise(),
+    # Every other key reaches the guess: stores overflow.
+    "the sample is worst": lambda panel: in_sampled_panels(panel) * -8 + noise(),
+    "the sample is worst, ascending elsewhere": lambda panel: in_sampled_panels(panel) * -8192 + torch.arange(NUM_KEYS),
+    "the last eighth is best": lambda panel: (torch.arange(NUM_KEYS) > NUM_KEYS * 7 // 8) * 8 + noise(),
+    "far apart": lambda panel: torch.where(torch.arange(NUM_KEYS) % 3 == 0, 1e30, -1e30) * noise(),
+    "barely apart": lambda panel: torch.randint(0, 3, (NUM_KEYS,)) * 2.0**-140,
+    "of both signs around zero": lambda panel: torch.randint(-1, 2, (NUM_KEYS,)) * 0.0,
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_whatever_the_scores_the_best_keys_are_kept(cpu_target, pattern, dtype):
+    scores = PATTERNS[pattern](panel_of(cpu_target, dtype)).to(dtype)
+    key = scores[None, None, :, None]  # a head size of 1 and queries of 1 make the scores what we like
+    query, value = torch.ones(1, 1, 14, 1, dtype=dtype), torch.zeros(1, 1, NUM_KEYS, 1, dtype=dtype)
+    query[:, :, 1::3] = -1
+    for k in (1, 64, 300, 500, NUM_KEYS // 2 + 1, NUM_KEYS - 1):
+        assert_keeps_what_the_reference_keeps(query, key, value, k=k, scale=1.0)
+
+
+@DTYPES
+def test_scores_given_by_a_mask_are_selected_like_others(cpu_target, dtype):
+    """Rows of one block that each follow another pattern."""
+    rows = [make(panel_of(cpu_target, dtype)).to(dtype) for make in PATTERNS.values()]
+    query = torch.zeros(1, 1, len(rows), 3, dtype=dtype)
+    key, value = torch.zeros(1, 1, NUM_KEYS, 3, dtype=dtype), torch.zeros(1, 1, NUM_KEYS, 1, dtype=dtype)
+    mask = torch.stack(rows)
+    for k in (1, 64, 300, NUM_KEYS // 2 + 1):
+        assert_keeps_what_the_reference_keeps(query, key, value, k=k, attn_mask=mask)
+        hidden = mask.masked_fill(torch.rand(mask.shape) < 0.5, -math.inf)
+        hidden[3], hidden[5, 7:] = -math.inf, -math.inf  # no keys, and only seven
+        assert_keeps_what_the_reference_keeps(query, key, value, k=k, attn_mask=hidden)
+        visible = torch.rand(NUM_KEYS) < 0.03
+        assert_keeps_what_the_reference_keeps(query, key, value, k=k, attn_mask=visible)
+
+
+@pytest.mark.parametrize("pattern", ["the sample is best", "the sample is worst", "ascending", "all equal"])
+def test_misleading_scores_have_the_gradients_of_the_reference(cpu_target, pattern):
+    key = torch.stack([PATTERNS[pattern](PANELS[cpu_target]) / 1000, torch.randn(NUM_KEYS)], dim=-1)[None, None]
+    query, value = torch.ones(1, 1, 8, 2), torch.randn(1, 1, NUM_KEYS, 3)
+    query[..., 1] = 0
+    for k in (300, NUM_KEYS // 2 + 1):
+        assert_equals_the_reference(query, key, value, k=k, scale=1.0)
+
+
+@pytest.mark.parametrize("num_queries", [600, 1100])
+@pytest.mark.parametrize("num_keys", [600, 1100])
+def test_causal_blocks_keep_what_the_reference_keeps(cpu_target, num_queries, num_keys):
+    inputs = integer_inputs(1, 2, 1, num_queries, num_keys, 8, 1)
+    for k in (1, 40, [7, num_keys // 2 + 1]):
+        assert_keeps_what_the_reference_keeps(*inputs, k=k, is_causal=True, enable_gqa=True, scale=0.25)
+
+
+@pytest.mark.parametrize("k", [64, [64, 1, 700, 20]], ids=["one k", "k per head"])
+def test_of_a_million_keys_the_best_are_kept(k):
+    query, key, value = integer_inputs(1, 4, 1, 3, 10**6, 4, 2)
+    query += torch.arange(4)  # heads that differ
+    value = torch.randn(value.shape)
+    options = {"k": k, "scale": 0.25, "enable_gqa": True}
+    assert_keeps_what_the_reference_keeps(query, key, value, **options)
+    assert_equals_the_reference(query, key, value, **options)
+
+
+@pytest.mark.parametrize("num_broken", [1, 100])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("num_keys", [33, 600, 5000])
+def test_a_broken_key_makes_the_rows_that_see_it_nan_and_no_others(cpu_target, num_keys, broken, num_broken):
+    query, key, value = torch.randn(1, 1, 9, 8), torch.randn(1, 1, num_keys, 8), torch.randn(1, 1, num_keys, 4)
+    clean = key.clone()
+    where = torch.randperm(num_keys)[:num_broken]
+    key[0, 0, where, torch.randint(0, 8, (len(where),))] = broken
+    mask = torch.ones(9, num_keys, dtype=torch.bool)
+    mask[::2, where] = False
+    output = topk_attention(query, key, value, k=20, attn_mask=mask, backend="cpu")
+    expected = topk_attention(query, clean, value, k=20, attn_mask=mask, backend="cpu")
+    assert torch.equal(output[:, :, ::2], expected[:, :, ::2])
+    assert output[:, :, 1::2].isnan().all()
+    assert topk_attention(query, key, value, k=20, backend="cpu").isnan().all()
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("num_keys", [33, 600, 5000])
+def test_a_broken_query_makes_its_row_nan_and_no_other(cpu_target, num_keys, broken):
+    query, key, value = torch.randn(1, 1, 15, 8), torch.randn(1, 1, num_keys, 8), torch.randn(1, 1, num_keys, 4)
+    expected = topk_attention(query, key, value, k=20, backend="cpu")
+    query[0, 0, [2, 14], 3] = broken
+    output = topk_attention(query, key, value, k=20, backend="cpu")
+    whole = [i for i in range(15) if i not in (2, 14)]
+    assert torch.equal(output[:, :, whole], expected[:, :, whole])
+    assert output[:, :, [2, 14]].isnan().all()
+
+
+@pytest.mark.parametrize("num_keys", [33, 600])
+def test_scores_that_overflow_do_what_they_do_in_the_reference(cpu_target, num_keys):
+    query, key = torch.ones(1, 1, 7, 2), torch.randn(1, 1, num_keys, 2)
+    query[:, :, 3:] = 1e30
+    key[:, :, 4] = 1e30
+    key[:, :, 9:12] = -1e30
+    value = torch.randn(1, 1, num_keys, 3)
+    for k in (3, num_keys - 1):
+        actual, expected = (topk_attention(query, key, value, k=k, backend=name) for name in ("cpu", "reference"))
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@st.composite
+def integer_calls(draw):
+    """Calls of a few rows and many keys, as the kernels' samples and stores see them."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    num_keys = draw(st.one_of(st.integers(1, 70), st.integers(480, 560), st.integers(600, 3000)))
+    key_heads, group, num_queries = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 30))
+    heads = key_heads * group
+    inputs = integer_inputs(
+        draw(st.integers(1, 2)), heads, key_heads, num_queries, num_keys, draw(st.integers(1, 9)), 1
+    )
+    some_k = st.one_of(st.integers(1, 80), st.integers(1, num_keys))
+    mask = draw(st.sampled_from(["none", "bool", "keys", "float"]))
+    options = {
+        "k": draw(st.one_of(some_k, st.lists(some_k, min_size=heads, max_size=heads))),
+        "is_causal": draw(st.booleans()),
+        "scale": draw(st.sampled_from([0.5, -0.25, 0.0])),
+        "attn_mask": {
+            "none": lambda: None,
+            "bool": lambda: torch.rand(num_queries, num_keys) < 0.5,
+            "keys": lambda: torch.rand(num_keys) < 0.1,
+            "float": lambda: integers(heads, 1, num_keys).masked_fill(torch.rand(num_keys) < 0.3, -math.inf),
+        }[mask](),
+        "bias": integers(num_queries, num_keys) if draw(st.booleans()) else None,
+        "enable_gqa": True,
+    }
+    return inputs, options
+
+
+@settings(max_examples=300)
+@given(call=integer_calls(), target=st.deferred(lambda: st.sampled_from(cpu.cpu_targets())))
+def test_any_call_keeps_what_the_reference_keeps(call, target):
+    inputs, options = call
+    with cpu.forced_cpu_target(target):
+        assert_keeps_what_the_reference_keeps(*inputs, **options)
+
+
+def test_weights_are_positive_and_sum_to_one():
+    query, key, value = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 3000, 16), torch.randn(1, 2, 3000, 1)
+    weights = select(query, key, value, k=100).weights
+    assert (weights > 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 40))

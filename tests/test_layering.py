@@ -1,4 +1,4 @@
-"""cli -> experiments -> tasks, convert, calibrate -> nn -> functional -> backends: a file imports from its right."""
+"""cli -> experiments -> calibrate -> tasks, convert -> nn -> functional -> backends: a file imports from its right."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,8 @@ PACKAGE = Path(topk_attention.__file__).parent
 LAYERS = [
     {"cli"},
     {"experiments"},
-    {"tasks", "convert", "calibrate"},
+    {"calibrate"},
+    {"tasks", "convert"},
     {"nn"},
     {"functional"},
     {"backends"},

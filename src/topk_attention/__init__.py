@@ -1,6 +1,7 @@
 """Transformers that use only the k best keys per query and the k best feed-forward neurons per token."""
 
 from ._version import __version__
+from .calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
 from .convert import ConversionReport, convert, is_cross_attention, is_self_attention, unconvert
 from .convert.registration import register_when_transformers_is_imported
 from .functional import ALiBi, BucketedBias, RelativeBias, Selection, topk_attention, topk_feed_forward
@@ -11,12 +12,17 @@ register_when_transformers_is_imported()
 __all__ = [
     "ALiBi",
     "BucketedBias",
+    "Calibration",
     "ConversionReport",
+    "LossIncrease",
+    "LostMass",
+    "MeanK",
     "RelativeBias",
     "Selection",
     "TopKAttention",
     "TopKFeedForward",
     "__version__",
+    "calibrate",
     "convert",
     "is_cross_attention",
     "is_self_attention",

@@ -16,6 +16,7 @@ from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
 from .checks import autocast, check_dropout, check_floating, check_k, check_same_dtype_and_device, shape_of
+from .observation import show
 
 _BIAS_TYPES = Bias.__args__
 
@@ -154,6 +155,7 @@ def topk_attention(
         return_selection=return_selection,
     )
     output, indices, weights = _run(call, backend)
+    show(call, output)
     output = output.view(*batch, *output.shape[1:])
     if indices is None or weights is None:
         return output

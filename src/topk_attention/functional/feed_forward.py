@@ -18,6 +18,7 @@ from .checks import (
     check_same_dtype_and_device,
     shape_of,
 )
+from .observation import show
 
 
 def topk_feed_forward(
@@ -92,7 +93,9 @@ def topk_feed_forward(
         seed=draw_seed(x.device) if dropout_p > 0 else None,
         token_chunk_size=token_chunk_size,
     )
-    return _run(call, backend).view(*x.shape[:-1], w_out.shape[0])
+    output = _run(call, backend)
+    show(call, output)
+    return output.view(*x.shape[:-1], w_out.shape[0])
 
 
 def _run(call: FeedForwardCall, backend: str) -> Tensor:

@@ -1,0 +1,6 @@
+"""How large k must be, per layer and head, on a user's own text."""
+
+from .allocation import LossIncrease, LostMass, MeanK
+from .calibration import Calibration, calibrate
+
+__all__ = ["Calibration", "LossIncrease", "LostMass", "MeanK", "calibrate"]

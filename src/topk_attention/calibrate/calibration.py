@@ -1,0 +1,303 @@
+"""`calibrate`: one pass over a user's own text says how large k must be, for each head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.calls import AttentionCall, FeedForwardCall
+from ..convert import convert, unconvert
+from ..convert.sites import attention_sites, feed_forward_sites
+from ..functional.observation import observed
+from .allocation import Allocation, LossIncrease, LostMass, MeanK, Target, mean_of, with_mean_k, within_lost_mass
+from .statistics import Collector, Curves
+
+# progress(what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+Batch = Tensor | Mapping[str, Any]
+# Above any sequence: such a k keeps every key.
+_EVERY_KEY = 2**31 - 1
+_SEARCH_STEPS = 6
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Calibration(Mapping[str, tuple[int, ...]]):
+    """One k per head, by the path of its attention layer: `convert(model, attention_k=calibration)` takes it.
+
+    attention      path -> k per head
+    feed_forward   path -> k, for `convert(model, feed_forward_k=calibration.feed_forward)`; empty unless asked for
+    curves         path -> what was measured, see `Curves`
+    about          what it was measured on and for: free words and numbers, saved with it
+    """
+
+    attention: Allocation
+    feed_forward: dict[str, int] = field(default_factory=dict)
+    curves: dict[str, Curves] = field(default_factory=dict)
+    feed_forward_curves: dict[str, Curves] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> tuple[int, ...]:
+        return self.attention[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.attention)
+
+    def __len__(self) -> int:
+        return len(self.attention)
+
+    @property
+    def mean_k(self) -> float:
+        return mean_of(self.attention)
+
+    def reallocated(self, target: Target) -> Calibration:
+        """The same measurements spent for another target; `LossIncrease` needs the model, hence `calibrate`."""
+        if isinstance(target, LossIncrease):
+            raise ValueError("LossIncrease is searched with the model: call calibrate(model, batches, target=...)")
+        return replace(self, attention=_allocate(self.curves, target))
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file that `Calibration.load` reads."""
+
+        def of(curves: dict[str, Curves]) -> dict[str, Any]:
+            return {
+                layer: {
+                    "k": list(c.ks),
+                    "lost_mass": [[float(f"{x:.4g}") for x in row] for row in c.lost_mass.tolist()],
+                    "loss_error": [[float(f"{x:.4g}") for x in row] for row in c.loss_error.tolist()],
+                    "rows": c.num_rows,
+                }
+                for layer, c in curves.items()
+            }
+
+        content = {
+            "version": _VERSION,
+            "about": self.about,
+            "attention_k": {layer: list(ks) for layer, ks in self.attention.items()},
+            "feed_forward_k": self.feed_forward,
+            "attention_curves": of(self.curves),
+            "feed_forward_curves": of(self.feed_forward_curves),
+        }
+        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["version"] != _VERSION:
+                raise ValueError(f"version must be {_VERSION}, got {content['version']}")
+
+            def of(stored: dict[str, Any]) -> dict[str, Curves]:
+                return {
+                    layer: Curves(
+                        tuple(c["k"]),
+                        torch.tensor(c["lost_mass"], dtype=torch.float64),
+                        torch.tensor(c["loss_error"], dtype=torch.float64),
+                        c["rows"],
+                    )
+                    for layer, c in stored.items()
+                }
+
+            return Calibration(
+                {layer: tuple(ks) for layer, ks in content["attention_k"].items()},
+                content["feed_forward_k"],
+                of(content["attention_curves"]),
+                of(content["feed_forward_curves"]),
+                content["about"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a calibration file: {error}") from error
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    target: Target,
+    feed_forward_target: MeanK | LostMass | None = None,
+    queries_per_head: int = 256,
+    largest_k: int = 2048,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure how much each head needs, on text like the user's own, and give each its k.
+
+    model    a transformers model as `convert` takes it, not converted; comes back as it was
+    batches  token ids [B, N], or mappings of the model's arguments. Their length should be that of later use: a head's
+             need grows with it
+    target   `MeanK(64)`: a budget, spent where the loss feels it most. `LostMass(0.05)`: no head loses more softmax
+             weight. `LossIncrease(0.01)`: the smallest budget that keeps the loss, searched on the batches themselves
+    feed_forward_target  the same for the neurons of feed-forward layers, one k per layer
+    queries_per_head     queries of each sequence whose scores are sorted
+    largest_k            the largest k that is considered
+
+    The loss is the model's own where a batch has labels, next-token prediction for causal language models, and for any
+    other model a fixed random projection of its output, so that every output counts alike.
+
+    Costs a forward pass, a backward pass without weight gradients, and one sort per measured query and head; memory is
+    that of such a backward pass. A `LossIncrease` adds a forward pass per search step.
+
+    Raises:
+        ValueError: there are no batches, the model was converted already, or the target does not fit.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must hold at least one batch of token ids, got none")
+    collector = Collector(queries_per_head, largest_k)
+    loss = measure(model, batches, collector, with_feed_forward=feed_forward_target is not None, progress=progress)
+    feed_forward = _allocate(collector.feed_forward, feed_forward_target) if feed_forward_target is not None else {}
+    calibration = Calibration(
+        {},
+        {path: ks[0] for path, ks in feed_forward.items()},
+        collector.attention,
+        collector.feed_forward,
+        {"loss": loss, "target": repr(target), "tokens": sum(_token_ids(batch).numel() for batch in batches)},
+    )
+    if isinstance(target, LossIncrease):
+        return _search(model, batches, calibration, target, progress)
+    return replace(calibration, attention=_allocate(collector.attention, target))
+
+
+def measure(
+    model: nn.Module,
+    batches: list[Batch],
+    collector: Collector,
+    *,
+    with_feed_forward: bool = False,
+    progress: Progress | None = None,
+) -> float:
+    """Show every attention layer (and feed-forward layer) of a full pass to the collector; returns the mean loss."""
+    if hasattr(getattr(model, "config", None), "topk_attention"):
+        raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
+    neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
+    convert(model, attention_k=_EVERY_KEY, feed_forward_k=neurons if with_feed_forward else None)
+    paths: list[str] = []
+    losses = 0.0
+
+    def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
+        path = paths[-1]
+        see = collector.see_attention if isinstance(call, AttentionCall) else collector.see_feed_forward
+        output.register_hook(lambda grad: see(path, call, grad))  # type: ignore[arg-type]
+
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_without_weight_gradients(model))
+            stack.enter_context(_evaluating(model))
+            layers = {site.path: site.module for site in attention_sites(model)}
+            if with_feed_forward:
+                layers |= {site.path: model.get_submodule(site.path) for site in feed_forward_sites(model)}
+            for path, module in layers.items():
+                stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
+            stack.enter_context(observed(observe))
+            for number, batch in enumerate(batches):
+                if progress is not None:
+                    progress("measuring", number, len(batches))
+                loss = _loss(model, batch)
+                losses += loss.item() / len(batches)
+                (loss * _token_ids(batch).numel()).backward()
+            if progress is not None:
+                progress("measuring", len(batches), len(batches))
+    finally:
+        unconvert(model)
+    return losses
+
+
+def _allocate(curves: dict[str, Curves], target: Target) -> Allocation:
+    if isinstance(target, MeanK):
+        return with_mean_k(curves, target.mean_k)
+    if isinstance(target, LostMass):
+        return within_lost_mass(curves, target.bound)
+    raise TypeError(f"target must be MeanK, LostMass or LossIncrease, got {type(target).__name__}")
+
+
+def _search(
+    model: nn.Module,
+    batches: list[Batch],
+    calibration: Calibration,
+    target: LossIncrease,
+    progress: Progress | None,
+) -> Calibration:
+    """Bisect the logarithm of the mean k."""
+    if target.bound <= 0:
+        raise ValueError(f"bound must be above 0 nats per token, got {target.bound:g}")
+    full = calibration.about["loss"]
+    low, high = 1.0, float(max(c.ks[-1] for c in calibration.curves.values()))
+    tried: list[dict[str, float]] = []
+    best = replace(calibration, attention=with_mean_k(calibration.curves, high))
+    for step in range(_SEARCH_STEPS):
+        if progress is not None:
+            progress("searching", step, _SEARCH_STEPS)
+        mean_k = (low * high) ** 0.5
+        candidate = replace(calibration, attention=with_mean_k(calibration.curves, mean_k))
+        increase = _loss_with(model, batches, candidate) - full
+        tried.append({"mean_k": mean_k, "loss_increase": increase})
+        if increase <= target.bound:
+            best, high = candidate, mean_k
+        else:
+            low = mean_k
+    if progress is not None:
+        progress("searching", _SEARCH_STEPS, _SEARCH_STEPS)
+    return replace(best, about={**calibration.about, "search": tried})
+
+
+def _loss_with(model: nn.Module, batches: list[Batch], calibration: Calibration) -> float:
+    convert(model, attention_k=calibration)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            return sum(_loss(model, batch).item() for batch in batches) / len(batches)
+    finally:
+        unconvert(model)
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    if "labels" not in arguments and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        arguments["labels"] = arguments["input_ids"]
+    output = model(**arguments)
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    hidden = output[0]
+    signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (hidden * signs.to(hidden)).sum() / _token_ids(batch).numel()
+
+
+def _token_ids(batch: Batch) -> Tensor:
+    if isinstance(batch, Tensor):
+        return batch
+    return next(batch[name] for name in ("input_ids", "input_features", "pixel_values") if name in batch)
+
+
+@contextmanager
+def _without_weight_gradients(model: Any) -> Iterator[None]:
+    """Gradients start at the embeddings instead: the backward pass then computes none for weights."""
+    parameters = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, _, output: output.requires_grad_())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter, wanted in parameters.items():
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,146 @@
+"""What attention heads and feed-forward layers would lose at each k, measured in one full pass over a model.
+
+For a query with softmax weights p, sorted from the largest, and values v, top-k attention puts out
+sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output, the
+products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums give
+that number for all k at once: no square tensor, one sort per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.activations import activate
+from ..backends.calls import AttentionCall, FeedForwardCall
+
+# Rows whose scores are sorted at a time: 128 x 8,192 in float32 are 4 MiB.
+_ROWS_AT_A_TIME = 128
+
+
+def k_grid(largest: int) -> tuple[int, ...]:
+    """The k that curves are kept at: four to a doubling, up to and including the largest."""
+    powers = range(4 * largest.bit_length() + 1)
+    return tuple(sorted({k for power in powers if (k := round(2 ** (power / 4))) < largest} | {largest}))
+
+
+@dataclass
+class Curves:
+    """Means over the queries (or tokens) seen so far, at each k of a grid.
+
+    lost_mass   [H, K]  softmax weight outside the k best keys; for a feed-forward layer the share of the sum of
+                        |activations| outside the k best neurons
+    loss_error  [H, K]  square of the first-order change of the loss, in nats squared
+    """
+
+    ks: tuple[int, ...]
+    lost_mass: Tensor
+    loss_error: Tensor
+    num_rows: int = 0
+
+    @staticmethod
+    def empty(num_heads: int, ks: tuple[int, ...]) -> Curves:
+        return Curves(ks, *(torch.zeros(num_heads, len(ks), dtype=torch.float64) for _ in range(2)))
+
+    def add(self, lost_mass: Tensor, loss_error: Tensor) -> None:
+        """Count rows in: both [H, rows, K]."""
+        rows = lost_mass.shape[1]
+        share = rows / (self.num_rows + rows)
+        self.lost_mass += share * (lost_mass.double().mean(1) - self.lost_mass)
+        self.loss_error += share * (loss_error.double().mean(1) - self.loss_error)
+        self.num_rows += rows
+
+
+@dataclass
+class Collector:
+    """Gathers the curves of every layer while a model runs forward and backward.
+
+    queries_per_head  queries of a sequence whose rows are sorted, spread evenly over it
+    largest_k         curves end here
+    """
+
+    queries_per_head: int
+    largest_k: int
+    attention: dict[str, Curves] = field(default_factory=dict)
+    feed_forward: dict[str, Curves] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def see_attention(self, path: str, call: AttentionCall, grad_output: Tensor) -> None:
+        """grad_output [B, H, N, E], the gradient of the summed loss with respect to this layer's heads."""
+        batch, num_heads, num_queries, _ = call.query.shape
+        num_keys = call.key.shape[2]
+        curves = self.attention.setdefault(path, Curves.empty(num_heads, k_grid(min(self.largest_k, num_keys))))
+        at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys])
+        # Another offset for each layer: no query is left out of all of them.
+        step = max(1, num_queries // self.queries_per_head)
+        queries = torch.arange(len(self.attention) % step, num_queries, step)
+        for b in range(batch):
+            lost, error = [], []
+            for head in range(num_heads):
+                parts = [
+                    _attention_rows(_scores(call, b, head, rows), _values(call, b, head), grad_output[b, head, rows], at)
+                    for rows in queries.split(_ROWS_AT_A_TIME)
+                ]
+                lost.append(torch.cat([part[0] for part in parts]))
+                error.append(torch.cat([part[1] for part in parts]))
+            missing = (0, len(curves.ks) - len(at))  # more keys than this sequence has lose nothing
+            curves.add(F.pad(torch.stack(lost), missing), F.pad(torch.stack(error), missing))
+
+    @torch.no_grad()
+    def see_feed_forward(self, path: str, call: FeedForwardCall, grad_output: Tensor) -> None:
+        """grad_output [T, O], the gradient of the summed loss with respect to this layer's output."""
+        num_neurons = call.w_in.shape[0]
+        curves = self.feed_forward.setdefault(path, Curves.empty(1, k_grid(num_neurons)))
+        at = torch.tensor([k - 1 for k in curves.ks])
+        step = max(1, call.x.shape[0] // self.queries_per_head)
+        for tokens in torch.arange(0, call.x.shape[0], step).split(_ROWS_AT_A_TIME):
+            x, grad = call.x[tokens], grad_output[tokens]
+            value = F.linear(x, call.w_in, call.b_in)
+            if call.w_gate is None:
+                hidden, ranked_by = activate(value, call.activation), value
+            else:
+                hidden = activate(F.linear(x, call.w_gate, call.b_gate), call.activation) * value
+                ranked_by = hidden.abs()
+            order = ranked_by.argsort(dim=1, descending=True)
+            effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
+            mass = hidden.abs().gather(1, order).cumsum(1)
+            lost = 1 - mass[:, at] / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
+            curves.add(lost.unsqueeze(0), (effect[:, -1:] - effect[:, at]).square().unsqueeze(0))
+
+
+def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
+    return call.value[batch, head * call.key.shape[1] // call.query.shape[1]]
+
+
+def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
+    """Scores [rows, M] of some queries of one head, -inf where hidden."""
+    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+    keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1]]
+    scores = call.query[batch, head, rows] @ keys.mT * call.scale
+    if call.relative_bias is not None:
+        of_head = call.relative_bias[head if call.relative_bias.shape[0] > 1 else 0]
+        scores += of_head[torch.arange(num_keys) - rows.unsqueeze(1) + num_queries - 1]
+    for dense in (call.bias, call.attn_mask):
+        if dense is not None:
+            part = dense[batch if dense.shape[0] > 1 else 0, head if dense.shape[1] > 1 else 0]
+            part = part[rows] if part.shape[0] > 1 else part
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+    if call.is_causal:
+        last_key = rows.unsqueeze(1) + num_keys - num_queries
+        scores = scores.masked_fill(torch.arange(num_keys) > last_key, -torch.inf)
+    return scores
+
+
+def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Lost mass and squared change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
+    p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees nothing
+    effect = (p * (grad_output @ values.mT).gather(1, order)).cumsum(1)
+    mass = p.cumsum(1)
+    kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
+    return (1 - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()
+
+

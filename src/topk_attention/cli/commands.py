@@ -180,17 +180,18 @@ def attention_kernel(
     interrupted, the same command continues with those that are missing.
     """
     with _errors_in_words(f"finished points are in {out}"):
-        from ..experiments import attention_kernel as kernel
+        from ..experiments import attention_kernel, kernel_benchmark
 
-        name, plan = kernel.make_plan(
+        name, plan = attention_kernel.make_plan(
             backend,
             sweep=sweep,
             works=None if works is None else _names(works),
             lengths=None if lengths is None else _integers("lengths", lengths),
             rivals=None if rivals is None else _names(rivals),
         )
-        kernel.run_and_report(
-            kernel.KernelBenchmark(
+        kernel_benchmark.run_and_report(
+            kernel_benchmark.KernelBenchmark(
+                attention_kernel.SUBJECT,
                 name,
                 plan,
                 out=out,

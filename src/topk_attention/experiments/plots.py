@@ -72,14 +72,15 @@ def draw_memory_and_time(
     x: str,
     x_label: str,
     title: str,
-    quoted: tuple[str, Mapping[int, float]] | None = None,
+    quoted: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
     panels: Sequence[tuple[str, str, float]] = MEMORY_AND_TIME,
 ) -> None:
     """Peak memory and time of one step against a size, both axes logarithmic.
 
     curves  name -> points, each with x and the panels' fields; points that did not finish lack those and are left out
     panels  (field of the points, title, factor from the field's unit to the title's)
-    quoted  (name, {x: GiB}) of somebody else's memory, drawn dotted
+    quoted  field -> name -> {x: value in the unit of the panel's title}: somebody else's numbers, drawn faint and
+            dotted, at the sizes of the points alone
     """
     figure = _new_figure(width=5 * len(panels), height=4.2)
     sizes = {point[x] for points in curves.values() for point in points}
@@ -96,11 +97,11 @@ def draw_memory_and_time(
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=5,
             )
-        if quoted is not None and field == "peak_mib":
-            name, values = quoted
-            shown = sorted((size, gib) for size, gib in values.items() if size in sizes)
+        for index, (name, values) in enumerate((quoted or {}).get(field, {}).items()):
+            shown = sorted((size, value) for size, value in values.items() if size in sizes)
             if shown:
-                axes.plot(*zip(*shown, strict=True), label=name, color=_QUOTED, linestyle=":", marker="x")
+                marker = _MARKERS[index % len(_MARKERS)]
+                axes.plot(*zip(*shown, strict=True), label=name, color=_QUOTED, linestyle=":", marker=marker, alpha=0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)

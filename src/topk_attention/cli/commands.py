@@ -207,6 +207,69 @@ def attention_kernel(
         )
 
 
+@benchmark.command()
+def feed_forward_kernel(
+    sweep: Annotated[
+        str | None, typer.Option(help='Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).')
+    ] = None,
+    works: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the table, separated by commas: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N "
+            "= 1, 2, 4 and 8 tokens."
+        ),
+    ] = None,
+    d_ff: Annotated[str | None, typer.Option(help="For the sweep, instead of its own.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.")] = None,
+    rivals: Annotated[
+        str | None, typer.Option(help="Among dense, topk-chunked and token-chunks, separated by commas.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
+    step_limit: Annotated[
+        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
+    ] = 120,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    out: Out = Path("results/feed-forward-kernel"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Annotated[str, typer.Option(help="Backend of top-k that is held against the rivals.")] = "cpu",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+) -> None:
+    """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
+
+    Methods are checked against the reference first. Points are appended to table.jsonl or d_ff.jsonl; interrupted, the
+    same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out}"):
+        from ..experiments import feed_forward_kernel, kernel_benchmark
+
+        name, plan = feed_forward_kernel.make_plan(
+            backend,
+            sweep=sweep,
+            works=None if works is None else _names(works),
+            d_ffs=None if d_ff is None else _integers("d_ff", d_ff),
+            tokens=tokens,
+            rivals=None if rivals is None else _names(rivals),
+        )
+        kernel_benchmark.run_and_report(
+            kernel_benchmark.KernelBenchmark(
+                feed_forward_kernel.SUBJECT,
+                name,
+                plan,
+                out=out,
+                threads=threads,
+                seed=seed,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                with_memory=memory,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
 @app.command()
 def info() -> None:
     """Show versions, processor, backends and which of them runs."""

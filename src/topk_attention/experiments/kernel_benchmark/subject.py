@@ -1,4 +1,7 @@
-"""What a benchmark of one operation is about. Its works are frozen dataclasses with a `k` and a size that sweeps grow."""
+"""What a benchmark of one operation is about.
+
+Its works are frozen dataclasses with a `k` and a size on which times depend.
+"""
 
 from __future__ import annotations
 

@@ -181,6 +181,15 @@ def test_output_weights_of_a_neuron_nobody_keeps_are_never_read(tokens):
     assert_same(layer.run(k=13, backend="cpu"), before)
 
 
+@KINDS
+@FEW_AND_MANY
+def test_an_output_of_no_size_has_gradients_of_zero(tokens, kind):
+    layer = random_layer(kind, tokens, 17, 65, outputs=0)
+    output, *gradients = layer.run(k=13, activation="silu", backend="cpu")
+    assert output.shape == (tokens, 0)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @contextlib.contextmanager
 def threads(number):
     before = torch.get_num_threads()

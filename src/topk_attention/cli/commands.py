@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 benchmark = typer.Typer(help="Measure memory and time; points that are there already are kept.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
+train = typer.Typer(help="Train small models; an interrupted run goes on from its checkpoint.", no_args_is_help=True)
+app.add_typer(train, name="train")
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
@@ -268,6 +270,58 @@ def feed_forward_kernel(
             ),
             _console(),
         )
+
+
+@train.command()
+def feed_forward_curve(
+    k: Annotated[str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")] = "128",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    d_model: Annotated[int, typer.Option(help="Model size.")] = 256,
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    d_ff: Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")] = 1024,
+    context: Annotated[int, typer.Option(help="Bytes of a window.")] = 256,
+    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 400,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")
+    ] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two points of a curve.")] = 20,
+    out: Out = Path("results/feed-forward-curve"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+) -> None:
+    """Train one small language model with dense and with top-k feed-forward layers; compare their loss curves.
+
+    Same initial weights and batches for all. Writes feed-forward-curve.json and .png; interrupted, the same command
+    continues from the last point of the curve.
+    """
+    with _errors_in_words(f"finished arms and checkpoints are in {out}"):
+        from ..experiments.feed_forward_curve import CurveConfig, run_feed_forward_curve
+
+        config = CurveConfig(
+            k=_integers("k", k),
+            text=text,
+            num_layers=layers,
+            d_model=d_model,
+            num_heads=heads,
+            d_ff=d_ff,
+            context=context,
+            batch=batch,
+            steps=steps,
+            learning_rate=learning_rate,
+            evaluate_every=evaluate_every,
+            threads=threads,
+            seed=seed,
+            backend=backend,
+            out=out,
+            fresh=fresh,
+        )
+        run_feed_forward_curve(config, _console())
 
 
 @app.command()

@@ -114,6 +114,31 @@ def draw_memory_and_time(
     _save(figure, path)
 
 
+def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title: str) -> None:
+    """Validation loss against steps and against training time, one curve an arm.
+
+    curves  name -> points with step, elapsed_s and validation_loss
+    """
+    figure = _new_figure(width=9, height=3.8)
+    for number, (field, label) in enumerate((("step", "step"), ("elapsed_s", "training time [s]")), 1):
+        axes = figure.add_subplot(1, 2, number)
+        for index, (name, points) in enumerate(curves.items()):
+            axes.plot(
+                [point[field] for point in points],
+                [point["validation_loss"] for point in points],
+                label=name,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=3,
+            )
+        axes.set_xlabel(label)
+        axes.set_title("Validation loss [nats per byte]", fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 def _new_figure(width: float, height: float) -> Any:
     # A figure of its own, without pyplot: no window system, no state that outlives the call.
     from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs check-native bench bench-attention clean
+.PHONY: install demo test check format lint types docs check-native bench bench-attention bench-feed-forward clean
 
 install: $(STAMP)
 
@@ -49,6 +49,9 @@ bench: install
 bench-attention: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-benchmark.txt
 	$(BIN)/topk-attention benchmark attention-kernel $(BENCH_ARGUMENTS)
+
+bench-feed-forward: install
+	$(BIN)/topk-attention benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) build

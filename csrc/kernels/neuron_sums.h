@@ -7,8 +7,11 @@ constexpr int64_t kTokensPerTask = 64;
 template <class A>
 constexpr int64_t kColumns = 8 * kLanes<A>;
 
+// Of a row that may be empty, for dividing by it.
+inline int64_t row_bytes(int64_t size, size_t bytes) { return larger<int64_t>(size * int64_t(bytes), 1); }
+
 inline int64_t rows_of_range(int64_t size, size_t bytes, int64_t num_neurons) {
-  return smaller(larger<int64_t>(kRangeBytes / (size * int64_t(bytes)), 16), num_neurons);
+  return smaller(larger<int64_t>(kRangeBytes / row_bytes(size, bytes), 16), num_neurons);
 }
 
 // to[0 .. n) += sum over j of coefficients[j] * row(j)[0 .. n); row(j) returns a pointer.
@@ -147,7 +150,7 @@ bool run_sum_tokens(const SumTokens& call, const Parallel& parallel) {
     bool ok;
   } state = {call, 0, 0, true};
   state.per_range = smaller(larger<int64_t>(ceil_div<int64_t>(call.num_neurons, 8 * parallel.num_threads), 64), call.num_neurons);
-  state.tokens_at_a_time = larger<int64_t>(kRangeBytes / (call.size * int64_t(sizeof(T))), 32);
+  state.tokens_at_a_time = larger<int64_t>(kRangeBytes / row_bytes(call.size, sizeof(T)), 32);
   parallel.run(ceil_div(call.num_neurons, state.per_range), &state, [](void* opaque, int64_t task) {
     State& state = *static_cast<State*>(opaque);
     const SumTokens& call = state.call;

@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 benchmark = typer.Typer(help="Measure memory and time; points that are there already are kept.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
+train = typer.Typer(help="Train small models; an interrupted run goes on from its checkpoint.", no_args_is_help=True)
+app.add_typer(train, name="train")
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
@@ -180,17 +182,18 @@ def attention_kernel(
     interrupted, the same command continues with those that are missing.
     """
     with _errors_in_words(f"finished points are in {out}"):
-        from ..experiments import attention_kernel as kernel
+        from ..experiments import attention_kernel, kernel_benchmark
 
-        name, plan = kernel.make_plan(
+        name, plan = attention_kernel.make_plan(
             backend,
             sweep=sweep,
             works=None if works is None else _names(works),
             lengths=None if lengths is None else _integers("lengths", lengths),
             rivals=None if rivals is None else _names(rivals),
         )
-        kernel.run_and_report(
-            kernel.KernelBenchmark(
+        kernel_benchmark.run_and_report(
+            kernel_benchmark.KernelBenchmark(
+                attention_kernel.SUBJECT,
                 name,
                 plan,
                 out=out,
@@ -204,6 +207,121 @@ def attention_kernel(
             ),
             _console(),
         )
+
+
+@benchmark.command()
+def feed_forward_kernel(
+    sweep: Annotated[
+        str | None, typer.Option(help='Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).')
+    ] = None,
+    works: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the table, separated by commas: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N "
+            "= 1, 2, 4 and 8 tokens."
+        ),
+    ] = None,
+    d_ff: Annotated[str | None, typer.Option(help="For the sweep, instead of its own.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.")] = None,
+    rivals: Annotated[
+        str | None, typer.Option(help="Among dense, topk-chunked and token-chunks, separated by commas.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
+    step_limit: Annotated[
+        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
+    ] = 120,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    out: Out = Path("results/feed-forward-kernel"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Annotated[str, typer.Option(help="Backend of top-k that is held against the rivals.")] = "cpu",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+) -> None:
+    """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
+
+    Methods are checked against the reference first. Points are appended to table.jsonl or d_ff.jsonl; interrupted, the
+    same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out}"):
+        from ..experiments import feed_forward_kernel, kernel_benchmark
+
+        name, plan = feed_forward_kernel.make_plan(
+            backend,
+            sweep=sweep,
+            works=None if works is None else _names(works),
+            d_ffs=None if d_ff is None else _integers("d_ff", d_ff),
+            tokens=tokens,
+            rivals=None if rivals is None else _names(rivals),
+        )
+        kernel_benchmark.run_and_report(
+            kernel_benchmark.KernelBenchmark(
+                feed_forward_kernel.SUBJECT,
+                name,
+                plan,
+                out=out,
+                threads=threads,
+                seed=seed,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                with_memory=memory,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@train.command()
+def feed_forward_curve(
+    k: Annotated[str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")] = "128",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    d_model: Annotated[int, typer.Option(help="Model size.")] = 256,
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    d_ff: Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")] = 1024,
+    context: Annotated[int, typer.Option(help="Bytes of a window.")] = 256,
+    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 400,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")
+    ] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two points of a curve.")] = 20,
+    out: Out = Path("results/feed-forward-curve"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+) -> None:
+    """Train one small language model with dense and with top-k feed-forward layers; compare their loss curves.
+
+    Same initial weights and batches for all. Writes feed-forward-curve.json and .png; interrupted, the same command
+    continues from the last point of the curve.
+    """
+    with _errors_in_words(f"finished arms and checkpoints are in {out}"):
+        from ..experiments.feed_forward_curve import CurveConfig, run_feed_forward_curve
+
+        config = CurveConfig(
+            k=_integers("k", k),
+            text=text,
+            num_layers=layers,
+            d_model=d_model,
+            num_heads=heads,
+            d_ff=d_ff,
+            context=context,
+            batch=batch,
+            steps=steps,
+            learning_rate=learning_rate,
+            evaluate_every=evaluate_every,
+            threads=threads,
+            seed=seed,
+            backend=backend,
+            out=out,
+            fresh=fresh,
+        )
+        run_feed_forward_curve(config, _console())
 
 
 @app.command()

@@ -523,7 +523,7 @@ def _draw(benchmark: AttentionBenchmark, here: Json, records: Sequence[Json]) ->
         curves.setdefault(_curve_name(point), {})[point["length"]] = record | {"length": point["length"]}
     point = benchmark.points[0]
     topk = [point for point in benchmark.points if point.implementation == "topk"]
-    quoted = ("top-k, Gupta et al. 2021 (quoted, GPU)", PAPER_GIB["topk"])
+    quoted = {"peak_mib": {"top-k, Gupta et al. 2021 (quoted, GPU)": PAPER_GIB["topk"]}}
     draw_memory_and_time(
         {name: list(by_length.values()) for name, by_length in sorted(curves.items(), reverse=True)},
         benchmark.out / _PICTURE,

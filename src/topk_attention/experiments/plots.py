@@ -72,14 +72,15 @@ def draw_memory_and_time(
     x: str,
     x_label: str,
     title: str,
-    quoted: tuple[str, Mapping[int, float]] | None = None,
+    quoted: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
     panels: Sequence[tuple[str, str, float]] = MEMORY_AND_TIME,
 ) -> None:
     """Peak memory and time of one step against a size, both axes logarithmic.
 
     curves  name -> points, each with x and the panels' fields; points that did not finish lack those and are left out
     panels  (field of the points, title, factor from the field's unit to the title's)
-    quoted  (name, {x: GiB}) of somebody else's memory, drawn dotted
+    quoted  field -> name -> {x: value in the unit of the panel's title}: somebody else's numbers, drawn faint and
+            dotted, at the sizes of the points alone
     """
     figure = _new_figure(width=5 * len(panels), height=4.2)
     sizes = {point[x] for points in curves.values() for point in points}
@@ -96,11 +97,11 @@ def draw_memory_and_time(
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=5,
             )
-        if quoted is not None and field == "peak_mib":
-            name, values = quoted
-            shown = sorted((size, gib) for size, gib in values.items() if size in sizes)
+        for index, (name, values) in enumerate((quoted or {}).get(field, {}).items()):
+            shown = sorted((size, value) for size, value in values.items() if size in sizes)
             if shown:
-                axes.plot(*zip(*shown, strict=True), label=name, color=_QUOTED, linestyle=":", marker="x")
+                marker = _MARKERS[index % len(_MARKERS)]
+                axes.plot(*zip(*shown, strict=True), label=name, color=_QUOTED, linestyle=":", marker=marker, alpha=0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
@@ -109,6 +110,31 @@ def draw_memory_and_time(
         axes.set_title(panel_title, fontsize=10, loc="left")
         axes.grid(alpha=0.25, which="both")
         axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title: str) -> None:
+    """Validation loss against steps and against training time, one curve an arm.
+
+    curves  name -> points with step, elapsed_s and validation_loss
+    """
+    figure = _new_figure(width=9, height=3.8)
+    for number, (field, label) in enumerate((("step", "step"), ("elapsed_s", "training time [s]")), 1):
+        axes = figure.add_subplot(1, 2, number)
+        for index, (name, points) in enumerate(curves.items()):
+            axes.plot(
+                [point[field] for point in points],
+                [point["validation_loss"] for point in points],
+                label=name,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=3,
+            )
+        axes.set_xlabel(label)
+        axes.set_title("Validation loss [nats per byte]", fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

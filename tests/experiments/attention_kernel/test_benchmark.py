@@ -2,13 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from topk_attention.experiments.attention_kernel import benchmark as benchmarking
-from topk_attention.experiments.attention_kernel.benchmark import (
-    KernelBenchmark,
-    expected_s,
-    run_kernel_benchmark,
-)
+from topk_attention.experiments.attention_kernel import SUBJECT
 from topk_attention.experiments.attention_kernel.works import Work
+from topk_attention.experiments.kernel_benchmark import KernelBenchmark, run_kernel_benchmark
+from topk_attention.experiments.kernel_benchmark import benchmark as benchmarking
+from topk_attention.experiments.kernel_benchmark.benchmark import expected_s
 from topk_attention.experiments.records import environment, read_json_lines
 from topk_attention.experiments.workers import WorkerError
 
@@ -18,7 +16,7 @@ METHODS = ("topk-chunked", "sdpa")
 
 @pytest.fixture
 def benchmark(tmp_path):
-    return KernelBenchmark("table", {WORK: METHODS}, out=tmp_path, threads=1)
+    return KernelBenchmark(SUBJECT, "table", {WORK: METHODS}, out=tmp_path, threads=1)
 
 
 def test_a_work_has_one_process_for_times_and_one_for_each_methods_memory(benchmark, measurements, console):
@@ -112,6 +110,7 @@ def test_times_go_on_as_they_grew_and_at_first_with_the_square_of_the_length():
     assert expected_s({}, 64) is None
     assert expected_s({128: 1.0}, 64) is None
     assert expected_s({64: 1.0}, 128) == 4.0
+    assert expected_s({64: 1.0}, 128, power=1.0) == 2.0
     assert expected_s({64: 1.0, 128: 2.0, 1024: 5.0}, 512) == pytest.approx(8.0)
 
 

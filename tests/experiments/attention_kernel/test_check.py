@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from topk_attention.experiments.attention_kernel import check as checking
-from topk_attention.experiments.attention_kernel.check import CheckFailedError, check
+from topk_attention.experiments.attention_kernel.check import check
 from topk_attention.experiments.attention_kernel.methods import new_operation
 from topk_attention.experiments.attention_kernel.works import Work
+from topk_attention.experiments.kernel_benchmark.checking import CheckFailedError
 
 WORK = Work(num_heads=2, length=40, k=5, head_dim=4)
 OPTIONS = [{}, {"is_causal": True}, {"bias": "learned"}, {"dropout_p": 0.1}, {"k": 40}]

@@ -7,14 +7,16 @@ from topk_attention.experiments.attention_kernel import measure
 from topk_attention.experiments.attention_kernel.measure import measure_memory, score_product, time_methods
 from topk_attention.experiments.attention_kernel.methods import new_inputs, new_operation
 from topk_attention.experiments.attention_kernel.works import Work
+from topk_attention.experiments.kernel_benchmark import turns as turn_taking
 
 WORK = Work(num_heads=2, length=40, k=5, head_dim=4)
+METHODS = ["topk-chunked", "sdpa"]
 REQUEST = {"work": asdict(WORK), "threads": 1, "seed": 0, "repetitions": 2, "enough_s": 60.0}
 
 
 @pytest.fixture(autouse=True)
 def no_memory_limit(monkeypatch):
-    monkeypatch.setattr(measure, "limit_memory", lambda fraction: None)  # it would outlive the test
+    monkeypatch.setattr(turn_taking, "limit_memory", lambda fraction: None)  # it would outlive the test
 
 
 @pytest.fixture
@@ -36,15 +38,17 @@ def turns(monkeypatch):
 
 
 def test_methods_take_turns_after_a_warm_up(turns):
-    result = time_methods(REQUEST | {"methods": ["topk-chunked", "sdpa"]}, lambda message: None)
-    assert turns == ["topk-chunked", "sdpa"] * 2 * 3  # two modes; a warm-up and two rounds
+    result = time_methods(REQUEST | {"methods": METHODS}, lambda message: None)
+    calls = [result["methods"][method][mode]["calls_per_round"] for mode in turn_taking.MODES for method in METHODS]
+    one_round = [method for method, n in zip(METHODS * 2, calls, strict=True) for _ in range(n)]
+    assert turns == METHODS * 2 + one_round * 2  # two modes; a warm-up and two rounds
     assert result["rounds"] == 2
     for method in ("topk-chunked", "sdpa"):
         assert result["methods"][method]["outcome"] == "finished"
-        for mode in measure.MODES:
+        for mode in turn_taking.MODES:
             times = result["methods"][method][mode]
             assert 0 < times["fastest_s"] <= times["median_s"] <= times["slowest_s"]
-    assert result["scores"]["median_s"] > 0
+    assert result["floor"]["median_s"] > 0
 
 
 def test_long_works_get_three_rounds(turns):

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from topk_attention.experiments.attention_kernel import run_and_report
-from topk_attention.experiments.attention_kernel.benchmark import KernelBenchmark
+from topk_attention.experiments.attention_kernel import SUBJECT
 from topk_attention.experiments.attention_kernel.works import TABLE, Work
+from topk_attention.experiments.kernel_benchmark import KernelBenchmark, run_and_report
 from topk_attention.experiments.workers import WorkerError
 
 WORK = Work(num_heads=2, length=64, k=5, head_dim=4)
@@ -16,7 +16,7 @@ def report(measurements, console, tmp_path):
     """Runs a benchmark with the given plan and returns its markdown."""
 
     def run(plan, name="table", **settings):
-        run_and_report(KernelBenchmark(name, plan, out=tmp_path, step_limit_s=1e9, **settings), console)
+        run_and_report(KernelBenchmark(SUBJECT, name, plan, out=tmp_path, step_limit_s=1e9, **settings), console)
         return (tmp_path / f"{name}.md").read_text()
 
     return run

@@ -7,20 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..kernel_benchmark.checking import NEAR_TIE, largest_error, output_and_gradients
 from .methods import kept_keys, new_inputs, new_operation, run_topk
 from .works import Work
+
+_NAMES = ("query", "key", "value", "bias")
 
 # Odd, and k a quarter of it: kernels meet full tiles and leftovers, and most keys are left out.
 _LENGTH = 333
 _K = 83
 _HEADS = 2
-# Rows whose k-th and next score are closer than this may choose either key in float32, and are left out.
-_NEAR_TIE = 1e-5
-_TOLERANCE = 1e-4
-
-
-class CheckFailedError(ValueError):
-    """A method does not compute what it should."""
 
 
 def check(method: str, work: Work, seed: int = 0) -> float | None:
@@ -48,26 +44,12 @@ def check(method: str, work: Work, seed: int = 0) -> float | None:
     k = kept_keys(method, small)
     output_gradient = torch.randn(exact[0].shape, dtype=torch.float64) * _is_clear(small, exact, k)
     torch.manual_seed(seed)
-    truth = _output_and_gradients(run_topk(small, k, "reference", *exact), exact, output_gradient)
+    truth = output_and_gradients(run_topk(small, k, "reference", *exact), exact, _NAMES, output_gradient)
     torch.manual_seed(seed)
-    results = _output_and_gradients(new_operation(method, small)(*inputs), inputs, output_gradient)
-    largest = 0.0
-    for name, expected in truth.items():
-        error = ((results[name] - expected).abs().max() / expected.abs().max()).item()
-        if not error <= _TOLERANCE:
-            raise CheckFailedError(
-                f"{method}, {small}: the {name} differs from the float64 reference by {error:.1e} of its largest entry"
-            )
-        largest = max(largest, error)
-    return largest
-
-
-def _output_and_gradients(output: Tensor, inputs: tuple[Tensor, ...], output_gradient: Tensor) -> dict[str, Tensor]:
-    """The output is zeroed where its gradient is: in rows left out."""
-    gradients = torch.autograd.grad(output, inputs, output_gradient.to(output.dtype))
-    names = ("query", "key", "value", "bias")
-    named = {f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=False)}
-    return {"output": output.detach() * (output_gradient != 0), **named}
+    output = new_operation(method, small)(*inputs)
+    return largest_error(
+        output_and_gradients(output, inputs, _NAMES, output_gradient), truth, told=f"{method}, {small}"
+    )
 
 
 def _is_clear(work: Work, tensors: tuple[Tensor, ...], k: int | None) -> Tensor:
@@ -78,4 +60,4 @@ def _is_clear(work: Work, tensors: tuple[Tensor, ...], k: int | None) -> Tensor:
     _, selection = run_topk(work, k + 1, "reference", *without_gradient, return_selection=True)
     next_best, kth_best = selection.weights.topk(2, largest=False).values.unbind(-1)
     # Logarithms of weights are scores, up to a constant of the row. A weight of 0 is an empty slot: nothing to mistake.
-    return ~(kth_best.log() - next_best.log() < _NEAR_TIE).unsqueeze(-1)
+    return ~(kth_best.log() - next_best.log() < NEAR_TIE).unsqueeze(-1)

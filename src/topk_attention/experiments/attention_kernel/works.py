@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...functional.checks import check_dropout, check_k
+from ..kernel_benchmark.subject import Goal
 
 BIASES = ("none", "learned")
 
@@ -49,14 +50,6 @@ class Work:
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p:g}")
         return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """How many times as fast as PyTorch's attention top-k attention is meant to be; None where nothing was set."""
-
-    forward: float | None
-    forward_backward: float | None
 
 
 _PLAIN = Work(num_heads=4, length=8192, k=64)

@@ -6,19 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..records import Json, append_json_line, environment, read_json_lines
 from ..workers import WorkerError, run_in_fresh_process
-from . import measure
-from .methods import check_method, kept_keys, why_not
-from .works import Work
+from .subject import Subject
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = "topk_attention/attention-kernel/1"
-DEFAULT_OUT = Path("results/attention-kernel")
 # A number from another processor, another PyTorch or another kernel is no reason to skip a point. The commit is: it
 # changes as soon as the records themselves are committed.
 _SAME_ENVIRONMENT = ("topk_attention", "torch", "cpu", "source_sha256")
@@ -34,9 +30,10 @@ class KernelBenchmark:
     time_limit_s  a process that is not done by then is recorded as such
     """
 
+    subject: Subject
     name: str
-    plan: Mapping[Work, Sequence[str]]
-    out: Path = DEFAULT_OUT
+    plan: Mapping[Any, Sequence[str]]
+    out: Path
     threads: int = 2
     seed: int = 0
     repetitions: int = 7
@@ -53,7 +50,7 @@ class KernelBenchmark:
         if not self.plan or not all(self.plan.values()):
             raise ValueError("there is nothing to measure: give at least one work and one method")
         for method in dict.fromkeys(method for methods in self.plan.values() for method in methods):
-            check_method(method)
+            self.subject.check_method(method)
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Result:
     left_out  method -> why it was not measured
     """
 
-    work: Work
+    work: Any
     time: Json
     memory: dict[str, Json] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -94,7 +91,7 @@ def run_kernel_benchmark(benchmark: KernelBenchmark, console: Console) -> list[R
         console.print(f"[{number}/{len(benchmark.plan)}] {work}", markup=False, highlight=False)
         left_out = {}
         for method in methods:
-            reason = why_not(method, work) or _too_long(method, work, results, benchmark.step_limit_s)
+            reason = benchmark.subject.why_not(method, work) or _too_long(method, work, results, benchmark)
             if reason is not None:
                 left_out[method] = reason
                 _say(console, f"{method} left out: {reason}")
@@ -107,42 +104,43 @@ def run_kernel_benchmark(benchmark: KernelBenchmark, console: Console) -> list[R
             if result.time_of(method)["outcome"] != "finished":
                 _say(console, f"{method}: {result.time_of(method)['outcome']}")
             if benchmark.with_memory:
-                # A method that keeps every key is the same whatever k: measured once.
-                k = kept_keys(method, work)
-                same = work if k is not None else replace(work, k=1)
+                # A method that keeps everything is the same whatever k: measured once.
+                same = replace(work, k=1) if benchmark.subject.keeps_all(method, work) else work
                 result.memory[method] = points.get("measure_memory", same, method=method)
     return results
 
 
-def expected_s(measured: Mapping[int, float], length: int) -> float | None:
-    """Seconds at a length, from those at shorter ones; None where there are none.
+def expected_s(measured: Mapping[int, float], size: int, power: float = 2.0) -> float | None:
+    """Seconds at a size, from those at smaller ones; None where there are none.
 
-    It goes on as it went between the last two, or with the square of the length where there is only one.
+    It goes on as it went between the last two, or with the given power of the size where there is only one.
 
     >>> expected_s({1024: 1.0, 2048: 2.0}, 4096)
     4.0
     """
-    lengths = sorted(shorter for shorter in measured if shorter < length)
-    if not lengths:
+    sizes = sorted(smaller for smaller in measured if smaller < size)
+    if not sizes:
         return None
-    last, power = lengths[-1], 2.0
-    if len(lengths) > 1:
-        before = lengths[-2]
+    last = sizes[-1]
+    if len(sizes) > 1:
+        before = sizes[-2]
         power = math.log(measured[last] / measured[before]) / math.log(last / before)
-    return measured[last] * (length / last) ** power
+    return measured[last] * (size / last) ** power
 
 
-def _too_long(method: str, work: Work, results: Sequence[Result], limit_s: float) -> str | None:
-    same_but_for_length = {
-        result.work.length: seconds
+def _too_long(method: str, work: Any, results: Sequence[Result], benchmark: KernelBenchmark) -> str | None:
+    name, power = benchmark.subject.size
+    size = getattr(work, name)
+    same_but_for_size = {
+        getattr(result.work, name): seconds
         for result in results
-        if replace(result.work, length=work.length) == work
+        if replace(result.work, **{name: size}) == work
         and (seconds := result.seconds(method, "forward_backward")) is not None
     }
-    seconds = expected_s(same_but_for_length, work.length)
-    if seconds is None or seconds <= limit_s:
+    seconds = expected_s(same_but_for_size, size, power)
+    if seconds is None or seconds <= benchmark.step_limit_s:
         return None
-    return f"a forward and backward pass would take about {seconds:.0f} s, more than {limit_s:g} s"
+    return f"a forward and backward pass would take about {seconds:.0f} s, more than {benchmark.step_limit_s:g} s"
 
 
 class _Points:
@@ -154,8 +152,8 @@ class _Points:
         self._here = environment()
         self._on_file = [] if benchmark.fresh else read_json_lines(self._lines)
 
-    def get(self, function: str, work: Work, **settings: object) -> Json:
-        """The record of one call of a function of `measure.py`."""
+    def get(self, function: str, work: Any, **settings: object) -> Json:
+        """The record of one call of a function of the subject's measuring module."""
         benchmark = self._benchmark
         settings |= {"threads": benchmark.threads, "seed": benchmark.seed}
         if function == "time_methods":
@@ -163,7 +161,12 @@ class _Points:
         request = {"work": asdict(work), **settings}
         record = self._find(function, request)
         if record is None:
-            record = {"schema": SCHEMA, "measured": function, "request": request, "environment": environment()}
+            record = {
+                "schema": benchmark.subject.schema,
+                "measured": function,
+                "request": request,
+                "environment": environment(),
+            }
             record |= self._measure(function, work, request)
             append_json_line(self._lines, record)
             self._on_file.append(record)
@@ -180,7 +183,7 @@ class _Points:
                 return record
         return None
 
-    def _measure(self, function: str, work: Work, request: Json) -> Json:
+    def _measure(self, function: str, work: Any, request: Json) -> Json:
         from rich.text import Text
 
         told = " ".join([function.replace("_", " "), request.get("method", "")]).strip()
@@ -188,7 +191,7 @@ class _Points:
         with self._console.status(Text(f"{told} ...")) as status:
             try:
                 result = run_in_fresh_process(
-                    f"{measure.__name__}:{function}",
+                    f"{self._benchmark.subject.measure}:{function}",
                     request,
                     time_limit_s=limit_s,
                     on_message=lambda message: status.update(

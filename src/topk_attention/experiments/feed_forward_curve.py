@@ -1,0 +1,312 @@
+"""Loss curves of one small language model, trained with dense and with top-k feed-forward layers.
+
+Same initial weights, same batches, same schedule: only the feed-forward layers differ. Tokens are the bytes of a text,
+whose last tenth is kept for validation. Each arm runs in a process of its own and leaves a checkpoint wherever it
+evaluates; the record is written after each arm.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends import choose_backend
+from ..functional.checks import check_k
+from ..nn import TopKFeedForward
+from ..tasks.language_modelling import read_text
+from .plots import draw_loss_curves
+from .records import Json, environment, now, read_json, write_json, write_whole
+from .timing import Stopwatch, busy_note
+from .workers import Send, WorkerError, run_in_fresh_process
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = "topk_attention/feed-forward-curve/1"
+DEFAULT_OUT = Path("results/feed-forward-curve")
+_SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "cpu")
+_VOCABULARY = 256
+_VALIDATION_BATCHES = 4
+_WARM_UP_STEPS = 40
+_LAST_LEARNING_RATE = 0.1  # as a share of the highest
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """What is trained and how.
+
+    k             neurons kept per token, one arm each, beside the dense arm
+    context       bytes a window holds
+    evaluate_every  steps between two points of a curve, each with a checkpoint
+    """
+
+    k: Sequence[int] = (128,)
+    text: Path | None = None
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 4
+    d_ff: int = 1024
+    context: int = 256
+    batch: int = 16
+    steps: int = 400
+    learning_rate: float = 1e-3
+    evaluate_every: int = 20
+    threads: int = 2
+    seed: int = 0
+    backend: str = "auto"
+    out: Path = DEFAULT_OUT
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for k in self.k:
+            check_k("k", k)
+        for name in ("num_layers", "d_model", "num_heads", "d_ff", "context", "batch", "steps", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model must be a multiple of its {self.num_heads} heads, got {self.d_model}")
+        choose_backend(self.backend)
+
+    def as_record(self) -> Json:
+        """Without files, and with the backend that runs."""
+        record = {name: value for name, value in asdict(self).items() if name not in ("text", "out", "fresh")}
+        return record | {"k": list(self.k), "backend": choose_backend(self.backend).name}
+
+
+def run_feed_forward_curve(config: CurveConfig, console: Console) -> Json:
+    """Train every arm that is not there yet, draw the curves, and return the record.
+
+    Raises:
+        ValueError: the text is too short.
+        WorkerError: an arm failed; arms before it and its last checkpoint are kept.
+    """
+    text = read_text(config.text)
+    tokens = list(text.content.encode())
+    if len(tokens) < 20 * (config.context + 1):
+        raise ValueError(
+            f"{text.source} is too short: at least {20 * (config.context + 1):,} bytes needed, it has {len(tokens):,}"
+        )
+    path = config.out / "feed-forward-curve.json"
+    record: Json = {
+        "schema": SCHEMA,
+        "config": config.as_record(),
+        "text": {"source": text.source, "sha256": text.sha256, "num_bytes": len(tokens)},
+        "environment": environment(),
+        "arms": [],
+    }
+    identity = _identity(record)
+    old = None if config.fresh else read_json(path)
+    if old is not None and _identity(old) == identity:
+        record = old
+    elif old is not None:
+        console.print(f"{path} was made with another configuration and is replaced.", markup=False, highlight=False)
+    for k in (None, *config.k):
+        if k in [arm["k"] for arm in record["arms"]]:
+            continue
+        name = arm_name(k)
+        checkpoint = config.out / "work" / f"{name.replace(' ', '')}.pt"
+        if config.fresh:
+            checkpoint.unlink(missing_ok=True)
+        request = {"config": record["config"], "k": k, "tokens": tokens, "checkpoint": str(checkpoint)}
+        arm = _train_in_fresh_process(request | {"identity": identity}, name, config.steps, console)
+        record["arms"].append(arm | {"date": now()})
+        write_json(path, record)
+        checkpoint.unlink(missing_ok=True)
+    picture = config.out / "feed-forward-curve.png"
+    draw_loss_curves({arm_name(arm["k"]): arm["curve"] for arm in record["arms"]}, picture, title=_title(record))
+    _show(record, console)
+    for written in (path, picture):
+        console.print(f"Written: {written}", markup=False, highlight=False, soft_wrap=True)
+    return record
+
+
+def arm_name(k: int | None) -> str:
+    """
+    >>> arm_name(None), arm_name(128)
+    ('dense', 'k = 128')
+    """
+    return "dense" if k is None else f"k = {k}"
+
+
+class Block(nn.Module):
+    """One layer before whose two parts the input is normalised."""
+
+    def __init__(self, config: Json, k: int | None) -> None:
+        super().__init__()
+        d_model, d_ff = config["d_model"], config["d_ff"]
+        self.num_heads = config["num_heads"]
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.to_qkv, self.to_output = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        linear_in, linear_out = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
+        self.feed_forward: nn.Module = (
+            nn.Sequential(linear_in, nn.GELU(), linear_out)
+            if k is None
+            else TopKFeedForward(linear_in, linear_out, k=k, activation="gelu", backend=config["backend"])
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind()  # [B, H, L, D]
+        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.to_output(heads.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Bytes [B, L] to logits [B, L, 256], with learned positions. Equal seeds give all arms equal weights."""
+
+    def __init__(self, config: Json, k: int | None) -> None:
+        super().__init__()
+        torch.manual_seed(config["seed"])
+        self.tokens = nn.Embedding(_VOCABULARY, config["d_model"])
+        self.positions = nn.Parameter(0.02 * torch.randn(config["context"], config["d_model"]))
+        self.blocks = nn.Sequential(*(Block(config, k) for _ in range(config["num_layers"])))
+        self.norm = nn.LayerNorm(config["d_model"])
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
+
+
+def train_arm(request: Json, send: Send) -> Json:
+    """One arm, in a process of its own; goes on from its checkpoint where there is one of the same configuration."""
+    config = request["config"]
+    torch.set_num_threads(config["threads"])
+    tokens = torch.tensor(request["tokens"], dtype=torch.uint8)
+    num_training = len(tokens) * 9 // 10
+    training, validation = tokens[:num_training], tokens[num_training:]
+    model = LanguageModel(config, request["k"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1)
+    path = Path(request["checkpoint"])
+    state: Json = {"step": 0, "elapsed_s": 0.0, "curve": [], "other_cores": None}
+    if path.exists():
+        saved = torch.load(path)
+        if saved["identity"] == request["identity"]:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state = saved["state"]
+    losses: list[float] = []
+    for step in range(state["step"] + 1, config["steps"] + 1):
+        with Stopwatch() as stopwatch:
+            for group in optimizer.param_groups:
+                group["lr"] = config["learning_rate"] * schedule(step, config["steps"])
+            loss = _loss(model, _batch(training, config, seed=config["seed"], number=step))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        losses.append(loss.item())
+        state["elapsed_s"] += stopwatch.elapsed_s
+        if stopwatch.other_cores is not None:
+            state["other_cores"] = max(state["other_cores"] or 0.0, stopwatch.other_cores)
+        if step % config["evaluate_every"] == 0 or step == config["steps"]:
+            point = {
+                "step": step,
+                "training_loss": sum(losses) / len(losses),
+                "validation_loss": _validation_loss(model, validation, config),
+                "elapsed_s": state["elapsed_s"],
+            }
+            losses.clear()
+            state |= {"step": step, "curve": [*state["curve"], point]}
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            buffer = io.BytesIO()
+            torch.save(saved | {"state": state, "identity": request["identity"]}, buffer)
+            write_whole(path, buffer.getvalue())
+        send({"step": step, "loss": loss.item()})
+    return {
+        "k": request["k"],
+        "curve": state["curve"],
+        "elapsed_s": state["elapsed_s"],
+        "other_cores": state["other_cores"],
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the highest learning rate: a straight rise, then half a cosine down to a tenth.
+
+    >>> schedule(20, 1000), schedule(40, 1000), round(schedule(1000, 1000), 3)
+    (0.5, 1.0, 0.1)
+    """
+    if step < _WARM_UP_STEPS:
+        return step / _WARM_UP_STEPS
+    done = (step - _WARM_UP_STEPS) / max(1, steps - _WARM_UP_STEPS)
+    return _LAST_LEARNING_RATE + (1 - _LAST_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _batch(tokens: Tensor, config: Json, seed: int, number: int) -> Tensor:
+    """Windows [B, L + 1] that depend on seed and number alone, so that an arm can go on anywhere."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    starts = torch.randint(len(tokens) - config["context"], (config["batch"], 1), generator=generator)
+    return tokens[starts + torch.arange(config["context"] + 1)].long()
+
+
+def _loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean over all bytes of a batch, in nats."""
+    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def _validation_loss(model: nn.Module, tokens: Tensor, config: Json) -> float:
+    model.eval()
+    batches = (_batch(tokens, config, seed=0, number=number) for number in range(_VALIDATION_BATCHES))
+    loss = sum(_loss(model, batch).item() for batch in batches) / _VALIDATION_BATCHES
+    model.train()
+    return loss
+
+
+def _identity(record: Json) -> Json:
+    """What has to agree for two arms to stand in one picture."""
+    here = {name: record.get("environment", {}).get(name) for name in _SAME_ENVIRONMENT}
+    return {name: record.get(name) for name in ("schema", "config", "text")} | here
+
+
+def _train_in_fresh_process(request: Json, name: str, steps: int, console: Console) -> Json:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=steps)
+
+        def on_message(message: Json) -> None:
+            bar.update(task, completed=message["step"], description=f"{name}, loss {message['loss']:.3f}")
+
+        try:
+            return run_in_fresh_process(f"{__name__}:train_arm", request, on_message=on_message)
+        except WorkerError as error:
+            raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
+
+
+def _title(record: Json) -> str:
+    config = record["config"]
+    return (
+        f"{config['num_layers']} layers, d_model {config['d_model']}, d_ff {config['d_ff']:,}, bytes of "
+        f"{record['text']['source']}, {config['threads']} threads"
+    )
+
+
+def _show(record: Json, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title=_title(record), title_justify="left")
+    for heading in ("feed-forward", "training loss", "validation loss", "training time, s"):
+        table.add_column(heading, justify="left" if heading == "feed-forward" else "right")
+    for arm in record["arms"]:
+        last = arm["curve"][-1]
+        losses = (f"{last[name]:.4f}" for name in ("training_loss", "validation_loss"))
+        table.add_row(arm_name(arm["k"]), *losses, f"{arm['elapsed_s']:.1f}")
+    console.print(table)
+    note = busy_note([arm["other_cores"] for arm in record["arms"]], record["environment"]["num_cpus"])
+    if note is not None:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""Who computes the layer: this library's backends, PyTorch's dense layer and token chunks."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backends import choose_backend
+from ...backends.activations import activate
+from ...functional import topk_feed_forward
+from ..kernel_benchmark.turns import Operation
+from .works import Work
+
+RIVALS = ("dense", "topk-chunked", "token-chunks")
+NAMES = ("x", "w_in", "w_out", "w_gate")
+_TOPK = "topk-"
+
+
+class Method(NamedTuple):
+    """An operation on x [T, C], w_in [F, C], w_out [C, F] and, if gated, w_gate [F, C], and how it wants w_out."""
+
+    operation: Operation
+    by_neuron: bool
+
+    def stored(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The same tensors, w_out neuron by neuron where `TopKFeedForward` keeps it so; all want a gradient."""
+        x, w_in, w_out, *w_gate = inputs
+        if self.by_neuron:
+            w_out = w_out.detach().t().contiguous().t()
+        return tuple(tensor.detach().requires_grad_() for tensor in (x, w_in, w_out, *w_gate))
+
+
+def topk_method(backend: str) -> str:
+    """The method that is top-k on this backend.
+
+    >>> topk_method("chunked")
+    'topk-chunked'
+    """
+    return _TOPK + choose_backend(backend).name
+
+
+def kept_neurons(method: str, work: Work) -> int | None:
+    """k for top-k, None for methods that use every neuron."""
+    return work.k if method.startswith(_TOPK) else None
+
+
+def check_method(method: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such method.
+        RuntimeError: its backend cannot run here.
+    """
+    if method.startswith(_TOPK):
+        choose_backend(method.removeprefix(_TOPK))
+    elif method not in RIVALS:
+        raise ValueError(f"methods must be topk-BACKEND or among {', '.join(RIVALS)}, got {method!r}")
+
+
+def new_method(method: str, work: Work) -> Method:
+    """The method, ready for its stored tensors."""
+    match method:
+        case "dense":
+            return Method(functools.partial(_dense, work), by_neuron=False)
+        case "token-chunks":
+            return Method(functools.partial(run_topk, work, None, "chunked"), by_neuron=False)
+    backend = method.removeprefix(_TOPK)
+    return Method(functools.partial(run_topk, work, work.k, backend), by_neuron=True)
+
+
+def new_inputs(work: Work) -> tuple[Tensor, ...]:
+    """x and random weights as nn.Linear holds them, in the order of NAMES; rows of pre-activations have variance 1."""
+    weights = [(work.d_ff, work.d_model), (work.d_model, work.d_ff), (work.d_ff, work.d_model)]
+    shapes = weights if work.is_gated else weights[:2]
+    return torch.randn(work.tokens, work.d_model), *(torch.randn(shape).div_(shape[1] ** 0.5) for shape in shapes)
+
+
+def run_topk(
+    work: Work, k: int | None, backend: str, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None
+) -> Tensor:
+    """`topk_feed_forward` with the options of the work."""
+    return topk_feed_forward(x, w_in, w_out, k=k, w_gate=w_gate, activation=work.activation, backend=backend)
+
+
+def _dense(work: Work, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None) -> Tensor:
+    if w_gate is None:
+        return F.linear(activate(F.linear(x, w_in), work.activation), w_out)
+    return F.linear(activate(F.linear(x, w_gate), work.activation) * F.linear(x, w_in), w_out)

@@ -50,7 +50,7 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
         "k": [4, 96],
         "seed": 0,
         "threads": 1,
-        "backend": "chunked",
+        "backend": choose_backend("auto").name,
         "dtype": "float32",
     }
     assert record["model"]["name"] == "tiny-llama"

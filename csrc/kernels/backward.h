@@ -11,10 +11,13 @@ constexpr int64_t kRowsPerTask = 64, kBiasRanges = 16;
 
 template <class A>
 inline A dot(const A* a, const A* b, int64_t n) {
-  Vector<A> sum = {};
+  Vector<A> sums[4] = {};  // one chain of dependent additions would wait for each
   int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) sum = multiply_add<A>(load(a + i), load(b + i), sum);
-  A result = sum_of_lanes<A>(sum);
+  for (; i + 4 * kLanes<A> <= n; i += 4 * kLanes<A>)
+    for (int v = 0; v < 4; ++v)
+      sums[v] = multiply_add<A>(load(a + i + v * kLanes<A>), load(b + i + v * kLanes<A>), sums[v]);
+  for (; i + kLanes<A> <= n; i += kLanes<A>) sums[0] = multiply_add<A>(load(a + i), load(b + i), sums[0]);
+  A result = sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) result += a[i] * b[i];
   return result;
 }

@@ -61,6 +61,27 @@ void choose_neurons_of_token(const ChooseNeurons& call, int64_t token, A* in, A*
   }
 }
 
+// out[t * stride] = row . x[t] for a few tokens at once, which share the loads of the row.
+template <class A, int kTokens>
+inline void dots(const A* row, const A* x, int64_t dim, A* out, int64_t stride) {
+  Vector<A> sums[kTokens][2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes<A> <= dim; d += 2 * kLanes<A>) {
+    const Vector<A> first = load(row + d), second = load(row + d + kLanes<A>);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t][0] = multiply_add<A>(first, load(x + t * dim + d), sums[t][0]);
+      sums[t][1] = multiply_add<A>(second, load(x + t * dim + d + kLanes<A>), sums[t][1]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    A sum = sum_of_lanes<A>(sums[t][0] + sums[t][1]);
+    for (int64_t i = d; i < dim; ++i) sum += row[i] * x[t * dim + i];
+    out[t * stride] = sum;
+  }
+}
+
 template <class T, class A>
 class NeuronChoice {
  public:
@@ -155,8 +176,12 @@ bool choose_neurons_of_few(const ChooseNeurons& call, const Parallel& parallel) 
       for (int64_t f = first; f < last; ++f) {
         const T* row = static_cast<const T*>(weights[part]->data) + f * weights[part]->row_stride;
         const A* wide = widened<T, A>(row, call.model_size, spare);
-        for (int64_t t = 0; t < call.num_tokens; ++t)
-          to[part][t * state.stride + f] = dot(wide, state.x + t * call.model_size, call.model_size);
+        A* const out = to[part] + f;
+        int64_t t = 0;
+        for (; t + 4 <= call.num_tokens; t += 4)
+          dots<A, 4>(wide, state.x + t * call.model_size, call.model_size, out + t * state.stride, state.stride);
+        for (; t < call.num_tokens; ++t)
+          dots<A, 1>(wide, state.x + t * call.model_size, call.model_size, out + t * state.stride, state.stride);
       }
     }
   });

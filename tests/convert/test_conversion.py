@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert_models import tiny_bert, tiny_llama
+from convert_models import LargestTensor, tiny_bert, tiny_llama
 from torch import nn
 
 from topk_attention import convert, unconvert
@@ -153,19 +153,7 @@ def test_a_sliding_window_without_a_mask_is_refused_rather_than_ignored():
 
 def test_the_mask_is_never_square():
     """The largest tensor of a whole forward pass stays linear in length, padding and causality included."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     import topk_attention.backends.chunked.tiles as tiles
-
-    class LargestTensor(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-            return result
 
     length = 2048
     model = tiny_llama(max_position_embeddings=length, num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""Both families: with k at its limit a converted model is the original, below it the dense specification."""
+"""What holds for the Llama and the BERT kind: k at its limit, caches, masks, windows, saving, compiling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from convert_models import VOCABULARY, tiny_bert, tiny_llama, tiny_mistral
+from convert_models import VOCABULARY, tiny_bert, tiny_llama, tiny_mistral, topk_eager
 
 from topk_attention import convert, unconvert
 
@@ -32,31 +32,6 @@ def loss_and_gradients(model, tokens, **inputs):
     (output * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return output.detach(), gradients
-
-
-def topk_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """What a converted layer must compute, written with a dense mask over transformers' own eager scores."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.mT * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    kth = scores.topk(min(topk_eager.k, scores.shape[-1])).values[..., -1:]
-    scores = scores.masked_fill(scores < kth, -torch.inf)
-    return (scores.softmax(-1).nan_to_num() @ value).transpose(1, 2).contiguous(), None
-
-
-@pytest.fixture
-def dense_topk():
-    """Registers `topk_eager` with transformers' eager mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register("topk_eager", topk_eager)
-    AttentionMaskInterface.register("topk_eager", eager_mask)
-    yield
-    AttentionInterface._global_mapping.pop("topk_eager")
-    AttentionMaskInterface._global_mapping.pop("topk_eager")
 
 
 def test_with_every_key_and_neuron_kept_outputs_and_all_gradients_are_the_originals(model, tokens, right_padding):

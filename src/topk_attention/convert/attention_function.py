@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..functional import topk_attention
+from . import t5
 from .masks import CompactMask
 from .settings import LayerSettings, layer_settings
 
@@ -25,6 +26,8 @@ _UNSUPPORTED = {
 # Queries per mask tile for mask patterns that are neither causal nor full.
 _MASK_CHUNK = 512
 
+PositionBias = Tensor | t5.TableBias | None
+
 
 def topk_attention_forward(
     module: nn.Module,
@@ -36,14 +39,14 @@ def topk_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: PositionBias | t5.NoBias = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers v5 hands it over.
 
     B batch, H heads, G key heads, N queries, M keys
 
-    query [B, H, N, D]; key [B, G, M, D]; value [B, G, M, E]; position_bias [1|B, H, N, M]
+    query [B, H, N, D]; key [B, G, M, D]; value [B, G, M, E]; position_bias [1|B, H, N, M] or a description
     Returns output [B, N, H, E] and None in place of weights.
     """
     for name, meaning in _UNSUPPORTED.items():
@@ -51,8 +54,16 @@ def topk_attention_forward(
             raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
     if kwargs.get("output_attentions"):
         warnings.warn('attn_implementation="topk" returns no attention weights; use "eager" for them', stacklevel=2)
+    if isinstance(position_bias, t5.NoBias):
+        position_bias = None
+    if isinstance(position_bias, Tensor) and t5.is_attention(module) and not t5.keeps_bias_small(module):
+        warnings.warn(
+            f"{type(module).__name__} computes its position bias in full, {list(position_bias.shape)} numbers; "
+            "topk_attention.convert(model, attention_k=...) reads it from its table instead",
+            stacklevel=2,
+        )
     settings = layer_settings(module)
-    if settings.k is None:
+    if settings.k is None and (position_bias is None or isinstance(position_bias, Tensor)):
         return _ordinary_attention(
             module, query, key, value, attention_mask, scaling, dropout, is_causal, position_bias, kwargs
         )
@@ -76,7 +87,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    position_bias: Tensor | None,
+    position_bias: PositionBias,
     is_causal: bool,
     scaling: float | None,
     dropout: float,
@@ -89,7 +100,9 @@ def _attend(
         value,
         k=settings.k,
         attn_mask=attn_mask,
-        bias=position_bias,
+        bias=position_bias.at(query.shape[2], key.shape[2])
+        if isinstance(position_bias, t5.TableBias)
+        else position_bias,
         is_causal=is_causal,
         dropout_p=dropout,
         scale=scaling,
@@ -104,7 +117,7 @@ def _attend_compact(
     key: Tensor,
     value: Tensor,
     mask: CompactMask,
-    position_bias: Tensor | None,
+    position_bias: PositionBias,
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
@@ -119,7 +132,8 @@ def _attend_compact(
         padding = mask.key_padding()
         key, value = key[:, :, :num_keys], value[:, :, :num_keys]
         padding = None if padding is None else padding[..., :num_keys]
-        position_bias = None if position_bias is None else position_bias[..., :num_keys]
+        if isinstance(position_bias, Tensor):
+            position_bias = position_bias[..., :num_keys]
         return _attend(settings, query, key, value, padding, position_bias, True, scaling, dropout)
     return _attend_in_mask_chunks(settings, query, key, value, mask, position_bias, scaling, dropout)
 
@@ -135,7 +149,7 @@ def _attend_in_mask_chunks(
     key: Tensor,
     value: Tensor,
     mask: CompactMask,
-    position_bias: Tensor | None,
+    position_bias: PositionBias,
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
@@ -143,8 +157,9 @@ def _attend_in_mask_chunks(
 
     With gradients each chunk is a checkpoint where the backward pass would otherwise keep its part of the mask.
     """
-    smallest_k = settings.k if isinstance(settings.k, int) else min(settings.k or (0,))
-    backward_needs_mask = torch.is_grad_enabled() and smallest_k >= key.shape[2]
+    num_keys = key.shape[2]
+    smallest_k = settings.k if isinstance(settings.k, int) else min(settings.k or (num_keys,))
+    backward_needs_mask = torch.is_grad_enabled() and smallest_k >= num_keys
     if mask.q_length <= _MASK_CHUNK and not backward_needs_mask:
         # One chunk, without a loop: compiled code then serves every such length.
         return _attend(settings, query, key, value, mask.dense(), position_bias, False, scaling, dropout)
@@ -152,7 +167,11 @@ def _attend_in_mask_chunks(
     def attend(start: int) -> Tensor:
         queries = range(start, min(start + _MASK_CHUNK, mask.q_length))
         part = slice(queries.start, queries.stop)
-        bias = position_bias if position_bias is None or position_bias.shape[2] == 1 else position_bias[:, :, part]
+        bias = position_bias
+        if isinstance(bias, t5.TableBias):
+            bias = bias.from_query(start)
+        elif bias is not None and bias.shape[2] != 1:
+            bias = bias[:, :, part]
         return _attend(settings, query[:, :, part], key, value, mask.dense(queries), bias, False, scaling, dropout)
 
     starts = range(0, mask.q_length, _MASK_CHUNK)

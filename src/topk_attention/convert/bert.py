@@ -9,13 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..functional import topk_feed_forward
-from ..nn.feed_forward import plain_linear, store_by_neuron
-from .sites import FeedForwardSite, obstacle_of
-
-
-def is_attention(module: nn.Module) -> bool:
-    parts = (getattr(module, name, None) for name in ("query", "key", "value"))
-    return all(isinstance(part, nn.Module) for part in parts) and hasattr(module, "attention_head_size")
+from ..nn.feed_forward import plain_linear, store_as_usual, store_by_neuron
+from .sites import FeedForwardSite, activation_of, num_neurons, obstacle_of
 
 
 class TopKIntermediate(nn.Module):
@@ -36,7 +31,7 @@ class TopKOutput(nn.Module):
     def __init__(self, intermediate: TopKIntermediate, original: Any, k: int, activation: str, backend: str) -> None:
         super().__init__()
         self.dense = original.dense
-        store_by_neuron(self.dense)
+        store_by_neuron(linear_in=intermediate.dense, linear_out=self.dense)
         self.LayerNorm = original.LayerNorm
         self.dropout = original.dropout
         # In tuples they are no submodules, so the state dict stays that of the original.
@@ -47,14 +42,15 @@ class TopKOutput(nn.Module):
         self.backend = backend
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        first, second = plain_linear(self.intermediate[0], "dense"), plain_linear(self, "dense")
+        w_in, b_in = plain_linear(self.intermediate[0], "dense")
+        w_out, b_out = plain_linear(self, "dense")
         hidden_states = topk_feed_forward(
             hidden_states,
-            first.weight,
-            second.weight,
+            w_in,
+            w_out,
             k=self.k,
-            b_in=first.bias,
-            b_out=second.bias,
+            b_in=b_in,
+            b_out=b_out,
             activation=self.activation,
             backend=self.backend,
         )
@@ -73,7 +69,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if not hasattr(original_intermediate, "intermediate_act_fn") or not hasattr(original_output, "LayerNorm"):
         return
     linears = {"intermediate.dense": original_intermediate.dense, "output.dense": original_output.dense}
-    activation = _activation(module, model)
+    activation = activation_of(model, path, module)
     obstacle = obstacle_of(linears, activation)
     if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
         obstacle = f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
@@ -85,22 +81,15 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
 
     def restore() -> None:
         original_intermediate.dense, original_output.dense = intermediate.dense, output.dense
+        store_as_usual(original_intermediate.dense, original_output.dense)
         module.intermediate = original_intermediate.train(module.training)
         module.output = original_output.train(module.training)
 
     yield FeedForwardSite(
         f"{path}.intermediate",
         intermediate,
-        getattr(linears["intermediate.dense"], "out_features", 0),
+        num_neurons(linears["intermediate.dense"]),
         obstacle,
         replace,
         None if original_intermediate is intermediate else restore,
     )
-
-
-def _activation(layer: nn.Module, model: nn.Module) -> object:
-    """The layer itself does not keep its configuration; its attention does, or else the model."""
-    for module in (*layer.modules(), model):
-        if (activation := getattr(getattr(module, "config", None), "hidden_act", None)) is not None:
-            return activation
-    return None

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..backends import choose_backend
 from ..functional.checks import check_k
+from . import t5
 from .registration import NAME, register
 from .report import ConversionReport, ReportEntry
 from .settings import CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
@@ -31,7 +32,7 @@ def convert(
 ) -> ConversionReport:
     """Let a Hugging Face model use its k best keys per query and k best neurons per token, in place.
 
-    model           a transformers model of the Llama or BERT kind, with any head
+    model           a transformers model whose layers take their attention from transformers' attention interface
     attention_k     keys kept per query: an int, one entry per attention layer (each an int or one int per head), or a
                     mapping from layer path to such an entry; None leaves attention alone
     feed_forward_k  neurons kept per token: an int, one int per layer, or a mapping from path; None leaves them alone
@@ -91,6 +92,7 @@ def convert(
     if replaces_attention or config._attn_implementation == NAME:
         for site, entry in attention_plan:
             set_layer_settings(site.module, LayerSettings(entry.k, attention_backend))
+            t5.keep_bias_small(site.module)
     for feed_forward_site, entry in feed_forward_plan:
         if isinstance(entry.k, int):
             feed_forward_site.replace(entry.k, feed_forward_backend)
@@ -119,6 +121,7 @@ def unconvert(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} was not converted, or was already given back")
     for site in attention_sites(model):
         set_layer_settings(site.module, None)
+        t5.give_bias_back(site.module)
     for feed_forward_site in list(feed_forward_sites(model)):
         if feed_forward_site.restore is not None:
             feed_forward_site.restore()
@@ -205,9 +208,12 @@ def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
 def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
     """Stored paths lack the base model's prefix, because a checkpoint loads with or without a head."""
     by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
-    if unknown := sorted(set(stored) - set(by_name)):
+    # A checkpoint also loads without its decoder, say. Where a part is there, all its layers must be.
+    parts = {name.split(".")[0] for name in by_name}
+    wanted = {name: k for name, k in stored.items() if name.split(".")[0] in parts}
+    if unknown := sorted(set(wanted or stored) - set(by_name)):
         raise ValueError(f"the model's configuration names layers that are not there: {', '.join(unknown)}")
-    return {by_name[name]: k for name, k in stored.items()}
+    return {by_name[name]: k for name, k in wanted.items()}
 
 
 def _use_topk_attention(model: Any) -> None:
@@ -235,4 +241,4 @@ def _stored(report: ConversionReport, kind: str, prefix: str) -> dict[str, Any]:
 def _describe(report: ConversionReport, model: nn.Module) -> str:
     if report.entries:
         return str(report)
-    return f"{type(model).__name__}: no layer of a kind this version knows (Llama kind, BERT kind)"
+    return f"{type(model).__name__}: no layer of a kind this version knows"

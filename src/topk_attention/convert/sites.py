@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..backends.activations import ACTIVATIONS
+from ..nn.feed_forward import is_plain_linear, weight_and_bias
+
+# What families call their activation in their configuration.
+_ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,34 @@ class FeedForwardSite:
     restore: Callable[[], None] | None  # None where it is still the original
 
 
-def obstacle_of(linears: dict[str, nn.Module | None], activation: Any) -> str | None:
+def obstacle_of(linears: dict[str, nn.Module], activation: Any) -> str | None:
     """Why these layers cannot become a top-k network, or None."""
     for name, linear in linears.items():
-        if type(linear) is not nn.Linear:
+        if not is_plain_linear(linear):
             return f"{name} is {type(linear).__name__}, not nn.Linear"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} has no top-k form"
     return None
+
+
+def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:
+    """The activation's name in the configuration of a module, of what surrounds it or of a part of it."""
+    parts = path.split(".")
+    holders = [
+        module,
+        *(model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1)),
+        *module.modules(),
+    ]
+    for config in (getattr(holder, "config", None) for holder in holders):
+        for name in _ACTIVATION_NAMES:
+            if isinstance(activation := getattr(config, name, None), str):
+                return activation
+    return None
+
+
+def num_neurons(linear_in: nn.Module) -> int:
+    """How many neurons the first layer of a network computes; 0 where it is no linear layer."""
+    return weight_and_bias(linear_in)[0].shape[0] if is_plain_linear(linear_in) else 0
 
 
 def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -50,21 +75,30 @@ def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
-    from . import bert, llama
-
     for path, module in model.named_modules():
-        if llama.is_attention(module) or bert.is_attention(module):
+        if reads_attention_interface(module):
             yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module))
 
 
+def reads_attention_interface(module: nn.Module) -> bool:
+    """Whether the module looks its attention function up in transformers' table, as its code shows.
+
+    Families differ in what they call their projections, and nothing else that is seen from outside tells a layer that
+    does from one that does not.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
 def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
-    from . import bert, llama
+    from . import bert, inline, network
 
     # A network that several layers share is replaced in each of them; its weights stay shared.
     for path, module in model.named_modules(remove_duplicate=False):
-        yield from llama.feed_forward_sites(model, path, module)
+        yield from network.feed_forward_sites(model, path, module)
     for path, module in model.named_modules():
         yield from bert.feed_forward_sites(model, path, module)
+        yield from inline.feed_forward_sites(model, path, module)
 
 
 def _attention_obstacle(module: nn.Module) -> str | None:
@@ -77,6 +111,7 @@ def _attention_obstacle(module: nn.Module) -> str | None:
 
 def _num_heads(module: nn.Module) -> int | None:
     for holder in (module, getattr(module, "config", None)):
-        if (num_heads := getattr(holder, "num_attention_heads", None)) is not None:
-            return int(num_heads)
+        for name in ("num_attention_heads", "num_heads", "n_heads"):
+            if isinstance(num_heads := getattr(holder, name, None), int):
+                return num_heads
     return None

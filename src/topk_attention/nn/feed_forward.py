@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..functional import topk_feed_forward
 
 
-def plain_linear(owner: nn.Module, name: str) -> nn.Linear:
-    """The owner's linear layer of this name, whose weights are used without calling it.
+def is_plain_linear(layer: object) -> bool:
+    """nn.Linear itself, or transformers' Conv1D, which is one with its weight transposed."""
+    return type(layer) is nn.Linear or _is_conv1d(layer)
+
+
+def _is_conv1d(layer: object) -> bool:
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
+
+
+def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a plain linear layer: weight [out, in] and bias [out]."""
+    return (layer.weight.t() if _is_conv1d(layer) else layer.weight), layer.bias
+
+
+def plain_linear(owner: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of the owner's linear layer of this name, to be used without calling it.
 
     Raises:
         TypeError: it has become something else, such as an adapter, whose own computation would be skipped.
     """
     linear = getattr(owner, name)
-    if type(linear) is not nn.Linear:
+    if not is_plain_linear(linear):
         raise TypeError(
             f"{name} of {type(owner).__name__} must be nn.Linear, got {type(linear).__name__}; a top-k network reads "
             "its weights directly, so wrap it only after topk_attention.unconvert, or leave it out with where="
         )
-    return linear
+    return weight_and_bias(linear)
 
 
 @torch.no_grad()
-def store_by_neuron(linear_out: nn.Module) -> None:
-    """Let the weight [O, F] of a network's last layer lie in memory neuron by neuron, as top-k reads it.
+def store_by_neuron(*, linear_in: nn.Module | None = None, linear_out: nn.Module | None = None) -> None:
+    """Let the weights of a network's layers lie in memory neuron by neuron, as top-k reads them.
 
     Shape, values, name and the parameter itself stay; only its strides change, which a dense layer does not mind. A
     state dict loads into either form.
     """
-    weight = getattr(linear_out, "weight", None)
-    if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not weight.is_meta and not weight.t().is_contiguous():
-        weight.data = weight.t().contiguous().t()
+    for linear, neuron_axis in ((linear_in, 0), (linear_out, 1)):
+        weight = getattr(linear, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.is_meta:
+            continue
+        if neuron_axis != (1 if _is_conv1d(linear) else 0) and not weight.t().is_contiguous():
+            weight.data = weight.t().contiguous().t()
+
+
+@torch.no_grad()
+def store_as_usual(*linears: nn.Module) -> None:
+    """Undo `store_by_neuron`, so that a dense layer rounds as it did."""
+    for linear in linears:
+        weight = getattr(linear, "weight", None)
+        if isinstance(weight, nn.Parameter) and not weight.is_contiguous():
+            weight.data = weight.contiguous()
 
 
 class TopKFeedForward(nn.Module):
@@ -73,7 +101,8 @@ class TopKFeedForward(nn.Module):
         self._names = names
         for name, linear in zip(names, (linear_in, linear_out, linear_gate), strict=True):
             self.add_module(name, linear)
-        store_by_neuron(linear_out)
+        store_by_neuron(linear_in=linear_in, linear_out=linear_out)
+        store_by_neuron(linear_in=linear_gate)
         self.k = k
         self.activation = activation
         self.dropout_p = dropout_p
@@ -83,17 +112,23 @@ class TopKFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C]; returns [..., O]."""
         name_in, name_out, name_gate = self._names
-        linear_in, linear_out = plain_linear(self, name_in), plain_linear(self, name_out)
-        linear_gate = None if getattr(self, name_gate) is None else plain_linear(self, name_gate)
+        (w_in, b_in), (w_out, b_out) = plain_linear(self, name_in), plain_linear(self, name_out)
+        w_gate, b_gate = (None, None) if getattr(self, name_gate) is None else plain_linear(self, name_gate)
+        if w_out.dtype != w_in.dtype:  # T5 keeps its last layer in float32
+            dtype = torch.promote_types(w_in.dtype, w_out.dtype)
+            x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+            w_gate, b_in, b_out, b_gate = (
+                None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out, b_gate)
+            )
         return topk_feed_forward(
             x,
-            linear_in.weight,
-            linear_out.weight,
+            w_in,
+            w_out,
             k=self.k,
-            w_gate=None if linear_gate is None else linear_gate.weight,
-            b_in=linear_in.bias,
-            b_out=linear_out.bias,
-            b_gate=None if linear_gate is None else linear_gate.bias,
+            w_gate=w_gate,
+            b_in=b_in,
+            b_out=b_out,
+            b_gate=b_gate,
             activation=self.activation,
             dropout_p=self.dropout_p if self.training else 0.0,
             backend=self.backend,

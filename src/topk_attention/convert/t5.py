@@ -1,0 +1,90 @@
+"""The T5 kind (T5, UnifiedQA, flan-T5, mT5, ...): the first layer of a stack computes a bias of relative positions and
+hands it to the others, [1, H, N, M] numbers; cross-attention computes as many zeros.
+
+A converted layer hands on the table that the bias is made of, from which attention reads what it needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import BucketedBias, RelativeBias
+from .registration import NAME
+
+_HOOK = "_topk_attention_hook"
+
+
+@dataclass(frozen=True, eq=False)
+class TableBias:
+    """A bias of relative positions for queries that begin at a position in the whole sequence, keys at 0."""
+
+    table: BucketedBias
+    first_position: int | Tensor
+
+    def at(self, num_queries: int, num_keys: int) -> BucketedBias | RelativeBias:
+        """The bias for a call of attention."""
+        first = self.first_position
+        if isinstance(first, int) and first + num_queries == num_keys:
+            return self.table
+        # A chunk of the queries, or a static cache with room for keys to come.
+        length = num_keys if isinstance(first, Tensor) else max(num_keys, first + num_queries)
+        every_distance = self.table.relative_values(length, length)  # column: key - query + length - 1
+        columns = torch.arange(num_queries + num_keys - 1, device=every_distance.device)
+        return RelativeBias(every_distance.index_select(1, columns + (length - num_queries) - first))
+
+    def from_query(self, index: int) -> TableBias:
+        return TableBias(self.table, self.first_position + index)
+
+
+@dataclass(frozen=True)
+class NoBias:
+    """In place of zeros; None would make a layer compute them."""
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether this layer computes a bias where it is handed none."""
+    return (
+        hasattr(module, "has_relative_attention_bias")
+        and hasattr(module, "relative_attention_max_distance")
+        and "position_bias" in inspect.signature(type(module).forward).parameters
+    )
+
+
+def keeps_bias_small(module: nn.Module) -> bool:
+    return hasattr(module, _HOOK)
+
+
+def keep_bias_small(module: nn.Module) -> None:
+    """Let a T5 layer hand its table on, as long as it runs top-k attention."""
+    if is_attention(module) and not keeps_bias_small(module):
+        setattr(module, _HOOK, module.register_forward_pre_hook(_hand_over_bias, with_kwargs=True))
+
+
+def give_bias_back(module: nn.Module) -> None:
+    if keeps_bias_small(module):
+        getattr(module, _HOOK).remove()
+        delattr(module, _HOOK)
+
+
+def _hand_over_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    if module.config._attn_implementation != NAME or kwargs.get("position_bias") is not None:
+        return None
+    return args, kwargs | {"position_bias": _bias_of(module, kwargs.get("past_key_values"))}
+
+
+def _bias_of(module: Any, cache: Any) -> TableBias | NoBias:
+    if not module.has_relative_attention_bias:
+        return NoBias()
+    table = BucketedBias(
+        module.relative_attention_bias.weight,
+        bidirectional=not module.is_decoder,
+        max_distance=module.relative_attention_max_distance,
+    )
+    first_position = 0 if cache is None else cache.get_seq_length(module.layer_idx)
+    # A static cache counts on in this very tensor before attention reads it.
+    return TableBias(table, first_position.clone() if isinstance(first_position, Tensor) else first_position)

@@ -1,0 +1,102 @@
+"""Which feed-forward networks are found, and why others are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from convert_models import FAMILIES, inputs_of, output_of, tiny_bart, tiny_gpt2, tiny_vit
+from torch import nn
+
+from topk_attention import convert, unconvert
+
+
+def test_the_report_gives_a_network_inside_a_layer_the_path_of_its_first_part():
+    report = convert(tiny_bart(), feed_forward_k=6)
+    assert [entry.path for entry in report.replaced] == [
+        f"model.{part}.layers.{i}.fc1" for part in ("encoder", "decoder") for i in range(2)
+    ]
+    assert {entry.reason for entry in report.replaced} == {"k = 6 of 48 neurons"}
+
+
+def test_a_layer_whose_code_does_something_else_is_skipped_with_the_reason():
+    model = tiny_bart()
+
+    class Scaled(type(model.model.encoder.layers[0])):
+        def forward(self, hidden_states, attention_mask, **kwargs):
+            return self.fc2(self.activation_fn(2 * self.fc1(hidden_states)))
+
+    for layer in model.model.encoder.layers:
+        layer.__class__ = Scaled
+    report = convert(model, feed_forward_k=6)
+    assert {entry.reason for entry in report.skipped} == {
+        "Scaled computes something else than fc2(activation_fn(fc1(x)))"
+    }
+    assert len(report.replaced) == 2
+
+
+def test_an_activation_that_is_not_the_configurations_is_noticed():
+    model = tiny_vit()
+    for module in model.modules():
+        if hasattr(module, "activation_fn"):
+            module.activation_fn = nn.Tanh()
+    with pytest.raises(ValueError, match=r"ViTMLP computes something else than fc2\(act\(fc1\)\)"):
+        convert(model, feed_forward_k=6)
+
+
+def test_a_part_wrapped_after_conversion_is_refused_rather_than_skipped():
+    model, inputs = tiny_bart().double(), inputs_of(FAMILIES["bart"])
+    convert(model, feed_forward_k=6)
+    layer = model.model.encoder.layers[0]
+    layer.fc1 = nn.Sequential(layer.fc1)
+    with pytest.raises(TypeError, match="fc1 of BartEncoderLayer must be what convert made of it, got Sequential"):
+        output_of(model, inputs)
+
+
+def test_activation_dropout_moves_into_the_network_and_back():
+    model = tiny_bart(activation_dropout=0.5, dropout=0.0, attention_dropout=0.0).train()
+    inputs = inputs_of(FAMILIES["bart"])
+    convert(model, feed_forward_k=6)
+    layer = model.model.encoder.layers[0]
+    assert (layer.activation_dropout, layer.fc2.dropout_p) == (0.0, 0.5)
+    torch.manual_seed(1)
+    first = output_of(model, inputs)
+    torch.manual_seed(2)
+    assert not torch.equal(output_of(model, inputs), first)
+    unconvert(model)
+    assert layer.activation_dropout == 0.5
+
+
+def test_the_dropout_a_network_ends_in_is_kept():
+    model, inputs = tiny_gpt2(resid_pdrop=0.5, embd_pdrop=0.0, attn_pdrop=0.0).train(), inputs_of(FAMILIES["gpt2"])
+    for block in model.transformer.h:
+        block.attn.resid_dropout.p = 0.0
+    convert(model, feed_forward_k=6)
+    torch.manual_seed(1)
+    first = output_of(model, inputs)
+    torch.manual_seed(2)
+    assert not torch.equal(output_of(model, inputs), first)
+
+
+def test_conv1d_weights_keep_their_layout_and_lie_neuron_by_neuron():
+    model = tiny_gpt2()
+    convert(model, feed_forward_k=6)
+    network = model.transformer.h[0].mlp
+    assert network.c_fc.weight.shape == (32, 48)
+    assert network.c_fc.weight.t().is_contiguous()
+    assert network.c_proj.weight.is_contiguous()
+    unconvert(model)
+    assert model.transformer.h[0].mlp.c_fc.weight.is_contiguous()
+
+
+def test_opt_layers_compute_their_network_themselves_too():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    model, inputs = OPTForCausalLM(config).eval().double(), inputs_of(FAMILIES["gpt2"])
+    with torch.no_grad():
+        expected = output_of(model, inputs)
+        report = convert(model, attention_k=1000, feed_forward_k=1000)
+        torch.testing.assert_close(output_of(model, inputs), expected)
+    assert len(report.replaced) == 4

@@ -71,7 +71,7 @@ def test_a_k_of_the_wrong_type_is_named(options, words):
 
 
 def test_a_module_that_is_no_transformers_model_is_refused():
-    with pytest.raises(TypeError, match=r"model must be a transformers model \(a PreTrainedModel\), got Linear"):
+    with pytest.raises(TypeError, match=r"a transformers model \(a PreTrainedModel\) or hold PyTorch's .*, got Linear"):
         convert(nn.Linear(2, 2), attention_k=3)
 
 

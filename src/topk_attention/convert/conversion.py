@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..backends import choose_backend
 from ..functional.checks import check_k
-from . import t5
+from . import t5, torch_layers
 from .registration import NAME, register
 from .report import ConversionReport, ReportEntry
 from .settings import CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
@@ -30,9 +31,10 @@ def convert(
     where: Where | None = None,
     backend: str | None = None,
 ) -> ConversionReport:
-    """Let a Hugging Face model use its k best keys per query and k best neurons per token, in place.
+    """Let a model use its k best keys per query and k best neurons per token, in place.
 
-    model           a transformers model whose layers take their attention from transformers' attention interface
+    model           a transformers model whose layers take their attention from transformers' attention interface, or
+                    any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer or ...DecoderLayer
     attention_k     keys kept per query: an int, one entry per attention layer (each an int or one int per head), or a
                     mapping from layer path to such an entry; None leaves attention alone
     feed_forward_k  neurons kept per token: an int, one int per layer, or a mapping from path; None leaves them alone
@@ -41,15 +43,16 @@ def convert(
     backend         handed on to `topk_attention` and `topk_feed_forward`; "auto", or what a saved model remembers
 
     Weights stay where they are and keep their names: `save_pretrained` writes an ordinary checkpoint whose
-    configuration remembers every k. After `from_pretrained`, `convert(model)` without any k restores them. Calling it
-    again with another k changes it; `unconvert` gives the original model back.
+    configuration remembers every k. After `from_pretrained`, `convert(model)` without any k restores them. (A module
+    without a configuration remembers nothing.) Calling it again with another k changes it; `unconvert` gives the
+    original model back.
 
     Attention layers that are left out run PyTorch's own attention.
 
     Returns a report of what was replaced, what was skipped and why.
 
     Raises:
-        TypeError: the model is not a transformers model, or a k is of the wrong type.
+        TypeError: the model is of neither kind, or a k is of the wrong type.
         ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. The model
             is then unchanged.
 
@@ -63,10 +66,10 @@ def convert(
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
     config = _config_of(model)
+    attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
         choose_backend(backend)
     prefix = getattr(model, "base_model_prefix", "")
-    attention, feed_forward = list(attention_sites(model)), list(feed_forward_sites(model))
     attention_backend = feed_forward_backend = backend or "auto"
     if attention_k is None and feed_forward_k is None:
         stored = ModelSettings.from_config(config)
@@ -86,27 +89,32 @@ def convert(
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
 
-    replaces_attention = any(entry.replaced for _, entry in attention_plan)
-    if replaces_attention:
+    if any(site.reads_interface and entry.replaced for site, entry in attention_plan):
         _use_topk_attention(model)
-    if replaces_attention or config._attn_implementation == NAME:
-        for site, entry in attention_plan:
-            set_layer_settings(site.module, LayerSettings(entry.k, attention_backend))
+    for site, entry in attention_plan:
+        settings = LayerSettings(entry.k, attention_backend)
+        if not site.reads_interface:
+            torch_layers.use_topk_attention(site.module, settings)
+        elif config is not None and config._attn_implementation == NAME:
+            set_layer_settings(site.module, settings)
             t5.keep_bias_small(site.module)
     for feed_forward_site, entry in feed_forward_plan:
         if isinstance(entry.k, int):
             feed_forward_site.replace(entry.k, feed_forward_backend)
         elif feed_forward_site.restore is not None:  # an earlier conversion picked it, this one does not
             feed_forward_site.restore()
+    torch_layers.watch_nested_tensors(model)
+    if config is None:
+        return report
     former = ModelSettings.from_config(config) or ModelSettings({}, {})
-    settings = ModelSettings(
+    model_settings = ModelSettings(
         former.attention_k if attention_k is None else _stored(report, "attention", prefix),
         former.feed_forward_k if feed_forward_k is None else _stored(report, "feed_forward", prefix),
         former.attention_backend if attention_k is None else attention_backend,
         former.feed_forward_backend if feed_forward_k is None else feed_forward_backend,
     )
     for holder in _configs(config, attention):
-        setattr(holder, CONFIG_ATTRIBUTE, settings.to_json())
+        setattr(holder, CONFIG_ATTRIBUTE, model_settings.to_json())
     return report
 
 
@@ -117,30 +125,47 @@ def unconvert(model: Any) -> None:
         ValueError: the model was not converted.
     """
     config = _config_of(model)
-    if not hasattr(config, CONFIG_ATTRIBUTE):
+    attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
+    if not hasattr(config, CONFIG_ATTRIBUTE) and not any(map(torch_layers.is_converted, model.modules())):
         raise ValueError(f"{type(model).__name__} was not converted, or was already given back")
-    for site in attention_sites(model):
-        set_layer_settings(site.module, None)
-        t5.give_bias_back(site.module)
-    for feed_forward_site in list(feed_forward_sites(model)):
+    for site in attention:
+        if site.reads_interface:
+            set_layer_settings(site.module, None)
+            t5.give_bias_back(site.module)
+        elif torch_layers.is_converted(site.module):
+            torch_layers.restore_attention(site.module)
+    for feed_forward_site in feed_forward:
         if feed_forward_site.restore is not None:
             feed_forward_site.restore()
+    torch_layers.watch_nested_tensors(model)
+    if config is None:
+        return
     if hasattr(model, _FORMER_ATTENTION):
         model.set_attn_implementation(getattr(model, _FORMER_ATTENTION))
         delattr(model, _FORMER_ATTENTION)
-    for holder in _configs(config, list(attention_sites(model))):
+    for holder in _configs(config, attention):
         if hasattr(holder, CONFIG_ATTRIBUTE):
             delattr(holder, CONFIG_ATTRIBUTE)
 
 
+def _attention_sites(model: Any) -> list[AttentionSite]:
+    sites = list(attention_sites(model))
+    if hasattr(model, "set_attn_implementation"):
+        return sites
+    obstacle = "it belongs to a transformers model inside this one: convert that"
+    return [replace(site, obstacle=obstacle) if site.reads_interface else site for site in sites]
+
+
 def _config_of(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or config is None or not hasattr(model, "set_attn_implementation"):
-        raise TypeError(
-            f"model must be a transformers model (a PreTrainedModel), got {type(model).__name__}; for your own modules "
-            "use topk_attention.nn"
-        )
-    return config
+    """The configuration of a transformers model; None for another module that holds PyTorch's own layers."""
+    if isinstance(model, nn.Module) and hasattr(model, "set_attn_implementation"):
+        return model.config
+    if isinstance(model, nn.Module) and any(torch_layers.is_torch_layer(module) for module in model.modules()):
+        return None
+    raise TypeError(
+        "model must be a transformers model (a PreTrainedModel) or hold PyTorch's nn.MultiheadAttention or "
+        f"nn.TransformerEncoderLayer, got {type(model).__name__}; for your own modules use topk_attention.nn"
+    )
 
 
 def _plan_attention(

@@ -18,12 +18,13 @@ _ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention layer that reads its function from transformers' attention interface."""
+    """An attention layer: one that reads its function from transformers' attention interface, or PyTorch's own."""
 
     path: str
     module: nn.Module
     num_heads: int | None
     obstacle: str | None  # why it cannot be replaced
+    reads_interface: bool
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
+    from . import torch_layers
+
     for path, module in model.named_modules():
         if reads_attention_interface(module):
-            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module))
+            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module), True)
+        elif torch_layers.is_attention(module):
+            yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
 
 
 def reads_attention_interface(module: nn.Module) -> bool:
@@ -91,7 +96,7 @@ def reads_attention_interface(module: nn.Module) -> bool:
 
 
 def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
-    from . import bert, inline, network
+    from . import bert, inline, network, torch_layers
 
     # A network that several layers share is replaced in each of them; its weights stay shared.
     for path, module in model.named_modules(remove_duplicate=False):
@@ -99,6 +104,7 @@ def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
     for path, module in model.named_modules():
         yield from bert.feed_forward_sites(model, path, module)
         yield from inline.feed_forward_sites(model, path, module)
+        yield from torch_layers.feed_forward_sites(path, module)
 
 
 def _attention_obstacle(module: nn.Module) -> str | None:

@@ -1,0 +1,216 @@
+"""PyTorch's own layers: nn.MultiheadAttention, and the networks of nn.TransformerEncoderLayer and ...DecoderLayer.
+
+A converted layer stays the module it was, with its weights, hooks and names; only its class changes, to a subclass that
+computes with top-k. That subclass also keeps PyTorch's fused inference path, which would read the weights past it, out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends.activations import ACTIVATIONS, activate
+from ..functional import topk_attention, topk_feed_forward
+from ..nn.feed_forward import plain_linear, store_as_usual, store_by_neuron
+from .settings import LayerSettings, layer_settings, set_layer_settings
+from .sites import FeedForwardSite, num_neurons, obstacle_of
+
+_NETWORK = "_topk_attention_network"
+_NESTED = "_topk_attention_former_use_nested_tensor"
+
+
+class TopKMultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention whose queries use their k best keys. It returns no weights, and zeros for a query that sees
+    no key, where the original returns NaN."""
+
+    # The fused path of nn.TransformerEncoderLayer asks for this.
+    _qkv_same_embed_dim = property(lambda self: False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if need_weights:
+            warnings.warn(
+                "a converted nn.MultiheadAttention returns no attention weights; pass need_weights=False", stacklevel=2
+            )
+        if is_batched := query.dim() == 3:
+            if not self.batch_first:
+                query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        else:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        heads = [
+            projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for projected in self._project(query, key, value)
+        ]
+        # The hint that the mask is the causal one spares reading it.
+        is_causal = is_causal and query.shape[1] == key.shape[1]
+        settings = layer_settings(self)
+        output = topk_attention(
+            *heads,
+            k=settings.k,
+            attn_mask=None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype),
+            bias=self._padding(key_padding_mask, query.dtype),
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=settings.backend,
+        )
+        output = self.out_proj(output.transpose(1, 2).flatten(2))
+        if not is_batched:
+            return output.squeeze(0), None
+        return (output if self.batch_first else output.transpose(0, 1)), None
+
+    def _project(self, *inputs: Tensor) -> Iterator[Tensor]:
+        if self.in_proj_weight is None:
+            weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return map(F.linear, inputs, weights, biases)
+
+    def _mask(self, mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+        """[N, M] or [B * H, N, M], True = may not attend, as top-k attention wants it."""
+        if mask is None:
+            return None
+        if mask.dim() == 3:
+            mask = mask.unflatten(0, (batch, self.num_heads))
+        return ~mask if mask.dtype == torch.bool else mask.to(dtype)
+
+    @staticmethod
+    def _padding(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[B, M], True = not a key, as numbers to add: beside a mask of its own shape it stays small."""
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
+        return mask.to(dtype)[:, None, None, :]
+
+
+class TopKEncoderLayer(nn.TransformerEncoderLayer):
+    activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout2(_network_output(self, x))
+
+
+class TopKDecoderLayer(nn.TransformerDecoderLayer):
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(_network_output(self, x))
+
+
+_TOPK_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: TopKMultiheadAttention,
+    nn.TransformerEncoderLayer: TopKEncoderLayer,
+    nn.TransformerDecoderLayer: TopKDecoderLayer,
+}
+_FORMER_CLASS = {topk: former for former, topk in _TOPK_CLASS.items()}
+
+
+def is_torch_layer(module: nn.Module) -> bool:
+    return type(module) in _TOPK_CLASS or is_converted(module)
+
+
+def is_attention(module: nn.Module) -> bool:
+    return type(module) in (nn.MultiheadAttention, TopKMultiheadAttention)
+
+
+def attention_obstacle(module: Any) -> str | None:
+    if module.bias_k is not None or module.add_zero_attn:
+        return "it adds a key of its own (add_bias_kv or add_zero_attn)"
+    return None
+
+
+def use_topk_attention(module: nn.Module, settings: LayerSettings) -> None:
+    if settings.k is None:
+        restore_attention(module)
+    else:
+        module.__class__ = TopKMultiheadAttention
+        set_layer_settings(module, settings)
+
+
+def is_converted(module: nn.Module) -> bool:
+    return type(module) in _FORMER_CLASS
+
+
+def restore_attention(module: nn.Module) -> None:
+    module.__class__ = nn.MultiheadAttention
+    set_layer_settings(module, None)
+
+
+def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
+    former_class = _FORMER_CLASS.get(type(layer), type(layer))
+    if former_class not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+        return
+    activation = _name_of(layer.activation)
+
+    def replace(k: int, backend: str) -> None:
+        layer.__class__ = _TOPK_CLASS[former_class]
+        setattr(layer, _NETWORK, (k, activation, backend))
+        store_by_neuron(linear_in=layer.linear1, linear_out=layer.linear2)
+
+    def restore() -> None:
+        layer.__class__ = former_class
+        delattr(layer, _NETWORK)
+        store_as_usual(layer.linear1, layer.linear2)
+
+    yield FeedForwardSite(
+        f"{path}.linear1".removeprefix("."),
+        layer.linear1,
+        num_neurons(layer.linear1),
+        obstacle_of({"linear1": layer.linear1, "linear2": layer.linear2}, activation),
+        replace,
+        restore if is_converted(layer) else None,
+    )
+
+
+def _network_output(layer: Any, x: Tensor) -> Tensor:
+    k, activation, backend = getattr(layer, _NETWORK)
+    (w_in, b_in), (w_out, b_out) = plain_linear(layer, "linear1"), plain_linear(layer, "linear2")
+    return topk_feed_forward(
+        x,
+        w_in,
+        w_out,
+        k=k,
+        b_in=b_in,
+        b_out=b_out,
+        activation=activation,
+        dropout_p=layer.dropout.p if layer.training else 0.0,
+        backend=backend,
+    )
+
+
+def _name_of(activation: Any) -> str:
+    """These layers hold a function and no name; equal values tell which it is."""
+    x = torch.linspace(-4, 4, 33)
+    values = activation(x)
+    for name in ACTIVATIONS:
+        if torch.allclose(values, activate(x, name), rtol=0, atol=1e-6):
+            return name
+    return getattr(activation, "__name__", type(activation).__name__)
+
+
+def watch_nested_tensors(model: nn.Module) -> None:
+    """nn.TransformerEncoder hands padded batches on as nested tensors, which top-k layers do not take."""
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
+        has_topk = any(map(is_converted, module.modules()))
+        if has_topk and not hasattr(module, _NESTED):
+            setattr(module, _NESTED, getattr(module, "use_nested_tensor", False))
+            module.use_nested_tensor = False
+        elif not has_topk and hasattr(module, _NESTED):
+            module.use_nested_tensor = getattr(module, _NESTED)
+            delattr(module, _NESTED)

@@ -121,7 +121,7 @@ def test_loading_a_converted_checkpoint_by_the_name_alone_refuses_to_forget_its_
         loaded(tokens)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "indices", "cache"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "block_indices", "cache"])
 def test_arguments_that_would_change_the_result_are_refused(name):
     from topk_attention.convert.attention_function import topk_attention_forward
 

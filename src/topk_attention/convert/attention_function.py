@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ _UNSUPPORTED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "block_indices": "key blocks chosen by the model's own selector",
-    "indices": "keys chosen by the model's own selector",
     "cache": "a paged cache",
 }
 # Queries per mask tile for mask patterns that are neither causal nor full.
@@ -63,6 +64,11 @@ def topk_attention_forward(
             stacklevel=2,
         )
     settings = layer_settings(module)
+    if (indices := kwargs.get("indices")) is not None:
+        output = _attend_to_chosen(
+            settings, query, key, value, attention_mask, indices, position_bias, scaling, dropout
+        )
+        return output.transpose(1, 2).contiguous(), None
     if settings.k is None and (position_bias is None or isinstance(position_bias, Tensor)):
         return _ordinary_attention(
             module, query, key, value, attention_mask, scaling, dropout, is_causal, position_bias, kwargs
@@ -135,7 +141,46 @@ def _attend_compact(
         if isinstance(position_bias, Tensor):
             position_bias = position_bias[..., :num_keys]
         return _attend(settings, query, key, value, padding, position_bias, True, scaling, dropout)
-    return _attend_in_mask_chunks(settings, query, key, value, mask, position_bias, scaling, dropout)
+    return _attend_in_mask_chunks(settings, query, key, value, mask.dense, position_bias, scaling, dropout)
+
+
+def _attend_to_chosen(
+    settings: LayerSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: CompactMask | Tensor | None,
+    indices: Tensor,
+    position_bias: PositionBias,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attend to keys that the model's own selector chose, as far as the mask shows them; with a k below their number to
+    the k best of these.
+
+    indices [B, N, K] int, for all heads; negative ones choose nothing
+    """
+    if attention_mask is None:
+        raise ValueError("indices= needs an attention mask: it alone tells which of the chosen keys a query may see")
+    num_keys = key.shape[2]
+    k, num_chosen = settings.k, indices.shape[-1]
+    if isinstance(k, tuple):
+        settings = replace(settings, k=tuple(min(one, num_chosen) for one in k))
+    else:
+        settings = replace(settings, k=num_chosen if k is None else min(k, num_chosen))
+
+    def chosen_and_visible(queries: range | None = None) -> Tensor:
+        part = slice(None) if queries is None else slice(queries.start, queries.stop)
+        chosen = indices[:, part].long()
+        # One column more takes what chooses nothing.
+        mask = torch.zeros(*chosen.shape[:2], num_keys + 1, dtype=torch.bool, device=chosen.device)
+        mask = mask.scatter(-1, torch.where(chosen < 0, num_keys, chosen), True)[:, None, :, :num_keys]
+        if isinstance(attention_mask, CompactMask):
+            return attention_mask.dense(queries) & mask
+        visible = _hide_lowest(attention_mask[:, :, part])
+        return visible & mask if visible.dtype == torch.bool else visible.masked_fill(~mask, -torch.inf)
+
+    return _attend_in_mask_chunks(settings, query, key, value, chosen_and_visible, position_bias, scaling, dropout)
 
 
 def _offset_is_unknown(mask: CompactMask) -> bool:
@@ -148,7 +193,7 @@ def _attend_in_mask_chunks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: CompactMask,
+    mask_of: Callable[[range | None], Tensor],
     position_bias: PositionBias,
     scaling: float | None,
     dropout: float,
@@ -157,24 +202,24 @@ def _attend_in_mask_chunks(
 
     With gradients each chunk is a checkpoint where the backward pass would otherwise keep its part of the mask.
     """
-    num_keys = key.shape[2]
+    num_queries, num_keys = query.shape[2], key.shape[2]
     smallest_k = settings.k if isinstance(settings.k, int) else min(settings.k or (num_keys,))
     backward_needs_mask = torch.is_grad_enabled() and smallest_k >= num_keys
-    if mask.q_length <= _MASK_CHUNK and not backward_needs_mask:
+    if num_queries <= _MASK_CHUNK and not backward_needs_mask:
         # One chunk, without a loop: compiled code then serves every such length.
-        return _attend(settings, query, key, value, mask.dense(), position_bias, False, scaling, dropout)
+        return _attend(settings, query, key, value, mask_of(None), position_bias, False, scaling, dropout)
 
     def attend(start: int) -> Tensor:
-        queries = range(start, min(start + _MASK_CHUNK, mask.q_length))
+        queries = range(start, min(start + _MASK_CHUNK, num_queries))
         part = slice(queries.start, queries.stop)
         bias = position_bias
         if isinstance(bias, t5.TableBias):
             bias = bias.from_query(start)
         elif bias is not None and bias.shape[2] != 1:
             bias = bias[:, :, part]
-        return _attend(settings, query[:, :, part], key, value, mask.dense(queries), bias, False, scaling, dropout)
+        return _attend(settings, query[:, :, part], key, value, mask_of(queries), bias, False, scaling, dropout)
 
-    starts = range(0, mask.q_length, _MASK_CHUNK)
+    starts = range(0, num_queries, _MASK_CHUNK)
     if backward_needs_mask:
         return torch.cat([checkpoint(attend, start, use_reentrant=False) for start in starts], dim=2)
     return torch.cat([attend(start) for start in starts], dim=2)

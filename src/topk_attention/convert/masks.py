@@ -39,6 +39,13 @@ class CompactMask:
     def shape(self) -> tuple[int, int, int, int]:
         return (self.batch_size, 1, self.q_length, self.kv_length)
 
+    def __getitem__(self, index: Any) -> Tensor:
+        """Part of the mask in full, for models whose own selector of keys asks for it."""
+        return self.dense()[index]
+
+    # Written out: an object with __getitem__ alone would count as a sequence without end.
+    __iter__ = None
+
     def contiguous(self) -> CompactMask:
         return self
 

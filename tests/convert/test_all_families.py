@@ -187,6 +187,15 @@ def test_generation_with_a_cache_equals_the_original_token_by_token(name, num_be
 
 
 @pytest.mark.parametrize("name", GENERATING)
+def test_generation_with_a_static_cache_equals_the_original_token_by_token(name):
+    family = FAMILIES[name]
+    model, inputs = family.build().double(), generation_inputs(family)
+    expected = model.generate(**inputs, **OPTIONS)
+    convert(model, attention_k=1000)
+    assert torch.equal(model.generate(**inputs, **OPTIONS, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("name", GENERATING)
 def test_generation_below_the_limit_keeps_the_keys_that_a_dense_mask_would(name, dense_topk):
     family = FAMILIES[name]
     model, inputs = family.build().double(), generation_inputs(family)

@@ -34,6 +34,15 @@ def test_a_layer_whose_code_does_something_else_is_skipped_with_the_reason():
     assert len(report.replaced) == 2
 
 
+def test_a_network_with_parts_of_unknown_use_is_skipped_with_the_reason():
+    model = tiny_vit()
+    for layer in model.layers:
+        layer.mlp.act, layer.mlp.drop = layer.mlp.activation_fn, nn.Dropout(0.1)
+        del layer.mlp.activation_fn
+    with pytest.raises(ValueError, match="ViTMLP does more than its projections: drop"):
+        convert(model, feed_forward_k=6)
+
+
 def test_an_activation_that_is_not_the_configurations_is_noticed():
     model = tiny_vit()
     for module in model.modules():
@@ -100,3 +109,47 @@ def test_opt_layers_compute_their_network_themselves_too():
         report = convert(model, attention_k=1000, feed_forward_k=1000)
         torch.testing.assert_close(output_of(model, inputs), expected)
     assert len(report.replaced) == 4
+
+
+def test_a_kind_of_layer_that_is_not_found_is_named():
+    from transformers import ModernBertConfig, ModernBertModel
+
+    config = ModernBertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    report = convert(ModernBertModel(config), attention_k=3, feed_forward_k=6)
+    assert report.not_found == ("feed-forward",)
+    assert str(report).startswith(
+        "ModernBertModel: 2 attention layers replaced, no feed-forward layer of a known kind found\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "nemotron", "qwen3", "phi", "pegasus", "electra", "camembert"])
+def test_families_that_nothing_was_written_for_compute_what_they_did(name):
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    options = sizes | heads | {"num_key_value_heads": 4, "max_position_embeddings": 64}
+    if name == "pegasus":
+        options = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48}
+        options |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    if name == "nemotron":
+        options["hidden_act"] = "silu"
+    model = AutoModel.from_config(AutoConfig.for_model(name, **options)).eval()
+    inputs = inputs_of(FAMILIES["bart" if name == "pegasus" else "gpt2"])
+    with torch.no_grad():
+        expected = output_of(model, inputs)
+        report = convert(model, attention_k=1000, feed_forward_k=1000)
+        torch.testing.assert_close(output_of(model, inputs), expected, rtol=1e-3, atol=1e-4)
+        convert(model, attention_k=2, feed_forward_k=2)
+        assert (output_of(model, inputs) - expected).abs().max() > 1e-3
+    assert {entry.kind for entry in report.replaced} == {"attention", "feed_forward"}
+    assert not report.skipped
+
+
+def test_umt5_says_that_it_builds_its_bias_in_full():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    model = UMT5EncoderModel(UMT5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
+    assert "its code builds the position bias in full" in str(convert(model, attention_k=3))

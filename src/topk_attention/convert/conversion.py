@@ -85,7 +85,16 @@ def convert(
 
     attention_plan = _plan_attention(attention, attention_k, where) if attention_k is not None else []
     feed_forward_plan = _plan_feed_forward(feed_forward, feed_forward_k, where) if feed_forward_k is not None else []
-    report = ConversionReport(type(model).__name__, tuple(entry for _, entry in [*attention_plan, *feed_forward_plan]))
+    not_found = [
+        kind
+        for kind, k, plan in (
+            ("attention", attention_k, attention_plan),
+            ("feed-forward", feed_forward_k, feed_forward_plan),
+        )
+        if k is not None and not plan
+    ]
+    entries = tuple(entry for _, entry in [*attention_plan, *feed_forward_plan])
+    report = ConversionReport(type(model).__name__, entries, tuple(not_found))
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
 
@@ -187,6 +196,8 @@ def _plan_attention(
                     f"got {len(layer_k)}"
                 )
             reason = f"k = {layer_k}" if isinstance(layer_k, int) else f"k per head = {list(layer_k)}"
+            if t5.builds_bias_in_full(site.module):
+                reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
         plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
     return plan
 

@@ -30,7 +30,8 @@ _KINDS = (
     _Kind("c_fc", "c_proj", dropout="output"),  # GPT-2
     _Kind("lin1", "lin2", dropout="output"),  # DistilBERT
     _Kind("fc1", "fc2"),  # ViT, CLIP, ...
-    _Kind("up_proj", "down_proj"),  # without a gate
+    _Kind("up_proj", "down_proj"),  # Nemotron
+    _Kind("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
 )
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 # Where a replaced network keeps the original: in a tuple, so that it is no submodule and its weights count once.
@@ -59,7 +60,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     dropout = getattr(original, "dropout", None) if kind.dropout is not None else None
     known = {*names, act, "dropout"} if isinstance(dropout, nn.Dropout) else {*names, act}
     others = set(dict(original.named_children())) - known
-    if others and kind.linear_gate is None and set(names) == {"fc1", "fc2"}:
+    if others and act == "activation_fn":
         return  # a whole layer that computes its network by itself
     activation = activation_of(model, path, original)
     obstacle = obstacle_of(linears, activation)

@@ -21,10 +21,14 @@ class ReportEntry:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """One entry per attention and feed-forward layer that was looked at. `print(report)` shows them all."""
+    """One entry per attention and feed-forward layer that was looked at. `print(report)` shows them all.
+
+    not_found  kinds of layer that a k was given for and of which the model has none that is known
+    """
 
     model_class: str
     entries: tuple[ReportEntry, ...]
+    not_found: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> tuple[ReportEntry, ...]:
@@ -40,6 +44,7 @@ class ConversionReport:
             f"{number} {kind} layers {'replaced' if replaced else 'skipped'}"
             for (kind, replaced), number in counts.items()
         )
+        summary = ", ".join([summary, *(f"no {kind} layer of a known kind found" for kind in self.not_found)])
         width = max((len(entry.path) for entry in self.entries), default=0)
         lines = [f"{self.model_class}: {summary}"]
         for entry in self.entries:

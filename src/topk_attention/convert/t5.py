@@ -55,6 +55,11 @@ def is_attention(module: nn.Module) -> bool:
     )
 
 
+def builds_bias_in_full(module: nn.Module) -> bool:
+    """Whether this layer (umT5's) takes no bias that it could be handed."""
+    return hasattr(module, "has_relative_attention_bias") and not is_attention(module)
+
+
 def keeps_bias_small(module: nn.Module) -> bool:
     return hasattr(module, _HOOK)
 

@@ -100,15 +100,17 @@ def _attend(
 ) -> Tensor:
     if query.shape[0] != key.shape[0]:  # queries that the whole batch shares
         query = query.expand(key.shape[0], -1, -1, -1)
+    if isinstance(position_bias, t5.TableBias):
+        bias: Tensor | t5.Bias | None = position_bias.at(query.shape[2], key.shape[2])
+    else:
+        bias = position_bias
     return topk_attention(
         query,
         key,
         value,
         k=settings.k,
         attn_mask=attn_mask,
-        bias=position_bias.at(query.shape[2], key.shape[2])
-        if isinstance(position_bias, t5.TableBias)
-        else position_bias,
+        bias=bias,
         is_causal=is_causal,
         dropout_p=dropout,
         scale=scaling,

@@ -66,6 +66,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     obstacle = obstacle_of(linears, activation)
     if obstacle is None and others:
         obstacle = f"{type(original).__name__} does more than its projections: {', '.join(sorted(others))}"
+    if obstacle is None and (own := _own_dropout(original)) is not None:
+        obstacle = f"{type(original).__name__} drops out by itself ({own}), at a place that only its code knows"
     if obstacle is None and not _is_plain(original, kind, str(activation)):
         formula = f"{kind.linear_out}(act({kind.linear_in}))"
         if kind.linear_gate is not None:
@@ -114,6 +116,13 @@ def _kind_of(module: nn.Module) -> _Kind | None:
 
 def _activation_name(module: nn.Module) -> str | None:
     return next((name for name in _ACTIVATIONS if callable(getattr(module, name, None))), None)
+
+
+def _own_dropout(network: nn.Module) -> str | None:
+    """A dropout that is a number and no module: without gradients it does not show."""
+    return next(
+        (name for name, p in vars(network).items() if "dropout" in name and isinstance(p, float) and p > 0), None
+    )
 
 
 def _is_plain(network: Any, kind: _Kind, activation: str) -> bool:

@@ -19,6 +19,9 @@ from .registration import NAME
 _HOOK = "_topk_attention_hook"
 
 
+Bias = BucketedBias | RelativeBias
+
+
 @dataclass(frozen=True, eq=False)
 class TableBias:
     """A bias of relative positions for queries that begin at a position in the whole sequence, keys at 0."""
@@ -26,7 +29,7 @@ class TableBias:
     table: BucketedBias
     first_position: int | Tensor
 
-    def at(self, num_queries: int, num_keys: int) -> BucketedBias | RelativeBias:
+    def at(self, num_queries: int, num_keys: int) -> Bias:
         """The bias for a call of attention."""
         first = self.first_position
         if isinstance(first, int) and first + num_queries == num_keys:

@@ -40,7 +40,7 @@ def plain_linear(owner: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def store_by_neuron(*, linear_in: nn.Module | None = None, linear_out: nn.Module | None = None) -> None:
+def store_by_neuron(linear_out: nn.Module | None = None, *, linear_in: nn.Module | None = None) -> None:
     """Let the weights of a network's layers lie in memory neuron by neuron, as top-k reads them.
 
     Shape, values, name and the parameter itself stay; only its strides change, which a dense layer does not mind. A

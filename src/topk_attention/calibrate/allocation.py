@@ -51,9 +51,7 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
     largest_k = max(c.ks[-1] for c in curves.values())
     if not smallest_k <= mean_k <= largest_k:
         raise ValueError(f"mean_k must be between {smallest_k} and {largest_k}, the longest sequence, got {mean_k:g}")
-    rows = [
-        _interpolated(np.array(c.ks), error.numpy(), smallest_k) for c in curves.values() for error in c.loss_error
-    ]
+    rows = [_interpolated(np.array(c.ks), error.numpy(), smallest_k) for c in curves.values() for error in c.loss_error]
 
     def choose(price: float) -> list[int]:
         return [int(ks[np.argmin(errors + price * ks)]) for ks, errors in rows]

@@ -1,14 +1,13 @@
 """What attention heads and feed-forward layers would lose at each k, measured in one full pass over a model.
 
 For a query with softmax weights p, sorted from the largest, and values v, top-k attention puts out
-sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output, the
-products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums give
-that number for all k at once: no square tensor, one sort per row.
+sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output,
+the products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums
+give that number for all k at once: no square tensor, one sort per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +43,8 @@ class Curves:
 
     @staticmethod
     def empty(num_heads: int, ks: tuple[int, ...]) -> Curves:
-        return Curves(ks, *(torch.zeros(num_heads, len(ks), dtype=torch.float64) for _ in range(2)))
+        nothing = torch.zeros(num_heads, len(ks), dtype=torch.float64)
+        return Curves(ks, nothing, nothing.clone())
 
     def add(self, lost_mass: Tensor, loss_error: Tensor) -> None:
         """Count rows in: both [H, rows, K]."""
@@ -82,7 +82,9 @@ class Collector:
             lost, error = [], []
             for head in range(num_heads):
                 parts = [
-                    _attention_rows(_scores(call, b, head, rows), _values(call, b, head), grad_output[b, head, rows], at)
+                    _attention_rows(
+                        _scores(call, b, head, rows), _values(call, b, head), grad_output[b, head, rows], at
+                    )
                     for rows in queries.split(_ROWS_AT_A_TIME)
                 ]
                 lost.append(torch.cat([part[0] for part in parts]))
@@ -142,5 +144,3 @@ def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Ten
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
     return (1 - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()
-
-

@@ -110,7 +110,7 @@ class Collector:
             order = ranked_by.argsort(dim=1, descending=True)
             effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
             mass = hidden.abs().gather(1, order).cumsum(1)
-            lost = 1 - mass[:, at] / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
+            lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
             curves.add(lost.unsqueeze(0), (effect[:, -1:] - effect[:, at]).square().unsqueeze(0))
 
 
@@ -143,4 +143,5 @@ def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Ten
     effect = (p * (grad_output @ values.mT).gather(1, order)).cumsum(1)
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
-    return (1 - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()
+    # Of a row that sees nothing the mass is zero: it loses nothing.
+    return (mass[:, -1:] - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()

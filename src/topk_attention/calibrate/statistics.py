@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.activations import activate
-from ..backends.calls import AttentionCall, FeedForwardCall
+from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
 
 # Rows whose scores are sorted at a time: 128 x 8,192 in float32 are 4 MiB.
 _ROWS_AT_A_TIME = 128
@@ -50,8 +50,8 @@ class Curves:
         """Count rows in: both [H, rows, K]."""
         rows = lost_mass.shape[1]
         share = rows / (self.num_rows + rows)
-        self.lost_mass += share * (lost_mass.double().mean(1) - self.lost_mass)
-        self.loss_error += share * (loss_error.double().mean(1) - self.loss_error)
+        self.lost_mass += share * (lost_mass.double().mean(1).cpu() - self.lost_mass)
+        self.loss_error += share * (loss_error.double().mean(1).cpu() - self.loss_error)
         self.num_rows += rows
 
 
@@ -74,10 +74,11 @@ class Collector:
         batch, num_heads, num_queries, _ = call.query.shape
         num_keys = call.key.shape[2]
         curves = self.attention.setdefault(path, Curves.empty(num_heads, k_grid(min(self.largest_k, num_keys))))
-        at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys])
+        device = call.query.device
+        at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys], device=device)
         # Another offset for each layer: no query is left out of all of them.
         step = max(1, num_queries // self.queries_per_head)
-        queries = torch.arange(len(self.attention) % step, num_queries, step)
+        queries = torch.arange(len(self.attention) % step, num_queries, step, device=device)
         for b in range(batch):
             lost, error = [], []
             for head in range(num_heads):
@@ -97,9 +98,9 @@ class Collector:
         """grad_output [T, O], the gradient of the summed loss with respect to this layer's output."""
         num_neurons = call.w_in.shape[0]
         curves = self.feed_forward.setdefault(path, Curves.empty(1, k_grid(num_neurons)))
-        at = torch.tensor([k - 1 for k in curves.ks])
+        at = torch.tensor([k - 1 for k in curves.ks], device=call.x.device)
         step = max(1, call.x.shape[0] // self.queries_per_head)
-        for tokens in torch.arange(0, call.x.shape[0], step).split(_ROWS_AT_A_TIME):
+        for tokens in torch.arange(0, call.x.shape[0], step, device=call.x.device).split(_ROWS_AT_A_TIME):
             x, grad = call.x[tokens], grad_output[tokens]
             value = F.linear(x, call.w_in, call.b_in)
             if call.w_gate is None:
@@ -108,6 +109,7 @@ class Collector:
                 hidden = activate(F.linear(x, call.w_gate, call.b_gate), call.activation) * value
                 ranked_by = hidden.abs()
             order = ranked_by.argsort(dim=1, descending=True)
+            hidden = hidden.to(accumulation_dtype(hidden.dtype))  # running sums in bfloat16 would stand still
             effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
             mass = hidden.abs().gather(1, order).cumsum(1)
             lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
@@ -115,17 +117,19 @@ class Collector:
 
 
 def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
-    return call.value[batch, head * call.key.shape[1] // call.query.shape[1]]
+    value = call.value[batch, head * call.key.shape[1] // call.query.shape[1]]
+    return value.to(accumulation_dtype(value.dtype))
 
 
 def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
     """Scores [rows, M] of some queries of one head, -inf where hidden."""
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1]]
-    scores = call.query[batch, head, rows] @ keys.mT * call.scale
+    dtype = accumulation_dtype(keys.dtype)
+    scores = call.query[batch, head, rows].to(dtype) @ keys.mT.to(dtype) * call.scale
     if call.relative_bias is not None:
         of_head = call.relative_bias[head if call.relative_bias.shape[0] > 1 else 0]
-        scores += of_head[torch.arange(num_keys) - rows.unsqueeze(1) + num_queries - 1]
+        scores += of_head[torch.arange(num_keys, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
     for dense in (call.bias, call.attn_mask):
         if dense is not None:
             part = dense[batch if dense.shape[0] > 1 else 0, head if dense.shape[1] > 1 else 0]
@@ -133,14 +137,14 @@ def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     if call.is_causal:
         last_key = rows.unsqueeze(1) + num_keys - num_queries
-        scores = scores.masked_fill(torch.arange(num_keys) > last_key, -torch.inf)
+        scores = scores.masked_fill(torch.arange(num_keys, device=rows.device) > last_key, -torch.inf)
     return scores
 
 
 def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """Lost mass and squared change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
     p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees nothing
-    effect = (p * (grad_output @ values.mT).gather(1, order)).cumsum(1)
+    effect = (p * (grad_output.to(values.dtype) @ values.mT).gather(1, order)).cumsum(1)
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
     # Of a row that sees nothing the mass is zero: it loses nothing.

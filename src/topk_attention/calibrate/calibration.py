@@ -181,7 +181,6 @@ def measure(
     if hasattr(getattr(model, "config", None), "topk_attention"):
         raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
-    convert(model, attention_k=_EVERY_KEY, feed_forward_k=neurons if with_feed_forward else None)
     paths: list[str] = []
     losses = 0.0
 
@@ -190,26 +189,24 @@ def measure(
         see = collector.see_attention if isinstance(call, AttentionCall) else collector.see_feed_forward
         output.register_hook(lambda grad: see(path, call, grad))  # type: ignore[arg-type]
 
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_without_weight_gradients(model))
-            stack.enter_context(_evaluating(model))
-            layers = {site.path: site.module for site in attention_sites(model)}
-            if with_feed_forward:
-                layers |= {site.path: model.get_submodule(site.path) for site in feed_forward_sites(model)}
-            for path, module in layers.items():
-                stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
-            stack.enter_context(observed(observe))
-            for number, batch in enumerate(batches):
-                if progress is not None:
-                    progress("measuring", number, len(batches))
-                loss = _loss(model, batch)
-                losses += loss.item() / len(batches)
-                (loss * _token_ids(batch).numel()).backward()
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(_converted(model, _EVERY_KEY, neurons if with_feed_forward else None))
+        stack.enter_context(_without_weight_gradients(model))
+        layers = {site.path: site.module for site in attention_sites(model)}
+        if with_feed_forward:
+            layers |= {site.path: model.get_submodule(site.path) for site in feed_forward_sites(model)}
+        for path, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
+        stack.enter_context(observed(observe))
+        for number, batch in enumerate(batches):
             if progress is not None:
-                progress("measuring", len(batches), len(batches))
-    finally:
-        unconvert(model)
+                progress("measuring", number, len(batches))
+            loss = _loss(model, batch)
+            losses += loss.item() / len(batches)
+            (loss * _token_ids(batch).numel()).backward()
+        if progress is not None:
+            progress("measuring", len(batches), len(batches))
     return losses
 
 
@@ -252,12 +249,8 @@ def _search(
 
 
 def _loss_with(model: nn.Module, batches: list[Batch], calibration: Calibration) -> float:
-    convert(model, attention_k=calibration)
-    try:
-        with torch.no_grad(), _evaluating(model):
-            return sum(_loss(model, batch).item() for batch in batches) / len(batches)
-    finally:
-        unconvert(model)
+    with torch.no_grad(), _evaluating(model), _converted(model, calibration):
+        return sum(_loss(model, batch).item() for batch in batches) / len(batches)
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -295,9 +288,22 @@ def _without_weight_gradients(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+@contextmanager
+def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[None]:
+    former = model.config._attn_implementation
+    convert(model, attention_k=attention_k, feed_forward_k=feed_forward_k)
+    try:
+        yield
+    finally:
+        unconvert(model)
+        if model.config._attn_implementation != former:  # loaded with "topk", which is converted to "sdpa" and back
+            model.set_attn_implementation(former)

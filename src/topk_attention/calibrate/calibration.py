@@ -257,12 +257,21 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "labels" not in arguments and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         arguments["labels"] = arguments["input_ids"]
+        if _is_padding_mask(mask := arguments.get("attention_mask")):
+            arguments["labels"] = arguments["labels"].masked_fill(mask == 0, -100)
     output = model(**arguments)
     if getattr(output, "loss", None) is not None:
         return output.loss
     hidden = output[0]
     signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return (hidden * signs.to(hidden)).sum() / _token_ids(batch).numel()
+    signs = signs.to(hidden)
+    if _is_padding_mask(mask := arguments.get("attention_mask")) and mask.shape == hidden.shape[:2]:
+        signs = signs * mask.to(hidden).unsqueeze(-1)
+    return (hidden * signs).sum() / _token_ids(batch).numel()
+
+
+def _is_padding_mask(mask: object) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _token_ids(batch: Batch) -> Tensor:
@@ -299,7 +308,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[None]:
-    former = model.config._attn_implementation
+    former = getattr(getattr(model, "config", None), "_attn_implementation", None)
     convert(model, attention_k=attention_k, feed_forward_k=feed_forward_k)
     try:
         yield

@@ -50,7 +50,9 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
     """
     largest_k = max(c.ks[-1] for c in curves.values())
     if not smallest_k <= mean_k <= largest_k:
-        raise ValueError(f"mean_k must be between {smallest_k} and {largest_k}, the longest sequence, got {mean_k:g}")
+        raise ValueError(
+            f"mean_k must be between {smallest_k} and {largest_k}, the largest k that was measured, got {mean_k:g}"
+        )
     rows = [_interpolated(np.array(c.ks), error.numpy(), smallest_k) for c in curves.values() for error in c.loss_error]
 
     def choose(price: float) -> list[int]:

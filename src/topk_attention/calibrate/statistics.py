@@ -27,7 +27,7 @@ def k_grid(largest: int) -> tuple[int, ...]:
     return tuple(sorted({k for power in powers if (k := round(2 ** (power / 4))) < largest} | {largest}))
 
 
-@dataclass
+@dataclass(eq=False)
 class Curves:
     """Means over the queries (or tokens) seen so far, at each k of a grid.
 

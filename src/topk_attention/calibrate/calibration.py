@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -202,32 +202,40 @@ def measure(
         raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
     paths: list[str] = []
-    losses = 0.0
+    passed: set[tuple[int, str, str]] = set()
+    losses: list[float] = []
+
+    def report(pass_name: str, path: str) -> None:
+        passed.add((len(losses), pass_name, path))
+        if progress is not None:
+            progress("measuring", len(passed), 2 * len(batches) * len(layers))
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         path = paths[-1]
         see = collector.see_attention if isinstance(call, AttentionCall) else collector.see_feed_forward
-        output.register_hook(lambda grad: see(path, call, grad))  # type: ignore[arg-type]
+
+        def measure_errors(grad: Tensor) -> None:
+            see(path, call, grad)  # type: ignore[arg-type]
+            report("backward", path)
+
+        report("forward", path)
+        output.register_hook(measure_errors)
 
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         stack.enter_context(_converted(model, _EVERY_KEY, neurons if with_feed_forward else None))
         stack.enter_context(_without_weight_gradients(model))
-        layers = {site.path: site.module for site in attention_sites(model)}
+        layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
         if with_feed_forward:
-            layers |= {site.path: model.get_submodule(site.path) for site in feed_forward_sites(model)}
+            layers |= {path: model.get_submodule(path) for path in neurons}
         for path, module in layers.items():
             stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
         stack.enter_context(observed(observe))
-        for number, batch in enumerate(batches):
-            if progress is not None:
-                progress("measuring", number, len(batches))
+        for batch in batches:
             loss = _loss(model, batch, must_be_own=needs_loss)
-            losses += loss.item() / len(batches)
             (loss * _token_ids(batch).numel()).backward()
-        if progress is not None:
-            progress("measuring", len(batches), len(batches))
-    return losses
+            losses.append(loss.item())
+    return sum(losses) / len(losses)
 
 
 def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
@@ -307,7 +315,7 @@ def _loss(model: nn.Module, batch: Batch, *, must_be_own: bool = False) -> Tenso
     return (hidden * signs).sum() / _token_ids(batch).numel()
 
 
-def _is_padding_mask(mask: object) -> bool:
+def _is_padding_mask(mask: object) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 

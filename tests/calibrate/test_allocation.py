@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -135,7 +137,7 @@ def test_a_tighter_bound_never_gives_less():
     for layer in layers.values():
         layer.lost_mass = layer.lost_mass.flip(1).cummax(1).values.flip(1) / layer.lost_mass.max()
     ks = [within_lost_mass(layers, bound) for bound in (0.5, 0.1, 0.01, 0.001)]
-    for loose, tight in zip(ks, ks[1:], strict=False):
+    for loose, tight in pairwise(ks):
         assert all(t >= k for path in layers for k, t in zip(loose[path], tight[path], strict=True))
 
 

@@ -235,6 +235,11 @@ def measure(
             loss = _loss(model, batch, must_be_own=needs_loss)
             (loss * _token_ids(batch).numel()).backward()
             losses.append(loss.item())
+    # The backward pass came by them from the last to the first.
+    for curves in (collector.attention, collector.feed_forward):
+        in_order = {path: curves[path] for path in layers if path in curves}
+        curves.clear()
+        curves.update(in_order)
     return sum(losses) / len(losses)
 
 

@@ -50,10 +50,10 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
     """
     largest_k = max(c.ks[-1] for c in curves.values())
     if not smallest_k <= mean_k <= largest_k:
-        raise ValueError(f"mean_k must be between {smallest_k} and {largest_k}, the longest sequence, got {mean_k:g}")
-    rows = [
-        _interpolated(np.array(c.ks), error.numpy(), smallest_k) for c in curves.values() for error in c.loss_error
-    ]
+        raise ValueError(
+            f"mean_k must be between {smallest_k} and {largest_k}, the largest k that was measured, got {mean_k:g}"
+        )
+    rows = [_interpolated(np.array(c.ks), error.numpy(), smallest_k) for c in curves.values() for error in c.loss_error]
 
     def choose(price: float) -> list[int]:
         return [int(ks[np.argmin(errors + price * ks)]) for ks, errors in rows]
@@ -98,17 +98,21 @@ def _interpolated(ks: np.ndarray, errors: np.ndarray, smallest_k: int) -> tuple[
 
 
 def _spend_rest(rows: list[tuple[np.ndarray, np.ndarray]], chosen: list[int], mean_k: float) -> list[int]:
-    """Where curves are not convex the price leaves a rest; it goes to the heads that gain most from their next k."""
+    """Where curves are not convex the price leaves a rest; it goes to the heads that gain most for each key of it."""
     rest = int(mean_k * len(rows)) - sum(chosen)
     while rest > 0:
-        gains = []
+        best = (0.0, 0, 0)  # gain per key, row, k
         for number, (ks, errors) in enumerate(rows):
             at = int(np.searchsorted(ks, chosen[number]))
-            if at + 1 < len(ks) and ks[at + 1] - ks[at] <= rest:
-                gains.append(((errors[at] - errors[at + 1]) / (ks[at + 1] - ks[at]), number, int(ks[at + 1])))
-        if not gains or max(gains)[0] <= 0:
+            end = int(np.searchsorted(ks, chosen[number] + rest, side="right"))
+            if end > at + 1:
+                # Not only the next k: beyond a flat stretch there may be gains again.
+                gains = (errors[at] - errors[at + 1 : end]) / (ks[at + 1 : end] - ks[at])
+                step = int(np.argmax(gains))
+                best = max(best, (float(gains[step]), number, int(ks[at + 1 + step])))
+        gain, number, k = best
+        if gain <= 0:
             break
-        _, number, k = max(gains)
         rest -= k - chosen[number]
         chosen[number] = k
     return chosen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ _SEARCH_STEPS = 6
 _VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal as mappings are: with the same k for every head
 class Calibration(Mapping[str, tuple[int, ...]]):
     """One k per head, by the path of its attention layer: `convert(model, attention_k=calibration)` takes it.
 
@@ -61,7 +61,9 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         """The same measurements spent for another target; `LossIncrease` needs the model, hence `calibrate`."""
         if isinstance(target, LossIncrease):
             raise ValueError("LossIncrease is searched with the model: call calibrate(model, batches, target=...)")
-        return replace(self, attention=_allocate(self.curves, target))
+        _check_target("target", target, (MeanK, LostMass))
+        about = {name: value for name, value in self.about.items() if name != "search"} | {"target": repr(target)}
+        return replace(self, attention=_allocate(self.curves, target), about=about)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `Calibration.load` reads."""
@@ -117,7 +119,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
                 of(content["feed_forward_curves"]),
                 content["about"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error
 
 
@@ -149,14 +151,31 @@ def calibrate(
     that of such a backward pass. A `LossIncrease` adds a forward pass per search step.
 
     Raises:
+        TypeError: a target is of the wrong kind.
         ValueError: there are no batches, the model was converted already, or the target does not fit.
     """
-    batches = list(batches)
+    _check_target("target", target, (MeanK, LostMass, LossIncrease))
+    if feed_forward_target is not None:
+        _check_target("feed_forward_target", feed_forward_target, (MeanK, LostMass))
+    batches = sorted(batches, key=lambda batch: -_token_ids(batch).shape[-1])  # curves are as long as the first
     if not batches:
         raise ValueError("batches must hold at least one batch of token ids, got none")
     collector = Collector(queries_per_head, largest_k)
-    loss = measure(model, batches, collector, with_feed_forward=feed_forward_target is not None, progress=progress)
-    feed_forward = _allocate(collector.feed_forward, feed_forward_target) if feed_forward_target is not None else {}
+    loss = measure(
+        model,
+        batches,
+        collector,
+        with_feed_forward=feed_forward_target is not None,
+        needs_loss=isinstance(target, LossIncrease),
+        progress=progress,
+    )
+    feed_forward = {}
+    if feed_forward_target is not None:
+        if not collector.feed_forward:
+            raise ValueError(
+                f"feed_forward_target needs a layer that has a top-k form, {type(model).__name__} has none"
+            )
+        feed_forward = _allocate(collector.feed_forward, feed_forward_target)
     calibration = Calibration(
         {},
         {path: ks[0] for path, ks in feed_forward.items()},
@@ -175,42 +194,70 @@ def measure(
     collector: Collector,
     *,
     with_feed_forward: bool = False,
+    needs_loss: bool = False,
     progress: Progress | None = None,
 ) -> float:
     """Show every attention layer (and feed-forward layer) of a full pass to the collector; returns the mean loss."""
     if hasattr(getattr(model, "config", None), "topk_attention"):
         raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
-    convert(model, attention_k=_EVERY_KEY, feed_forward_k=neurons if with_feed_forward else None)
     paths: list[str] = []
-    losses = 0.0
+    passed: set[tuple[int, str, str]] = set()
+    losses: list[float] = []
+
+    def report(pass_name: str, path: str) -> None:
+        passed.add((len(losses), pass_name, path))
+        if progress is not None:
+            progress("measuring", len(passed), 2 * len(batches) * len(layers))
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         path = paths[-1]
         see = collector.see_attention if isinstance(call, AttentionCall) else collector.see_feed_forward
-        output.register_hook(lambda grad: see(path, call, grad))  # type: ignore[arg-type]
 
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_without_weight_gradients(model))
-            stack.enter_context(_evaluating(model))
-            layers = {site.path: site.module for site in attention_sites(model)}
-            if with_feed_forward:
-                layers |= {site.path: model.get_submodule(site.path) for site in feed_forward_sites(model)}
-            for path, module in layers.items():
-                stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
-            stack.enter_context(observed(observe))
-            for number, batch in enumerate(batches):
-                if progress is not None:
-                    progress("measuring", number, len(batches))
-                loss = _loss(model, batch)
-                losses += loss.item() / len(batches)
-                (loss * _token_ids(batch).numel()).backward()
-            if progress is not None:
-                progress("measuring", len(batches), len(batches))
-    finally:
-        unconvert(model)
-    return losses
+        def measure_errors(grad: Tensor) -> None:
+            see(path, call, grad)  # type: ignore[arg-type]
+            report("backward", path)
+
+        report("forward", path)
+        output.register_hook(measure_errors)
+
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(_converted(model, _EVERY_KEY, neurons if with_feed_forward else None))
+        stack.enter_context(_without_weight_gradients(model))
+        layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
+        if with_feed_forward:
+            layers |= {path: model.get_submodule(path) for path in neurons}
+        for path, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
+        stack.enter_context(observed(observe))
+        for batch in batches:
+            loss = _loss(model, batch, must_be_own=needs_loss)
+            (loss * _token_ids(batch).numel()).backward()
+            losses.append(loss.item())
+    # The backward pass came by them from the last to the first.
+    for curves in (collector.attention, collector.feed_forward):
+        in_order = {path: curves[path] for path in layers if path in curves}
+        curves.clear()
+        curves.update(in_order)
+    return sum(losses) / len(losses)
+
+
+def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
+    """Before anything is measured."""
+    if not isinstance(target, kinds):
+        raise TypeError(f"{name} must be {_listed(kind.__name__ for kind in kinds)}, got {type(target).__name__}")
+    if isinstance(target, MeanK) and target.mean_k < 1:
+        raise ValueError(f"mean_k must be at least 1, got {target.mean_k:g}")
+    if isinstance(target, LostMass) and not 0 < target.bound < 1:
+        raise ValueError(f"bound must be a share of the mass between 0 and 1, got {target.bound:g}")
+    if isinstance(target, LossIncrease) and target.bound <= 0:
+        raise ValueError(f"bound must be above 0 nats per token, got {target.bound:g}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
 
 
 def _allocate(curves: dict[str, Curves], target: Target) -> Allocation:
@@ -218,7 +265,7 @@ def _allocate(curves: dict[str, Curves], target: Target) -> Allocation:
         return with_mean_k(curves, target.mean_k)
     if isinstance(target, LostMass):
         return within_lost_mass(curves, target.bound)
-    raise TypeError(f"target must be MeanK, LostMass or LossIncrease, got {type(target).__name__}")
+    raise AssertionError(target)
 
 
 def _search(
@@ -229,8 +276,6 @@ def _search(
     progress: Progress | None,
 ) -> Calibration:
     """Bisect the logarithm of the mean k."""
-    if target.bound <= 0:
-        raise ValueError(f"bound must be above 0 nats per token, got {target.bound:g}")
     full = calibration.about["loss"]
     low, high = 1.0, float(max(c.ks[-1] for c in calibration.curves.values()))
     tried: list[dict[str, float]] = []
@@ -252,24 +297,31 @@ def _search(
 
 
 def _loss_with(model: nn.Module, batches: list[Batch], calibration: Calibration) -> float:
-    convert(model, attention_k=calibration)
-    try:
-        with torch.no_grad(), _evaluating(model):
-            return sum(_loss(model, batch).item() for batch in batches) / len(batches)
-    finally:
-        unconvert(model)
+    with torch.no_grad(), _evaluating(model), _converted(model, calibration):
+        return sum(_loss(model, batch).item() for batch in batches) / len(batches)
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
+def _loss(model: nn.Module, batch: Batch, *, must_be_own: bool = False) -> Tensor:
     arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "labels" not in arguments and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         arguments["labels"] = arguments["input_ids"]
+        if _is_padding_mask(mask := arguments.get("attention_mask")):
+            arguments["labels"] = arguments["labels"].masked_fill(mask == 0, -100)
     output = model(**arguments)
     if getattr(output, "loss", None) is not None:
         return output.loss
+    if must_be_own:
+        raise ValueError(f"LossIncrease needs a loss and {type(model).__name__} gave none; add labels to the batches")
     hidden = output[0]
     signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return (hidden * signs.to(hidden)).sum() / _token_ids(batch).numel()
+    signs = signs.to(hidden)
+    if _is_padding_mask(mask := arguments.get("attention_mask")) and mask.shape == hidden.shape[:2]:
+        signs = signs * mask.to(hidden).unsqueeze(-1)
+    return (hidden * signs).sum() / _token_ids(batch).numel()
+
+
+def _is_padding_mask(mask: object) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _token_ids(batch: Batch) -> Tensor:
@@ -295,9 +347,22 @@ def _without_weight_gradients(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+@contextmanager
+def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[None]:
+    former = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    convert(model, attention_k=attention_k, feed_forward_k=feed_forward_k)
+    try:
+        yield
+    finally:
+        unconvert(model)
+        if model.config._attn_implementation != former:  # loaded with "topk", which is converted to "sdpa" and back
+            model.set_attn_implementation(former)

@@ -1,14 +1,13 @@
 """What attention heads and feed-forward layers would lose at each k, measured in one full pass over a model.
 
 For a query with softmax weights p, sorted from the largest, and values v, top-k attention puts out
-sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output, the
-products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums give
-that number for all k at once: no square tensor, one sort per row.
+sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output,
+the products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums
+give that number for all k at once: no square tensor, one sort per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.activations import activate
-from ..backends.calls import AttentionCall, FeedForwardCall
+from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
 
 # Rows whose scores are sorted at a time: 128 x 8,192 in float32 are 4 MiB.
 _ROWS_AT_A_TIME = 128
@@ -28,7 +27,7 @@ def k_grid(largest: int) -> tuple[int, ...]:
     return tuple(sorted({k for power in powers if (k := round(2 ** (power / 4))) < largest} | {largest}))
 
 
-@dataclass
+@dataclass(eq=False)
 class Curves:
     """Means over the queries (or tokens) seen so far, at each k of a grid.
 
@@ -44,14 +43,15 @@ class Curves:
 
     @staticmethod
     def empty(num_heads: int, ks: tuple[int, ...]) -> Curves:
-        return Curves(ks, *(torch.zeros(num_heads, len(ks), dtype=torch.float64) for _ in range(2)))
+        nothing = torch.zeros(num_heads, len(ks), dtype=torch.float64)
+        return Curves(ks, nothing, nothing.clone())
 
     def add(self, lost_mass: Tensor, loss_error: Tensor) -> None:
         """Count rows in: both [H, rows, K]."""
         rows = lost_mass.shape[1]
         share = rows / (self.num_rows + rows)
-        self.lost_mass += share * (lost_mass.double().mean(1) - self.lost_mass)
-        self.loss_error += share * (loss_error.double().mean(1) - self.loss_error)
+        self.lost_mass += share * (lost_mass.double().mean(1).cpu() - self.lost_mass)
+        self.loss_error += share * (loss_error.double().mean(1).cpu() - self.loss_error)
         self.num_rows += rows
 
 
@@ -74,15 +74,18 @@ class Collector:
         batch, num_heads, num_queries, _ = call.query.shape
         num_keys = call.key.shape[2]
         curves = self.attention.setdefault(path, Curves.empty(num_heads, k_grid(min(self.largest_k, num_keys))))
-        at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys])
+        device = call.query.device
+        at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys], device=device)
         # Another offset for each layer: no query is left out of all of them.
         step = max(1, num_queries // self.queries_per_head)
-        queries = torch.arange(len(self.attention) % step, num_queries, step)
+        queries = torch.arange(len(self.attention) % step, num_queries, step, device=device)
         for b in range(batch):
             lost, error = [], []
             for head in range(num_heads):
                 parts = [
-                    _attention_rows(_scores(call, b, head, rows), _values(call, b, head), grad_output[b, head, rows], at)
+                    _attention_rows(
+                        _scores(call, b, head, rows), _values(call, b, head), grad_output[b, head, rows], at
+                    )
                     for rows in queries.split(_ROWS_AT_A_TIME)
                 ]
                 lost.append(torch.cat([part[0] for part in parts]))
@@ -95,9 +98,9 @@ class Collector:
         """grad_output [T, O], the gradient of the summed loss with respect to this layer's output."""
         num_neurons = call.w_in.shape[0]
         curves = self.feed_forward.setdefault(path, Curves.empty(1, k_grid(num_neurons)))
-        at = torch.tensor([k - 1 for k in curves.ks])
+        at = torch.tensor([k - 1 for k in curves.ks], device=call.x.device)
         step = max(1, call.x.shape[0] // self.queries_per_head)
-        for tokens in torch.arange(0, call.x.shape[0], step).split(_ROWS_AT_A_TIME):
+        for tokens in torch.arange(0, call.x.shape[0], step, device=call.x.device).split(_ROWS_AT_A_TIME):
             x, grad = call.x[tokens], grad_output[tokens]
             value = F.linear(x, call.w_in, call.b_in)
             if call.w_gate is None:
@@ -106,24 +109,27 @@ class Collector:
                 hidden = activate(F.linear(x, call.w_gate, call.b_gate), call.activation) * value
                 ranked_by = hidden.abs()
             order = ranked_by.argsort(dim=1, descending=True)
+            hidden = hidden.to(accumulation_dtype(hidden.dtype))  # running sums in bfloat16 would stand still
             effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
             mass = hidden.abs().gather(1, order).cumsum(1)
-            lost = 1 - mass[:, at] / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
+            lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
             curves.add(lost.unsqueeze(0), (effect[:, -1:] - effect[:, at]).square().unsqueeze(0))
 
 
 def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
-    return call.value[batch, head * call.key.shape[1] // call.query.shape[1]]
+    value = call.value[batch, head * call.key.shape[1] // call.query.shape[1]]
+    return value.to(accumulation_dtype(value.dtype))
 
 
 def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
     """Scores [rows, M] of some queries of one head, -inf where hidden."""
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1]]
-    scores = call.query[batch, head, rows] @ keys.mT * call.scale
+    dtype = accumulation_dtype(keys.dtype)
+    scores = call.query[batch, head, rows].to(dtype) @ keys.mT.to(dtype) * call.scale
     if call.relative_bias is not None:
         of_head = call.relative_bias[head if call.relative_bias.shape[0] > 1 else 0]
-        scores += of_head[torch.arange(num_keys) - rows.unsqueeze(1) + num_queries - 1]
+        scores += of_head[torch.arange(num_keys, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
     for dense in (call.bias, call.attn_mask):
         if dense is not None:
             part = dense[batch if dense.shape[0] > 1 else 0, head if dense.shape[1] > 1 else 0]
@@ -131,16 +137,15 @@ def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     if call.is_causal:
         last_key = rows.unsqueeze(1) + num_keys - num_queries
-        scores = scores.masked_fill(torch.arange(num_keys) > last_key, -torch.inf)
+        scores = scores.masked_fill(torch.arange(num_keys, device=rows.device) > last_key, -torch.inf)
     return scores
 
 
 def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """Lost mass and squared change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
     p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees nothing
-    effect = (p * (grad_output @ values.mT).gather(1, order)).cumsum(1)
+    effect = (p * (grad_output.to(values.dtype) @ values.mT).gather(1, order)).cumsum(1)
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
-    return (1 - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()
-
-
+    # Of a row that sees nothing the mass is zero: it loses nothing.
+    return (mass[:, -1:] - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()

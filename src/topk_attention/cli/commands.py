@@ -86,6 +86,95 @@ def demo(
         )
 
 
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file to measure on. Default: Python's own documentation topics.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Length of a window: that of later use, a head's need grows with it.")
+    ] = 2048,
+    start: Annotated[int, typer.Option(help="Character of the text at which the first window begins.")] = 0,
+    windows: Annotated[int, typer.Option(help="Windows to measure on, one after the other.")] = 1,
+    mean_k: Annotated[
+        float | None, typer.Option(help="Budget: keys per query, mean of all heads. 64 unless another target is given.")
+    ] = None,
+    lost_mass: Annotated[
+        float | None, typer.Option(help="Instead: softmax weight that no head may exceed losing, e.g. 0.05.")
+    ] = None,
+    loss_increase: Annotated[
+        float | None, typer.Option(help="Instead: nats per token by which the loss may rise, e.g. 0.01; searched.")
+    ] = None,
+    feed_forward_mean_k: Annotated[
+        float | None, typer.Option(help="Choose neurons too: their number per token, mean of all layers.")
+    ] = None,
+    uniform: Annotated[
+        str | None, typer.Option(help="k for every head to compare with, separated by commas. Default: the mean k.")
+    ] = None,
+    also_mean_k: Annotated[
+        str | None, typer.Option(help="Other budgets to try, separated by commas. Default: half and twice the mean k.")
+    ] = None,
+    evaluate_text: Annotated[
+        Path | None, typer.Option(help="Text to evaluate on. Default: what follows the measured windows.")
+    ] = None,
+    evaluate_start: Annotated[int | None, typer.Option(help="Character at which evaluation begins.")] = None,
+    evaluate_tokens: Annotated[int, typer.Option(help="Length of the window to evaluate on.")] = 2048,
+    report: Annotated[Path, typer.Option(help="Page with pictures and what they say.")] = Path(
+        "results/calibration/calibration.html"
+    ),
+    out: Annotated[Path, typer.Option(help="The calibration, for convert(model, attention_k=...).")] = Path(
+        "results/calibration/calibration.json"
+    ),
+    records: Annotated[Path, typer.Option(help="Folder for the record, called after --out.")] = Path(
+        "results/calibration"
+    ),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure and evaluate again.")] = False,
+) -> None:
+    """Find out how large k must be: measure every head on a text, give each its k, and try them on other text.
+
+    Writes a calibration, a record and a report. Interrupted, the same command continues with what is missing.
+    """
+    with _errors_in_words(f"what is finished is kept beside {out} and in {records}"):
+        from ..calibrate import LossIncrease, LostMass, MeanK
+        from ..experiments.calibration import CalibrationConfig, run_calibration
+
+        kinds = ((MeanK, mean_k), (LostMass, lost_mass), (LossIncrease, loss_increase))
+        targets = [kind(number) for kind, number in kinds if number is not None]
+        if len(targets) > 1:
+            raise ValueError("give one of --mean-k, --lost-mass and --loss-increase, got several")
+        run_calibration(
+            CalibrationConfig(
+                model=model,
+                text=text,
+                start=start,
+                num_tokens=tokens,
+                windows=windows,
+                target=targets[0] if targets else MeanK(64.0),
+                feed_forward_mean_k=feed_forward_mean_k,
+                uniform=None if uniform is None else _integers("uniform", uniform),
+                mean_ks=None if also_mean_k is None else _integers("also-mean-k", also_mean_k),
+                evaluate_text=evaluate_text,
+                evaluate_start=evaluate_start,
+                evaluate_tokens=evaluate_tokens,
+                report=report,
+                out=out,
+                records=records,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
 @benchmark.command()
 def attention(
     lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,8192,16384,32768",

@@ -24,7 +24,8 @@ from .demo_report import html_page, run_name, summary
 from .memory import PeakMeter
 from .models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer, longest_input, unpacked
 from .plots import draw_demo
-from .records import Json, environment, now, read_json, write_json, write_whole
+from .progress import progress_bar
+from .records import SAME_ENVIRONMENT, Json, differences, environment, now, read_json, write_json, write_whole
 from .timing import Stopwatch, busy_note
 from .workers import Send, WorkerError, run_in_fresh_process
 
@@ -35,8 +36,6 @@ SCHEMA = "topk_attention/demo/1"
 DEFAULT_NUM_TOKENS = 4096
 DEFAULT_K = (16, 32, 64, 128, 256)
 DEFAULT_OUT = Path("results/demo")
-# Runs on another processor, or of other code, do not belong in one table.
-_SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "transformers", "python", "cpu")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,10 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
 
 
 def measure_run(request: Json, send: Send) -> Json:
-    """One run, in a process of its own: load the model, convert it for a k, warm up, measure."""
+    """One run, in a process of its own: load the model, convert it for a k, warm up, measure.
+
+    The request's k is whatever `convert` takes as attention_k, or None.
+    """
     import torch
 
     from ..convert import convert
@@ -117,8 +119,9 @@ def measure_run(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     model = load_model(ModelSource(**request["model"]))
-    if request["k"] is not None:
-        convert(model, attention_k=request["k"], backend=request["backend"])
+    feed_forward_k = request.get("feed_forward_k")
+    if request["k"] is not None or feed_forward_k is not None:
+        convert(model, attention_k=request["k"], feed_forward_k=feed_forward_k, backend=request["backend"])
     input_ids = torch.tensor([request["input_ids"]])
     # A short prefix also serves as the warm-up: it touches every weight and starts the threads.
     logits_in_chunks = hidden_states_give_logits(model, input_ids)
@@ -175,7 +178,7 @@ def _start_or_continue(new: Json, files: DemoFiles, fresh: bool, say: Say) -> Js
     if fresh:
         say(f"Starting anew as asked: {files.record} is replaced.")
         return new
-    different = _differences(_identity(old), _identity(new))
+    different = differences(_identity(old), _identity(new))
     if different:
         say(f"{files.record} was made with another configuration and is replaced ({'; '.join(different)}).")
         return new
@@ -194,12 +197,7 @@ def _identity(record: Json) -> dict[str, Any]:
         flat |= {f"{section} {name}": value for name, value in record.get(section, {}).items()}
     flat.pop("model num_parameters", None)  # known after the first run
     environment_of_record = record.get("environment", {})
-    return flat | {name: environment_of_record.get(name) for name in _SAME_ENVIRONMENT}
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    names = [*old, *(name for name in new if name not in old)]
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    return flat | {name: environment_of_record.get(name) for name in SAME_ENVIRONMENT}
 
 
 def _input_ids(config: DemoConfig, source: ModelSource, text: Text) -> list[int]:
@@ -218,17 +216,8 @@ def _make_runs(
     console: Console,
 ) -> None:
     from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed, left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for number, k in enumerate(missing):
             name = run_name(k)

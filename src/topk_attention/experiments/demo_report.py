@@ -13,7 +13,7 @@ from .timing import busy_note
 # A perplexity this much above full attention's counts as close to it.
 _CLOSE = 0.05
 
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -49,7 +49,7 @@ def html_page(record: Json, picture: bytes) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>

@@ -9,9 +9,9 @@ from typing import Any
 
 from .records import Json, write_whole
 
-_COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#6b6b6b")
+COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#6b6b6b")
 _MARKERS = ("o", "s", "^", "D", "v")
-_QUOTED = "#6b6b6b"
+QUOTED = "#6b6b6b"
 MEMORY_AND_TIME = (
     ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
     ("elapsed_s", "Forward and backward [s]", 1.0),
@@ -30,21 +30,21 @@ def draw_demo(record: Json, path: Path) -> None:
         ("elapsed_s", "Time of the forward pass [s]", "lower is better"),
         ("peak_mib", "Peak memory above the model [MiB]", "lower is better"),
     )
-    figure = _new_figure(width=11, height=3.6)
+    figure = new_figure(width=11, height=3.6)
     for number, (field, title, note) in enumerate(panels, 1):
         axes = figure.add_subplot(1, 3, number)
         if topk:
             axes.plot(
                 [run["k"] for run in topk],
                 [run[field] for run in topk],
-                color=_COLOURS[0],
+                color=COLOURS[0],
                 marker="o",
                 label="top-k attention",
             )
             axes.set_xscale("log", base=2)
-            _only_ticks_at(axes.xaxis, [run["k"] for run in topk])
+            only_ticks_at(axes.xaxis, [run["k"] for run in topk])
         for run in full:
-            axes.axhline(run[field], color=_COLOURS[1], linestyle="--", label="full attention")
+            axes.axhline(run[field], color=COLOURS[1], linestyle="--", label="full attention")
         axes.set_ylim(0, 1.12 * max(run[field] for run in record["runs"]))
         axes.set_xlabel("k, keys kept per query")
         axes.set_title(title, fontsize=10, loc="left")
@@ -57,7 +57,7 @@ def draw_demo(record: Json, path: Path) -> None:
             ha="right",
             va="bottom",
             fontsize=8,
-            color=_QUOTED,
+            color=QUOTED,
             style="italic",
         )
         if number == 1:
@@ -82,7 +82,7 @@ def draw_memory_and_time(
     quoted  field -> name -> {x: value in the unit of the panel's title}: somebody else's numbers, drawn faint and
             dotted, at the sizes of the points alone
     """
-    figure = _new_figure(width=5 * len(panels), height=4.2)
+    figure = new_figure(width=5 * len(panels), height=4.2)
     sizes = {point[x] for points in curves.values() for point in points}
     for number, (field, panel_title, factor) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
@@ -93,7 +93,7 @@ def draw_memory_and_time(
             axes.plot(
                 *zip(*drawn, strict=True),
                 label=name,
-                color=_COLOURS[index % len(_COLOURS)],
+                color=COLOURS[index % len(COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=5,
             )
@@ -101,11 +101,11 @@ def draw_memory_and_time(
             shown = sorted((size, value) for size, value in values.items() if size in sizes)
             if shown:
                 marker = _MARKERS[index % len(_MARKERS)]
-                axes.plot(*zip(*shown, strict=True), label=name, color=_QUOTED, linestyle=":", marker=marker, alpha=0.5)
+                axes.plot(*zip(*shown, strict=True), label=name, color=QUOTED, linestyle=":", marker=marker, alpha=0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
-        _only_ticks_at(axes.xaxis, sorted(sizes))
+        only_ticks_at(axes.xaxis, sorted(sizes))
         axes.set_xlabel(x_label)
         axes.set_title(panel_title, fontsize=10, loc="left")
         axes.grid(alpha=0.25, which="both")
@@ -119,7 +119,7 @@ def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title:
 
     curves  name -> points with step, elapsed_s and validation_loss
     """
-    figure = _new_figure(width=9, height=3.8)
+    figure = new_figure(width=9, height=3.8)
     for number, (field, label) in enumerate((("step", "step"), ("elapsed_s", "training time [s]")), 1):
         axes = figure.add_subplot(1, 2, number)
         for index, (name, points) in enumerate(curves.items()):
@@ -127,7 +127,7 @@ def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title:
                 [point[field] for point in points],
                 [point["validation_loss"] for point in points],
                 label=name,
-                color=_COLOURS[index % len(_COLOURS)],
+                color=COLOURS[index % len(_COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=3,
             )
@@ -139,14 +139,14 @@ def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title:
     _save(figure, path)
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     # A figure of its own, without pyplot: no window system, no state that outlives the call.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _only_ticks_at(axis: Any, values: Sequence[int]) -> None:
+def only_ticks_at(axis: Any, values: Sequence[int]) -> None:
     from matplotlib.ticker import NullLocator
 
     axis.set_minor_locator(NullLocator())
@@ -162,7 +162,11 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: Any, path: Path) -> None:
+def png_of(figure: Any) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
-    write_whole(path, picture.getvalue())
+    return picture.getvalue()
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_whole(path, png_of(figure))

@@ -16,6 +16,9 @@ from .._version import __version__
 
 Json = dict[str, Any]
 
+# What of `environment()` has to agree: runs on another processor, or of other code, do not belong in one table.
+SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "transformers", "python", "cpu")
+
 
 def environment() -> Json:
     """Versions, processor and date; nothing that names a person, a machine or a folder."""
@@ -32,6 +35,12 @@ def environment() -> Json:
         "source_sha256": source_sha256(),
         "date": now(),
     }
+
+
+def differences(old: Json, new: Json) -> list[str]:
+    """What differs between two descriptions, in words."""
+    names = [*old, *(name for name in new if name not in old)]
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
 def now() -> str:

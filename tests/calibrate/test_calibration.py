@@ -1,0 +1,367 @@
+import json
+
+import pytest
+import torch
+from convert_models import HEADS, LAYERS, NEURONS, tiny_bert, tiny_llama, tiny_mistral
+
+from topk_attention import Calibration, LossIncrease, LostMass, MeanK, calibrate, convert, unconvert
+from topk_attention.calibrate.statistics import Collector
+
+LENGTH = 24
+KS = (1, 2, 4, 8)
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 97, (2, LENGTH), generator=generator) for _ in range(2)]
+
+
+def paths(model):
+    return [path for path, module in model.named_modules() if path.endswith(("self_attn", "attention.self"))]
+
+
+def state(model):
+    """Everything about a model that calibrating could leave changed."""
+    return {
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "modules": [(path, type(module), module.training) for path, module in model.named_modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "parameters": [(name, id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()],
+        "values": [parameter.tolist() for parameter in model.parameters()],
+    }
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("target", [MeanK(8), LostMass(0.01)])
+def test_each_head_of_each_layer_gets_a_k(make_model, target, batches):
+    model = make_model()
+    calibration = calibrate(model, batches, target=target)
+    assert list(calibration) == paths(model)
+    assert len(calibration) == LAYERS
+    assert all(len(ks) == HEADS and all(1 <= k <= LENGTH for k in ks) for ks in calibration.values())
+    assert len({k for ks in calibration.values() for k in ks}) > 1
+    assert calibration.feed_forward == {}
+    assert calibration.about["tokens"] == 4 * LENGTH
+    if isinstance(target, MeanK):
+        assert 0.8 * target.mean_k <= calibration.mean_k <= target.mean_k
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_comes_back_as_it_was(make_model, training, batches):
+    model = make_model().train(training)
+    first, second = list(model.parameters())[:2]
+    first.requires_grad_(False)
+    second.grad = torch.ones_like(second)
+    next(module for module in model.modules() if isinstance(module, torch.nn.Dropout | torch.nn.Linear)).train(
+        not training
+    )
+    before = state(model)
+    calibrate(model, batches, target=MeanK(8), feed_forward_target=MeanK(16))
+    assert state(model) == before
+
+
+def test_a_searched_calibration_gives_the_model_back_too(batches):
+    model = tiny_llama().train()
+    before = state(model)
+    calibrate(model, batches, target=LossIncrease(0.05))
+    assert state(model) == before
+
+
+def test_the_model_comes_back_as_it_was_after_an_error(batches):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(IndexError):
+        calibrate(model, [batches[0] + 1000], target=MeanK(8))
+    assert state(model) == before
+
+
+def test_a_model_loaded_with_topk_attention_keeps_it(tmp_path, batches):
+    from transformers import LlamaForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="topk")
+    calibrate(model, batches, target=MeanK(8))
+    assert model.config._attn_implementation == "topk"
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
+def test_converting_with_a_calibration_is_remembered_by_a_checkpoint(make_model, tmp_path, batches):
+    model = make_model()
+    calibration = calibrate(model, batches, target=MeanK(8), feed_forward_target=MeanK(16))
+    report = convert(model, attention_k=calibration, feed_forward_k=calibration.feed_forward)
+    found = {entry.path: entry.k for entry in report.replaced if entry.kind == "attention"}
+    assert found == dict(calibration)
+    output = model(batches[0])[0]
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    restored = convert(loaded)
+    assert [(entry.path, entry.k) for entry in restored.replaced] == [(e.path, e.k) for e in report.replaced]
+    torch.testing.assert_close(loaded(batches[0])[0], output)
+    unconvert(model)
+    assert not torch.allclose(model(batches[0])[0], output, atol=1e-3)
+
+
+def test_a_budget_of_every_key_changes_nothing(batches):
+    model = tiny_llama()
+    expected = model(batches[0]).logits
+    calibration = calibrate(model, batches, target=MeanK(LENGTH))
+    convert(model, attention_k=calibration)
+    assert (model(batches[0]).logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_the_loss_measured_is_the_models_own(batches):
+    model = tiny_llama()
+    with torch.no_grad():
+        expected = sum(model(input_ids=ids, labels=ids).loss.item() for ids in batches) / len(batches)
+    assert calibrate(model, batches, target=MeanK(8)).about["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_heads_are_weighed_by_the_gradient_of_the_summed_loss(batches, monkeypatch):
+    model, ids = tiny_llama(), batches[0]
+    expected = {}
+    handles = []
+    for path in paths(model):
+
+        def keep(module, inputs, path=path):
+            inputs[0].register_hook(lambda grad: expected.update({path: grad}))  # [B, N, H * E]
+
+        handles.append(model.get_submodule(path).o_proj.register_forward_pre_hook(keep))
+    (model(input_ids=ids, labels=ids).loss * ids.numel()).backward()
+    for handle in handles:
+        handle.remove()
+
+    seen = {}
+    see = Collector.see_attention
+
+    def see_and_keep(self, path, call, grad):
+        seen[path] = grad.transpose(1, 2).flatten(2)
+        see(self, path, call, grad)
+
+    monkeypatch.setattr(Collector, "see_attention", see_and_keep)
+    calibrate(model, [ids], target=MeanK(8))
+    assert set(seen) == set(expected)
+    for path, grad in seen.items():
+        torch.testing.assert_close(grad, expected[path], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
+def test_padding_is_measured_as_if_it_were_not_there(make_model, batches):
+    model = make_model()
+    ids = batches[0][:1]
+    expected = calibrate(model, [{"input_ids": ids}], target=LostMass(0.1))
+    mask = torch.ones(1, LENGTH + 8, dtype=torch.long)
+    mask[0, LENGTH:] = 0
+    padded = torch.cat([ids, ids[:, :8]], dim=1)
+    calibration = calibrate(model, [{"input_ids": padded, "attention_mask": mask}], target=LostMass(0.1))
+    if make_model is tiny_llama:
+        assert calibration.about["loss"] == pytest.approx(expected.about["loss"], rel=1e-4)
+    for path in expected:
+        # Gradients of padded rows are zero, so the mean falls by their share alone; the sum stays.
+        ours, theirs = calibration.curves[path], expected.curves[path]
+        ratio = torch.stack(
+            [ours.loss_error[:, ours.ks.index(k)] / theirs.loss_error[:, theirs.ks.index(k)] for k in KS]
+        )
+        torch.testing.assert_close(ratio / ratio[0, 0], torch.ones_like(ratio), rtol=1e-2, atol=0)
+
+
+def test_sliding_windows_are_measured(batches):
+    model = tiny_mistral()
+    calibration = calibrate(model, batches, target=LostMass(0.01))
+    assert max(k for ks in calibration.values() for k in ks) <= 8  # a window of 7 keys, and the grid's next k
+
+
+def test_batches_of_any_order_and_length_give_the_same(batches):
+    model = tiny_llama()
+    short, long = batches[0][:, :9], batches[1]
+    one = calibrate(model, [short, long], target=MeanK(20))
+    assert one == calibrate(model, iter([long, short]), target=MeanK(20))
+    assert one.curves[paths(model)[0]].ks[-1] == LENGTH
+
+
+def test_a_mapping_gives_the_same_as_its_token_ids(batches):
+    model = tiny_llama()
+    by_ids = calibrate(model, batches, target=MeanK(8))
+    assert by_ids == calibrate(model, [{"input_ids": ids, "labels": ids} for ids in batches], target=MeanK(8))
+
+
+def test_progress_rises_to_its_end(batches):
+    seen = []
+    calibrate(tiny_llama(), batches, target=LossIncrease(0.1), progress=lambda *step: seen.append(step))
+    measuring = [(done, total) for what, done, total in seen if what == "measuring"]
+    assert measuring == [(step, 4 * LAYERS) for step in range(1, 4 * LAYERS + 1)]
+    searching = [(done, total) for what, done, total in seen if what == "searching"]
+    assert searching == [(step, searching[0][1]) for step in range(searching[0][1] + 1)]
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("target", [MeanK(12), LostMass(0.2)])
+def test_feed_forward_layers_get_a_k_each(make_model, target, batches):
+    model = make_model()
+    calibration = calibrate(model, batches, target=MeanK(8), feed_forward_target=target)
+    assert len(calibration.feed_forward) == LAYERS
+    assert all(isinstance(k, int) and 1 <= k <= NEURONS for k in calibration.feed_forward.values())
+    if isinstance(target, MeanK):
+        assert sum(calibration.feed_forward.values()) <= LAYERS * 12
+    report = convert(model, feed_forward_k=calibration.feed_forward)
+    assert {entry.path: entry.k for entry in report.replaced} == calibration.feed_forward
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A Llama that has learnt to repeat the token five places back, which needs few keys but the right ones."""
+    model = tiny_llama(initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        ids = repeated(generator)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def repeated(generator, batch=8):
+    return torch.randint(3, 97, (batch, 5), generator=generator).repeat(1, 6)
+
+
+def loss_of(model, batches):
+    with torch.no_grad():
+        return sum(model(input_ids=ids, labels=ids).loss.item() for ids in batches) / len(batches)
+
+
+@pytest.mark.parametrize("bound", [0.3, 0.02])
+def test_a_search_keeps_the_loss_within_its_bound(trained, bound):
+    texts = [repeated(torch.Generator().manual_seed(1))]
+    full = loss_of(trained, texts)
+    calibration = calibrate(trained, texts, target=LossIncrease(bound))
+    assert calibration.about["loss"] == pytest.approx(full, rel=1e-4)
+    convert(trained, attention_k=calibration)
+    try:
+        assert loss_of(trained, texts) - full <= bound + 1e-4
+    finally:
+        unconvert(trained)
+    search = calibration.about["search"]
+    smaller = [step for step in search if step["mean_k"] < 0.99 * calibration.mean_k]
+    assert all(step["loss_increase"] > bound for step in smaller)
+
+
+def test_a_tighter_bound_on_the_loss_needs_no_smaller_k(trained):
+    texts = [repeated(torch.Generator().manual_seed(1))]
+    loose, tight = (calibrate(trained, texts, target=LossIncrease(bound)).mean_k for bound in (0.5, 0.01))
+    assert loose <= tight
+
+
+def test_a_calibration_is_a_mapping_that_convert_takes():
+    calibration = Calibration({"a": (1, 2), "b": (3, 4)})
+    assert dict(calibration) == {"a": (1, 2), "b": (3, 4)}
+    assert calibration["b"] == (3, 4)
+    assert len(calibration) == 2
+    assert "a" in calibration
+    assert calibration.mean_k == 2.5
+    with pytest.raises(KeyError):
+        calibration["c"]
+
+
+def test_a_saved_calibration_loads_as_it_was(tmp_path, batches):
+    calibration = calibrate(tiny_llama(), batches, target=MeanK(8), feed_forward_target=MeanK(16))
+    calibration.save(tmp_path / "k.json")
+    loaded = Calibration.load(str(tmp_path / "k.json"))
+    assert loaded == calibration
+    assert loaded.feed_forward == calibration.feed_forward
+    assert loaded.about == calibration.about
+    for stored, curves in (
+        (loaded.curves, calibration.curves),
+        (loaded.feed_forward_curves, calibration.feed_forward_curves),
+    ):
+        assert list(stored) == list(curves)
+        for path in curves:
+            assert stored[path].ks == curves[path].ks
+            assert stored[path].num_rows == curves[path].num_rows
+            torch.testing.assert_close(stored[path].lost_mass, curves[path].lost_mass, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(stored[path].loss_error, curves[path].loss_error, rtol=1e-3, atol=0)
+    assert loaded.reallocated(LostMass(0.1)) == calibration.reallocated(LostMass(0.1))
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "no json", '{"version": 2}', '{"version": 1, "attention_k": []}', '"x"']
+)
+def test_another_file_is_named(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"other\.json is not a calibration file: "):
+        Calibration.load(path)
+
+
+def test_a_number_that_no_json_parser_takes_is_never_written(tmp_path, batches):
+    calibrate(tiny_llama(), batches, target=MeanK(8)).save(tmp_path / "k.json")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "k.json").read_text(), parse_constant=refuse)
+
+
+def test_measurements_are_spent_anew_for_another_target(batches):
+    model = tiny_llama()
+    calibration = calibrate(model, batches, target=MeanK(8))
+    other = calibration.reallocated(MeanK(4))
+    assert other == calibrate(model, batches, target=MeanK(4))
+    assert other.about == calibration.about | {"target": repr(MeanK(4))}
+    assert calibration.reallocated(LostMass(0.1)) == calibrate(model, batches, target=LostMass(0.1))
+    assert calibration.mean_k > other.mean_k
+
+
+def test_a_search_cannot_be_spent_anew(batches):
+    calibration = calibrate(tiny_llama(), batches, target=MeanK(8))
+    with pytest.raises(ValueError, match=r"LossIncrease is searched with the model: call calibrate"):
+        calibration.reallocated(LossIncrease(0.1))
+
+
+def test_no_batches_are_named():
+    with pytest.raises(ValueError, match="batches must hold at least one batch of token ids, got none"):
+        calibrate(tiny_llama(), [], target=MeanK(8))
+
+
+def test_a_converted_model_is_named(batches):
+    model = tiny_llama()
+    convert(model, attention_k=4)
+    with pytest.raises(ValueError, match=r"model was converted already; call topk_attention\.unconvert\(model\) first"):
+        calibrate(model, batches, target=MeanK(8))
+
+
+def test_a_module_that_is_no_transformers_model_is_named(batches):
+    with pytest.raises(TypeError, match="model must be a transformers model"):
+        calibrate(torch.nn.Linear(2, 2), batches, target=MeanK(8))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (64, TypeError, "target must be MeanK, LostMass or LossIncrease, got int"),
+        (MeanK(0.5), ValueError, "mean_k must be at least 1, got 0.5"),
+        (MeanK(25), ValueError, "mean_k must be between 1 and 24, the largest k that was measured, got 25"),
+        (LostMass(1), ValueError, "bound must be a share of the mass between 0 and 1, got 1"),
+        (LossIncrease(0), ValueError, "bound must be above 0 nats per token, got 0"),
+    ],
+)
+def test_a_bad_target_is_named_and_leaves_the_model_alone(target, error, message, batches):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        calibrate(model, batches, target=target)
+    assert state(model) == before
+
+
+def test_a_bad_feed_forward_target_is_named(batches):
+    with pytest.raises(TypeError, match="feed_forward_target must be MeanK or LostMass, got LossIncrease"):
+        calibrate(tiny_llama(), batches, target=MeanK(8), feed_forward_target=LossIncrease(0.1))
+
+
+def test_a_search_without_a_loss_is_named(batches):
+    with pytest.raises(
+        ValueError, match="LossIncrease needs a loss and BertModel gave none; add labels to the batches"
+    ):
+        calibrate(tiny_bert(), batches, target=LossIncrease(0.1))

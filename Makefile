@@ -59,4 +59,4 @@ bench-feed-forward: install
 	$(BIN)/topk-attention benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build src/topk_attention/_kernels*.so

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -98,7 +99,7 @@ Tensor zeros(const std::vector<int64_t>& size, ScalarType dtype) {
   return torch::stable::zero_(tensor);
 }
 
-void check_memory(bool ok) { STD_TORCH_CHECK(ok, "top-k attention found no memory for its scratch space"); }
+void check_memory(bool ok) { STD_TORCH_CHECK(ok, "the top-k kernels found no memory for their scratch space"); }
 
 // Output [B, H, N, E] (laid out as [B, N, H, E]) and all entries, indices int32 and weights, which are empty unless asked
 // for: see topk::HeadK for their order.

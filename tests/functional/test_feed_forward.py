@@ -427,3 +427,23 @@ def test_any_call_gives_the_output_and_the_gradients_of_the_reference(case):
         torch.manual_seed(0)
         actual = layer.run(backend="chunked", token_chunk_size=token_chunk_size, **options)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["plain with biases", "gated with biases"])
+@pytest.mark.parametrize("frozen", ["w_in", "w_out", "w_gate"])
+def test_freezing_one_weight_changes_no_other_gradient(fast_backend, kind, frozen):
+    layer = random_layer(kind)
+    named = {
+        name: tensor for name, tensor in zip(layer._fields, layer, strict=True) if isinstance(tensor, torch.Tensor)
+    }
+    if frozen not in named:
+        return
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
+    apply(layer._replace(**tensors), k=4, backend=fast_backend).square().sum().backward()
+    others = {
+        name: tensor.clone().requires_grad_(name != frozen) if name != frozen else tensor.clone()
+        for name, tensor in named.items()
+    }
+    apply(layer._replace(**others), k=4, backend=fast_backend).square().sum().backward()
+    for name in named.keys() - {frozen}:
+        torch.testing.assert_close(others[name].grad, tensors[name].grad, rtol=0, atol=0)

@@ -30,13 +30,20 @@ def obstacle(call: AttentionCall) -> str | None:
         return "it needs a float mask in the dtype of the query"
     if call.key.shape[3] != call.value.shape[3]:
         return "with values of another size than keys it takes memory quadratic in length"
-    if call.is_causal and (num_queries != num_keys or call.attn_mask is not None):
+    if _hides_the_future(call) and (num_queries != num_keys or call.attn_mask is not None):
         return "it aligns causal queries with the first key, and takes no mask beside"
+    if any(x.stride(-1) != 1 for x in (call.query, call.key, call.value)):
+        return "with strided rows it takes memory quadratic in length"
     if 0 in (*call.query.shape, *call.key.shape):
         return "there is nothing to compute"
     if torch.compiler.is_compiling() or not all(_is_finite(x) for x in (call.query, call.key, call.value)):
         return "NaN and inf in hidden keys would spread"
     return None
+
+
+def _hides_the_future(call: AttentionCall) -> bool:
+    """Not where the last query is the only one: it sees every key."""
+    return call.is_causal and call.query.shape[2] > 1
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -51,7 +58,7 @@ def attention(call: AttentionCall) -> Tensor:
         call.key,
         call.value,
         attn_mask=call.attn_mask,
-        is_causal=call.is_causal,
+        is_causal=_hides_the_future(call),
         scale=call.scale,
         enable_gqa=call.query.shape[1] != call.key.shape[1],
     )

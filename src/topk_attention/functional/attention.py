@@ -107,6 +107,7 @@ def topk_attention(
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
                 or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept
     query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
+                (on "cpu" a few dozen, whatever is said here)
     return_selection  also return which keys were kept
 
     Returns [B, H, N, E] in the dtype of query, or with return_selection that and a `Selection`.

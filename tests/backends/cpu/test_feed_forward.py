@@ -341,8 +341,9 @@ def test_the_forward_operator_keeps_torchs_rules(case, requires_grad):
 def test_the_backward_operator_keeps_torchs_rules(case):
     *tensors, k, activation, dropout_p = operator_arguments(case, False)
     output, *selection = cpu_feed_forward.feed_forward_op(*tensors, k, activation, dropout_p, True)
-    arguments = (torch.randn_like(output), *tensors, *selection, activation, dropout_p)
-    torch.library.opcheck(cpu_feed_forward.feed_forward_backward_op, arguments)
+    for wanted in ([True, True, True], [False, True, False]):
+        arguments = (torch.randn_like(output), *tensors, *selection, activation, dropout_p, wanted)
+        torch.library.opcheck(cpu_feed_forward.feed_forward_backward_op, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -5,6 +5,8 @@ Source: Gupta et al. 2021, section 2, "feed-forward as attention".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,21 @@ _ACTIVATIONS = {
     "gelu_new": 4,
     "gelu_pytorch_tanh": 4,
 }
+
+
+@torch.library.register_fake("topk_attention::cpu_choose_neurons")
+def _(x, w_in, w_gate, b_in, b_gate, activation, k):
+    dtype = accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape[0], k, dtype=torch.int32),
+        x.new_empty(x.shape[0], k, dtype=dtype),
+        x.new_empty(x.shape[0] if w_gate is not None else 0, k, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("topk_attention::cpu_sum_neurons")
+def _(table, neurons, coefficients):
+    return table.new_empty(neurons.shape[0], table.shape[1], dtype=accumulation_dtype(table.dtype))
 
 
 def feed_forward(call: FeedForwardCall) -> Tensor:
@@ -113,14 +130,19 @@ def feed_forward_backward_op(
     gates: Tensor,
     activation: str,
     dropout_p: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones."""
+    """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones and for
+    weights (not biases) that are not `wanted`, in the order w_in, w_out, w_gate."""
     dtype = values.dtype
+    w_in_wanted, w_out_wanted, w_gate_wanted = wanted
     x, grad_output, w_in, w_out_t = (_whole_rows(part) for part in (x, grad_output, w_in, w_out.t()))
     num_neurons = w_in.shape[0]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_w_in, grad_w_out_t = (torch.zeros(w.shape, dtype=dtype) for w in (w_in, w_out_t))
-    grad_w_gate = torch.zeros(w_in.shape if w_gate is not None else 0, dtype=dtype)
+    grad_w_in, grad_w_out_t, grad_w_gate = (
+        torch.zeros(w.shape if w is not None and is_wanted else 0, dtype=dtype)
+        for w, is_wanted in ((w_in, w_in_wanted), (w_out_t, w_out_wanted), (w_gate, w_gate_wanted))
+    )
     grad_b_in, grad_b_gate = (torch.zeros(num_neurons if b is not None else 0, dtype=dtype) for b in (b_in, b_gate))
     tokens_at_a_time = max(1, _ENTRIES_AT_A_TIME // neurons.shape[1])
     for first in range(0, x.shape[0], tokens_at_a_time):
@@ -131,17 +153,17 @@ def feed_forward_backward_op(
         if seed is not None:
             factor = _dropout_factor(seed, first, kept, dropout_p, dtype)
             hidden, grad_hidden = hidden * factor, grad_hidden.mul_(factor)
-        _kernels.cpu_add_tokens(grad_output[part], kept, hidden, grad_w_out_t, None)
+        _add_tokens(grad_output[part], kept, hidden, grad_w_out_t, None)
         if gate is None:
             grad_value = activate_backward(grad_hidden, value, activation)
         else:
             grad_value = grad_hidden * activate(gate, activation)
         rows_grad_x = _kernels.cpu_sum_neurons(w_in, kept, grad_value)
-        _kernels.cpu_add_tokens(x[part], kept, grad_value, grad_w_in, None if b_in is None else grad_b_in)
+        _add_tokens(x[part], kept, grad_value, grad_w_in, None if b_in is None else grad_b_in)
         if gate is not None and w_gate is not None:
             grad_gate = activate_backward(grad_hidden.mul_(value), gate, activation)
             rows_grad_x += _kernels.cpu_sum_neurons(_whole_rows(w_gate), kept, grad_gate)
-            _kernels.cpu_add_tokens(x[part], kept, grad_gate, grad_w_gate, None if b_gate is None else grad_b_gate)
+            _add_tokens(x[part], kept, grad_gate, grad_w_gate, None if b_gate is None else grad_b_gate)
         grad_x[part] = rows_grad_x
     return (
         grad_x,
@@ -155,11 +177,12 @@ def feed_forward_backward_op(
 
 @feed_forward_backward_op.register_fake
 def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options):
+    w_in_wanted, w_out_wanted, w_gate_wanted = options[-1]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(w_in.shape),
-        x.new_empty(w_out.shape[::-1]),
-        x.new_empty(w_gate.shape if w_gate is not None else 0),
+        x.new_empty(w_in.shape if w_in_wanted else 0),
+        x.new_empty(w_out.shape[::-1] if w_out_wanted else 0),
+        x.new_empty(w_gate.shape if w_gate is not None and w_gate_wanted else 0),
         x.new_empty(b_in.shape if b_in is not None else 0),
         x.new_empty(b_gate.shape if b_gate is not None else 0),
     )
@@ -181,14 +204,16 @@ def _backward(ctx, grad_output, *_):
         raise RuntimeError("cpu_feed_forward needs save_selection=True for a backward pass")
     saved = ctx.saved_tensors  # once: under activation checkpointing each read computes them anew
     _, _, _, w_gate, b_in, b_gate, *_ = saved
+    # Frozen weights, as under LoRA, get no [F, D] gradient that would be thrown away.
+    wanted = list(ctx.needs_input_grad[1:4])
     grad_x, grad_w_in, grad_w_out_t, grad_w_gate, grad_b_in, grad_b_gate = feed_forward_backward_op(
-        grad_output, *saved, *ctx.options
+        grad_output, *saved, *ctx.options, wanted
     )
     return (
         grad_x,
-        grad_w_in,
-        grad_w_out_t.t(),
-        grad_w_gate if w_gate is not None else None,
+        grad_w_in if wanted[0] else None,
+        grad_w_out_t.t() if wanted[1] else None,
+        grad_w_gate if w_gate is not None and wanted[2] else None,
         grad_b_in if b_in is not None else None,
         grad_b_gate if b_gate is not None else None,
         *(None,) * 5,
@@ -200,6 +225,13 @@ feed_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
     return activate(values, activation) if gates is None else activate(gates, activation) * values
+
+
+def _add_tokens(rows: Tensor, neurons: Tensor, coefficients: Tensor, sums: Tensor, bias: Tensor | None) -> None:
+    if sums.ndim == 2:
+        _kernels.cpu_add_tokens(rows, neurons, coefficients, sums, bias)
+    elif bias is not None:
+        bias.scatter_add_(0, neurons.flatten().long(), coefficients.flatten())
 
 
 def _whole_rows(matrix: Tensor) -> Tensor:

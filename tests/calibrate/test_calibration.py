@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from convert_models import HEADS, LAYERS, NEURONS, tiny_bert, tiny_llama, tiny_mistral
+from convert_models import FAMILIES, HEADS, LAYERS, NEURONS, inputs_of, tiny_bert, tiny_llama, tiny_mistral
 
 from topk_attention import Calibration, LossIncrease, LostMass, MeanK, calibrate, convert, unconvert
 from topk_attention.calibrate.statistics import Collector
@@ -61,6 +61,21 @@ def test_the_model_comes_back_as_it_was(make_model, training, batches):
     before = state(model)
     calibrate(model, batches, target=MeanK(8), feed_forward_target=MeanK(16))
     assert state(model) == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_calibrated(name):
+    family = FAMILIES[name]
+    model, batch = family.build(), inputs_of(family, torch.float32)
+    before = state(model)
+    with torch.no_grad():
+        calibration = calibrate(model, [batch], target=MeanK(4), feed_forward_target=MeanK(10))
+    assert state(model) == before
+    assert len(calibration) == family.num_attention
+    assert len(calibration.feed_forward) == family.num_networks
+    assert all(curves.loss_error[:, 0].sum() > 0 for curves in calibration.curves.values())
+    report = convert(model, attention_k=calibration, feed_forward_k=calibration.feed_forward)
+    assert not report.skipped
 
 
 def test_a_searched_calibration_gives_the_model_back_too(batches):

@@ -219,12 +219,15 @@ def measure(
             report("backward", path)
 
         report("forward", path)
+        if not output.requires_grad:  # nothing before it does: gradients start here
+            output.requires_grad_()
         output.register_hook(measure_errors)
 
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         stack.enter_context(_converted(model, _EVERY_KEY, neurons if with_feed_forward else None))
         stack.enter_context(_without_weight_gradients(model))
+        stack.enter_context(torch.enable_grad())
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
         if with_feed_forward:
             layers |= {path: model.get_submodule(path) for path in neurons}
@@ -332,15 +335,13 @@ def _token_ids(batch: Batch) -> Tensor:
 
 @contextmanager
 def _without_weight_gradients(model: Any) -> Iterator[None]:
-    """Gradients start at the embeddings instead: the backward pass then computes none for weights."""
+    """The backward pass then computes gradients from each layer to the one before it alone."""
     parameters = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, _, output: output.requires_grad_())
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        hook.remove()
         for parameter, wanted in parameters.items():
             parameter.requires_grad_(wanted)
 

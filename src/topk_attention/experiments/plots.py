@@ -127,7 +127,7 @@ def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title:
                 [point[field] for point in points],
                 [point["validation_loss"] for point in points],
                 label=name,
-                color=COLOURS[index % len(_COLOURS)],
+                color=COLOURS[index % len(COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=3,
             )

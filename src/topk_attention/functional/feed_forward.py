@@ -50,8 +50,8 @@ def topk_feed_forward(
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
                 or raises
-    token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget (on "cpu"
-                at most 192 a thread, whatever is said here)
+    token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
+                (on "cpu" at most 192 a thread, whatever is said here)
 
     Returns [..., O] in the dtype of x.
 

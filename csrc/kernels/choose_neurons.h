@@ -6,7 +6,7 @@
 constexpr int64_t kPreActivationBytes = 4 << 20, kMostTokensPerBlock = 192;
 // With fewer tokens than this the weights are read once, by all threads, without packing them.
 constexpr int64_t kFewTokens = 12;
-constexpr int64_t kNeuronsPerTask = 64;
+constexpr int64_t kNeuronsPerTask = 64, kRowsAtOnce = 2;
 
 template <class A>
 int64_t padded_neurons(int64_t num_neurons) {
@@ -61,25 +61,39 @@ void choose_neurons_of_token(const ChooseNeurons& call, int64_t token, A* in, A*
   }
 }
 
-// out[t * stride] = row . x[t] for a few tokens at once, which share the loads of the row.
-template <class A, int kTokens>
-inline void dots(const A* row, const A* x, int64_t dim, A* out, int64_t stride) {
-  Vector<A> sums[kTokens][2] = {};
+// out[t * stride + r] = rows[r] . x[t] for a few rows and tokens at once, which share each other's loads.
+template <class A, int kRows, int kTokens>
+inline void dots(const A* const* rows, const A* x, int64_t dim, A* out, int64_t stride) {
+  Vector<A> sums[kRows][kTokens] = {};
   int64_t d = 0;
-  for (; d + 2 * kLanes<A> <= dim; d += 2 * kLanes<A>) {
-    const Vector<A> first = load(row + d), second = load(row + d + kLanes<A>);
+  for (; d + kLanes<A> <= dim; d += kLanes<A>) {
+    Vector<A> row[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) row[r] = load(rows[r] + d);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
-      sums[t][0] = multiply_add<A>(first, load(x + t * dim + d), sums[t][0]);
-      sums[t][1] = multiply_add<A>(second, load(x + t * dim + d + kLanes<A>), sums[t][1]);
+      const Vector<A> token = load(x + t * dim + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[r][t] = multiply_add<A>(row[r], token, sums[r][t]);
     }
   }
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) {
-    A sum = sum_of_lanes<A>(sums[t][0] + sums[t][1]);
-    for (int64_t i = d; i < dim; ++i) sum += row[i] * x[t * dim + i];
-    out[t * stride] = sum;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      A sum = sum_of_lanes<A>(sums[r][t]);
+      for (int64_t i = d; i < dim; ++i) sum += rows[r][i] * x[t * dim + i];
+      out[t * stride + r] = sum;
+    }
   }
+}
+
+// A few rows with all tokens. Each product is summed in the same order whichever rows and tokens it is computed with.
+template <class A, int kRows>
+inline void dots_of_rows(const A* const* rows, const A* x, int64_t num_tokens, int64_t dim, A* out, int64_t stride) {
+  int64_t t = 0;
+  for (; t + 4 <= num_tokens; t += 4) dots<A, kRows, 4>(rows, x + t * dim, dim, out + t * stride, stride);
+  for (; t < num_tokens; ++t) dots<A, kRows, 1>(rows, x + t * dim, dim, out + t * stride, stride);
 }
 
 template <class T, class A>
@@ -163,25 +177,31 @@ bool choose_neurons_of_few(const ChooseNeurons& call, const Parallel& parallel) 
     State& state = *static_cast<State*>(opaque);
     const ChooseNeurons& call = state.call;
     Arena size, arena;
-    size.take<A>(call.model_size);
+    size.take<A>(kRowsAtOnce * call.model_size);
     if (!arena.allocate(size)) {
       __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
       return;
     }
-    A* const spare = arena.take<A>(call.model_size);
+    A* const spare = arena.take<A>(kRowsAtOnce * call.model_size);
     const int64_t first = task * kNeuronsPerTask, last = smaller(first + kNeuronsPerTask, call.num_neurons);
     const Matrix* const weights[] = {&call.w_in, &call.w_gate};
     A* const to[] = {state.in, state.gate};
     for (int part = 0; part < (state.gate == nullptr ? 1 : 2); ++part) {
-      for (int64_t f = first; f < last; ++f) {
-        const T* row = static_cast<const T*>(weights[part]->data) + f * weights[part]->row_stride;
-        const A* wide = widened<T, A>(row, call.model_size, spare);
+      const T* const table = static_cast<const T*>(weights[part]->data);
+      const int64_t stride = weights[part]->row_stride;
+      int64_t f = first;
+      for (; f < last; f += kRowsAtOnce) {
+        const int64_t some = smaller(kRowsAtOnce, last - f);
+        const A* rows[kRowsAtOnce];
+        for (int64_t r = 0; r < some; ++r)
+          rows[r] = widened<T, A>(table + (f + r) * stride, call.model_size, spare + r * call.model_size);
         A* const out = to[part] + f;
-        int64_t t = 0;
-        for (; t + 4 <= call.num_tokens; t += 4)
-          dots<A, 4>(wide, state.x + t * call.model_size, call.model_size, out + t * state.stride, state.stride);
-        for (; t < call.num_tokens; ++t)
-          dots<A, 1>(wide, state.x + t * call.model_size, call.model_size, out + t * state.stride, state.stride);
+        if (some == kRowsAtOnce) {
+          dots_of_rows<A, kRowsAtOnce>(rows, state.x, call.num_tokens, call.model_size, out, state.stride);
+        } else {
+          for (int64_t r = 0; r < some; ++r)
+            dots_of_rows<A, 1>(rows + r, state.x, call.num_tokens, call.model_size, out + r, state.stride);
+        }
       }
     }
   });

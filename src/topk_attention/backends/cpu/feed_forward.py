@@ -5,7 +5,7 @@ Source: Gupta et al. 2021, section 2, "feed-forward as attention".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from ..dropout import keep_mask
 from . import library  # noqa: F401  loads the kernels
 
 _kernels = torch.ops.topk_attention
-# Entries [tokens, k] of one float whose gradients exist at a time in the backward pass.
-_ENTRIES_AT_A_TIME = 2**20
+# Entries [tokens, k] whose activations, or gradients, exist at a time beside what is saved.
+_ENTRIES_AT_A_TIME = 2**17
 # The numbers of topk::Activation.
 _ACTIVATIONS = {
     "identity": 0,
@@ -90,10 +90,13 @@ def _feed_forward(
         _ACTIVATIONS[activation],
         k,
     )
-    hidden = _hidden(values, None if w_gate is None else gates, activation)
-    if seed is not None:
-        hidden = hidden * _dropout_factor(seed, 0, neurons, dropout_p, dtype)
-    output = _kernels.cpu_sum_neurons(_whole_rows(w_out.t()), neurons, hidden).to(x.dtype)
+    w_out_t = _whole_rows(w_out.t())
+    output = x.new_empty(x.shape[0], w_out.shape[0])
+    for first, part in _token_chunks(x.shape[0], k):
+        hidden = _hidden(values[part], None if w_gate is None else gates[part], activation)
+        if seed is not None:
+            hidden *= _dropout_factor(seed, first, neurons[part], dropout_p, dtype)
+        output[part] = _kernels.cpu_sum_neurons(w_out_t, neurons[part], hidden)
     if save_selection:
         return output, neurons, values, gates
     return output, neurons[:0].clone(), values[:0].clone(), gates[:0].clone()
@@ -144,9 +147,7 @@ def feed_forward_backward_op(
         for w, is_wanted in ((w_in, w_in_wanted), (w_out_t, w_out_wanted), (w_gate, w_gate_wanted))
     )
     grad_b_in, grad_b_gate = (torch.zeros(num_neurons if b is not None else 0, dtype=dtype) for b in (b_in, b_gate))
-    tokens_at_a_time = max(1, _ENTRIES_AT_A_TIME // neurons.shape[1])
-    for first in range(0, x.shape[0], tokens_at_a_time):
-        part = slice(first, first + tokens_at_a_time)
+    for first, part in _token_chunks(x.shape[0], neurons.shape[1]):
         kept, value, gate = neurons[part], values[part], None if w_gate is None else gates[part]
         hidden = _hidden(value, gate, activation)
         grad_hidden = _kernels.cpu_dot_neurons(grad_output[part], w_out_t, kept)
@@ -223,8 +224,19 @@ def _backward(ctx, grad_output, *_):
 feed_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _token_chunks(num_tokens: int, k: int) -> Iterator[tuple[int, slice]]:
+    """The first token of each chunk, and the chunk."""
+    size = max(1, _ENTRIES_AT_A_TIME // k)
+    for first in range(0, num_tokens, size):
+        yield first, slice(first, first + size)
+
+
 def _hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
-    return activate(values, activation) if gates is None else activate(gates, activation) * values
+    """A tensor of its own: "identity" would hand back what is saved."""
+    hidden = activate(values if gates is None else gates, activation)
+    if gates is not None:
+        return hidden * values
+    return hidden.clone() if hidden is values else hidden
 
 
 def _add_tokens(rows: Tensor, neurons: Tensor, coefficients: Tensor, sums: Tensor, bias: Tensor | None) -> None:

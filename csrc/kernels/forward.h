@@ -13,7 +13,7 @@ struct RowBlock {
 };
 
 // Bytes that a thread's stored candidates and packed keys should take, so that they stay in the second-level cache.
-constexpr int64_t kCandidateBytes = 640 << 10, kPackedKeyBytes = 192 << 10;
+constexpr int64_t kCandidateBytes = 640 << 10, kPackedKeyBytes = 384 << 10;
 // Below this many visible keys the sample is all of them.
 constexpr int64_t kSampleAll = 512, kSmallestSample = 256;
 

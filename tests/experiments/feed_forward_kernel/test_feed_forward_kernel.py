@@ -85,7 +85,7 @@ def test_memory_leaves_weights_and_their_gradients_out_and_counts_the_rest():
     work = Work(d_model=1024, d_ff=1024, k=8, tokens=4096)
     result = measure_memory(REQUEST | {"work": asdict(work), "method": "dense"}, lambda message: None)
     assert result["gradients_mib"] == 8
-    # Output, pre-activations, activations and their gradients; what the product library takes beside differs by machine.
+    # Output, pre-activations, activations and their gradients; what products take beside differs by machine.
     assert 2 * 16 - 1 < result["peak_mib"] < 8 * 16
     assert result["total_peak_mib"] == pytest.approx(result["baseline_mib"] + 8 + result["peak_mib"])
     assert result["peak_of_second_pass_mib"] > 2 * 16 - 1

@@ -18,13 +18,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::string forced_target;  // empty: the best there is
+// The kernels in use: the best there are unless others are forced.
+const topk::Kernels* used_kernels = topk::kernels_of("");
 
-const topk::Kernels& kernels() {
-  const topk::Kernels* found = topk::kernels_of(forced_target);
-  STD_TORCH_CHECK(found != nullptr, "no CPU target named ", forced_target);
-  return *found;
-}
+const topk::Kernels& kernels() { return *used_kernels; }
 
 topk::DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -294,8 +291,9 @@ std::string cpu_targets() {
 
 // Use the target of this name from now on, the best there is for an empty one.
 void force_cpu_target(std::string target) {
-  STD_TORCH_CHECK(topk::kernels_of(target) != nullptr, "this processor cannot run CPU target ", target);
-  forced_target = target;
+  const topk::Kernels* found = topk::kernels_of(target);
+  STD_TORCH_CHECK(found != nullptr, "this processor cannot run CPU target ", target);
+  used_kernels = found;
 }
 
 }  // namespace

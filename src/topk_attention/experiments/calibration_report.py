@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ..calibrate import Calibration
-from .demo_report import STYLE
+from .demo_report import page_top
 from .records import Json
 
 # A perplexity this much above full attention's counts as close to it.
@@ -123,17 +123,9 @@ def html_page(record: Json, calibration: Calibration, file_name: str) -> str:
     neurons = ""
     if calibration.feed_forward:
         neurons = f"<h2>Neurons</h2>\n{_picture('Neurons kept by layer', neurons_by_layer(calibration))}"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p><strong>{escape(recommendation(record))}</strong></p>
+    return (
+        page_top(title)
+        + f"""<p><strong>{escape(recommendation(record))}</strong></p>
 <p>{escape(_caveat(record))}</p>
 {_picture("Perplexity against mean k", perplexity_against_k(_attention_runs(record)))}
 <table>
@@ -163,6 +155,7 @@ backend {escape(config["backend"])}, {escape(_known(environment, "date"))}</foot
 </body>
 </html>
 """
+    )
 
 
 def _feed_forward_argument(calibration: Calibration) -> str:

@@ -37,12 +37,8 @@ def summary(record: Json) -> str:
     return f"{_quality(full, topk)} {_cost(full, topk)}"
 
 
-def html_page(record: Json, picture: bytes) -> str:
-    """One self-contained page: what was run, the table, the picture and what they say."""
-    config, environment = record["config"], record["environment"]
-    rows = "\n".join(_row(run) for run in record["runs"])
-    model, text = record["model"], record["text"]
-    title = f"{model['name']}: the k best keys per query"
+def page_top(title: str) -> str:
+    """How every page begins, down to its heading."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -53,8 +49,19 @@ def html_page(record: Json, picture: bytes) -> str:
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{escape(model["name"])} ({model.get("num_parameters", 0) / 1e6:,.0f} million parameters, {escape(model["revision"])},
-{escape(config["dtype"])}, no training) read the first {config["num_tokens"]:,} tokens of
+"""
+
+
+def html_page(record: Json, picture: bytes) -> str:
+    """One self-contained page: what was run, the table, the picture and what they say."""
+    config, environment = record["config"], record["environment"]
+    rows = "\n".join(_row(run) for run in record["runs"])
+    model, text = record["model"], record["text"]
+    title = f"{model['name']}: the k best keys per query"
+    return (
+        page_top(title)
+        + f"""<p>{escape(model["name"])} ({model.get("num_parameters", 0) / 1e6:,.0f} million parameters,
+{escape(model["revision"])}, {escape(config["dtype"])}, no training) read the first {config["num_tokens"]:,} tokens of
 {escape(text["source"])}: once with full attention as the model comes, once for each k with every query keeping its
 k best keys.</p>
 <p><strong>{escape(summary(record))}</strong></p>
@@ -74,6 +81,7 @@ text sha256 {escape(text["sha256"][:16])}</footer>
 </body>
 </html>
 """
+    )
 
 
 def _busy(record: Json) -> str:

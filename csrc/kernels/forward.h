@@ -14,6 +14,7 @@ struct RowBlock {
 
 // Bytes that a thread's stored candidates and packed keys should take, so that they stay in the second-level cache.
 constexpr int64_t kCandidateBytes = 640 << 10, kPackedKeyBytes = 384 << 10;
+constexpr int64_t kManyKeys = 16384;
 // Below this many visible keys the sample is all of them.
 constexpr int64_t kSampleAll = 512, kSmallestSample = 256;
 
@@ -28,7 +29,9 @@ template <class A>
 int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads) {
   const int64_t total = sizes.batch * sizes.num_heads * sizes.num_queries;
   const int64_t row_bytes = slots_for<A>(largest_k, sizes.num_keys) * int64_t(sizeof(A) + sizeof(int32_t));
-  const int64_t that_fit = larger<int64_t>(kCandidateBytes / row_bytes, 8 * kTileRows);
+  // Every block packs all keys anew: with many of them larger blocks win, though their candidates leave the cache.
+  const int64_t bytes = sizes.num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes;
+  const int64_t that_fit = larger<int64_t>(bytes / row_bytes, 8 * kTileRows);
   const int64_t for_balance = larger<int64_t>(ceil_div(total, 4 * num_threads), 4 * kTileRows);
   return ceil_div<int64_t>(smaller(that_fit, for_balance), kTileRows) * kTileRows;
 }
@@ -159,6 +162,11 @@ class Forward {
                     block_.key_head * call_.key.stride[1];
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = int64_t(panels[p]) * kPanel<A>;
+      if (p + 1 < count) {
+        const int64_t next = int64_t(panels[p + 1]) * kPanel<A>;
+        for (int64_t r = next; r < smaller(next + kPanel<A>, s_.num_keys); ++r)
+          prefetch_row(keys + r * call_.key.stride[2], s_.head_dim);
+      }
       pack_columns<T, A, true>(keys + first * call_.key.stride[2], call_.key.stride[2], s_.num_keys - first, kPanel<A>,
                          s_.head_dim, A(1), keys_ + p * kPanel<A> * s_.head_dim, kPanel<A>, spare_rows_);
     }
@@ -265,39 +273,25 @@ class Forward {
     }
   }
 
-  // Store the scores of a panel whose bits are set. Most rows have none or one, in no pattern that a branch predictor
-  // could learn: the first two of each row are written whether they are there or not, and only counted if they are.
-  void take_reached(int64_t tile, const A* scores, int64_t first_key, uint64_t* reached) {
-    constexpr uint64_t last_lane = uint64_t(1) << (kPanel<A> - 1);
-    uint64_t any_left = 0;
+  // Store the scores of a panel whose bits are set.
+  void take_reached(int64_t tile, const A* scores, int64_t first_key, const uint64_t* reached) {
+    uint32_t rows_left = 0;
     const int64_t num_rows = rows_of(tile);
-    for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t r = 0; r < num_rows; ++r) rows_left |= uint32_t(reached[r] != 0) << r;
+    for (; rows_left != 0; rows_left &= rows_left - 1) {
+      const int r = __builtin_ctz(rows_left);
       Candidates<A>& found = rows_[tile * kTileRows + r].found;
       uint64_t bits = reached[r];
       int64_t count = found.count;
-      for (int i = 0; i < 2; ++i) {
-        const int lane = __builtin_ctzll(bits | last_lane);
+      do {
+        const int lane = __builtin_ctzll(bits);
         found.scores[count] = scores[r * kPanel<A> + lane];
-        found.indices[count] = int32_t(first_key) + lane;
-        count += bits != 0;
+        found.indices[count++] = int32_t(first_key) + lane;
         bits &= bits - 1;
-      }
+      } while (bits != 0);
       found.count = count;
-      reached[r] = bits;
-      any_left |= bits;
+      if (count > capacity_) make_room(tile * kTileRows + r);
     }
-    if (any_left != 0) {
-      for (int64_t r = 0; r < num_rows; ++r) {
-        Candidates<A>& found = rows_[tile * kTileRows + r].found;
-        for (uint64_t bits = reached[r]; bits != 0; bits &= bits - 1) {
-          const int lane = __builtin_ctzll(bits);
-          found.scores[found.count] = scores[r * kPanel<A> + lane];
-          found.indices[found.count++] = int32_t(first_key) + lane;
-        }
-      }
-    }
-    for (int64_t r = 0; r < num_rows; ++r)
-      if (rows_[tile * kTileRows + r].found.count > capacity_) make_room(tile * kTileRows + r);
   }
 
   void make_room(int64_t r) {

@@ -67,7 +67,10 @@ def tiny_mistral(**changes):
 
 
 def topk_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, position_bias=None, **kwargs):
-    """What a converted layer must compute, written with a dense mask over transformers' own eager scores."""
+    """What a converted layer must compute, written with a dense mask over transformers' own eager scores.
+
+    topk_eager.k is an int, or a function that gives a layer's: an int, or one for each head.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.mT * scaling
@@ -75,7 +78,9 @@ def topk_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, 
         scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask
-    kth = scores.topk(min(topk_eager.k, scores.shape[-1])).values[..., -1:]
+    k = topk_eager.k(module) if callable(topk_eager.k) else topk_eager.k
+    last = (torch.tensor(k).clamp(max=scores.shape[-1]) - 1).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    kth = scores.sort(-1, descending=True).values.gather(-1, last)
     scores = scores.masked_fill(scores < kth, -torch.inf)
     return (scores.softmax(-1).nan_to_num() @ value).transpose(1, 2).contiguous(), None
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 
 import pytest
 import torch
 from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of, topk_eager
 
-from topk_attention import convert, is_cross_attention, is_self_attention, unconvert
+from topk_attention import convert, is_cross_attention, is_self_attention, topk_attention, unconvert
 
 GENERATING = ("t5", "flan_t5", "gpt2", "llama", "mistral", "qwen2", "bart", "whisper")
 # Random models would say one token over and over.
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
 CROSS = ("t5", "flan_t5", "bart", "whisper")
+# How a family's configuration calls the dropout of its attention weights.
+ATTENTION_DROPOUT = {
+    "t5": "dropout_rate",
+    "flan_t5": "dropout_rate",
+    "bert": "attention_probs_dropout_prob",
+    "roberta": "attention_probs_dropout_prob",
+    "gpt2": "attn_pdrop",
+    "vit": "attention_probs_dropout_prob",
+}
+function = importlib.import_module("topk_attention.convert.attention_function")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -52,11 +63,33 @@ def test_with_every_key_and_neuron_kept_outputs_and_all_gradients_are_the_origin
     assert not report.skipped
 
 
+def test_with_k_at_the_number_of_keys_every_backend_gives_the_originals_outputs_and_gradients(
+    model, inputs, fast_backend
+):
+    """By name, a backend runs its own top-k; "auto" hands such calls to PyTorch's attention."""
+    expected = output_and_gradients(model, inputs)
+    convert(model, attention_k=24, backend=fast_backend)
+    assert_same(output_and_gradients(model, inputs), expected)
+
+
 def test_below_the_limit_outputs_and_all_gradients_are_those_of_a_dense_topk_mask(model, inputs, dense_topk):
     topk_eager.k = 5
     model.set_attn_implementation("topk_eager")
     expected = output_and_gradients(model, inputs)
     convert(model, attention_k=5)
+    assert_same(output_and_gradients(model, inputs), expected)
+
+
+def test_every_layer_and_head_keeps_its_own_k(family, model, inputs, dense_topk):
+    """Heads that share keys, cross-attention and T5's bias included."""
+    paths = [entry.path for entry in convert(model, attention_k=1).replaced]
+    ks = {path: [4, 1, 3, 2] if number % 2 else number + 2 for number, path in enumerate(paths)}
+    layers = {model.get_submodule(path): k for path, k in ks.items()}
+    unconvert(model)
+    topk_eager.k = layers.__getitem__
+    model.set_attn_implementation("topk_eager")
+    expected = output_and_gradients(model, inputs)
+    convert(model, attention_k=list(ks.values()))
     assert_same(output_and_gradients(model, inputs), expected)
 
 
@@ -99,12 +132,23 @@ def test_the_name_alone_runs_the_default_k(family, inputs):
     torch.testing.assert_close(output, expected)
 
 
-def test_dropout_and_training_mode_reach_attention_and_networks(family, inputs):
-    model = family.build().double()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_drops_out_in_training_alone_and_as_the_configuration_says(name, monkeypatch):
+    family, rates = FAMILIES[name], []
+
+    def recorded(*args, dropout_p, **options):
+        rates.append(dropout_p)
+        return topk_attention(*args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(function, "topk_attention", recorded)
+    model, inputs = family.build(**{ATTENTION_DROPOUT.get(name, "attention_dropout"): 0.25}).double(), inputs_of(family)
     convert(model, attention_k=5, feed_forward_k=8)
+    with torch.no_grad():
+        expected = output_of(model, inputs)
     model.train()
-    torch.manual_seed(3)
-    _, gradients = output_and_gradients(model, inputs)
+    output, gradients = output_and_gradients(model, inputs)
+    assert rates == [0.0] * family.num_attention + [0.25] * family.num_attention
+    assert not torch.equal(output, expected)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
@@ -205,6 +249,7 @@ def test_generation_below_the_limit_keeps_the_keys_that_a_dense_mask_would(name,
     convert(model, attention_k=3)
     assert torch.equal(model.generate(**inputs, **OPTIONS), expected)
     assert torch.equal(model.generate(**inputs, **OPTIONS, use_cache=False), expected)
+    assert torch.equal(model.generate(**inputs, **OPTIONS, cache_implementation="static"), expected)
 
 
 def generation_inputs(family):
@@ -215,7 +260,7 @@ def generation_inputs(family):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradient_checkpointing_gives_the_same_gradients(name):
+def test_gradient_checkpointing_gives_the_same_gradients(name, monkeypatch):
     family = FAMILIES[name]
     model, inputs = family.build().double(), inputs_of(family)
     if family.inputs != "image" and family.inputs != "encoder":
@@ -228,6 +273,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
                 setattr(module, attribute, 0.0)
     convert(model, attention_k=5, feed_forward_k=7)
     model.train()
+    calls = []
+    attend = function.topk_attention
+    monkeypatch.setattr(
+        function, "topk_attention", lambda *args, **options: calls.append(0) or attend(*args, **options)
+    )
     expected = output_and_gradients(model, inputs)
+    assert len(calls) == family.num_attention
     model.activation_checkpointing_enable()
     assert_same(output_and_gradients(model, inputs), expected)
+    assert len(calls) == 3 * family.num_attention  # computed again in the backward pass

@@ -8,6 +8,7 @@ from convert_models import LargestTensor, tiny_bert, tiny_llama
 from torch import nn
 
 from topk_attention import convert, unconvert
+from topk_attention.convert.settings import layer_settings
 
 
 def test_the_report_names_every_layer_and_its_k():
@@ -110,15 +111,69 @@ def test_loading_with_the_name_alone_warns_which_k_it_uses(tmp_path, tokens):
     assert loaded.config._attn_implementation == "sdpa"
 
 
-def test_loading_a_converted_checkpoint_by_the_name_alone_refuses_to_forget_its_k(tmp_path, tokens):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_k": 4, "feed_forward_k": 5},
+        {"attention_k": [4, 3]},
+        {"attention_k": [4, [4, 4, 4, 4]]},
+        {"attention_k": 4, "where": lambda path, module: ".1." in path},
+    ],
+)
+def test_loading_a_converted_checkpoint_by_the_name_alone_refuses_to_forget_its_k(options, tmp_path, tokens):
     model = tiny_llama()
-    convert(model, attention_k=4, feed_forward_k=5)
+    convert(model, **options)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="topk")
     with pytest.raises(
         RuntimeError, match=r"saved with its own k for each layer; call topk_attention.convert\(model\)"
     ):
         loaded(tokens)
+
+
+@pytest.mark.parametrize("k", [4, [1, 2, 3, 4]])
+def test_a_k_that_all_layers_share_is_restored_by_the_name_alone(k, tmp_path, tokens):
+    model = tiny_llama()
+    convert(model, attention_k=[k, k], backend="reference")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="topk").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+    assert layer_settings(loaded.model.layers[1].self_attn) == layer_settings(model.model.layers[1].self_attn)
+
+
+def test_an_environment_variable_chooses_k_for_the_name_alone(tmp_path, tokens, monkeypatch):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "plain")
+    convert(model, attention_k=4)
+    model.save_pretrained(tmp_path / "converted")
+    monkeypatch.setenv("TOPK_ATTENTION_K", "4")
+    with torch.no_grad():
+        for folder in ("plain", "converted"):
+            loaded = type(model).from_pretrained(tmp_path / folder, attn_implementation="topk").eval()
+            torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+    monkeypatch.setenv("TOPK_ATTENTION_K", "5")
+    loaded = type(model).from_pretrained(tmp_path / "converted", attn_implementation="topk")
+    with pytest.raises(RuntimeError, match="TOPK_ATTENTION_K is 5, but this checkpoint was saved with k = 4; unset"):
+        loaded(tokens)
+    convert(loaded, attention_k=6)  # what is said in code goes first
+    assert layer_settings(loaded.model.layers[0].self_attn).k == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("many", "the environment variable TOPK_ATTENTION_K must be a whole number, got 'many'"),
+        ("-3", "the environment variable TOPK_ATTENTION_K must be a whole number, got '-3'"),
+        ("0", "TOPK_ATTENTION_K must be at least 1"),
+    ],
+)
+def test_an_environment_variable_that_holds_no_k_is_told(value, words, tokens, monkeypatch):
+    monkeypatch.setenv("TOPK_ATTENTION_K", value)
+    model = tiny_llama()
+    model.set_attn_implementation("topk")
+    with pytest.raises(ValueError, match=words):
+        model(tokens)
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "block_indices", "cache"])

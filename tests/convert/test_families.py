@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import convert_models
 import pytest
 import torch
 from convert_models import VOCABULARY, tiny_bert, tiny_llama, tiny_mistral, topk_eager
@@ -255,6 +256,30 @@ def test_beam_search_equals_eager(tokens):
     assert torch.equal(model.generate(tokens, **options), expected)
 
 
+@pytest.mark.parametrize("k", [1000, 4])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"prefill_chunk_size": 7},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 3, "cache_implementation": "static"},
+        {"num_beams": 4, "num_return_sequences": 2},
+    ],
+    ids=lambda way: "-".join(way),
+)
+def test_other_ways_to_generate_give_the_same_tokens(way, k, tokens, left_padding):
+    """As the original at the limit; below it, as a model that computes everything anew for each token."""
+    rows = slice(1, None) if "prompt_lookup_num_tokens" in way else slice(None)  # it takes one sequence
+    options = {"attention_mask": left_padding[rows], "max_new_tokens": 10, "do_sample": False}
+    beams = {name: way[name] for name in way if name.startswith("num_")}
+    model = tiny_llama().double()
+    if k < tokens.shape[1]:
+        convert(model, attention_k=k)
+    expected = model.generate(tokens[rows], **options, **beams, use_cache=False)
+    convert(model, attention_k=k)
+    assert torch.equal(model.generate(tokens[rows], **options, **way), expected)
+
+
 @pytest.mark.parametrize("k", [1000, 3])
 def test_sliding_windows_are_kept(k, tokens, dense_topk):
     model = tiny_mistral().double()
@@ -274,10 +299,16 @@ def test_packed_sequences_do_not_see_each_other(tokens):
     model = tiny_llama().double()
     convert(model, attention_k=5)
     positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
-    with torch.no_grad():
-        packed = model(tokens, position_ids=positions, use_cache=False).logits
-        first, second = model(tokens[:, :10]).logits, model(tokens[:, 10:]).logits
-    torch.testing.assert_close(packed, torch.cat([first, second], dim=1))
+    packed, gradients = loss_and_gradients(model, tokens, position_ids=positions, use_cache=False)
+    # The same weights in the loss as of the packed sequence.
+    weights = torch.linspace(-1, 1, packed.numel(), dtype=packed.dtype).view(packed.shape)
+    model.zero_grad()
+    first, second = hidden_states(model, tokens[:, :10]), hidden_states(model, tokens[:, 10:])
+    apart = torch.cat([first, second], dim=1)
+    (apart * weights).sum().backward()
+    torch.testing.assert_close(packed, apart.detach())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, msg=name)
 
 
 def test_a_mask_tensor_of_the_callers_own_is_applied(tokens):
@@ -347,6 +378,25 @@ def test_a_bert_decoder_with_cross_attention_equals_eager(tokens):
     assert len(report.replaced) == 6
 
 
+def test_two_models_in_one_are_converted_saved_and_restored_together(tokens, left_padding, tmp_path):
+    from transformers import EncoderDecoderConfig, EncoderDecoderModel
+
+    configs = tiny_bert().config, tiny_bert(is_decoder=True, add_cross_attention=True).config
+    torch.manual_seed(0)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs)).eval()
+    inputs = {"input_ids": tokens, "attention_mask": left_padding, "decoder_input_ids": tokens[:, :9]}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert len(convert(model, attention_k=1000, feed_forward_k=1000).replaced) == 10
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        convert(model, attention_k=[3, 4, 5, 6, 7, 8])
+        model.save_pretrained(tmp_path)
+        loaded = EncoderDecoderModel.from_pretrained(tmp_path).eval()
+        convert(loaded)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+        assert (loaded(**inputs).logits - expected).abs().max() > 1e-2
+
+
 def test_self_attention_alone_can_be_picked():
     from topk_attention import is_cross_attention, is_self_attention
 
@@ -373,3 +423,19 @@ def test_a_compiled_model_equals_the_eager_one(tokens):
         expected = model(tokens, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "mistral", "bart"])
+def test_a_compiled_model_has_the_outputs_and_gradients_of_the_eager_one(name):
+    """Padding, windows and cross-attention."""
+    family = convert_models.FAMILIES[name]
+    model, inputs = family.build().double(), convert_models.inputs_of(family)
+    if name != "bert":
+        inputs["use_cache"] = False
+    convert(model, attention_k=5, feed_forward_k=7)
+    expected, gradients = convert_models.output_and_gradients(model, inputs)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    output, gradients_there = convert_models.output_and_gradients(compiled, inputs)
+    torch.testing.assert_close(output, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_there[f"_orig_mod.{name}"], gradient, msg=name)

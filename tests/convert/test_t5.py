@@ -48,6 +48,17 @@ def test_a_cache_of_either_kind_keeps_the_offsets(build, cache):
     assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), expected)
 
 
+def test_beams_read_an_encoders_output_that_was_computed_before():
+    model, inputs = tiny_t5().double(), inputs_of(FAMILIES["t5"])
+    del inputs["decoder_input_ids"]
+    convert(model, attention_k=4)
+    options = {"max_new_tokens": 8, "num_beams": 3, "no_repeat_ngram_size": 1}
+    expected = model.generate(**inputs, **options)
+    encoded = model.get_encoder()(**inputs)
+    output = model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], **options)
+    assert torch.equal(output, expected)
+
+
 def test_several_tokens_at_once_after_a_cache_keep_the_offsets():
     model, inputs = tiny_t5().double(), inputs_of(FAMILIES["t5"])
     convert(model, attention_k=4)

@@ -40,6 +40,7 @@ def output_and_gradients(module, compute):
 
 def assert_same(actual, expected):
     torch.testing.assert_close(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
     for name in expected[1]:
         torch.testing.assert_close(actual[1][name], expected[1][name], msg=name)
 
@@ -83,21 +84,25 @@ def test_attention_below_the_limit_is_that_of_the_reference(name):
     module, options = attention(), dict(INPUTS[name])
     x = randn(B, L, C)
     keys = randn(B, options.pop("context"), C) if "context" in options else x
-    projections = [
-        F.linear(source, weight, bias).unflatten(-1, (H, -1)).transpose(1, 2)
-        for source, weight, bias in zip(
-            (x, keys, keys), module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True
-        )
-    ]
     mask = options.get("attn_mask", torch.zeros(L, keys.shape[1]).bool())
     mask = ~mask if mask.dtype == torch.bool else mask
     mask = mask.unflatten(0, (B, H)) if mask.dim() == 3 else mask
     if "key_padding_mask" in options:
         mask = mask & ~options["key_padding_mask"][:, None, None, :]
-    expected = topk_attention(*projections, k=3, attn_mask=mask, backend="reference")
-    expected = module.out_proj(expected.transpose(1, 2).flatten(2))
+
+    def by_the_reference():
+        projections = [
+            F.linear(source, weight, bias).unflatten(-1, (H, -1)).transpose(1, 2)
+            for source, weight, bias in zip(
+                (x, keys, keys), module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True
+            )
+        ]
+        output = topk_attention(*projections, k=3, attn_mask=mask, backend="reference")
+        return module.out_proj(output.transpose(1, 2).flatten(2))
+
+    expected = output_and_gradients(module, by_the_reference)
     convert(module, attention_k=3)
-    torch.testing.assert_close(attend(module, **INPUTS[name]), expected)
+    assert_same(output_and_gradients(module, lambda: attend(module, **INPUTS[name])), expected)
 
 
 def test_keys_and_values_of_other_sizes_and_inputs_without_a_batch():

@@ -115,15 +115,23 @@ def convert(
     torch_layers.watch_nested_tensors(model)
     if config is None:
         return report
-    former = ModelSettings.from_config(config) or ModelSettings({}, {})
-    model_settings = ModelSettings(
-        former.attention_k if attention_k is None else _stored(report, "attention", prefix),
-        former.feed_forward_k if feed_forward_k is None else _stored(report, "feed_forward", prefix),
-        former.attention_backend if attention_k is None else attention_backend,
-        former.feed_forward_backend if feed_forward_k is None else feed_forward_backend,
-    )
+    remembered = ModelSettings.from_config(config) or ModelSettings({}, {})
+    if attention_k is not None:
+        every_k = {entry.k for _, entry in attention_plan}
+        remembered = replace(
+            remembered,
+            attention_k=_stored(report, "attention", prefix),
+            attention_backend=attention_backend,
+            every_attention_k=every_k.pop() if len(every_k) == 1 else None,
+        )
+    if feed_forward_k is not None:
+        remembered = replace(
+            remembered,
+            feed_forward_k=_stored(report, "feed_forward", prefix),
+            feed_forward_backend=feed_forward_backend,
+        )
     for holder in _configs(config, attention):
-        setattr(holder, CONFIG_ATTRIBUTE, model_settings.to_json())
+        setattr(holder, CONFIG_ATTRIBUTE, remembered.to_json())
     return report
 
 

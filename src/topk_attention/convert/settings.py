@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..functional.checks import check_k
+
 # What a model loaded with attn_implementation="topk" uses when nothing else was said: the k of the paper's
 # attention-layer and Long Range Arena settings.
 DEFAULT_ATTENTION_K = 128
+# Says another one, for programs that let one choose the implementation and nothing else.
+K_VARIABLE = "TOPK_ATTENTION_K"
 
 CONFIG_ATTRIBUTE = "topk_attention"
 _LAYER_ATTRIBUTE = "_topk_attention_layer"
@@ -28,19 +33,27 @@ class LayerSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What `convert` did to a model, by layer path without the model's base prefix."""
+    """What `convert` did to a model, by layer path without the model's base prefix.
+
+    every_attention_k  the k of all attention layers where they share one: a layer then needs no path to find its own
+    """
 
     attention_k: dict[str, K]
     feed_forward_k: dict[str, K]
     attention_backend: str = "auto"
     feed_forward_backend: str = "auto"
+    every_attention_k: K | None = None
 
     def to_json(self) -> dict[str, Any]:
+        def plain(k: K | None) -> int | list[int] | None:
+            return list(k) if isinstance(k, tuple) else k
+
         return {
-            "attention_k": {path: list(k) if isinstance(k, tuple) else k for path, k in self.attention_k.items()},
+            "attention_k": {path: plain(k) for path, k in self.attention_k.items()},
             "feed_forward_k": dict(self.feed_forward_k),
             "attention_backend": self.attention_backend,
             "feed_forward_backend": self.feed_forward_backend,
+            "every_attention_k": plain(self.every_attention_k),
         }
 
     @staticmethod
@@ -49,7 +62,7 @@ class ModelSettings:
         if stored is None:
             return None
 
-        def k_of(value: int | list[int]) -> K:
+        def k_of(value: Any) -> Any:
             return tuple(value) if isinstance(value, list) else value
 
         return ModelSettings(
@@ -57,6 +70,7 @@ class ModelSettings:
             dict(stored["feed_forward_k"]),
             stored.get("attention_backend", "auto"),
             stored.get("feed_forward_backend", "auto"),
+            k_of(stored.get("every_attention_k")),
         )
 
 
@@ -68,21 +82,50 @@ def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> Non
 
 
 def layer_settings(module: nn.Module) -> LayerSettings:
-    """What `convert` told this layer; the default where attn_implementation="topk" is all that was said."""
+    """What `convert` told this layer. Where attn_implementation="topk" is all that was said: the k that the model was
+    saved with, that of the environment variable TOPK_ATTENTION_K, or the default.
+
+    Raises:
+        RuntimeError: the model was saved with settings that a layer cannot restore by itself, or two k contradict.
+        ValueError: the environment variable holds no k.
+    """
     settings = getattr(module, _LAYER_ATTRIBUTE, None)
-    if settings is not None:
-        return settings
-    stored = ModelSettings.from_config(getattr(module, "config", None))
-    if stored is not None and stored.attention_k:
-        raise RuntimeError(
-            "this checkpoint was saved with its own k for each layer; call topk_attention.convert(model) after "
-            "from_pretrained to restore them"
-        )
-    warnings.warn(
-        f'attn_implementation="topk" without a k: using {DEFAULT_ATTENTION_K}; choose one with '
-        "topk_attention.convert(model, attention_k=...)",
-        stacklevel=2,
-    )
-    settings = LayerSettings(DEFAULT_ATTENTION_K)
-    set_layer_settings(module, settings)
+    if settings is None:
+        settings = _settings_of_the_name_alone(getattr(module, "config", None))
+        set_layer_settings(module, settings)
     return settings
+
+
+def _settings_of_the_name_alone(config: object) -> LayerSettings:
+    wanted = _k_of_the_environment()
+    stored = ModelSettings.from_config(config)
+    if stored is not None and stored.attention_k:
+        k = stored.every_attention_k
+        if k is None or stored.feed_forward_k:
+            raise RuntimeError(
+                "this checkpoint was saved with its own k for each layer; call topk_attention.convert(model) after "
+                "from_pretrained to restore them"
+            )
+        if wanted not in (None, k):
+            raise RuntimeError(
+                f"{K_VARIABLE} is {wanted}, but this checkpoint was saved with k = {k}; unset the variable, or call "
+                f"topk_attention.convert(model, attention_k={wanted}) after from_pretrained"
+            )
+        return LayerSettings(k, stored.attention_backend)
+    if wanted is None:
+        warnings.warn(
+            f'attn_implementation="topk" without a k: using {DEFAULT_ATTENTION_K}; choose one with '
+            f"topk_attention.convert(model, attention_k=...) or the environment variable {K_VARIABLE}",
+            stacklevel=4,
+        )
+    return LayerSettings(wanted or DEFAULT_ATTENTION_K)
+
+
+def _k_of_the_environment() -> int | None:
+    value = os.environ.get(K_VARIABLE, "").strip()
+    if not value:
+        return None
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable {K_VARIABLE} must be a whole number, got {value!r}")
+    check_k(K_VARIABLE, int(value))
+    return int(value)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from topk_attention.experiments import feed_forward_curve as curves
+from topk_attention.experiments import training
 from topk_attention.experiments.feed_forward_curve import CurveConfig, LanguageModel, run_feed_forward_curve, train_arm
 from topk_attention.experiments.records import read_json
 from topk_attention.experiments.workers import WorkerError
@@ -41,7 +42,7 @@ def in_this_process(monkeypatch):
 
         return train_arm(request, send)
 
-    monkeypatch.setattr(curves, "run_in_fresh_process", run)
+    monkeypatch.setattr(training, "run_in_fresh_process", run)
     return steps
 
 
@@ -108,7 +109,7 @@ def test_an_arm_that_fails_is_named(config, console, monkeypatch):
     def failing(*arguments, **options):
         raise WorkerError("out of memory", "cannot allocate memory")
 
-    monkeypatch.setattr(curves, "run_in_fresh_process", failing)
+    monkeypatch.setattr(training, "run_in_fresh_process", failing)
     with pytest.raises(WorkerError, match=r"dense failed \(out of memory\): cannot allocate memory"):
         run_feed_forward_curve(config, console)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,8 @@ benchmark = typer.Typer(help="Measure memory and time; points that are there alr
 app.add_typer(benchmark, name="benchmark")
 train = typer.Typer(help="Train small models; an interrupted run goes on from its checkpoint.", no_args_is_help=True)
 app.add_typer(train, name="train")
+qa = typer.Typer(help="Question answering with full and with top-k models.", no_args_is_help=True)
+app.add_typer(qa, name="qa")
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
@@ -413,6 +415,238 @@ def feed_forward_curve(
         run_feed_forward_curve(config, _console())
 
 
+@train.command()
+def language_model(
+    attention_k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas; one arm each.")] = "32",
+    feed_forward_k: Annotated[
+        str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")
+    ] = "",
+    full: Annotated[bool, typer.Option(help="The full model too.")] = True,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help='"bytes", or "words" between spaces, as WikiText has them.')] = "bytes",
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    d_model: Annotated[int, typer.Option(help="Model size.")] = 128,
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    d_ff: Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")] = 512,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 1000,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")
+    ] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two points of a curve.")] = 100,
+    out: Out = Path("results/language-model"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+) -> None:
+    """Train a small GPT from scratch in full and with top-k; compare perplexity on the last tenth of the text.
+
+    Same initial weights and batches for all. Writes TEXT-TOKENS.json and .png; interrupted, the same command continues
+    from the last point of the curve.
+    """
+    with _errors_in_words(f"finished arms and checkpoints are in {out}"):
+        from ..experiments.language_model import LanguageModelConfig, run_language_model
+
+        config = LanguageModelConfig(
+            settings=_settings(attention_k, feed_forward_k, full),
+            text=text,
+            tokens=tokens,
+            num_layers=layers,
+            d_model=d_model,
+            num_heads=heads,
+            d_ff=d_ff,
+            context=context,
+            batch=batch,
+            steps=steps,
+            learning_rate=learning_rate,
+            evaluate_every=evaluate_every,
+            threads=threads,
+            seed=seed,
+            backend=backend,
+            out=out,
+            fresh=fresh,
+        )
+        run_language_model(config, _console())
+
+
+@qa.command()
+def evaluate(
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Question files, folders with one, or hub ids ID:CONFIGURATION:SPLIT (package datasets), separated by "
+            "commas. Forms: UnifiedQA's lines, SQuAD, ARC, OpenBookQA, CommonsenseQA, BoolQ, MCTest."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Local folder or Hugging Face id of a decoder, T5 or BERT. Default: SmolLM2-135M from a package."
+        ),
+    ] = None,
+    attention_k: Annotated[
+        str, typer.Option(help="Keys kept per query, separated by commas; a calibration file is one of them.")
+    ] = "",
+    feed_forward_k: Annotated[
+        str, typer.Option(help="Neurons kept per token, separated by commas; a calibration file is one of them.")
+    ] = "",
+    full: Annotated[bool, typer.Option(help="The full model too.")] = True,
+    shots: Annotated[
+        int, typer.Option(help="Solved examples before each question, from the same set (decoder models).")
+    ] = 0,
+    limit: Annotated[int | None, typer.Option(help="Questions of a set, drawn at random. Default: all.")] = None,
+    out: Out = Path("results/qa"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Answer everything again.")] = False,
+) -> None:
+    """Let a model answer questions in full and with several k, without training.
+
+    A decoder gives each choice a likelihood, a text-to-text model writes its answer, BERT marks a stretch of the
+    passage. Points are appended to evaluations.jsonl; interrupted, the same command continues with the next batch.
+    """
+    with _errors_in_words(f"finished points and batches are in {out}"):
+        from ..experiments.qa.evaluation import EvaluationConfig, run_evaluation
+
+        run_evaluation(
+            EvaluationConfig(
+                datasets=_names(dataset),
+                settings=_settings(attention_k, feed_forward_k, full),
+                model=model,
+                limit=limit,
+                shots=shots,
+                seed=seed,
+                out=out,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@qa.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a T5 or BERT.")],
+    training: Annotated[str, typer.Option("--train", help="Questions to train on, as for --dataset of evaluate.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Questions to evaluate on. Default: passages held out of --train.")
+    ] = None,
+    hold_out: Annotated[
+        float, typer.Option(help="Share of the passages to hold out where --dataset is not given.")
+    ] = 0.2,
+    attention_k: Annotated[
+        str, typer.Option(help="Keys kept per query, separated by commas; one arm each. Calibration files too.")
+    ] = "",
+    feed_forward_k: Annotated[
+        str, typer.Option(help="Neurons kept per token, separated by commas; one arm each. Calibration files too.")
+    ] = "",
+    full: Annotated[bool, typer.Option(help="The full model too.")] = True,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Begin with random weights of the model's configuration.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Questions of a step.")] = 16,
+    parts: Annotated[int, typer.Option(help="Parts that a batch is cut into, to save memory.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 5e-5,
+    warm_up_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 40,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="Keep the learning rate; by default it falls to a tenth.")
+    ] = False,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between two points of the curve, with a checkpoint.")
+    ] = 200,
+    curve_questions: Annotated[int, typer.Option(help="Questions of a point of the curve; in the end all.")] = 100,
+    save: Annotated[Path | None, typer.Option(help="Folder for the trained models, one folder an arm.")] = None,
+    out: Out = Path("results/qa"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+) -> None:
+    """Train a text-to-text or span model on questions, in full and with several k, each from the same weights.
+
+    Arms are appended to finetuning.jsonl; interrupted, the same command continues from the last point of the curve.
+    """
+    with _errors_in_words(f"finished arms and checkpoints are in {out}"):
+        from ..experiments.qa.finetuning import FinetuningConfig, run_finetuning
+
+        run_finetuning(
+            FinetuningConfig(
+                model=model,
+                training=training,
+                dataset=dataset,
+                hold_out=hold_out,
+                settings=_settings(attention_k, feed_forward_k, full),
+                from_scratch=from_scratch,
+                steps=steps,
+                batch=batch,
+                parts=parts,
+                learning_rate=learning_rate,
+                warm_up_steps=warm_up_steps,
+                falls=not constant,
+                evaluate_every=evaluate_every,
+                curve_questions=curve_questions,
+                save=save,
+                seed=seed,
+                out=out,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@qa.command()
+def table(out: Out = Path("results/qa")) -> None:
+    """Write qa.md and qa.png from the records in a folder, with published tables beside them, marked as quoted."""
+    with _errors_in_words():
+        from ..experiments.qa.report import write_report
+
+        write_report(out, typer.echo)
+
+
+@qa.command()
+def reading_task(
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text whose words are used. Default: Python's own documentation topics.")
+    ] = None,
+    words: Annotated[int, typer.Option(help="Words of each of three kinds.")] = 100,
+    fewest_facts: Annotated[int, typer.Option(help="Facts of the shortest paragraph.")] = 4,
+    most_facts: Annotated[int, typer.Option(help="Facts of the longest paragraph.")] = 8,
+    training_questions: Annotated[int, typer.Option(help="Questions of a training file.")] = 30_000,
+    test_questions: Annotated[int, typer.Option(help="Questions of a test file.")] = 500,
+    out: Out = Path("results/qa/work/reading"),
+    seed: Seed = 0,
+) -> None:
+    """Generate a reading task with words of a text, and a small untrained T5 to learn it.
+
+    Writes train.jsonl and test.jsonl, the same for a new kind of question, and t5-untrained with its tokenizer, for
+    qa finetune --from-scratch and qa evaluate.
+    """
+    with _errors_in_words():
+        from ..experiments.qa.small_reader import SmallReaderConfig, make_small_reader
+
+        make_small_reader(
+            SmallReaderConfig(
+                text=text,
+                words=words,
+                facts=(fewest_facts, most_facts),
+                num_train=training_questions,
+                num_test=test_questions,
+                seed=seed,
+                out=out,
+            ),
+            typer.echo,
+        )
+
+
 @app.command()
 def info() -> None:
     """Show versions, processor, backends and which of them runs."""
@@ -432,6 +666,17 @@ def _integers(name: str, listed: str) -> list[int]:
         return [int(entry) for entry in listed.split(",") if entry.strip()]
     except ValueError:
         raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}") from None
+
+
+def _settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:
+    """What the options of these names ask for, as `experiments.settings.Setting`."""
+    from ..experiments.settings import one_at_a_time
+
+    return one_at_a_time(_integers_or_files(attention_k), _integers_or_files(feed_forward_k), full=full)
+
+
+def _integers_or_files(listed: str) -> list[int | Path]:
+    return [int(entry) if entry.lstrip("+-").isdigit() else Path(entry) for entry in _names(listed)]
 
 
 def _names(listed: str) -> list[str]:

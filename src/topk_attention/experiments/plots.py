@@ -114,7 +114,9 @@ def draw_memory_and_time(
     _save(figure, path)
 
 
-def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title: str) -> None:
+def draw_loss_curves(
+    curves: Mapping[str, Sequence[Json]], path: Path, *, title: str, unit: str = "nats per byte"
+) -> None:
     """Validation loss against steps and against training time, one curve an arm.
 
     curves  name -> points with step, elapsed_s and validation_loss
@@ -132,7 +134,7 @@ def draw_loss_curves(curves: Mapping[str, Sequence[Json]], path: Path, *, title:
                 markersize=3,
             )
         axes.set_xlabel(label)
-        axes.set_title("Validation loss [nats per byte]", fontsize=10, loc="left")
+        axes.set_title(f"Validation loss [{unit}]", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)

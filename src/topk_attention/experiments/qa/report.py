@@ -1,0 +1,285 @@
+"""The table and the picture, made from records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...tasks.qa.scores import Mean, mean_and_error
+from ..models import Say
+from ..plots import COLOURS, QUOTED, new_figure, only_ticks_at, png_of
+from ..records import Json, read_json_lines, write_whole
+from ..settings import mean_k, setting_name
+from . import evaluation, finetuning
+from .points import identity, unpack
+from .published import TABLES, PublishedTable, curves
+
+TABLE, PICTURE = "qa.md", "qa.png"
+_METRICS = {
+    "accuracy": "accuracy",
+    "accuracy_by_length": "accuracy, likelihoods divided by the choice's characters",
+    "exact_match": "exact match",
+    "f1": "F1",
+}
+_SHOWN_IN_PICTURE = ("accuracy_by_length", "exact_match")
+_HOW = {"choices": "choices by likelihood", "text": "in its own words", "spans": "by marking the passage"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Records that stand in one table: of one model, asked in one way.
+
+    records  by setting and question set, as they are named
+    """
+
+    name: str
+    records: dict[tuple[str, str], Json]
+
+    @property
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(setting for setting, _ in self.records))
+
+    @property
+    def sets(self) -> list[str]:
+        return list(dict.fromkeys(name for _, name in self.records))
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(next(iter(self.records.values()))["scores"])
+
+    def score(self, setting: str, some: str, metric: str) -> Mean | None:
+        """In per cent; None where there is no record."""
+        record = self.records.get((setting, some))
+        return None if record is None else _per_cent(unpack(record["outcomes"][metric]))
+
+    def change(self, setting: str, some: str, metric: str) -> Mean | None:
+        """Against the full model on the same questions, with the standard error of the paired difference."""
+        pair = [self.records.get((name, some)) for name in (setting, "full")]
+        if None in pair:
+            return None
+        ours, full = (unpack(record["outcomes"][metric]) for record in pair if record is not None)
+        return _per_cent([a - b for a, b in zip(ours, full, strict=True)])
+
+
+def write_report(out: Path, say: Say) -> None:
+    """Write qa.md and qa.png from the records in a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    evaluations = _newest(read_json_lines(out / evaluation.RECORDS))
+    trainings = _newest(read_json_lines(out / finetuning.RECORDS))
+    if not evaluations and not trainings:
+        raise ValueError(
+            f"{out} holds neither {evaluation.RECORDS} nor {finetuning.RECORDS}: make them with "
+            "topk-attention qa evaluate or finetune"
+        )
+    evaluated, trained = _groups(evaluations, _evaluation_name), _groups(trainings, _training_name)
+    write_whole(out / TABLE, markdown(evaluated, trained))
+    write_whole(out / PICTURE, picture(evaluated))
+    for name in (TABLE, PICTURE):
+        say(f"Written: {out / name}")
+
+
+def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
+    """The whole page."""
+    parts = [
+        "# Question answering with the k best keys and neurons",
+        "Per cent, with the standard error over the questions. A change is against the full model on the same "
+        "questions, with the standard error of the difference question by question. Made by `topk-attention qa table` "
+        "from the records beside it.",
+    ]
+    for heading, groups in (("Without training", evaluated), ("Trained", trained)):
+        if groups:
+            parts.append(f"## {heading}")
+        for group in groups:
+            parts += [f"### {group.name}", *_tables(group)]
+    parts += [
+        "## Published (quoted)",
+        "Gupta et al. 2021, tables of the authors' repository: other models, whole development sets, exact match by a "
+        "SQuAD 1.1 scorer. Means are taken from their rows.",
+    ]
+    parts += [f"**{table.title}**\n\n{_published(table)}" for table in TABLES]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(evaluated: Sequence[Group]) -> bytes:
+    """Mean score over the sets against attention k and against feed-forward k, a dashed line for the full model."""
+    figure = new_figure(width=11, height=4.6)
+    for number, (field, label) in enumerate(
+        (("attention_k", "k, keys kept per query"), ("feed_forward_k", "k, neurons kept per token")), 1
+    ):
+        axes = figure.add_subplot(1, 2, number)
+        ticks: set[int] = set()
+        for index, group in enumerate(evaluated):
+            metric = next(name for name in _SHOWN_IN_PICTURE if name in group.metrics)
+            colour = COLOURS[index % len(COLOURS)]
+            points = sorted(_points(group, field, metric))
+            if points:
+                ks, values, errors = zip(*points, strict=True)
+                style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2}
+                axes.errorbar(ks, values, yerr=errors, label=f"{group.name}: {_METRICS[metric]}", **style)
+                full = _mean_of([group.score("full", some, metric) for some in group.sets])
+                if full is not None:
+                    axes.axhline(full.value, color=colour, linestyle="--", linewidth=0.8)
+                ticks |= {round(k) for k in ks}
+        if field == "feed_forward_k":
+            for name, curve in curves().items():
+                axes.plot(list(curve), list(curve.values()), color=QUOTED, linestyle=":", marker=".", alpha=0.6)
+                k, value = max(curve.items())
+                axes.annotate(name, (k, value), fontsize=7, color=QUOTED, ha="right", va="bottom")
+                ticks |= set(curve)
+        axes.set_xscale("log", base=2)
+        if ticks:
+            only_ticks_at(axes.xaxis, sorted(ticks))
+            axes.tick_params(axis="x", labelrotation=45, labelsize=7)
+        axes.set_xlabel(label)
+        axes.set_title("Mean over the sets [%]; dashed: the full model", fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=6.5)
+    return png_of(figure)
+
+
+def _points(group: Group, field: str, metric: str) -> list[tuple[float, float, float]]:
+    """(k, mean, its error) of the settings that limit this field alone, where every set is there."""
+    points = []
+    for setting in group.settings:
+        described = next(r["setting"] for (name, _), r in group.records.items() if name == setting)
+        others = [k for name, k in described.items() if name != field]
+        k = mean_k(described[field])
+        mean = _mean_of([group.score(setting, some, metric) for some in group.sets])
+        # A calibrated k is another way to spend the same mean, not a point of the curve.
+        if k is not None and others == [None] and mean is not None and not isinstance(described[field], dict):
+            points.append((k, mean.value, mean.error))
+    return points
+
+
+def _newest(records: Sequence[Json]) -> list[Json]:
+    """One record for each identity, the last one written."""
+    by_identity = {repr(identity(record)): record for record in records}
+    return list(by_identity.values())
+
+
+def _groups(records: Sequence[Json], name_of: Callable[[Json], str]) -> list[Group]:
+    groups: dict[str, Group] = {}
+    for record in records:
+        name = name_of(record)
+        group = groups.setdefault(name, Group(name, {}))
+        group.records[setting_name(record["setting"]), _set_name(record["questions"])] = record
+    return list(groups.values())
+
+
+def _evaluation_name(record: Json) -> str:
+    protocol = record["protocol"]
+    shots = f", {protocol['shots']} examples before each question" if protocol["reader"] == "choices" else ""
+    return f"{record['model']['name']}, {_HOW[protocol['reader']]}{shots}"
+
+
+def _training_name(record: Json) -> str:
+    training = record["training"]
+    how = "trained from scratch" if training["from_scratch"] else "fine-tuned"
+    return (
+        f"{record['model']['name']}, {how}: {training['steps']:,} steps of {training['batch']} questions from "
+        f"{training['questions']['name']} ({training['questions']['number']:,})"
+    )
+
+
+def _set_name(questions: Json) -> str:
+    asked = questions.get("asked", questions["number"])
+    of = "" if asked == questions["number"] else f" of {questions['number']:,}"
+    return f"{questions['name']} ({asked:,}{of})"
+
+
+def _tables(group: Group) -> list[str]:
+    tables = []
+    columns = group.sets + ([] if len(group.sets) == 1 else ["mean"])
+    for metric in group.metrics:
+        title = _METRICS[metric]
+        tables.append(_table(f"**{title[0].upper()}{title[1:]}**", columns, group, group.settings, group.score, metric))
+        limited = [setting for setting in group.settings if setting != "full"]
+        if limited and "full" in group.settings:
+            tables.append(_table(f"Change of {title}", columns, group, limited, group.change, metric, sign="+"))
+    shares = {
+        setting: [_share(group.records.get((setting, some))) for some in group.sets] for setting in group.settings
+    }
+    if any(share for row in shares.values() for share in row):
+        rows = [[setting, *row] for setting, row in shares.items() if any(row)]
+        tables.append(
+            "Queries that see more than k keys, per cent; all others have full attention whatever k (for a calibrated "
+            "k: more than its mean)\n\n" + _markdown_table(["", *group.sets], rows)
+        )
+    notes = [_note(group)]
+    return [*tables, *notes]
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    group: Group,
+    settings: Sequence[str],
+    cell: Callable[[str, str, str], Mean | None],
+    metric: str,
+    sign: str = "",
+) -> str:
+    rows = []
+    for setting in settings:
+        means = [cell(setting, some, metric) for some in group.sets]
+        if "mean" in columns:
+            means.append(_mean_of(means))
+        rows.append(
+            [setting, *("-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}" for mean in means)]
+        )
+    return f"{title}\n\n{_markdown_table(['', *columns], rows)}"
+
+
+def _note(group: Group) -> str:
+    records = list(group.records.values())
+    versions = sorted({str(record["environment"]["commit"]) for record in records})
+    cpus = sorted({record["environment"]["cpu"] for record in records})
+    lengths = {
+        some: next(record["lengths"] for (_, name), record in group.records.items() if name == some)
+        for some in group.sets
+    }
+    told = "; ".join(
+        f"{some}: {length['mean_tokens']:.0f} (most {length['most_tokens']})" for some, length in lengths.items()
+    )
+    seconds = sum(record["elapsed_s"] for record in records)
+    return (
+        f"Tokens of a sequence, mean: {told}. float32 on {', '.join(cpus)}; {seconds / 60:.0f} minutes in all; "
+        f"commits {', '.join(versions)}."
+    )
+
+
+def _share(record: Json | None) -> str:
+    share = None if record is None else record["lengths"].get("share_beyond_k")
+    return "" if share is None else f"{100 * share:.0f}"
+
+
+def _published(table: PublishedTable) -> str:
+    rows = [
+        [name, *("-" if value is None else f"{value:g}" for value in values)] for name, values in table.rows.items()
+    ]
+    return _markdown_table([table.first_column, *table.columns], rows)
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] + ["--:"] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _per_cent(values: Sequence[float]) -> Mean:
+    mean = mean_and_error(values)
+    return Mean(100 * mean.value, 100 * mean.error)
+
+
+def _mean_of(means: Sequence[Any]) -> Mean | None:
+    """The mean of independent means; None where one is missing."""
+    known = [mean for mean in means if mean is not None]
+    if not known or len(known) < len(means):
+        return None
+    error = math.sqrt(sum(mean.error**2 for mean in known)) / len(known)
+    return Mean(sum(mean.value for mean in known) / len(known), error)

@@ -1,0 +1,115 @@
+"""What a small T5 is trained on from scratch: a generated reading task, a tokenizer of its words, and an untrained T5.
+
+Written as ordinary files, so that training, evaluation and fine-tuning are those of any model and any set.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...tasks.language_modelling import read_text
+from ...tasks.qa import Question
+from ...tasks.qa.reading_task import KINDS, Words, make_questions
+from ...tasks.qa.unifiedqa import input_text, target_text
+from ..models import Say
+from ..records import write_json, write_whole
+
+# Kinds of question of the files: what the model is trained on first, and what it is fine-tuned on.
+FIRST_KINDS, NEW_KINDS = ("what", "where"), ("who",)
+MODEL_FOLDER = "t5-untrained"
+
+
+@dataclass(frozen=True)
+class SmallReaderConfig:
+    """
+    words      of each of three kinds, taken from the text
+    facts      fewest and most in a paragraph
+    num_train, num_test  questions of a file
+    """
+
+    text: Path | None = None
+    words: int = 100
+    facts: tuple[int, int] = (4, 8)
+    num_train: int = 30_000
+    num_test: int = 500
+    d_model: int = 128
+    d_ff: int = 768
+    num_layers: int = 2
+    num_heads: int = 4
+    seed: int = 0
+    out: Path = Path("results/qa/work/reading")
+
+    def __post_init__(self) -> None:
+        for name in ("words", "num_train", "num_test", "d_model", "d_ff", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model must be a multiple of its {self.num_heads} heads, got {self.d_model}")
+
+
+def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
+    """Write train.jsonl and test.jsonl, the same for the new kind of question, and an untrained T5 with its tokenizer.
+
+    Raises:
+        ValueError: the text has too few words, or facts do not fit.
+        FileNotFoundError: there is no such text.
+    """
+    text = read_text(config.text)
+    words = Words.of(text.content, config.words)
+    everything: list[Question] = []
+    files = (
+        ("train.jsonl", config.num_train, FIRST_KINDS),
+        ("test.jsonl", config.num_test, FIRST_KINDS),
+        ("new-kind-train.jsonl", config.num_train, NEW_KINDS),
+        ("new-kind-test.jsonl", config.num_test, NEW_KINDS),
+    )
+    for turn, (name, number, kinds) in enumerate(files):
+        questions = make_questions(words, number, kinds=kinds, facts=config.facts, seed=4 * config.seed + turn)
+        rows = (json.dumps({name: value for name, value in asdict(q).items() if value}) for q in questions)
+        write_whole(config.out / name, "".join(f"{row}\n" for row in rows))
+        everything += questions
+        say(f"Written: {config.out / name} ({number:,} questions: {', '.join(kinds)})")
+    tokenizer = _new_tokenizer(everything)
+    _new_t5(config, len(tokenizer)).save_pretrained(config.out / MODEL_FOLDER)
+    tokenizer.save_pretrained(config.out / MODEL_FOLDER)
+    about = {"text": text.source, "text_sha256": text.sha256, "facts": config.facts, "words": asdict(words)}
+    write_json(config.out / "about.json", about | {"kinds": KINDS, "seed": config.seed})
+    say(f"Written: {config.out / MODEL_FOLDER} ({len(tokenizer)} words)")
+
+
+def _new_tokenizer(questions: list[Question]) -> Any:
+    """One token a word, as T5 frames its texts: </s> at the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"])
+    tokenizer.train_from_iterator((f"{input_text(q)} {target_text(q)}" for q in questions), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def _new_t5(config: SmallReaderConfig, vocabulary: int) -> Any:
+    """ReLU feed-forward layers and relative position bias, as in T5; no dropout."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(config.seed)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=config.d_model,
+            d_kv=config.d_model // config.num_heads,
+            d_ff=config.d_ff,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )

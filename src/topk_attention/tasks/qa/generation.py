@@ -1,0 +1,64 @@
+"""Answers in a text-to-text model's own words (T5, UnifiedQA, BART): greedy decoding of every input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+# UnifiedQA's answers are a few words; what goes on for longer is wrong anyway.
+MAX_NEW_TOKENS = 32
+_MAX_BATCH_TOKENS = 4096
+
+
+@torch.no_grad()
+def generated_answers(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[int, str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_batch_tokens: int = _MAX_BATCH_TOKENS,
+) -> Iterator[dict[int, str]]:
+    """For batches of inputs, longest first: their numbers and what the model writes, without special tokens.
+
+    inputs  number -> text, see `unifiedqa.input_text`
+
+    Inputs of about one length share a batch, at most `max_batch_tokens` with padding.
+    """
+    token_ids = {number: tokenizer(text)["input_ids"] for number, text in inputs.items()}
+    for batch in batches_by_length({number: len(ids) for number, ids in token_ids.items()}, max_batch_tokens):
+        padded = tokenizer.pad({"input_ids": [token_ids[number] for number in batch]}, return_tensors="pt")
+        output = model.generate(
+            input_ids=padded["input_ids"],
+            attention_mask=padded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        written = tokenizer.batch_decode(output, skip_special_tokens=True)
+        yield {number: text.strip() for number, text in zip(batch, written, strict=True)}
+
+
+def batches_by_length(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
+    """Numbers, the longest first, in batches of at most so many tokens when all are padded to the longest.
+
+    >>> batches_by_length({0: 3, 1: 7, 2: 4, 3: 3}, max_tokens=8)
+    [[1], [2, 0], [3]]
+    """
+    result: list[list[int]] = []
+    for number in sorted(lengths, key=lambda number: -lengths[number]):
+        if not result or (len(result[-1]) + 1) * lengths[result[-1][0]] > max_tokens:
+            result.append([])
+        result[-1].append(number)
+    return result
+
+
+def share_in_longer_inputs(lengths: Sequence[int], k: float) -> float:
+    """Of the tokens of all inputs, how many stand in inputs of more than k tokens, where top-k attention is not full.
+
+    >>> share_in_longer_inputs([3, 7], k=3)
+    0.7
+    """
+    return sum(length for length in lengths if length > k) / sum(lengths)

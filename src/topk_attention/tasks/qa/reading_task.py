@@ -1,0 +1,87 @@
+r"""A generated reading task: a paragraph of facts in words of a real text, and a question about one of them.
+
+    where is the anchor? \n queequeg keeps the anchor in the cabin. the whale of ahab is in the ...	cabin
+
+Three kinds of question, "what", "where" and "who"; a model trained on two of them can be fine-tuned on the third.
+Whoever answers must find the right sentence and take a word from it: no word says what another is about.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .questions import Question
+
+KINDS = ("what", "where", "who")
+_ASKED = {
+    "what": ("what does {holder} have?", "thing"),
+    "where": ("where is the {thing}?", "place"),
+    "who": ("who has the {thing}?", "holder"),
+}
+_FACTS = (
+    "{holder} keeps the {thing} in the {place}.",
+    "the {thing} of {holder} is in the {place}.",
+    "in the {place} {holder} has the {thing}.",
+)
+_WORD = re.compile(r"[a-z]+")
+_OWN_WORDS = frozenset(_WORD.findall(" ".join([*_FACTS, *(asked for asked, _ in _ASKED.values())])))
+_LEAST_LETTERS = 4
+
+
+@dataclass(frozen=True)
+class Words:
+    """What facts are made of."""
+
+    holders: tuple[str, ...]
+    things: tuple[str, ...]
+    places: tuple[str, ...]
+
+    @staticmethod
+    def of(text: str, number: int) -> Words:
+        """So many words of each kind: the most frequent of a text that have at least four letters.
+
+        Raises:
+            ValueError: the text has too few.
+        """
+        counts = Counter(word for word in _WORD.findall(text.lower()) if len(word) >= _LEAST_LETTERS)
+        words = [word for word, _ in counts.most_common() if word not in _OWN_WORDS][: 3 * number]
+        if len(words) < 3 * number:
+            raise ValueError(f"the text must have {3 * number} different words of four letters, got {len(words)}")
+        return Words(tuple(words[0::3]), tuple(words[1::3]), tuple(words[2::3]))
+
+
+def make_questions(
+    words: Words, number: int, *, kinds: Sequence[str], facts: tuple[int, int], seed: int
+) -> list[Question]:
+    """So many questions, each with a paragraph of its own.
+
+    kinds  of question, in equal parts
+    facts  fewest and most of a paragraph; no holder, thing or place occurs twice in it
+
+    >>> words = Words(("ahab", "bildad"), ("whale", "anchor"), ("cabin", "hold"))
+    >>> (question,) = make_questions(words, 1, kinds=["where"], facts=(2, 2), seed=1)
+    >>> print(question.text, question.passage, question.answers[0], sep=" | ")
+    where is the whale? | in the hold ahab has the whale. the anchor of bildad is in the cabin. | hold
+    """
+    for kind in kinds:
+        if kind not in _ASKED:
+            raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {kind!r}")
+    fewest, most = facts
+    least_words = min(map(len, (words.holders, words.things, words.places)))
+    if not 1 <= fewest <= most <= least_words:
+        raise ValueError(f"facts must be two numbers from 1 to the {least_words} words of a kind, got {facts}")
+    draw = random.Random(seed)
+    return [_question(words, kinds[turn % len(kinds)], draw.randint(fewest, most), draw) for turn in range(number)]
+
+
+def _question(words: Words, kind: str, num_facts: int, draw: random.Random) -> Question:
+    columns = (draw.sample(some, num_facts) for some in (words.holders, words.things, words.places))
+    facts = [dict(zip(("holder", "thing", "place"), parts, strict=True)) for parts in zip(*columns, strict=True)]
+    passage = " ".join(draw.choice(_FACTS).format(**fact) for fact in facts)
+    text, answer = _ASKED[kind]
+    asked_about = draw.choice(facts)
+    return Question(text.format(**asked_about), (asked_about[answer],), passage=passage)

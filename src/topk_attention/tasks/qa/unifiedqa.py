@@ -1,0 +1,87 @@
+r"""UnifiedQA's text-to-text form (Khashabi et al. 2020): question, choices and passage in lower case, between them a
+backslash and an n, and in files a tab and the answer after them.
+
+    which is a fruit? \n (a) apple (b) stone	apple
+    who ate it? \n ann had an apple. bob ate it.	bob
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from .questions import YES_OR_NO, Question
+
+SEPARATOR = r" \n "
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_SPACES = re.compile(r"\s+")
+
+
+def input_text(question: Question) -> str:
+    r"""What the model reads.
+
+    >>> print(input_text(Question("Which is a  fruit?", ("Apple",), choices=("Apple", "Stone"))))
+    which is a fruit? \n (a) apple (b) stone
+    """
+    parts = [question.text]
+    if question.choices and not question.is_yes_or_no:
+        if len(question.choices) > len(_LETTERS):
+            raise ValueError(f"choices must be at most {len(_LETTERS)}, got {len(question.choices)}: {question.text!r}")
+        named = zip(_LETTERS, question.choices, strict=False)
+        parts.append(" ".join(f"({letter}) {choice}" for letter, choice in named))
+    if question.passage:
+        parts.append(question.passage)
+    return SEPARATOR.join(in_lower_case(part) for part in parts)
+
+
+def target_text(question: Question) -> str:
+    """What the model should answer: the first answer, in lower case."""
+    return in_lower_case(question.answers[0])
+
+
+def parse_line(line: str) -> Question:
+    r"""One line of a file. Further answers stand in further columns, or all of them as a JSON list in the second.
+
+    >>> parse_line('who ate it? \\n bob and ann ate.\t["bob", "ann"]').answers
+    ('bob', 'ann')
+    """
+    source, *targets = line.rstrip("\n").split("\t")
+    answers = tuple(answer for target in targets for answer in _answers(target))
+    if not answers:
+        raise ValueError(f"a line must hold an input, a tab and an answer, got {line[:80]!r}")
+    text, *rest = (part.strip() for part in source.split(r"\n"))
+    choices = _choices(rest[0]) if rest else ()
+    passage = " ".join(part for part in (rest[1:] if choices else rest) if part)
+    if not choices and set(answers) <= set(YES_OR_NO):
+        choices = YES_OR_NO
+    return Question(text, answers, choices, passage)
+
+
+def in_lower_case(text: str) -> str:
+    """Lower case, every run of white space one space."""
+    return _SPACES.sub(" ", text.strip()).lower()
+
+
+def _answers(target: str) -> list[str]:
+    if target.startswith("[") and target.endswith("]"):
+        try:
+            listed = json.loads(target)
+        except ValueError:
+            return [target]
+        if isinstance(listed, list) and listed and all(isinstance(answer, str) for answer in listed):
+            return listed
+    return [target.strip()] if target.strip() else []
+
+
+def _choices(part: str) -> tuple[str, ...]:
+    """The choices in a text that begins with "(a) "; empty where it does not, or where there is but one."""
+    if not part.startswith("(a) "):
+        return ()
+    choices, rest = [], part[len("(a) ") :]
+    for letter in _LETTERS[1:]:
+        choice, found, after = rest.partition(f" ({letter}) ")
+        if not found:
+            break
+        choices.append(choice.strip())
+        rest = after
+    return (*choices, rest.strip()) if choices else ()

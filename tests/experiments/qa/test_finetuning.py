@@ -1,0 +1,169 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from topk_attention.experiments.qa import finetuning
+from topk_attention.experiments.qa.evaluation import EvaluationConfig, run_evaluation
+from topk_attention.experiments.qa.finetuning import Batches, FinetuningConfig, run_finetuning
+from topk_attention.experiments.qa.readers import TrainingExamples
+from topk_attention.experiments.records import read_json_lines
+from topk_attention.experiments.settings import one_at_a_time
+
+
+@pytest.fixture
+def config(reading, tmp_path):
+    return FinetuningConfig(
+        model=str(reading / "t5-untrained"),
+        training=str(reading / "train.jsonl"),
+        dataset=str(reading / "test.jsonl"),
+        settings=one_at_a_time([2], [8]),
+        from_scratch=True,
+        steps=4,
+        batch=6,
+        learning_rate=1e-3,
+        evaluate_every=2,
+        curve_questions=3,
+        threads=1,
+        out=tmp_path / "out",
+    )
+
+
+def test_every_arm_is_trained_on_the_same_questions_scored_and_kept(config, in_this_process, console, tmp_path):
+    config = replace(config, save=tmp_path / "models")
+    records = run_finetuning(config, console)
+    assert read_json_lines(config.out / "finetuning.jsonl") == records
+    assert [record["setting"] for record in records] == [setting.describe() for setting in config.settings]
+    for record in records:
+        assert [point["step"] for point in record["curve"]] == [2, 4]
+        assert len(record["outcomes"]["f1"]) == 12
+        assert record["training"]["questions"]["number"] == 60
+    assert len({record["curve"][0]["training_loss"] for record in records}) == 3  # k does matter
+    assert not list((config.out / "work").iterdir())
+    assert run_finetuning(config, console) == records
+    assert len(in_this_process) == 3
+    assert sorted(folder.name for folder in config.save.iterdir()) == ["attention-k-2", "feed-forward-k-8", "full"]
+    # A model that was trained with its k is asked with it.
+    evaluated = EvaluationConfig([str(config.dataset)], model=str(config.save / "attention-k-2"), threads=1)
+    (record,) = run_evaluation(replace(evaluated, out=config.out), console)
+    assert record["scores"] == records[1]["scores"]
+
+
+def test_with_every_key_and_neuron_training_is_that_of_the_full_model(config, in_this_process, console):
+    full, keys, neurons = run_finetuning(replace(config, settings=one_at_a_time([500], [32])), console)
+    for record in (keys, neurons):
+        for ours, theirs in zip(record["curve"], full["curve"], strict=True):
+            assert ours["training_loss"] == pytest.approx(theirs["training_loss"], rel=1e-4)
+
+
+def test_an_interrupted_arm_goes_on_from_its_checkpoint_to_the_same_losses(
+    config, in_this_process, console, monkeypatch, tmp_path
+):
+    config = replace(config, settings=one_at_a_time([2], full=False))
+    (expected,) = run_finetuning(replace(config, out=tmp_path / "whole"), console)
+    in_this_process.clear()
+    point, points = finetuning._point, []
+
+    def interrupted(*arguments):
+        points.append(1)
+        if len(points) == 2:
+            raise KeyboardInterrupt
+        return point(*arguments)
+
+    monkeypatch.setattr(finetuning, "_point", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetuning(config, console)
+    (record,) = run_finetuning(config, console)
+    assert [[m["step"] for m in messages] for _, _, messages in in_this_process] == [[1, 2, 3], [3, 4]]
+    losses = [[point["training_loss"] for point in some["curve"]] for some in (record, expected)]
+    assert losses[0] == losses[1]
+    assert record["outcomes"] == expected["outcomes"]
+
+
+def test_training_lowers_the_loss_of_a_small_t5(config, in_this_process, console):
+    settings = one_at_a_time([], [16], full=False)
+    (record,) = run_finetuning(replace(config, settings=settings, steps=60, evaluate_every=30, batch=8), console)
+    first, last = (point["training_loss"] for point in record["curve"])
+    assert last < 0.9 * first
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+    weight = torch.ones((), requires_grad=True)
+    examples = TrainingExamples(10, lambda numbers: weight * torch.tensor(numbers, dtype=torch.float32).mean())
+    gradients = []
+    for parts in (1, 3):
+        weight.grad = None
+        for loss in Batches(examples, 5, parts, seed=0)(2):
+            loss.backward()
+        gradients.append(weight.grad.item())
+    assert gradients[0] == pytest.approx(gradients[1])
+
+
+def test_an_epoch_holds_every_example_once_and_any_step_can_be_made_at_once():
+    examples = TrainingExamples(10, lambda numbers: torch.zeros(()))
+    batches = Batches(examples, 4, 1, seed=0)
+    numbers = [number for step in range(1, 6) for number in batches.numbers(step)]
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    assert numbers[:10] != numbers[10:]
+    assert Batches(examples, 4, 1, seed=0).numbers(4) == numbers[12:16]
+    assert Batches(examples, 4, 1, seed=1).numbers(1) != numbers[:4]
+
+
+@pytest.fixture
+def bert(tmp_path, reading):
+    """Folder of a random BERT without a span head, with the words of the reading task."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(reading / "t5-untrained")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    folder = tmp_path / "bert"
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=400, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_span_head_is_trained_on_passages_apart_from_those_it_is_asked_about(
+    bert, tmp_path, in_this_process, console
+):
+    passages = ["the red hat is in the den", "a blue hat was on the bed", "no hat is in the box", "one hat fell"]
+    rows = [
+        {"question": "where?", "context": text, "answers": {"text": [text[-7:]], "answer_start": [len(text) - 7]}}
+        for text in passages
+        for _ in range(3)
+    ]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(rows))
+    config = FinetuningConfig(
+        model=str(bert), training=str(path), hold_out=0.25, settings=one_at_a_time([3]), steps=2, batch=4,
+        evaluate_every=1, threads=1, out=tmp_path / "out", save=tmp_path / "models",
+    )  # fmt: skip
+    full, topk = run_finetuning(config, console)
+    assert full["training"]["questions"]["number"] == 9
+    assert full["questions"]["number"] == len(full["outcomes"]["f1"]) == 3
+    assert full["curve"] != topk["curve"]
+    request = in_this_process[0][1]
+    asked, learned = ({q["passage"] for q in request[name]} for name in ("evaluation", "training"))
+    assert not asked & learned
+    evaluated = EvaluationConfig([str(path)], model=str(config.save / "full"), threads=1, out=tmp_path / "out")
+    (record,) = run_evaluation(evaluated, console)
+    assert record["protocol"]["reader"] == "spans"
+
+
+def test_a_decoder_is_refused(config, decoder, console):
+    with pytest.raises(ValueError, match="tiny-llama is a decoder model: fine-tuning is for text-to-text and span"):
+        run_finetuning(replace(config, model=str(decoder)), console)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"parts": 7}, "parts must be at most the batch of 6, got 7"),
+        ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0\.0"),
+        ({"settings": []}, "there is nothing to train"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_refused(config, change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(config, **change)

@@ -1,4 +1,5 @@
-"""cli -> experiments -> calibrate -> tasks, convert -> nn -> functional -> backends: a file imports from its right."""
+"""cli -> experiments -> calibrate -> tasks, convert -> nn, baselines -> functional -> backends: a file imports from its
+right. Baselines are there for experiments alone."""
 
 import ast
 from pathlib import Path
@@ -13,7 +14,7 @@ LAYERS = [
     {"experiments"},
     {"calibrate"},
     {"tasks", "convert"},
-    {"nn"},
+    {"nn", "baselines"},
     {"functional"},
     {"backends"},
 ]
@@ -47,6 +48,12 @@ def test_a_file_imports_only_from_its_own_layer_or_those_below(path):
         imported = name.split(".")[1]
         if imported in RANK and imported != layer:
             assert RANK[imported] > RANK[layer], f"{path.name} ({layer}) imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_experiments_and_the_command_line_import_baselines(path):
+    if path.relative_to(PACKAGE).parts[0] not in ("baselines", "experiments", "cli"):
+        assert not [name for name in imported_modules(path) if name.startswith("topk_attention.baselines")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""What experiments compare top-k attention with, behind one interface. Nothing else in the library uses these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .dense import SdpaAttention, VanillaAttention
+from .interface import Baseline
+from .performer import PerformerAttention
+from .rfa import RandomFeatureAttention
+from .topk import LibraryAttention
+
+# name -> (what it is, class, which of the shared options it takes)
+_METHODS: dict[str, tuple[str, Callable[..., Baseline], tuple[str, ...]]] = {
+    "vanilla": ("matmul, softmax, matmul, every score in memory", VanillaAttention, ()),
+    "sdpa": ("PyTorch's scaled_dot_product_attention", SdpaAttention, ()),
+    "query-chunks": ("every key, in query chunks", LibraryAttention, ("query_chunk_size",)),
+    "topk": ("top-k attention", LibraryAttention, ("k", "query_chunk_size")),
+    "performer": ("Performer, FAVOR+", PerformerAttention, ("head_dim", "num_features", "query_chunk_size")),
+    "rfa": ("Random Feature Attention", RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
+}
+NAMES = {name: description for name, (description, _, _) in _METHODS.items()}
+
+
+def new_attention(
+    name: str,
+    *,
+    head_dim: int,
+    k: int | None = None,
+    num_features: int = 256,
+    query_chunk_size: int | None = None,
+    **options: Any,
+) -> Baseline:
+    """An attention method as a module, ready for `forward(query, key, value, *, key_mask, is_causal, dropout_p)`.
+
+    name              "vanilla", "sdpa", "query-chunks", "topk", "performer" or "rfa"
+    head_dim          D, size of queries and keys
+    k                 keys kept per query; "topk" needs it
+    num_features      size of the random feature vector of "performer" and "rfa"
+    query_chunk_size  rows handled at a time, by default what the method finds good
+    options           what only the method's own class takes, such as backend= for "topk" or normalize= for "rfa"
+
+    A method does not look at k, num_features or query_chunk_size where it has no use for them, so that one loop serves
+    all methods.
+
+    Raises:
+        ValueError: there is no such method, or a number does not fit.
+
+    >>> import torch
+    >>> attention = new_attention("performer", head_dim=16, num_features=64)
+    >>> query, key, value = (torch.randn(2, 4, 100, 16) for _ in range(3))
+    >>> attention(query, key, value, is_causal=True).shape
+    torch.Size([2, 4, 100, 16])
+    """
+    if name not in _METHODS:
+        names = ", ".join(f'"{name}"' for name in _METHODS)
+        raise ValueError(f"name must be one of {names}, got {name!r}")
+    _, new, taken = _METHODS[name]
+    shared = {"head_dim": head_dim, "k": k, "num_features": num_features, "query_chunk_size": query_chunk_size}
+    if name == "topk" and k is None:
+        raise ValueError('k must be a whole number for name="topk", got None; every key is name="query-chunks"')
+    if name == "query-chunks":
+        options = {"backend": "chunked"} | options
+    return new(**{option: shared[option] for option in taken}, **options)
+
+
+__all__ = [
+    "NAMES",
+    "Baseline",
+    "LibraryAttention",
+    "PerformerAttention",
+    "RandomFeatureAttention",
+    "SdpaAttention",
+    "VanillaAttention",
+    "new_attention",
+]

@@ -1,0 +1,170 @@
+"""Attention whose weights are products of feature vectors: linear time and memory, causal by prefix sums over chunks.
+
+    output_i = sum_j (f(q_i) . f(k_j)) exp(s_j) v_j  /  sum_j (f(q_i) . f(k_j)) exp(s_j)
+
+The sums over keys need no queries, so a state of size F x E stands for all keys before a chunk. Each key has a
+logarithm s_j of its own beside its features, and sums are kept relative to the largest s_j they contain: large numbers
+are never raised to a power of e, and no constant has to be added to the features to keep them apart from zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Of rows [B, H, C, D] features f [B, H, C, F] and logarithms s, which broadcast to [B, H, C, 1]: together f exp(s).
+# The logarithm of a query is of no consequence, since it is a factor of numerator and denominator.
+FeatureMap = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class _Keys(NamedTuple):
+    """A chunk of keys and its values.
+
+    features  [B, H, C, F]
+    logs      [B|1, H|1, C, 1]  s, -inf for a masked key
+    values    [B, H, C, E + 1]  the last column is 1, so that one product gives numerator and denominator
+    """
+
+    features: Tensor
+    logs: Tensor
+    values: Tensor
+
+
+class _State(NamedTuple):
+    """Sums over all keys so far, divided by exp(largest).
+
+    total    [B, H, F, E + 1]  features and values
+    plain    [B, H, 1, E + 1]  values alone
+    largest  [B|1, H|1, 1, 1]  of the logarithms, -inf while there was no key to attend to
+    """
+
+    total: Tensor
+    plain: Tensor
+    largest: Tensor
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap,
+    *,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    chunk_size: int,
+    smallest_weight: float,
+    smallest_sum: float,
+) -> Tensor:
+    """Attend with products of features in place of exp(score).
+
+    query            [B, H, N, D]
+    key              [B, H, M, D]
+    value            [B, H, M, E]
+    key_mask         [B, M]  bool, True = may attend
+    is_causal        query i sees keys j <= i + M - N
+    chunk_size       rows at a time; for causal attention also the side of the score blocks on the diagonal
+    smallest_weight  added to each product of features
+    smallest_sum     what the denominator is raised to, in units of the largest exp(s) it contains
+
+    Returns [B, H, N, E]; zeros for a query that sees no key. Memory: chunks and one state, and for the backward pass
+    the features of all rows and a state per chunk of queries.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    output = _Rows(query, value)
+
+    def keys(start: int, stop: int) -> _Keys:
+        return _keys(key[:, :, start:stop], value[:, :, start:stop], key_mask, start, feature_map)
+
+    def divide(sums: Tensor) -> Tensor:
+        return sums[..., :-1] / sums[..., -1:].clamp_min(smallest_sum)
+
+    def read(state: _State, features: Tensor) -> Tensor:
+        return features @ state.total + smallest_weight * state.plain
+
+    state = _no_keys(query, value, feature_map)
+    first_query = max(0, num_queries - num_keys) if is_causal else 0  # those before it see nothing
+    shared_keys = max(0, num_keys - num_queries) if is_causal else num_keys  # every query sees these
+    for start in range(0, shared_keys, chunk_size):
+        state = _absorb(state, keys(start, min(start + chunk_size, shared_keys)))
+    output.append_zeros(first_query)
+    for start in range(first_query, num_queries, chunk_size):
+        stop = min(start + chunk_size, num_queries)
+        features, _ = feature_map(query[:, :, start:stop])
+        if not is_causal:
+            output.append(divide(read(state, features)))
+            continue
+        chunk = keys(start + num_keys - num_queries, stop + num_keys - num_queries)
+        largest = torch.maximum(chunk.logs.detach().cummax(-2).values, state.largest)  # [B|1, H|1, C, 1]
+        shift = _finite(largest)
+        is_later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
+        factors = (chunk.logs.mT - shift).masked_fill(is_later, -torch.inf).exp()  # of key j for query i
+        weights = (features @ chunk.features.mT + smallest_weight) * factors  # [B, H, C, C]
+        output.append(divide(weights @ chunk.values + (state.largest - shift).exp() * read(state, features)))
+        state = _absorb(state, chunk)
+    return output.joined()
+
+
+def _keys(key: Tensor, value: Tensor, key_mask: Tensor | None, start: int, feature_map: FeatureMap) -> _Keys:
+    ones = value.new_ones(*value.shape[:-1], 1)
+    if key_mask is None:
+        features, logs = feature_map(key)
+        return _Keys(features, logs, torch.cat([value, ones], -1))
+    is_masked = ~key_mask[:, None, start : start + key.shape[2], None]  # [B, 1, C, 1]
+    # Zeros in place of what is masked: 0 times NaN would be NaN.
+    features, logs = feature_map(key.masked_fill(is_masked, 0))
+    values = torch.cat([value.masked_fill(is_masked, 0), ones], -1)
+    return _Keys(features, logs.masked_fill(is_masked, -torch.inf), values)
+
+
+def _no_keys(query: Tensor, value: Tensor, feature_map: FeatureMap) -> _State:
+    batch, heads = query.shape[:2]
+    num_features = feature_map(query[:1, :1, :0])[0].shape[-1]
+    return _State(
+        query.new_zeros(batch, heads, num_features, value.shape[-1] + 1),
+        query.new_zeros(batch, heads, 1, value.shape[-1] + 1),
+        query.new_full((1, 1, 1, 1), -torch.inf),
+    )
+
+
+def _absorb(state: _State, keys: _Keys) -> _State:
+    largest = torch.maximum(state.largest, keys.logs.detach().amax(-2, keepdim=True))
+    shift = _finite(largest)
+    weighted = keys.values * (keys.logs - shift).exp()
+    fade = (state.largest - shift).exp()
+    return _State(
+        state.total * fade + keys.features.mT @ weighted,
+        state.plain * fade + weighted.sum(-2, keepdim=True),
+        largest,
+    )
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """The same with 0 for -inf: -inf - -inf would be NaN."""
+    return largest.masked_fill(largest == -torch.inf, 0)
+
+
+class _Rows:
+    """[B, H, N, E] row by row: written in place where no gradient is wanted, so that rows never exist twice."""
+
+    def __init__(self, query: Tensor, value: Tensor) -> None:
+        self._shape = (*query.shape[:3], value.shape[-1])
+        self._value = value
+        self._parts: list[Tensor] = []
+        self._whole = None if torch.is_grad_enabled() else value.new_empty(self._shape)
+        self._filled = 0
+
+    def append(self, rows: Tensor) -> None:
+        if self._whole is None:
+            self._parts.append(rows)
+        else:
+            self._whole[:, :, self._filled : self._filled + rows.shape[2]] = rows
+        self._filled += rows.shape[2]
+
+    def append_zeros(self, number: int) -> None:
+        self.append(self._value.new_zeros(*self._shape[:2], number, self._shape[3]))
+
+    def joined(self) -> Tensor:
+        return torch.cat(self._parts, 2) if self._whole is None else self._whole

@@ -1,0 +1,91 @@
+"""Performer's FAVOR+ (Choromanski et al. 2021): softmax attention in expectation, from positive random features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..functional.checks import check_k
+from .interface import Baseline
+from .linear_attention import FeatureMap, linear_attention
+from .random_features import accumulation_tensors, random_directions
+
+# Rows at a time. On the diagonal of causal attention a chunk costs C x C scores a head on top of what is linear.
+CHUNK_SIZE = 128
+# Added to each product of two feature vectors. It decides only where all products of a query underflow.
+_SMALLEST_WEIGHT = 1e-30
+
+
+class PerformerAttention(Baseline):
+    """Attention weights exp(q . k / sqrt(D)) estimated without bias by the mean over F random directions w of
+
+        exp(w . x - |x|^2 / 2) exp(w . y - |y|^2 / 2),    x = q / D^(1/4),  y = k / D^(1/4).
+
+    head_dim          D
+    num_features      F
+    query_chunk_size  rows at a time, 128 by default
+    orthogonal        directions in blocks of D are at right angles, which lowers the variance; each is still Gaussian
+
+    The directions are a buffer, [F, D], saved with the module; `redraw` draws new ones. Features and sums are float32
+    (float64 for float64). Exponentials are taken relative to the largest one of each row, so nothing has to be added to
+    the features: the estimate of each weight stays unbiased.
+    """
+
+    can_drop = False
+    directions: Tensor
+
+    def __init__(
+        self, head_dim: int, num_features: int = 256, query_chunk_size: int | None = None, orthogonal: bool = True
+    ) -> None:
+        super().__init__()
+        self.chunk_size = CHUNK_SIZE if query_chunk_size is None else query_chunk_size
+        for name, number in (
+            ("head_dim", head_dim),
+            ("num_features", num_features),
+            ("query_chunk_size", self.chunk_size),
+        ):
+            check_k(name, number)
+        self.orthogonal = orthogonal
+        self.register_buffer("directions", torch.empty(num_features, head_dim))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Draw new directions from torch's random numbers."""
+        self.directions.copy_(random_directions(*self.directions.shape, orthogonal=self.orthogonal))
+
+    def feature_map(self, dtype: torch.dtype) -> FeatureMap:
+        """Features whose products are unbiased estimates of exp(q . k / sqrt(D)), for rows of this dtype."""
+        num_features, head_dim = self.directions.shape
+        scaled = self.directions.to(dtype).mT * head_dim**-0.25  # [D, F]
+        log_mean = math.log(num_features) / 2
+
+        def features_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+            projected = rows @ scaled
+            # The largest entry counts as a constant: together with the logarithm the result does not depend on it.
+            largest = projected.detach().amax(-1, keepdim=True)
+            logs = largest - rows.square().sum(-1, keepdim=True) * (0.5 * head_dim**-0.5) - log_mean
+            return projected.sub_(largest).exp_(), logs
+
+        return features_of
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
+    ) -> Tensor:
+        with accumulation_tensors(query, key, value) as tensors:
+            output = linear_attention(
+                *tensors,
+                self.feature_map(tensors[0].dtype),
+                key_mask=key_mask,
+                is_causal=is_causal,
+                chunk_size=self.chunk_size,
+                smallest_weight=_SMALLEST_WEIGHT,
+                smallest_sum=_SMALLEST_WEIGHT,
+            )
+        return output.to(query.dtype)
+
+    def extra_repr(self) -> str:
+        num_features, head_dim = self.directions.shape
+        return f"head_dim={head_dim}, num_features={num_features}, orthogonal={self.orthogonal}"

@@ -1,0 +1,116 @@
+"""Random Feature Attention (Peng et al. 2021): a Gaussian kernel in expectation, from sines and cosines."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional.checks import check_k
+from .interface import Baseline
+from .linear_attention import FeatureMap, linear_attention
+from .performer import CHUNK_SIZE
+from .random_features import accumulation_tensors, random_directions
+
+
+class RandomFeatureAttention(Baseline):
+    """Attention weights exp(-|sigma * (x - y)|^2 / 2) estimated without bias by the mean over F / 2 random w of
+
+        sin(w . sigma x) sin(w . sigma y) + cos(w . sigma x) cos(w . sigma y),    x = q / |q|,  y = k / |k|.
+
+    For one sigma in all dimensions that is softmax attention of unit vectors, exp(sigma^2 x . y) up to a constant.
+
+    head_dim          D
+    num_features      F, size of the feature vector: half sines, half cosines
+    query_chunk_size  rows at a time, 128 by default
+    num_heads         heads with a sigma and random vectors of their own; by default all heads share both
+    sigma             where the learned sigma begins
+    normalize         False: x = q / D^(1/4) and y = k / D^(1/4) are not brought to length 1, and weights are multiplied
+                      by exp(|sigma y|^2 / 2), which for sigma = 1 makes them those of softmax attention
+    orthogonal        random vectors in blocks of D are at right angles; each is still Gaussian
+    smallest_sum      the denominator, an estimate that may come out at zero or below, is raised to this (where keys
+                      have a factor, times the largest one)
+
+    sigma [H or 1, D] is learned with the rest, by reparametrisation as in the paper. The random vectors w are a buffer,
+    [H or 1, F / 2, D], saved with the module; `redraw` draws new ones. The paper's gate is left out. Features and sums
+    are float32 (float64 for float64).
+    """
+
+    can_drop = False
+    directions: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_features: int = 256,
+        query_chunk_size: int | None = None,
+        num_heads: int | None = None,
+        sigma: float = 1.0,
+        normalize: bool = True,
+        orthogonal: bool = False,
+        smallest_sum: float = 1e-2,
+    ) -> None:
+        super().__init__()
+        self.chunk_size = CHUNK_SIZE if query_chunk_size is None else query_chunk_size
+        for name, number in (
+            ("head_dim", head_dim),
+            ("num_features", num_features),
+            ("query_chunk_size", self.chunk_size),
+        ):
+            check_k(name, number)
+        if num_features % 2:
+            raise ValueError(f"num_features must be even, half sines and half cosines, got {num_features}")
+        for name, positive in (("sigma", sigma), ("smallest_sum", smallest_sum)):
+            if not positive > 0:
+                raise ValueError(f"{name} must be above 0, got {positive}")
+        self.normalize = normalize
+        self.orthogonal = orthogonal
+        self.smallest_sum = smallest_sum
+        self.sigma = nn.Parameter(torch.full((num_heads or 1, head_dim), float(sigma)))
+        self.register_buffer("directions", torch.empty(num_heads or 1, num_features // 2, head_dim))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Draw new random vectors from torch's random numbers."""
+        for of_head in self.directions:
+            of_head.copy_(random_directions(*of_head.shape, orthogonal=self.orthogonal))
+
+    def feature_map(self, dtype: torch.dtype) -> FeatureMap:
+        """Features whose products are unbiased estimates of the weights, for rows of this dtype."""
+        _, half, head_dim = self.directions.shape
+        scaled_sigma = self.sigma.to(dtype)[:, None, :] * (1.0 if self.normalize else head_dim**-0.25)  # [H|1, 1, D]
+        projection = (self.directions.to(dtype) * scaled_sigma).mT  # [H|1, D, F / 2]
+
+        def features_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+            if self.normalize:
+                rows = F.normalize(rows, dim=-1)
+                logs = rows.new_zeros(1, 1, rows.shape[2], 1)
+            else:
+                logs = (rows * scaled_sigma).square().sum(-1, keepdim=True) / 2
+            projected = rows @ projection
+            return torch.cat([projected.sin(), projected.cos()], -1).mul_(half**-0.5), logs
+
+        return features_of
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
+    ) -> Tensor:
+        heads = self.sigma.shape[0]
+        if heads not in (1, query.shape[1]):
+            raise ValueError(f"query must have {heads} heads like this module, got {query.shape[1]}")
+        with accumulation_tensors(query, key, value) as tensors:
+            output = linear_attention(
+                *tensors,
+                self.feature_map(tensors[0].dtype),
+                key_mask=key_mask,
+                is_causal=is_causal,
+                chunk_size=self.chunk_size,
+                smallest_weight=0.0,
+                smallest_sum=self.smallest_sum,
+            )
+        return output.to(query.dtype)
+
+    def extra_repr(self) -> str:
+        heads, half, head_dim = self.directions.shape
+        return f"head_dim={head_dim}, num_features={2 * half}, num_heads={heads}, normalize={self.normalize}"

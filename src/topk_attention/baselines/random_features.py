@@ -33,8 +33,8 @@ def _random_rotation(size: int) -> Tensor:
 
 
 @contextmanager
-def accumulation_tensors(query: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def accumulation_tensors(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The tensors in float32, or float64 where the first is, and no autocast meanwhile."""
     dtype = accumulation_dtype(query.dtype)
     with autocast_off(query.device.type):
-        yield tuple(tensor.to(dtype) for tensor in (query, *others))
+        yield query.to(dtype), key.to(dtype), value.to(dtype)

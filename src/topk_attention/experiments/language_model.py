@@ -133,7 +133,7 @@ def split_tokens(text: Text, kind: str) -> tuple[list[int], list[int], int]:
     """Tokens of the first nine tenths of a text, those of the rest, and how many different ones there are.
 
     >>> split_tokens(Text("a b\\na b c a\\na a\\nd a", ""), "words")
-    ([1, 2, 3, 1, 2, 4, 1, 3, 1], [0, 1], 5)
+    ([1, 2, 3, 1, 2, 4, 1, 3, 1, 1, 3], [0, 1], 5)
     """
     if kind == "bytes":
         tokens = list(text.content.encode())

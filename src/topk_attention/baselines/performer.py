@@ -7,18 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..functional.checks import check_k
-from .interface import Baseline
-from .linear_attention import FeatureMap, linear_attention
-from .random_features import accumulation_tensors, random_directions
+from .linear_attention import FeatureMap
+from .random_features import RandomFeatureBaseline, random_directions
 
-# Rows at a time. On the diagonal of causal attention a chunk costs C x C scores a head on top of what is linear.
-CHUNK_SIZE = 128
 # Added to each product of two feature vectors. It decides only where all products of a query underflow.
 _SMALLEST_WEIGHT = 1e-30
 
 
-class PerformerAttention(Baseline):
+class PerformerAttention(RandomFeatureBaseline):
     """Attention weights exp(q . k / sqrt(D)) estimated without bias by the mean over F random directions w of
 
         exp(w . x - |x|^2 / 2) exp(w . y - |y|^2 / 2),    x = q / D^(1/4),  y = k / D^(1/4).
@@ -33,20 +29,14 @@ class PerformerAttention(Baseline):
     the features: the estimate of each weight stays unbiased.
     """
 
-    can_drop = False
     directions: Tensor
 
     def __init__(
         self, head_dim: int, num_features: int = 256, query_chunk_size: int | None = None, orthogonal: bool = True
     ) -> None:
-        super().__init__()
-        self.chunk_size = CHUNK_SIZE if query_chunk_size is None else query_chunk_size
-        for name, number in (
-            ("head_dim", head_dim),
-            ("num_features", num_features),
-            ("query_chunk_size", self.chunk_size),
-        ):
-            check_k(name, number)
+        super().__init__(
+            head_dim, num_features, query_chunk_size, smallest_weight=_SMALLEST_WEIGHT, smallest_sum=_SMALLEST_WEIGHT
+        )
         self.orthogonal = orthogonal
         self.register_buffer("directions", torch.empty(num_features, head_dim))
         self.redraw()
@@ -70,21 +60,6 @@ class PerformerAttention(Baseline):
             return projected.sub_(largest).exp_(), logs
 
         return features_of
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
-    ) -> Tensor:
-        with accumulation_tensors(query, key, value) as tensors:
-            output = linear_attention(
-                *tensors,
-                self.feature_map(tensors[0].dtype),
-                key_mask=key_mask,
-                is_causal=is_causal,
-                chunk_size=self.chunk_size,
-                smallest_weight=_SMALLEST_WEIGHT,
-                smallest_sum=_SMALLEST_WEIGHT,
-            )
-        return output.to(query.dtype)
 
     def extra_repr(self) -> str:
         num_features, head_dim = self.directions.shape

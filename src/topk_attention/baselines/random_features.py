@@ -1,4 +1,4 @@
-"""Random directions, and the numbers in which random features are computed."""
+"""What methods with random features share: drawing directions, and attending with products of features."""
 
 from __future__ import annotations
 
@@ -10,6 +10,63 @@ from torch import Tensor
 
 from ..backends.autocast import autocast_off
 from ..backends.calls import accumulation_dtype
+from ..functional.checks import check_k
+from .interface import Baseline
+from .linear_attention import FeatureMap, linear_attention
+
+# Rows at a time. On the diagonal of causal attention a chunk costs C x C scores a head on top of what is linear.
+CHUNK_SIZE = 128
+
+
+class RandomFeatureBaseline(Baseline):
+    """Attention whose weights are products of random features, see `linear_attention`.
+
+    head_dim          D
+    num_features      F
+    query_chunk_size  rows at a time, 128 by default
+    smallest_weight, smallest_sum  as in `linear_attention`
+    """
+
+    can_drop = False
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_features: int,
+        query_chunk_size: int | None,
+        *,
+        smallest_weight: float,
+        smallest_sum: float,
+    ) -> None:
+        super().__init__()
+        self.chunk_size = CHUNK_SIZE if query_chunk_size is None else query_chunk_size
+        for name, number in (
+            ("head_dim", head_dim),
+            ("num_features", num_features),
+            ("query_chunk_size", self.chunk_size),
+        ):
+            check_k(name, number)
+        self.smallest_weight = smallest_weight
+        self.smallest_sum = smallest_sum
+
+    def feature_map(self, dtype: torch.dtype) -> FeatureMap:
+        """Features whose products are unbiased estimates of the weights, for rows of this dtype."""
+        raise NotImplementedError
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
+    ) -> Tensor:
+        with accumulation_tensors(query, key, value) as tensors:
+            output = linear_attention(
+                *tensors,
+                self.feature_map(tensors[0].dtype),
+                key_mask=key_mask,
+                is_causal=is_causal,
+                chunk_size=self.chunk_size,
+                smallest_weight=self.smallest_weight,
+                smallest_sum=self.smallest_sum,
+            )
+        return output.to(query.dtype)
 
 
 def random_directions(number: int, size: int, *, orthogonal: bool) -> Tensor:

@@ -6,14 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.checks import check_k
-from .interface import Baseline
-from .linear_attention import FeatureMap, linear_attention
-from .performer import CHUNK_SIZE
-from .random_features import accumulation_tensors, random_directions
+from .linear_attention import FeatureMap
+from .random_features import RandomFeatureBaseline, random_directions
 
 
-class RandomFeatureAttention(Baseline):
+class RandomFeatureAttention(RandomFeatureBaseline):
     """Attention weights exp(-|sigma * (x - y)|^2 / 2) estimated without bias by the mean over F / 2 random w of
 
         sin(w . sigma x) sin(w . sigma y) + cos(w . sigma x) cos(w . sigma y),    x = q / |q|,  y = k / |k|.
@@ -36,7 +33,6 @@ class RandomFeatureAttention(Baseline):
     are float32 (float64 for float64).
     """
 
-    can_drop = False
     directions: Tensor
 
     def __init__(
@@ -50,14 +46,7 @@ class RandomFeatureAttention(Baseline):
         orthogonal: bool = False,
         smallest_sum: float = 1e-2,
     ) -> None:
-        super().__init__()
-        self.chunk_size = CHUNK_SIZE if query_chunk_size is None else query_chunk_size
-        for name, number in (
-            ("head_dim", head_dim),
-            ("num_features", num_features),
-            ("query_chunk_size", self.chunk_size),
-        ):
-            check_k(name, number)
+        super().__init__(head_dim, num_features, query_chunk_size, smallest_weight=0.0, smallest_sum=smallest_sum)
         if num_features % 2:
             raise ValueError(f"num_features must be even, half sines and half cosines, got {num_features}")
         for name, positive in (("sigma", sigma), ("smallest_sum", smallest_sum)):
@@ -65,7 +54,6 @@ class RandomFeatureAttention(Baseline):
                 raise ValueError(f"{name} must be above 0, got {positive}")
         self.normalize = normalize
         self.orthogonal = orthogonal
-        self.smallest_sum = smallest_sum
         self.sigma = nn.Parameter(torch.full((num_heads or 1, head_dim), float(sigma)))
         self.register_buffer("directions", torch.empty(num_heads or 1, num_features // 2, head_dim))
         self.redraw()
@@ -99,17 +87,7 @@ class RandomFeatureAttention(Baseline):
         heads = self.sigma.shape[0]
         if heads not in (1, query.shape[1]):
             raise ValueError(f"query must have {heads} heads like this module, got {query.shape[1]}")
-        with accumulation_tensors(query, key, value) as tensors:
-            output = linear_attention(
-                *tensors,
-                self.feature_map(tensors[0].dtype),
-                key_mask=key_mask,
-                is_causal=is_causal,
-                chunk_size=self.chunk_size,
-                smallest_weight=0.0,
-                smallest_sum=self.smallest_sum,
-            )
-        return output.to(query.dtype)
+        return super().attend(query, key, value, key_mask, is_causal, dropout_p)
 
     def extra_repr(self) -> str:
         heads, half, head_dim = self.directions.shape

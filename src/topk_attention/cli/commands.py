@@ -31,6 +31,16 @@ Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
 Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
 Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
+Layers = Annotated[int, typer.Option(help="Number of layers.")]
+ModelSize = Annotated[int, typer.Option(help="Model size.")]
+Heads = Annotated[int, typer.Option(help="Number of heads.")]
+Neurons = Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")]
+Windows = Annotated[int, typer.Option(help="Windows of a step.")]
+Steps = Annotated[int, typer.Option(help="Training steps of an arm.")]
+LearningRate = Annotated[float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")]
+EvaluateEvery = Annotated[int, typer.Option(help="Steps between two points of a curve.")]
+TrainAgain = Annotated[bool, typer.Option("--fresh", help="Train all arms again.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -54,9 +64,7 @@ def demo(
         str | None,
         typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
-    ] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
     k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,32,64,128,256",
     out: Out = Path("results/demo"),
@@ -184,7 +192,7 @@ def attention(
         str, typer.Option(help="Among topk, query-chunks and sdpa, separated by commas.")
     ] = "topk,query-chunks,sdpa",
     k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 128,
-    heads: Annotated[int, typer.Option(help="Number of heads.")] = 12,
+    heads: Heads = 12,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
     bias: Annotated[str, typer.Option(help='"none", or "learned": a number per head and distance.')] = "none",
     dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
@@ -366,25 +374,21 @@ def feed_forward_kernel(
 @train.command()
 def feed_forward_curve(
     k: Annotated[str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")] = "128",
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
-    ] = None,
-    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    d_model: Annotated[int, typer.Option(help="Model size.")] = 256,
-    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
-    d_ff: Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")] = 1024,
+    text: Text = None,
+    layers: Layers = 4,
+    d_model: ModelSize = 256,
+    heads: Heads = 4,
+    d_ff: Neurons = 1024,
     context: Annotated[int, typer.Option(help="Bytes of a window.")] = 256,
-    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 16,
-    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 400,
-    learning_rate: Annotated[
-        float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")
-    ] = 1e-3,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between two points of a curve.")] = 20,
+    batch: Windows = 16,
+    steps: Steps = 400,
+    learning_rate: LearningRate = 1e-3,
+    evaluate_every: EvaluateEvery = 20,
     out: Out = Path("results/feed-forward-curve"),
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     backend: Backend = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+    fresh: TrainAgain = False,
 ) -> None:
     """Train one small language model with dense and with top-k feed-forward layers; compare their loss curves.
 
@@ -422,26 +426,22 @@ def language_model(
         str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")
     ] = "",
     full: Annotated[bool, typer.Option(help="The full model too.")] = True,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")
-    ] = None,
+    text: Text = None,
     tokens: Annotated[str, typer.Option(help='"bytes", or "words" between spaces, as WikiText has them.')] = "bytes",
-    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    d_model: Annotated[int, typer.Option(help="Model size.")] = 128,
-    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
-    d_ff: Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")] = 512,
+    layers: Layers = 4,
+    d_model: ModelSize = 128,
+    heads: Heads = 4,
+    d_ff: Neurons = 512,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 8,
-    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 1000,
-    learning_rate: Annotated[
-        float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")
-    ] = 1e-3,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between two points of a curve.")] = 100,
+    batch: Windows = 8,
+    steps: Steps = 1000,
+    learning_rate: LearningRate = 1e-3,
+    evaluate_every: EvaluateEvery = 100,
     out: Out = Path("results/language-model"),
     seed: Seed = 0,
     threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+    fresh: TrainAgain = False,
 ) -> None:
     """Train a small GPT from scratch in full and with top-k; compare perplexity on the last tenth of the text.
 
@@ -550,7 +550,7 @@ def finetune(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with random weights of the model's configuration.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Training steps of an arm.")] = 1000,
+    steps: Steps = 1000,
     batch: Annotated[int, typer.Option(help="Questions of a step.")] = 16,
     parts: Annotated[int, typer.Option(help="Parts that a batch is cut into, to save memory.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 5e-5,
@@ -567,7 +567,7 @@ def finetune(
     seed: Seed = 0,
     threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train all arms again.")] = False,
+    fresh: TrainAgain = False,
 ) -> None:
     """Train a text-to-text or span model on questions, in full and with several k, each from the same weights.
 

@@ -22,6 +22,7 @@ from ..backends import choose_backend
 from ..functional import RelativeBias, topk_attention
 from ..functional.checks import check_dropout, check_k
 from ..nn import TopKAttention
+from .checks import check_at_least
 from .memory import PeakMeter, limit_memory
 from .plots import draw_memory_and_time
 from .records import Json, append_json_line, environment, read_json_lines
@@ -103,9 +104,7 @@ class Point:
             raise ValueError(f'bias must be "none" or "learned", got {self.bias!r}')
         check_k("k", self.k)
         check_dropout(self.dropout_p)
-        for name in ("length", "num_heads", "head_dim", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "length", "num_heads", "head_dim", "threads")
         choose_backend(self.backend)
 
     def as_record(self) -> Json:
@@ -133,8 +132,7 @@ class AttentionBenchmark:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
+        check_at_least(1, self, "repetitions")
         if not self.points:
             raise ValueError("there is no point to measure: give at least one length and one implementation")
 

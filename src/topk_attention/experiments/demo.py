@@ -20,6 +20,7 @@ from ..tasks.language_modelling import (
     perplexity,
     read_text,
 )
+from .checks import check_at_least
 from .demo_report import html_page, run_name, summary
 from .memory import PeakMeter
 from .models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer, longest_input, unpacked
@@ -64,8 +65,7 @@ class DemoConfig:
             raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, self.k))}")
         if self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2 (the first one is never predicted), got {self.num_tokens}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        check_at_least(1, self, "threads")
         choose_backend(self.backend)
 
 

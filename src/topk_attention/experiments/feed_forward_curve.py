@@ -23,7 +23,7 @@ from ..tasks.language_modelling import read_text
 from .plots import draw_loss_curves
 from .records import Json, environment
 from .timing import busy_note
-from .training import TrainingPlan, train, train_arms
+from .training import TrainingPlan, check_model_and_training, random_windows, train, train_arms
 from .workers import Send
 
 if TYPE_CHECKING:
@@ -64,13 +64,7 @@ class CurveConfig:
     def __post_init__(self) -> None:
         for k in self.k:
             check_k("k", k)
-        for name in ("num_layers", "d_model", "num_heads", "d_ff", "context", "batch", "steps", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model must be a multiple of its {self.num_heads} heads, got {self.d_model}")
+        check_model_and_training(self)
         choose_backend(self.backend)
 
     def as_record(self) -> Json:
@@ -170,7 +164,7 @@ def train_arm(request: Json, send: Send) -> Json:
     result = train(
         model,
         torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1),
-        lambda step: [_loss(model, _batch(training, config, seed=config["seed"], number=step))],
+        lambda step: [_loss(model, random_windows(training, config, config["seed"], step))],
         lambda: {"validation_loss": _validation_loss(model, validation, config)},
         plan,
         send,
@@ -179,20 +173,14 @@ def train_arm(request: Json, send: Send) -> Json:
     return {"k": request["k"], "num_parameters": num_parameters} | result
 
 
-def _batch(tokens: Tensor, config: Json, seed: int, number: int) -> Tensor:
-    """Windows [B, L + 1] that depend on seed and number alone, so that an arm can go on anywhere."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    starts = torch.randint(len(tokens) - config["context"], (config["batch"], 1), generator=generator)
-    return tokens[starts + torch.arange(config["context"] + 1)].long()
-
-
 def _loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean over all bytes of a batch, in nats."""
+    windows = windows.long()
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 def _validation_loss(model: nn.Module, tokens: Tensor, config: Json) -> float:
-    batches = (_batch(tokens, config, seed=0, number=number) for number in range(_VALIDATION_BATCHES))
+    batches = (random_windows(tokens, config, 0, number) for number in range(_VALIDATION_BATCHES))
     return sum(_loss(model, batch).item() for batch in batches) / _VALIDATION_BATCHES
 
 

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import choose_backend
-from ..convert import convert
 from ..tasks.language_modelling import Text, read_text
 from .plots import draw_loss_curves
 from .records import Json, environment
-from .settings import Setting
+from .settings import Setting, convert_model
 from .timing import busy_note
-from .training import TrainingPlan, train, train_arms
+from .training import TrainingPlan, check_model_and_training, random_windows, train, train_arms
 from .workers import Send
 
 if TYPE_CHECKING:
@@ -67,15 +66,9 @@ class LanguageModelConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "d_model", "num_heads", "d_ff", "context", "batch", "steps", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        check_model_and_training(self)
         if self.tokens not in TOKENS:
             raise ValueError(f'tokens must be "bytes" or "words", got {self.tokens!r}')
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model must be a multiple of its {self.num_heads} heads, got {self.d_model}")
         choose_backend(self.backend)
 
     def as_record(self) -> Json:
@@ -154,13 +147,12 @@ def train_arm(request: Json, send: Send) -> Json:
     torch.set_num_threads(config["threads"])
     training, validation = (torch.tensor(request[name]) for name in ("training", "validation"))
     model = new_model(config, request["vocabulary"])
-    if any(k is not None for k in request["convert"].values()):
-        convert(model, **request["convert"], backend=config["backend"])
+    convert_model(model, request["convert"], config["backend"])
     plan = TrainingPlan.of_arm(request)
     result = train(
         model,
         torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1),
-        lambda step: [_loss(model, _batch(training, config, step))],
+        lambda step: [_loss(model, random_windows(training, config, config["seed"], step))],
         lambda: {"validation_loss": validation_loss(model, validation, config, _CURVE_WINDOWS)},
         plan,
         send,
@@ -213,13 +205,6 @@ def validation_loss(model: nn.Module, tokens: Tensor, config: Json, most_windows
     batches += [window[None] for window in windows if len(window) <= context]
     total = sum(_loss(model, batch).item() * (batch.numel() - len(batch)) for batch in batches)
     return total / sum(len(window) - 1 for window in windows)
-
-
-def _batch(tokens: Tensor, config: Json, step: int) -> Tensor:
-    """Windows [B, context + 1] that depend on the seed and the step alone."""
-    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
-    starts = torch.randint(len(tokens) - config["context"], (config["batch"], 1), generator=generator)
-    return tokens[starts + torch.arange(config["context"] + 1)]
 
 
 def _loss(model: nn.Module, windows: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..calibrate import Calibration
+from ..convert import convert
+from ..convert.settings import CONFIG_ATTRIBUTE
 from ..functional.checks import check_k
 from .records import Json
 
@@ -60,6 +62,17 @@ def one_at_a_time(
     settings += [Setting(attention_k=k) for k in attention_k]
     settings += [Setting(feed_forward_k=k) for k in feed_forward_k]
     return list(dict.fromkeys(settings))
+
+
+def convert_model(model: Any, ks: Json, backend: str) -> None:
+    """Convert a model as `Setting.for_convert` says.
+
+    Without a k a model that was saved with its own gets those back, and any other stays as it is.
+    """
+    if any(k is not None for k in ks.values()):
+        convert(model, **ks, backend=backend)
+    elif hasattr(model.config, CONFIG_ATTRIBUTE):
+        convert(model)
 
 
 def setting_name(described: Json) -> str:

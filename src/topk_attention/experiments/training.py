@@ -7,20 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .records import Json, now, read_json, write_json, write_whole
+from .checks import check_at_least
+from .records import SAME_NUMBERS, Json, now, read_json, write_json, write_whole
 from .timing import Stopwatch
 from .workers import Send, WorkerError, run_in_fresh_process
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "cpu")
-_LARGE = 1_000_003
 _LAST_LEARNING_RATE = 0.1  # as a share of the highest
 
 
@@ -56,6 +55,38 @@ class TrainingPlan:
         (0.5, 1.0, 0.1)
         """
         return self.learning_rate * schedule(step, self.steps, self.warm_up_steps, self.falls)
+
+
+def check_model_and_training(config: object) -> None:
+    """Check what configurations of small language models trained from scratch share.
+
+    Raises:
+        ValueError: a size is below 1, or the heads do not divide d_model.
+    """
+    sizes = ("num_layers", "d_model", "num_heads", "d_ff", "context", "batch", "steps", "evaluate_every")
+    check_at_least(1, config, *sizes, "threads")
+    check_heads(config)
+
+
+def check_heads(config: Any) -> None:
+    """
+    Raises:
+        ValueError: the heads do not divide d_model.
+    """
+    if config.d_model % config.num_heads:
+        raise ValueError(f"d_model must be a multiple of its {config.num_heads} heads, got {config.d_model}")
+
+
+def seed_of(seed: int, number: int) -> int:
+    """A seed for the number-th random thing of a run, so that an interrupted run can go on with any of them."""
+    return seed * 1_000_003 + number
+
+
+def random_windows(tokens: Tensor, config: Json, seed: int, number: int) -> Tensor:
+    """`batch` windows of `context` + 1 tokens, as the config has them, [B, L + 1]; seed and number decide which."""
+    generator = torch.Generator().manual_seed(seed_of(seed, number))
+    starts = torch.randint(len(tokens) - config["context"], (config["batch"], 1), generator=generator)
+    return tokens[starts + torch.arange(config["context"] + 1)]
 
 
 def schedule(step: int, steps: int, warm_up_steps: int, falls: bool = True) -> float:
@@ -175,7 +206,7 @@ def train_arms(
 
 def _identity(record: Json) -> Json:
     """What has to agree for two arms to stand in one picture."""
-    here = {name: record.get("environment", {}).get(name) for name in _SAME_ENVIRONMENT}
+    here = {name: record.get("environment", {}).get(name) for name in SAME_NUMBERS}
     return {name: record.get(name) for name in ("schema", "config", "text")} | here
 
 
@@ -186,7 +217,7 @@ def _step(
     plan: TrainingPlan,
     step: int,
 ) -> float:
-    torch.manual_seed(plan.seed * _LARGE + step)  # dropout after a checkpoint as without one
+    torch.manual_seed(seed_of(plan.seed, step))  # dropout after a checkpoint as without one
     for group in optimizer.param_groups:
         group["lr"] = plan.learning_rate_at(step)
     optimizer.zero_grad()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import torch
+from tiny_models import write_tiny_llama
 
 from topk_attention.experiments import training
 from topk_attention.experiments.qa import evaluation, finetuning, small_reader
@@ -14,29 +14,9 @@ WORDS = ["Question", "Answer", "red", "blue", "green", "hat", "coat", "is", "the
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory):
     """Folder of a random Llama that knows a dozen words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "?", ":", ".", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=70,
-        initializer_range=0.5,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    sizes = {"num_hidden_layers": 1, "max_position_embeddings": 70, "initializer_range": 0.5}
+    return write_tiny_llama(folder, ["?", ":", ".", *WORDS], **sizes)
 
 
 @pytest.fixture

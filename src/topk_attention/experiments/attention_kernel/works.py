@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...functional.checks import check_dropout, check_k
+from ..checks import check_at_least
 from ..kernel_benchmark.subject import Goal
 
 BIASES = ("none", "learned")
@@ -30,9 +31,7 @@ class Work:
         check_dropout(self.dropout_p)
         if self.bias not in BIASES:
             raise ValueError(f'bias must be "none" or "learned", got {self.bias!r}')
-        for name in ("num_heads", "length", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "num_heads", "length", "head_dim")
 
     @property
     def saved_mib(self) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ...backends.activations import ACTIVATIONS
 from ...functional.checks import check_k
+from ..checks import check_at_least
 from ..kernel_benchmark.subject import Goal
 
 
@@ -24,9 +25,7 @@ class Work:
         check_k("k", self.k)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        for name in ("d_model", "d_ff", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "d_model", "d_ff", "tokens")
 
     @property
     def gradients_mib(self) -> float:

@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..records import Json, append_json_line, environment, read_json_lines
+from ..checks import check_at_least
+from ..records import SAME_NUMBERS, Json, append_json_line, environment, read_json_lines
 from ..workers import WorkerError, run_in_fresh_process
 from .subject import Subject
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-# A number from another processor, another PyTorch or another kernel is no reason to skip a point. The commit is: it
-# changes as soon as the records themselves are committed.
-_SAME_ENVIRONMENT = ("topk_attention", "torch", "cpu", "source_sha256")
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,7 @@ class KernelBenchmark:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("repetitions", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "repetitions", "threads")
         if not self.plan or not all(self.plan.values()):
             raise ValueError("there is nothing to measure: give at least one work and one method")
         for method in dict.fromkeys(method for methods in self.plan.values() for method in methods):
@@ -176,7 +171,7 @@ class _Points:
         for record in reversed(self._on_file):
             if record.get("measured") != function or record.get("request") != request:
                 continue
-            if any(record["environment"].get(name) != self._here[name] for name in _SAME_ENVIRONMENT):
+            if any(record["environment"].get(name) != self._here[name] for name in SAME_NUMBERS):
                 continue
             # A point that was given up gets another chance with more time.
             if record["outcome"] != "time limit" or record["time_limit_s"] >= self._benchmark.time_limit_s:

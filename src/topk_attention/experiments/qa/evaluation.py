@@ -16,13 +16,14 @@ import torch
 
 from ...backends import choose_backend
 from ...tasks.qa import Question, QuestionSet, read_questions
+from ..checks import check_at_least
 from ..models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer, longest_input, unpacked
 from ..progress import progress_bar
 from ..records import Json, append_json_line, environment, read_json_lines
-from ..settings import Setting
+from ..settings import Setting, convert_model, setting_name
 from ..timing import Stopwatch
 from ..workers import Send, WorkerError, run_in_fresh_process
-from .points import convert_model, find_record, in_words, key_of, packed
+from .points import find_record, in_words, key_of, packed
 from .readers import READERS, reader_name, scores
 
 if TYPE_CHECKING:
@@ -55,10 +56,8 @@ class EvaluationConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("threads", 1), ("shots", 0)):
-            number = getattr(self, name)
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        check_at_least(1, self, "limit", "threads")
+        check_at_least(0, self, "shots")
         for name in ("datasets", "settings"):
             if not getattr(self, name):
                 raise ValueError(f"there is nothing to evaluate: give at least one of {name}")
@@ -75,7 +74,7 @@ class _Point:
     record: Json
 
     def __str__(self) -> str:
-        return f"{self.record['questions']['name']}, {self.setting}"
+        return f"{self.record['questions']['name']}, {setting_name(self.record['setting'])}"
 
 
 def run_evaluation(config: EvaluationConfig, console: Console) -> list[Json]:
@@ -115,7 +114,7 @@ def evaluate_point(request: Json, send: Send) -> Json:
     reader = READERS[request["reader"]]
     source = ModelSource(**request["model"])
     model, tokenizer = load_model(source, reader.auto_class), load_tokenizer(source)
-    convert_model(model, request)
+    convert_model(model, request["convert"], request["backend"])
     questions = {number: Question.from_json(question) for number, question in request["questions"]}
     examples = [Question.from_json(example) for example in request["examples"]]
     batches = reader.answers(model, tokenizer, questions, examples, request["shots"])

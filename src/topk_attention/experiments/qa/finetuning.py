@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ...backends import choose_backend
 from ...tasks.qa import Question, QuestionSet, read_questions
 from ...tasks.qa.questions import split_by_passage
+from ..checks import check_at_least
 from ..models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer
 from ..records import Json, append_json_line, environment, read_json_lines
-from ..settings import Setting
-from ..training import TrainingPlan, train, train_in_fresh_process
+from ..settings import Setting, convert_model
+from ..training import TrainingPlan, seed_of, train, train_in_fresh_process
 from ..workers import Send
 from .evaluation import DEFAULT_OUT
-from .points import convert_model, find_record, identity, in_words, key_of, packed
+from .points import find_record, identity, in_words, key_of, packed
 from .readers import READERS, Reader, TrainingExamples, reader_name, scores
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ class FinetuningConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "parts", "evaluate_every", "curve_questions", "threads"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        check_at_least(1, self, "steps", "batch", "parts", "evaluate_every", "curve_questions", "threads")
         if self.batch < self.parts:
             raise ValueError(f"parts must be at most the batch of {self.batch}, got {self.parts}")
         if self.learning_rate <= 0:
@@ -133,7 +130,7 @@ def train_arm(request: Json, send: Send) -> Json:
     torch.manual_seed(plan.seed)  # weights that the file lacks
     model = _new_model(source, reader) if request["from_scratch"] else load_model(source, reader.auto_class)
     tokenizer = load_tokenizer(source)
-    convert_model(model, request)
+    convert_model(model, request["convert"], request["backend"])
     training, evaluation = (list(map(Question.from_json, request[name])) for name in ("training", "evaluation"))
     result = train(
         model,
@@ -169,19 +166,16 @@ class Batches:
         for part in range(self._parts):
             some = numbers[part :: self._parts]
             if some:
-                yield self._loss(some) * (len(some) / len(numbers))
+                yield self._examples.loss(some) * (len(some) / len(numbers))
 
     def numbers(self, step: int) -> list[int]:
         """Which examples a step, counted from 1, is made of."""
         return [self._at(place) for place in range((step - 1) * self._batch, step * self._batch)]
 
-    def _loss(self, numbers: list[int]) -> Tensor:
-        return self._examples.loss(numbers)
-
     def _at(self, place: int) -> int:
         epoch, within = divmod(place, self._examples.number)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(seed_of(self._seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(self._examples.number, generator=generator).tolist()
         return self._order[within]
 

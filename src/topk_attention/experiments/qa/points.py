@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
-from ...convert import convert
-from ...convert.settings import CONFIG_ATTRIBUTE
 from ..records import Json
 
 # Answers depend on what is computed, not on how fast: a record of another processor counts, and so does one of edited
@@ -35,17 +32,6 @@ def key_of(record: Json) -> str:
 def find_record(records: Sequence[Json], wanted: Json) -> Json | None:
     """The newest record of the same identity."""
     return next((record for record in reversed(records) if identity(record) == identity(wanted)), None)
-
-
-def convert_model(model: Any, request: Json) -> None:
-    """Convert a model as a request says, which holds `convert` and `backend`.
-
-    Without a k a model that was saved with its own gets those back, and any other stays as it is.
-    """
-    if any(k is not None for k in request["convert"].values()):
-        convert(model, **request["convert"], backend=request["backend"])
-    elif hasattr(model.config, CONFIG_ATTRIBUTE):
-        convert(model)
 
 
 def in_words(record: Json) -> str:

@@ -14,8 +14,10 @@ from ...tasks.language_modelling import read_text
 from ...tasks.qa import Question
 from ...tasks.qa.reading_task import KINDS, Words, make_questions
 from ...tasks.qa.unifiedqa import input_text, target_text
+from ..checks import check_at_least
 from ..models import Say
 from ..records import write_json, write_whole
+from ..training import check_heads
 
 # Kinds of question of the files: what the model is trained on first, and what it is fine-tuned on.
 FIRST_KINDS, NEW_KINDS = ("what", "where"), ("who",)
@@ -43,11 +45,8 @@ class SmallReaderConfig:
     out: Path = Path("results/qa/work/reading")
 
     def __post_init__(self) -> None:
-        for name in ("words", "num_train", "num_test", "d_model", "d_ff", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model must be a multiple of its {self.num_heads} heads, got {self.d_model}")
+        check_at_least(1, self, "words", "num_train", "num_test", "d_model", "d_ff", "num_layers", "num_heads")
+        check_heads(self)
 
 
 def make_small_reader(config: SmallReaderConfig, say: Say) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention, topk_feed_forward
+from topk_attention.backends import sdpa
 from topk_attention.backends.chunked import tiles
 
 LENGTH, HEAD_DIM, K = 2048, 8, 8
@@ -92,6 +93,25 @@ def test_attention_never_holds_even_a_bool_for_each_query_and_key(backend, name,
     run = attend_and_differentiate(backend, **CALLS[name], k=k)
     run()  # what is made once per process does not count
     assert peak_bytes(run) < LENGTH * LENGTH
+
+
+@pytest.mark.parametrize("num_queries", [LENGTH, LENGTH - 500])
+@pytest.mark.parametrize(
+    "name", ["plain", "causal", "padding mask", "float key mask", "queries without keys", "causal with padding"]
+)
+def test_auto_over_every_key_never_holds_even_a_bool_for_each_query_and_key(monkeypatch, name, num_queries):
+    monkeypatch.setattr(sdpa, "_MASK_BYTES", 2**16)
+    options = CALLS.get(name, {"is_causal": True, "attn_mask": padding_mask()})
+    if name == "queries without keys":
+        options = {"attn_mask": queries_without_keys()[:num_queries]}
+    query = torch.randn(1, 1, num_queries, HEAD_DIM, requires_grad=True)
+    key, value = (torch.randn(1, 1, LENGTH, HEAD_DIM, requires_grad=True) for _ in range(2))
+
+    def run():
+        topk_attention(query, key, value, k=None, **options).sum().backward()
+
+    run()
+    assert peak_bytes(run) < num_queries * LENGTH
 
 
 def test_the_selection_takes_no_more_memory_than_its_size_calls_for(fast_backend):

@@ -5,6 +5,8 @@ import importlib
 import pytest
 import torch
 
+from topk_attention.backends import every_key
+
 attention = importlib.import_module("topk_attention.backends.chunked.attention")
 full_attention = importlib.import_module("topk_attention.backends.chunked.full_attention")
 feed_forward = importlib.import_module("topk_attention.backends.chunked.feed_forward")
@@ -90,6 +92,36 @@ def test_full_attention_backward_is_a_proper_operator(case):
     shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
     arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *shapes)
     torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
+
+
+def every_key_arguments(case, requires_grad):
+    query, key, value, mask, *_ = attention_tensors(case, requires_grad)
+    query = query.detach()[..., :2].contiguous().requires_grad_(requires_grad)
+    key, value = (x.detach()[..., :2].contiguous().requires_grad_(requires_grad) for x in (key, value))
+    if case == "nan":
+        with torch.no_grad():
+            value[1, 1, -1] = torch.nan
+    return query, key, value, mask, case in ("everything", "nan"), 0.5, None
+
+
+EVERY_KEY_CASES = pytest.mark.parametrize(
+    "case", ["plain", "bool mask and bias", "float mask and relative bias", "everything", "nan"]
+)
+
+
+@EVERY_KEY_CASES
+@REQUIRES_GRAD
+def test_attention_over_every_key_is_a_proper_operator(case, requires_grad):
+    arguments = every_key_arguments(case, requires_grad)
+    assert bool(every_key.every_key_op(*arguments)[2]) == (case != "nan")
+    torch.library.opcheck(every_key.every_key_op, arguments)
+
+
+@EVERY_KEY_CASES
+def test_attention_over_every_key_backward_is_a_proper_operator(case):
+    arguments = every_key_arguments(case, False)
+    output, *saved = every_key.every_key_op(*arguments)
+    torch.library.opcheck(every_key.every_key_backward_op, (torch.randn_like(output), output, *saved, *arguments))
 
 
 @pytest.mark.usefixtures("kernels")

@@ -176,10 +176,15 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
                 from ..backends import cpu
 
                 return cpu.attention(call)
-            case "sdpa":
-                from ..backends import sdpa
+            case "single_query":
+                from ..backends import chunked, single_query
 
-                return sdpa.attention(call), None, None
+                output = single_query.attention(call)
+                return chunked.attention(call) if output is None else (output, None, None)
+            case "sdpa":
+                from ..backends import every_key
+
+                return every_key.attention(call), None, None
             case "reference":
                 from ..backends import reference
 

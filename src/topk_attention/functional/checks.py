@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -38,9 +38,13 @@ def check_same_dtype_and_device(name: str, first: Tensor, **others: Tensor | Non
 
 
 def check_k(name: str, k: object) -> None:
-    if isinstance(k, bool) or not isinstance(k, SupportsIndex | torch.SymInt) or isinstance(k, Tensor):
+    # The usual case first: SupportsIndex is looked for attribute by attribute, which takes 6 us.
+    is_int = type(k) is int or (
+        isinstance(k, SupportsIndex | torch.SymInt) and not isinstance(k, bool) and not isinstance(k, Tensor)
+    )
+    if not is_int:
         raise TypeError(f"{name} must be an int, got {type(k).__name__} {k!r}")
-    if not 1 <= int(k) < 2**31:
+    if not 1 <= int(cast(SupportsIndex, k)) < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2^31, got {k}")
 
 

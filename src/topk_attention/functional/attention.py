@@ -15,7 +15,15 @@ from ..backends.autocast import autocast_off
 from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
-from .checks import autocast, check_dropout, check_floating, check_k, check_same_dtype_and_device, shape_of
+from .checks import (
+    autocast,
+    check_dropout,
+    check_floating,
+    check_k,
+    check_no_tangent,
+    check_same_dtype_and_device,
+    shape_of,
+)
 from .observation import show
 
 _BIAS_TYPES = Bias.__args__
@@ -119,12 +127,14 @@ def topk_attention(
 
     Sums are kept in float32 (float64 for float64). Saved for the backward pass: query, key, value, and for each kept
     key an int32 index and a float weight. Under autocast query, key and value are cast as for
-    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again.
+    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again, and forward-mode derivatives are
+    for backend="reference" alone.
 
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
+        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, for which the backend has no rule.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -165,6 +175,8 @@ def topk_attention(
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     choice = choose_backend(backend, call)
+    if choice.name not in ("reference", "single_query"):
+        check_no_tangent("topk_attention", choice.name, call.query, call.key, call.value, call.bias, call.relative_bias)
     if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads, or no keys at all: every query returns zeros
         zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()

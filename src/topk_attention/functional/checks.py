@@ -6,6 +6,7 @@ from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends.autocast import autocast_is_on
 
@@ -51,6 +52,15 @@ def check_k(name: str, k: object) -> None:
 def check_dropout(dropout_p: float) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+
+
+def check_no_tangent(operation: str, backend: str, *tensors: Tensor | None) -> None:
+    """Forward-mode differentiation, as in `torch.func.jvp`, would pass by an operator of our own without a word."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f'{operation} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) on "{backend}"; '
+            'use backend="reference", or the backward pass'
+        )
 
 
 def autocast(tensor: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ void forward(const Case& c, Result& r) {
   r.ok = kernels->attention.forward(call, parallel()) && r.ok;
 }
 
-void backward(const Case& c, Result& r) {
+// The bits of `wanted` stand for the gradients of query, key, value, bias and relative_bias.
+void backward(const Case& c, Result& r, unsigned wanted = 31) {
   const topk::Sizes& s = c.sizes;
   const HeadK head_k(c);
   const DType accumulated = accumulation(c.dtype);
@@ -85,15 +86,15 @@ void backward(const Case& c, Result& r) {
   call.head_k = head_k.view;
   call.scale = c.scale;
   call.dropout = c.dropout;
-  call.grad_query = r.grad_query.data();
-  call.grad_key = r.grad_key.data();
-  call.grad_value = r.grad_value.data();
-  if (c.bias.exists()) {
+  if ((wanted & 1) != 0) call.grad_query = r.grad_query.data();
+  if ((wanted & 2) != 0) call.grad_key = r.grad_key.data();
+  if ((wanted & 4) != 0) call.grad_value = r.grad_value.data();
+  if (c.bias.exists() && (wanted & 8) != 0) {
     r.grad_bias = zeros(accumulated, c.bias.shape);
     call.grad_bias = r.grad_bias.data();
     for (int axis = 0; axis < 4; ++axis) call.grad_bias_stride[axis] = r.grad_bias.broadcast_stride()[axis];
   }
-  if (c.relative_bias.exists()) {
+  if (c.relative_bias.exists() && (wanted & 16) != 0) {
     r.grad_relative_bias = zeros(accumulated, c.relative_bias.shape);
     call.grad_relative_bias = r.grad_relative_bias.data();
     call.grad_relative_bias_stride = r.grad_relative_bias.broadcast_stride()[2];
@@ -631,6 +632,33 @@ void the_number_of_threads_changes_no_bit() {
       }
 }
 
+void gradients_not_wanted_change_no_bit_of_others() {
+  for (bool has_dropout : {false, true})
+    for (int64_t dim : {5, 64})
+      for (DType dtype : {DType::float32, DType::bfloat16}) {
+        Case c = make_case({2, 4, 2, 9, 80, dim, dim}, 20, dtype);
+        c.dropout = {has_dropout, 7, 0.2};
+        c.bias = Array(dtype, {1, 4, 1, 80}).fill(any_quarter);
+        c.relative_bias = Array(accumulation(dtype), {1, 1, 4, 88}).fill(any_quarter);
+        on_every_target([&] {
+          const Result all = run(c);
+          for (unsigned wanted = 0; wanted < 32; ++wanted) {
+            context = text("D=%d %s%s, wanted %d", int(dim), name_of(dtype), has_dropout ? " dropout" : "", int(wanted));
+            Result r = all;
+            backward(c, r, wanted);
+            const auto same = [&](const char* what, int bit, const Array& a, const Array& b) {
+              if ((wanted >> bit & 1) != 0 && a.bytes != b.bytes) complain("%s differs", what);
+            };
+            same("grad_query", 0, r.grad_query, all.grad_query);
+            same("grad_key", 1, r.grad_key, all.grad_key);
+            same("grad_value", 2, r.grad_value, all.grad_value);
+            same("grad_bias", 3, r.grad_bias, all.grad_bias);
+            same("grad_relative_bias", 4, r.grad_relative_bias, all.grad_relative_bias);
+          }
+        });
+      }
+}
+
 void entries_need_not_be_saved() {
   const Case c = make_case({1, 2, 1, 9, 600, 8, 4}, 30);
   const HeadK head_k(c);
@@ -772,6 +800,7 @@ const std::vector<Claim> attention_claims = {
     CLAIM(halves_round_to_nearest_ties_to_even),
     CLAIM(dropout_draws_as_the_other_backends_do),
     CLAIM(the_number_of_threads_changes_no_bit),
+    CLAIM(gradients_not_wanted_change_no_bit_of_others),
     CLAIM(entries_need_not_be_saved),
     CLAIM(want_of_memory_is_reported),
     CLAIM(offsets_of_more_than_32_bits_are_right),

@@ -66,14 +66,21 @@ def test_topk_attention_without_a_saved_selection_is_a_proper_operator(case):
     torch.library.opcheck(attention.topk_attention_op, arguments)
 
 
+WANTED = pytest.mark.parametrize(
+    "wanted", [[True] * 3, [True, False, False], [False, True, False], [False, False, True]]
+)
+
+
 @CASES
-def test_topk_attention_backward_is_a_proper_operator(case):
+@WANTED
+def test_topk_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     query, key, value, _, bias, relative_bias, seed = tensors
     head_k, _, scale, dropout_p, _ = options = topk_options(case)
     output, indices, weights = attention.topk_attention_op(*tensors, *options, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
-    arguments = (torch.randn_like(output), query, key, value, seed, indices, weights, head_k, scale, dropout_p, *shapes)
+    saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    arguments = (torch.randn_like(output), *saved, wanted, *shapes)
     torch.library.opcheck(attention.topk_attention_backward_op, arguments)
 
 
@@ -85,12 +92,13 @@ def test_full_attention_is_a_proper_operator(case, requires_grad):
 
 
 @CASES
-def test_full_attention_backward_is_a_proper_operator(case):
+@WANTED
+def test_full_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     _, *options = topk_options(case)
     output, log_sums = full_attention.full_attention_op(*tensors, *options)
     shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
-    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *shapes)
+    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, wanted, *shapes)
     torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
 
 
@@ -136,14 +144,16 @@ def test_cpu_attention_is_a_proper_operator(case, requires_grad, save_selection)
 
 @pytest.mark.usefixtures("kernels")
 @CASES
-def test_cpu_attention_backward_is_a_proper_operator(case):
+@WANTED
+def test_cpu_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     query, key, value, _, bias, relative_bias, seed = tensors
     head_k, is_causal, scale, dropout_p, _ = topk_options(case)
     forward = torch.ops.topk_attention.cpu_attention_forward.default
     output, indices, weights = forward(*tensors, head_k, is_causal, scale, dropout_p, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
-    arguments = (torch.randn_like(output), query, key, value, seed, indices, weights, head_k, scale, dropout_p, *shapes)
+    saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    arguments = (torch.randn_like(output), *saved, *wanted, *shapes)
     torch.library.opcheck(torch.ops.topk_attention.cpu_attention_backward.default, arguments)
 
 

@@ -76,11 +76,12 @@ def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, bias_shape, relative_shape):
+def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
+    query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = wanted
     return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape, dtype=weights.dtype),
-        value.new_empty(value.shape, dtype=weights.dtype),
+        query.new_empty(query.shape if query_wanted else (0,)),
+        key.new_empty(key.shape if key_wanted else (0,), dtype=weights.dtype),
+        value.new_empty(value.shape if value_wanted else (0,), dtype=weights.dtype),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
         query.new_empty(relative_shape or (0,), dtype=torch.float64),
     )
@@ -105,6 +106,8 @@ def _backward(ctx, grad_output, *_):
     if not ctx.has_selection:
         raise RuntimeError("cpu_attention_forward needs save_selection=True for a backward pass")
     query, key, value, seed, indices, weights = ctx.saved_tensors
+    # Frozen keys and values, as in cross attention to a frozen encoder, get no gradient that would be thrown away.
+    query_wanted, key_wanted, value_wanted = ctx.needs_input_grad[:3]
     (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
     grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = backward_op(
         grad_output,
@@ -117,13 +120,16 @@ def _backward(ctx, grad_output, *_):
         ctx.head_k,
         ctx.scale,
         ctx.dropout_p,
+        query_wanted,
+        key_wanted,
+        value_wanted,
         bias_shape,
         relative_shape,
     )
     return (
-        grad_query,
-        grad_key.to(key.dtype),
-        grad_value.to(value.dtype),
+        grad_query if query_wanted else None,
+        grad_key.to(key.dtype) if key_wanted else None,
+        grad_value.to(value.dtype) if value_wanted else None,
         None,
         grad_bias.to(bias_dtype) if bias_dtype else None,
         grad_relative_bias.to(relative_dtype) if relative_dtype else None,

@@ -80,7 +80,7 @@ def test_topk_attention_backward_is_a_proper_operator(case, wanted):
     output, indices, weights = attention.topk_attention_op(*tensors, *options, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
     saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
-    arguments = (torch.randn_like(output), *saved, wanted, *shapes)
+    arguments = (torch.randn_like(output), *saved, *wanted, *shapes)
     torch.library.opcheck(attention.topk_attention_backward_op, arguments)
 
 
@@ -98,7 +98,7 @@ def test_full_attention_backward_is_a_proper_operator(case, wanted):
     _, *options = topk_options(case)
     output, log_sums = full_attention.full_attention_op(*tensors, *options)
     shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
-    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, wanted, *shapes)
+    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *wanted, *shapes)
     torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
 
 
@@ -176,15 +176,15 @@ def feed_forward_arguments(case, requires_grad):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
 
     x, w_in, w_out = random(TOKENS, MODEL), random(NEURONS, MODEL), random(OUTPUTS, NEURONS)
-    w_gate = b_in = b_gate = seed = None
+    w_gate = b_in = b_gate = b_out = seed = None
     if case == "transposed":
         x, w_in, w_out = (y.detach().mT.contiguous().mT.requires_grad_(requires_grad) for y in (x, w_in, w_out))
     if case in ("gated", "all neurons"):
-        w_gate, b_in, b_gate = random(NEURONS, MODEL), random(NEURONS), random(NEURONS)
+        w_gate, b_in, b_gate, b_out = random(NEURONS, MODEL), random(NEURONS), random(NEURONS), random(OUTPUTS)
     if case == "dropout":
         seed = torch.tensor(17)
     k = NEURONS if case == "all neurons" else 3
-    return x, w_in, w_out, w_gate, b_in, b_gate, seed, k, "gelu", 0.3 if seed is not None else 0.0, 4
+    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", 0.3 if seed is not None else 0.0, 4
 
 
 FEED_FORWARD_CASES = pytest.mark.parametrize("case", ["plain", "transposed", "gated", "all neurons", "dropout"])
@@ -200,11 +200,12 @@ def test_feed_forward_is_a_proper_operator(case, requires_grad):
 def test_feed_forward_backward_is_a_proper_operator(case):
     arguments = feed_forward_arguments(case, False)
     output, *selection = feed_forward.feed_forward_op(*arguments, True)
-    *tensors, k, activation, dropout_p, chunk = arguments
-    torch.library.opcheck(
-        feed_forward.feed_forward_backward_op,
-        (torch.randn_like(output), *tensors, *selection, k, activation, dropout_p, chunk),
-    )
+    *tensors, _, seed, _, activation, dropout_p, chunk = arguments
+    for wanted in ([True, True, True], [False, True, False]):
+        torch.library.opcheck(
+            feed_forward.feed_forward_backward_op,
+            (torch.randn_like(output), *tensors, seed, *selection, activation, dropout_p, chunk, wanted),
+        )
 
 
 def test_a_backward_pass_without_a_saved_selection_is_refused():

@@ -99,7 +99,7 @@ def every_key_backward_op(
         scale,
         0.0,
         query_chunk_size,
-        [True] * 3,
+        *(True, True, True),
         [],
         [],
     )

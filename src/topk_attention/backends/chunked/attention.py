@@ -13,6 +13,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
+from ..gradients import differentiate_attention, save_attention
 from . import full_attention
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
@@ -154,20 +155,21 @@ def topk_attention_backward_op(
     head_k: Sequence[int],
     scale: float,
     dropout_p: float,
-    wanted: Sequence[bool],
+    query_wanted: bool,
+    key_wanted: bool,
+    value_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, bias and relative_bias.
 
-    Those not wanted are left out, the first three by `wanted`, a bias by an empty shape; their places hold empty
-    tensors. The gradients of the biases come in the accumulation dtype.
+    Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors. The gradients
+    of the biases come in the accumulation dtype.
     """
     batch, num_heads, num_queries, _ = query.shape
     num_key_heads, num_keys = key.shape[1:3]
     dtype = weights.dtype
     tables = Tables(key, value, dtype)
-    query_wanted, key_wanted, value_wanted = wanted
     grad_query = torch.zeros_like(query) if query_wanted else query.new_empty(0)
     grad_key, grad_value = (
         torch.zeros_like(x, dtype=dtype) if is_wanted else x.new_empty(0, dtype=dtype)
@@ -229,7 +231,7 @@ def topk_attention_backward_op(
 
 @topk_attention_backward_op.register_fake
 def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
-    are_wanted, bias_shape, relative_shape = wanted
+    *are_wanted, bias_shape, relative_shape = wanted
     return (
         *(
             torch.empty_like(x) if is_wanted else x.new_empty(0)
@@ -240,53 +242,9 @@ def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dro
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, _, bias, relative_bias, seed, head_k, _, scale, dropout_p, _, save_selection = inputs
-    _, indices, weights = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, weights)
-    ctx.save_for_backward(query, key, value, seed, indices, weights)
-    ctx.head_k, ctx.scale, ctx.dropout_p, ctx.has_selection = head_k, scale, dropout_p, save_selection
-    # Shapes alone: the biases themselves are not needed again.
-    ctx.bias, ctx.relative_bias = (
-        (tuple(x.shape), x.dtype) if x is not None and x.requires_grad else ((), None) for x in (bias, relative_bias)
-    )
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 13
-    if not ctx.has_selection:
-        raise RuntimeError("chunked_topk_attention needs save_selection=True for a backward pass")
-    query, key, value, seed, indices, weights = ctx.saved_tensors
-    # Frozen keys and values, as in cross attention to a frozen encoder, get no gradient that would be thrown away.
-    wanted = list(ctx.needs_input_grad[:3])
-    (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
-    *gradients, grad_bias, grad_relative_bias = topk_attention_backward_op(
-        grad_output,
-        query,
-        key,
-        value,
-        seed,
-        indices,
-        weights,
-        ctx.head_k,
-        ctx.scale,
-        ctx.dropout_p,
-        wanted,
-        bias_shape,
-        relative_shape,
-    )
-    return (
-        *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)),
-        None,
-        grad_bias.to(bias_dtype) if bias_dtype else None,
-        grad_relative_bias.to(relative_dtype) if relative_dtype else None,
-        *(None,) * 7,
-    )
-
-
-topk_attention_op.register_autograd(_backward, setup_context=_setup_context)
+topk_attention_op.register_autograd(
+    differentiate_attention("chunked_topk_attention", topk_attention_backward_op), setup_context=save_attention
+)
 
 
 class _Chosen(NamedTuple):

@@ -116,20 +116,20 @@ def full_attention_backward_op(
     scale: float,
     dropout_p: float,
     query_chunk_size: int | None,
-    wanted: Sequence[bool],
+    query_wanted: bool,
+    key_wanted: bool,
+    value_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, bias and relative_bias.
 
-    Those not wanted are left out, the first three by `wanted`, a bias by an empty shape; their places hold empty
-    tensors.
+    Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors.
     """
     _, num_heads, num_queries, _ = query.shape
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
-    query_wanted, key_wanted, value_wanted = wanted
     grad_query = torch.zeros_like(query) if query_wanted else query.new_empty(0)
     grad_key, grad_value = (
         torch.zeros_like(x, dtype=dtype) if is_wanted else x.new_empty(0, dtype=dtype)
@@ -188,7 +188,7 @@ def full_attention_backward_op(
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, query, key, value, *options):
-    wanted, bias_shape, relative_shape = options[-3:]
+    *wanted, bias_shape, relative_shape = options[-5:]
     return (
         *(
             torch.empty_like(x) if is_wanted else x.new_empty(0)
@@ -215,9 +215,9 @@ def _backward(ctx, grad_output, *_):
     bias_shape, relative_shape = (
         tuple(x.shape) if x is not None and x.requires_grad else () for x in (bias, relative_bias)
     )
-    wanted = list(ctx.needs_input_grad[:3])
+    wanted = ctx.needs_input_grad[:3]
     *gradients, grad_bias, grad_relative_bias = full_attention_backward_op(
-        grad_output, output, log_sums, *tensors, *ctx.options, wanted, bias_shape, relative_shape
+        grad_output, output, log_sums, *tensors, *ctx.options, *wanted, bias_shape, relative_shape
     )
     return (
         *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import AttentionCall, accumulation_dtype, empty_output
+from ..gradients import differentiate_attention, save_attention
 
 _FORWARD = "topk_attention::cpu_attention_forward"
 _BACKWARD = "topk_attention::cpu_attention_backward"
@@ -87,60 +88,12 @@ def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dro
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, _, bias, relative_bias, seed, head_k, _, scale, dropout_p, save_selection = inputs
-    _, indices, weights = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, weights)
-    ctx.save_for_backward(query, key, value, seed, indices, weights)
-    ctx.head_k, ctx.scale, ctx.dropout_p, ctx.has_selection = head_k, scale, dropout_p, save_selection
-    # Shapes alone: the biases themselves are not needed again.
-    ctx.bias, ctx.relative_bias = (
-        (tuple(x.shape), x.dtype) if x is not None and x.requires_grad else ((), None) for x in (bias, relative_bias)
-    )
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 12
-    if not ctx.has_selection:
-        raise RuntimeError("cpu_attention_forward needs save_selection=True for a backward pass")
-    query, key, value, seed, indices, weights = ctx.saved_tensors
-    # Frozen keys and values, as in cross attention to a frozen encoder, get no gradient that would be thrown away.
-    query_wanted, key_wanted, value_wanted = ctx.needs_input_grad[:3]
-    (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
-    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = backward_op(
-        grad_output,
-        query,
-        key,
-        value,
-        seed,
-        indices,
-        weights,
-        ctx.head_k,
-        ctx.scale,
-        ctx.dropout_p,
-        query_wanted,
-        key_wanted,
-        value_wanted,
-        bias_shape,
-        relative_shape,
-    )
-    return (
-        grad_query if query_wanted else None,
-        grad_key.to(key.dtype) if key_wanted else None,
-        grad_value.to(value.dtype) if value_wanted else None,
-        None,
-        grad_bias.to(bias_dtype) if bias_dtype else None,
-        grad_relative_bias.to(relative_dtype) if relative_dtype else None,
-        *(None,) * 6,
-    )
-
-
 def _refuse_second_derivatives(ctx, *_):
     raise RuntimeError("the backward pass of topk_attention cannot be differentiated again")
 
 
-torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    _FORWARD, differentiate_attention("cpu_attention_forward", backward_op), setup_context=save_attention
+)
 # Without this torch would warn and take the gradients for constants.
 torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)

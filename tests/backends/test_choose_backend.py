@@ -49,7 +49,19 @@ def without_kernels(monkeypatch):
 
 def test_a_named_backend_is_chosen(backend):
     assert choose_backend(backend).name == backend
-    assert choose_backend(backend, attention_call()).name == backend
+    assert choose_backend(backend, attention_call(head_k=(11, 3, 3, 3))).name == backend
+    assert choose_backend(backend, attention_call(return_selection=True)).name == backend
+    assert choose_backend(backend, feed_forward_call()).name == backend
+
+
+@pytest.mark.usefixtures("kernels")
+def test_cpu_chunks_queries_and_tokens_where_nothing_is_selected():
+    for call in (attention_call(), replace(feed_forward_call(), k=None)):
+        choice = choose_backend("cpu", call)
+        assert choice.name == "chunked"
+        assert "k=None is chunking alone" in choice.reason
+    inputs = attention_inputs()
+    assert torch.equal(attend(*inputs, k=None, backend="cpu"), attend(*inputs, k=None, backend="chunked"))
 
 
 def test_auto_chooses_a_backend_with_linear_memory_and_says_why():

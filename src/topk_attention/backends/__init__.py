@@ -33,7 +33,16 @@ def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None 
         raise ValueError(f"backend must be one of {names}, got {requested!r}")
     if requested == "cpu":
         _check_cpu(call)
+        if _selects_nothing(call):
+            return Choice("chunked", "k=None is chunking alone: with nothing to select there is nothing to save")
     return Choice(requested, "asked for by name")
+
+
+def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
+    """The kernels save each kept key or neuron for the backward pass. With k=None that would be all there are."""
+    if isinstance(call, AttentionCall):
+        return call.head_k is None and not call.return_selection
+    return isinstance(call, FeedForwardCall) and call.k is None
 
 
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:

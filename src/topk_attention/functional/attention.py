@@ -113,7 +113,8 @@ def topk_attention(
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept
+                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept;
+                for k=None "cpu" chunks queries as "chunked" does: its kernels would save every key of every query
     query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
                 (on "cpu" a few dozen, whatever is said here)
     return_selection  also return which keys were kept

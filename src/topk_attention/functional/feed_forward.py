@@ -50,7 +50,8 @@ def topk_feed_forward(
     activation  "relu", "gelu", "gelu_tanh", "silu", "identity" or another name transformers gives to one of them
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises
+                or raises; for k=None "cpu" chunks tokens as "chunked" does: its kernels would save every neuron of
+                every token
     token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
                 (on "cpu" at most 192 a thread, whatever is said here)
 

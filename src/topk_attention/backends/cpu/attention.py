@@ -21,7 +21,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights.
 
     For each query and head the kernels hold k entries of 8 bytes for the backward pass, also where k is the number of
-    keys.
+    keys. Calls with k=None do not come here unless they ask for the selection.
     """
     num_keys = call.key.shape[2]
     head_k = call.head_k or (num_keys,) * call.query.shape[1]

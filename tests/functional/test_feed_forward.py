@@ -462,3 +462,55 @@ def test_freezing_some_tensors_changes_no_other_gradient(fast_backend, kind, fro
 
 def named_tensors(layer):
     return {name: x for name, x in zip(layer._fields, layer, strict=True) if x is not None}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["plain with biases", "gated with biases"])
+@pytest.mark.parametrize("k", [4, None])
+def test_a_token_that_is_not_finite_spoils_its_own_output_alone(backend, tiling, k, kind, broken):
+    layer, options = random_layer(kind), {"k": k, "activation": "silu", "backend": backend}
+    before = apply(layer, **options)
+    layer.x[2, 1] = broken
+    after = apply(layer, **options)
+    others = torch.arange(TOKENS) != 2
+    assert_same([after[others]], [before[others]])
+    assert not after[2].isfinite().any()
+
+
+@pytest.mark.parametrize("where", ["token", "gradient of its output"])
+@pytest.mark.parametrize("kind", ["plain with biases", "gated with biases"])
+@pytest.mark.parametrize("k", [4, None])
+def test_nan_reaches_the_gradients_of_its_own_token_and_of_the_neurons_that_this_token_keeps(
+    fast_backend, tiling, k, kind, where
+):
+    layer, options = random_layer(kind), {"k": k, "activation": "silu", "backend": fast_backend}
+    grad_output = torch.randn(TOKENS, OUTPUTS, dtype=torch.float64)
+
+    def gradients(layer):
+        tensors = [x.detach().requires_grad_() for x in layer.present()]
+        output = apply(layer.with_tensors(tensors), **options)
+        return dict(zip(names, torch.autograd.grad(output, tensors, grad_output), strict=True))
+
+    names = named_tensors(layer)
+    before = gradients(layer)
+    (layer.x if where == "token" else grad_output)[2] = math.nan
+    after = gradients(layer)
+    others = torch.arange(TOKENS) != 2
+    assert_same([after["x"][others]], [before["x"][others]])
+    assert after["x"][2].isnan().all()
+    spoilt = after["b_in"].isnan()
+    assert spoilt.sum() == (k or NEURONS)
+    for name in names.keys() - {"x", "b_out"}:
+        of_neurons, of_neurons_before = (x[name].t() if name == "w_out" else x[name] for x in (after, before))
+        assert of_neurons[spoilt].isnan().all()
+        assert_same([of_neurons[~spoilt]], [of_neurons_before[~spoilt]])
+    assert after["b_out"].isnan().all() == (where != "token")
+
+
+@pytest.mark.parametrize("k", [4, NEURONS - 1])
+def test_output_weights_of_a_neuron_nobody_keeps_are_never_read(fast_backend, tiling, k):
+    layer = random_layer("plain with biases")
+    layer.b_in[5] = -1e6
+    before = apply(layer, k=k, backend=fast_backend)
+    layer.w_out[:, 5] = math.nan
+    assert_same([apply(layer, k=k, backend=fast_backend)], [before])

@@ -59,9 +59,15 @@ def topk_feed_forward(
 
     A plain layer keeps the k largest pre-activations x w_in' + b_in, which for ReLU-like activations are the largest
     activations; a gated one the k largest |activation(gate) * in|. Of tied neurons the one with the lower index is
-    kept. With k >= F this is the ordinary layer. Saved for the backward pass: x, the weights, and for each kept neuron
-    an int32 index and a float pre-activation (two for a gated layer). The gradient itself cannot be differentiated
-    again, and forward-mode derivatives are for backend="reference" alone.
+    kept. With k >= F this is the ordinary layer.
+
+    NaN counts as the best neuron of all. A token that holds NaN or inf gets an output that is not finite and spoils no
+    other token's; in the backward pass (not the reference's) it reaches the gradients of the neurons that it keeps and
+    no others. Output weights of a neuron that no token keeps are not read.
+
+    Saved for the backward pass: x, the weights, and for each kept neuron an int32 index and a float pre-activation (two
+    for a gated layer). The gradient itself cannot be differentiated again, and forward-mode derivatives are for
+    backend="reference" alone.
 
     Raises:
         TypeError: k is of the wrong type.

@@ -19,7 +19,7 @@ LAYERS = [
     {"backends"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-BACKENDS = {"reference", "chunked", "cpu", "sdpa", "single_query"}
+BACKENDS = {"reference", "chunked", "cpu", "sdpa"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -20,7 +20,7 @@ from comparison import (
 )
 
 import topk_attention
-from topk_attention.backends import BACKENDS, choose_backend, sdpa, single_query
+from topk_attention.backends import BACKENDS, choose_backend, sdpa
 from topk_attention.backends.calls import AttentionCall, FeedForwardCall
 from topk_attention.backends.cpu import library
 
@@ -137,31 +137,6 @@ def test_what_stands_in_the_way_of_pytorchs_attention_sends_auto_elsewhere(words
         assert words in choice.reason
 
 
-SINGLE_QUERY_OBSTACLES = {
-    "there are several queries": lambda call: replace(call, query=attention_call().query),
-    "it returns no selection": lambda call: replace(call, return_selection=True),
-    "not tried on this device": on_meta,
-    "it drops nothing": lambda call: replace(call, dropout_p=0.1, seed=torch.tensor(1)),
-    "its scores would be rounded": lambda call: replace(
-        call, query=call.query.bfloat16(), key=call.key.bfloat16(), value=call.value.bfloat16()
-    ),
-    "there is nothing to compute": lambda call: replace(call, value=call.value[..., :0]),
-    "keys and values would be copied": lambda call: replace(call, key=call.key.transpose(1, 2).clone().transpose(1, 2)),
-}
-
-
-@pytest.mark.parametrize("words", SINGLE_QUERY_OBSTACLES)
-def test_what_stands_in_the_way_of_products_for_a_single_query_sends_auto_elsewhere(words):
-    call = attention_call()
-    call = replace(call, query=call.query[:, :, :1])
-    assert single_query.obstacle(call) is None
-    assert choose_backend("auto", call).name == "single_query"
-    assert "by a single query" in choose_backend("auto", call).reason
-    call = SINGLE_QUERY_OBSTACLES[words](call)
-    assert words in single_query.obstacle(call)
-    assert choose_backend("auto", call).name != "single_query"
-
-
 @pytest.fixture
 def chunked_calls(monkeypatch):
     """A list that receives the arguments of each call that the chunked backend computes over every key."""
@@ -194,8 +169,7 @@ def test_nan_and_inf_go_as_far_as_in_the_other_backends(chunked_calls, hides, nu
     tensor = dict(zip(("query", "key", "value"), inputs, strict=True))[name]
     tensor[:, :, 0 if name == "query" else 6, 1] = broken
     output = attend(*inputs, k=None, **options)
-    hides_something = hides.startswith("a key") or (hides == "the future" and num_queries > 1)
-    assert bool(chunked_calls) == (name != "value" or hides_something)
+    assert chunked_calls or (hides == "the future" and name != "query" and num_queries < SIZES.keys - 6)
     expected = attend(*inputs, k=None, backend="reference", **options)
     if name == "value" and broken.__abs__() == torch.inf:  # infinite or NaN, as the sum may be
         assert torch.equal(output.isfinite(), expected.isfinite())
@@ -254,7 +228,7 @@ def test_auto_equals_the_reference_where_all_keys_are_kept(name, num_queries):
 @pytest.mark.usefixtures("masks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_queries", [1, 7])
-@pytest.mark.parametrize("name", ["plain", "causal", "padding_mask", "float_mask", "grouped_query_heads", "alibi"])
+@pytest.mark.parametrize("name", ["plain", "causal", "padding_mask", "float_mask", "grouped_query_heads"])
 def test_auto_is_as_close_to_float64_as_the_reference_where_all_keys_are_kept(name, num_queries, dtype):
     errors = []
     for seed in range(4):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from comparison import SIZES, assert_same, attention_inputs, named_call
+from comparison import SIZES, attention_inputs, named_call
 from feed_forward_layers import apply, random_layer
 from torch.autograd import forward_ad
 
 from topk_attention import topk_attention
+
+# torch's own: its rules for forward mode use what newer torch calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 K_OR_NONE = pytest.mark.parametrize("k", [3, None])
 HOW = pytest.mark.parametrize("how", ["torch.func.jvp", "dual tensors", "jacfwd", "jvp of jvp"])
@@ -63,22 +66,11 @@ def test_fast_backends_refuse_forward_mode_derivatives_of_attention(fast_backend
 
 
 @HOW
-@pytest.mark.parametrize(("k", "num_queries"), [(3, 7), (3, 1), (None, 7)])
+@pytest.mark.parametrize(("k", "num_queries"), [(3, 7), (3, 1), (None, 7), (None, 1)])
 def test_auto_refuses_forward_mode_derivatives_of_attention(k, num_queries, how):
     inputs = attention_inputs(SIZES._replace(queries=num_queries, value_dim=3))
     with pytest.raises(NotImplementedError, match="topk_attention has no forward-mode derivative"):
         derivative(lambda *x: topk_attention(*x, k=k), how, inputs, 1)
-
-
-@pytest.mark.parametrize("how", ["torch.func.jvp", "dual tensors"])
-@pytest.mark.parametrize("wanted", range(3))
-def test_a_single_query_over_every_key_has_forward_mode_derivatives(wanted, how):
-    inputs = attention_inputs(SIZES._replace(queries=1))
-    actual, expected = (
-        derivative(lambda *x, b=b: topk_attention(*x, k=None, backend=b), how, inputs, wanted)
-        for b in ("auto", "reference")
-    )
-    assert_same([actual], [expected])
 
 
 @K_OR_NONE
@@ -86,7 +78,9 @@ def test_a_single_query_over_every_key_has_forward_mode_derivatives(wanted, how)
 @pytest.mark.parametrize("wanted", range(7))
 def test_fast_backends_refuse_forward_mode_derivatives_of_feed_forward_layers(fast_backend, wanted, how, k):
     layer = random_layer("gated with biases")
-    words = f'topk_feed_forward has no forward-mode derivative .* on "{fast_backend}"; use backend="reference"'
+    words = (
+        f'topk_feed_forward has no forward-mode derivative .* on "(chunked|{fast_backend})"; use backend="reference"'
+    )
     with pytest.raises(NotImplementedError, match=words):
         derivative(
             lambda *x: apply(layer.with_tensors(x), k=k, activation="silu", backend=fast_backend), how, layer, wanted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import cpu, sdpa, single_query
+from . import cpu, sdpa
 from .calls import AttentionCall, FeedForwardCall
 
 BACKENDS = {
@@ -22,9 +22,8 @@ class Choice(NamedTuple):
 def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None = None) -> Choice:
     """The backend that runs a call (without one: most calls), and why. Only "auto" chooses; a named one runs or raises.
 
-    Beside the names in BACKENDS "auto" may choose "single_query", two dense products, and "sdpa", PyTorch's own
-    attention. Both leave a call to "chunked" after all if NaN or inf in a key or value would spread: that shows in the
-    numbers alone.
+    Beside the names in BACKENDS "auto" may choose "sdpa", PyTorch's own attention. That leaves a call to "chunked"
+    after all if NaN or inf in a key or value would spread: that shows in the numbers alone.
     """
     if requested == "auto":
         return _choose(call)
@@ -46,9 +45,7 @@ def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
 
 
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
-    if isinstance(call, AttentionCall) and (call.head_k is None or all(k >= call.key.shape[2] for k in call.head_k)):
-        if single_query.obstacle(call) is None:
-            return Choice("single_query", "every visible key is kept, by a single query: two dense products")
+    if isinstance(call, AttentionCall) and call.keeps_every_key():
         obstacle = sdpa.obstacle(call)
         if obstacle is None:
             return Choice("sdpa", "every visible key is kept: PyTorch's attention computes the same, and faster")

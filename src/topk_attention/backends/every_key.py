@@ -1,11 +1,12 @@
-"""Attention of several queries over every visible key, for "auto": one operator that takes PyTorch's attention where
-its result is right to the last edge, and `chunked` where NaN or inf in a key or value would spread to queries that may
-not look there.
+"""Attention over every visible key, for "auto": PyTorch's attention where its result is right to the last edge, and
+`chunked` where NaN or inf in a key or value would spread to queries that may not look there.
 
-An operator, because which of the two it is depends on the numbers, at which compiled code cannot look.
+Which of the two it is depends on the numbers, at which compiled code cannot look: there an operator decides.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,13 +17,28 @@ from .calls import AttentionCall, accumulation_dtype, empty_output
 
 def attention(call: AttentionCall) -> Tensor:
     """Returns [B, H, N, E]."""
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
-    # Without gradients and outside of compiled code the operator's wrapping does nothing but cost 60 us.
-    run = every_key_op if needs_gradient or torch.compiler.is_compiling() else _every_key
-    output, _, _ = run(
-        call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.query_chunk_size
-    )
-    return output
+    if torch.compiler.is_compiling():
+        if not sdpa.hides_keys(call.query, call.attn_mask, call.is_causal):
+            return sdpa.attention(call)
+    elif not (torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))):
+        return _without_gradient(call)
+    elif sdpa.takes_one_call(call) and _are_finite(call.query, call.key, call.value):
+        return sdpa.attention(call)
+    return every_key_op(*_arguments(call))[0]
+
+
+def _arguments(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, float, int | None]:
+    return call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.query_chunk_size
+
+
+def _without_gradient(call: AttentionCall) -> Tensor:
+    # NaN and inf that PyTorch's attention meets show in its output, which is much smaller than a cache of keys. Where
+    # none shows, none was met.
+    if sdpa.takes_one_call(call):
+        output = sdpa.attention(call)
+    else:
+        output, _ = sdpa.forward(call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale)
+    return output if _are_finite(output) else _chunked(*_arguments(call))[0]
 
 
 def _every_key(
@@ -36,22 +52,30 @@ def _every_key(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns output [B, H, N, E], the logarithm of each row's softmax denominator, [B, H, N, 1], and whether it was
     PyTorch's attention, [] bool."""
-    # Where every query sees every key, PyTorch's lets NaN in values go where it belongs.
-    looked_at = (query, key, value) if sdpa.hides_keys(query, attn_mask, is_causal) else (query, key)
-    if all(map(_is_finite, looked_at)):
+    if _are_finite(query, key, value):
         output, log_sums = sdpa.forward(query, key, value, attn_mask, is_causal, scale)
         return output, log_sums.unsqueeze(3), torch.tensor(True)
-    from .chunked.full_attention import full_attention_op
-
-    output, log_sums = full_attention_op(
-        query, key, value, attn_mask, None, None, None, is_causal, scale, 0.0, query_chunk_size
-    )
+    output, log_sums = _chunked(query, key, value, attn_mask, is_causal, scale, query_chunk_size)
     return output, log_sums, torch.tensor(False)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    query_chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    from .chunked.full_attention import full_attention_op
+
+    return full_attention_op(query, key, value, attn_mask, None, None, None, is_causal, scale, 0.0, query_chunk_size)
+
+
+def _are_finite(*tensors: Tensor) -> bool:
     # A finite sum proves that every element is; one that overflows costs the faster path, nothing else.
-    return bool(tensor.sum(dtype=accumulation_dtype(tensor.dtype)).isfinite())
+    return all(math.isfinite(x.sum(dtype=accumulation_dtype(x.dtype)).item()) for x in tensors)
 
 
 every_key_op = torch.library.custom_op("topk_attention::every_key_attention", _every_key, mutates_args=())

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import AttentionCall, accumulation_dtype, empty_output
 
+# Not a public function: the public one has no backward pass that takes a mask anew, and would keep each part's.
 _NAME = "_scaled_dot_product_flash_attention_for_cpu"
+_IS_THERE = hasattr(torch.ops.aten, _NAME) and hasattr(torch.ops.aten, f"{_NAME}_backward")
 # Bytes of a mask that is written out.
 _MASK_BYTES = 4 * 2**20
 # PyTorch's blocks have 32, 64 or 256 queries, the more there are the larger; parts of fewer queries get small blocks.
@@ -24,8 +27,7 @@ _FEWEST_QUERIES = 256
 
 def obstacle(call: AttentionCall) -> str | None:
     """Why PyTorch's attention would not do for this call, None where it does."""
-    num_keys = call.key.shape[2]
-    if call.head_k is not None and any(k < num_keys for k in call.head_k):
+    if not call.keeps_every_key():
         return "k is smaller than the number of keys"
     if call.return_selection:
         return "it returns no selection"
@@ -43,7 +45,7 @@ def obstacle(call: AttentionCall) -> str | None:
         return "with strided rows it takes memory quadratic in length"
     if 0 in (*call.query.shape, *call.key.shape):
         return "there is nothing to compute"
-    if not hasattr(torch.ops.aten, _NAME):
+    if not _IS_THERE:
         return "this version of PyTorch has none that can be called in parts"
     return None
 
@@ -56,6 +58,29 @@ def hides_keys(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool
 def _hides_the_future(query: Tensor, is_causal: bool) -> bool:
     """Not where the last query is the only one: it sees every key."""
     return is_causal and query.shape[2] > 1
+
+
+def takes_one_call(call: AttentionCall) -> bool:
+    """Whether the public function can take the whole call: it aligns causal queries with the first key, and takes no
+    mask beside."""
+    if call.attn_mask is not None and call.attn_mask.shape[2] != 1:  # it would write the mask out in floats
+        return False
+    if not _hides_the_future(call.query, call.is_causal):
+        return True
+    return call.attn_mask is None and call.query.shape[2] == call.key.shape[2]
+
+
+def attention(call: AttentionCall) -> Tensor:
+    """Returns [B, H, N, E] of a call that takes one."""
+    return F.scaled_dot_product_attention(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=call.attn_mask,
+        is_causal=_hides_the_future(call.query, call.is_causal),
+        scale=call.scale,
+        enable_gqa=call.query.shape[1] != call.key.shape[1],
+    )
 
 
 def forward(

@@ -152,9 +152,9 @@ def topk_attention(
     full_shape = (*batch, num_heads, num_queries, num_keys)
     dense_bias, relative_bias = _lower_bias(bias, query, full_shape)
     call = AttentionCall(
-        query=query.reshape(math.prod(batch), *query.shape[-3:]),
-        key=key.reshape(math.prod(batch), *key.shape[-3:]),
-        value=value.reshape(math.prod(batch), *value.shape[-3:]),
+        query=_with_one_batch_axis(query),
+        key=_with_one_batch_axis(key),
+        value=_with_one_batch_axis(value),
         head_k=_k_per_head(k, num_heads, num_keys),
         attn_mask=_lower_mask(attn_mask, query, full_shape),
         bias=dense_bias,
@@ -168,7 +168,8 @@ def topk_attention(
     )
     output, indices, weights = _run(call, backend)
     show(call, output)
-    output = output.view(*batch, *output.shape[1:])
+    if len(batch) != 1:
+        output = output.view(*batch, *output.shape[1:])
     if indices is None or weights is None:
         return output
     return output, Selection(indices.view(*batch, *indices.shape[1:]), weights.view(*batch, *weights.shape[1:]))
@@ -176,7 +177,7 @@ def topk_attention(
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     choice = choose_backend(backend, call)
-    if choice.name not in ("reference", "single_query"):
+    if choice.name != "reference":
         check_no_tangent("topk_attention", choice.name, call.query, call.key, call.value, call.bias, call.relative_bias)
     if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads, or no keys at all: every query returns zeros
         zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
@@ -189,11 +190,6 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
                 from ..backends import cpu
 
                 return cpu.attention(call)
-            case "single_query":
-                from ..backends import chunked, single_query
-
-                output = single_query.attention(call)
-                return chunked.attention(call) if output is None else (output, None, None)
             case "sdpa":
                 from ..backends import every_key
 
@@ -237,6 +233,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
 
 
+def _with_one_batch_axis(tensor: Tensor) -> Tensor:
+    # Even a view that changes nothing takes 3 us.
+    return tensor if tensor.ndim == 4 else tensor.reshape(math.prod(tensor.shape[:-3]), *tensor.shape[-3:])
+
+
 def _show(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
@@ -254,7 +255,10 @@ def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys
         return None
     if isinstance(k, Tensor | np.ndarray):
         k = k.tolist()
-    per_head = list(k) if isinstance(k, list | tuple | range) else [cast(int, k)] * num_heads
+    if not isinstance(k, list | tuple | range):
+        check_k("k", k)
+        return (min(cast(int, k), num_keys),) * num_heads
+    per_head = list(k)
     if len(per_head) != num_heads:
         raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
     for one in per_head:

@@ -38,8 +38,7 @@ from .tiles import (
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
     num_keys = call.key.shape[2]
-    keeps_every_key = call.head_k is None or all(k >= num_keys for k in call.head_k)
-    if keeps_every_key and not call.return_selection:
+    if call.keeps_every_key() and not call.return_selection:
         return full_attention.full_attention(call), None, None
     head_k = call.head_k or (num_keys,) * call.query.shape[1]
     value = call.value

@@ -95,8 +95,8 @@ void backward(const Case& c, Result& r, unsigned wanted = 31) {
     for (int axis = 0; axis < 4; ++axis) call.grad_bias_stride[axis] = r.grad_bias.broadcast_stride()[axis];
   }
   if (c.relative_bias.exists() && (wanted & 16) != 0) {
-    r.grad_relative_bias = zeros(accumulated, c.relative_bias.shape);
-    call.grad_relative_bias = r.grad_relative_bias.data();
+    r.grad_relative_bias = zeros(DType::float64, c.relative_bias.shape);
+    call.grad_relative_bias = static_cast<double*>(r.grad_relative_bias.data());
     call.grad_relative_bias_stride = r.grad_relative_bias.broadcast_stride()[2];
   }
   r.ok = kernels->attention.backward(call, parallel()) && r.ok;
@@ -681,6 +681,7 @@ void want_of_memory_is_reported() {
   back.sizes = call.sizes;
   back.dtype = c.dtype;
   back.head_k = head_k.view;
+  back.grad_query = back.grad_key = back.grad_value = output.data();  // never written
   on_every_target([&] {
     if (kernels->attention.forward(call, parallel())) complain("forward found 2^52 bytes");
     if (kernels->attention.backward(back, parallel())) complain("backward found 2^52 bytes");

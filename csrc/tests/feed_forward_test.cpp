@@ -163,7 +163,8 @@ void check_sums(Entries e) {
   e.before = some_numbers(e.dtype, e.num_neurons(), e.size());
   for (bool has_bias : {false, true}) {
     if (has_bias) e.bias_before = some_numbers(e.dtype, 1, e.num_neurons());
-    const std::vector<Number> of_tokens = define_sum_tokens(e), of_bias = define_bias_sums(e);
+    const std::vector<Number> of_tokens = define_sum_tokens(e);
+    const std::vector<Number> of_bias = has_bias ? define_bias_sums(e) : std::vector<Number>();
     on_every_target([&] {
       const Sums sums = sum_tokens(e);
       expect_close("sum over tokens", sums.out, of_tokens, accumulated);

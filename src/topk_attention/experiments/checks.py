@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def check_at_least(least: int, config: object, *names: str) -> None:
     """Look at the numbers of these names; None, where a field may be None, passes.
@@ -17,3 +19,18 @@ def check_at_least(least: int, config: object, *names: str) -> None:
         number = getattr(config, name)
         if number is not None and number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
+    """Look at the word of this name.
+
+    Raises:
+        ValueError: it is none of those allowed.
+
+    >>> check_one_of(("up", "down"), slice("left", None), "start")
+    Traceback (most recent call last):
+    ValueError: start must be one of up, down, got 'left'
+    """
+    word = getattr(config, name)
+    if word not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")

@@ -185,6 +185,67 @@ def calibrate(
         )
 
 
+@app.command()
+def transcribe(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a Whisper model.")],
+    audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "32,64,128",
+    layers: Annotated[
+        str, typer.Option(help="Attention that keeps k keys: among encoder, cross and decoder, separated by commas.")
+    ] = "encoder,cross",
+    language: Annotated[str | None, typer.Option(help='Spoken language, e.g. "en". Default: found out.')] = None,
+    out: Out = Path("results/whisper"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Transcribe again.")] = False,
+) -> None:
+    """Transcribe a recording with full attention and with several k; count the words that differ.
+
+    Appends to transcripts.jsonl and writes transcripts.md. Interrupted, the same command continues with what is
+    missing.
+    """
+    with _errors_in_words(f"finished transcripts are in {out / 'transcripts.jsonl'}"):
+        from ..experiments.transcription import TranscriptionConfig, run_transcription
+
+        run_transcription(
+            TranscriptionConfig(
+                model=model,
+                audio=audio,
+                k=_integers("k", k),
+                layers=_names(layers),
+                language=language,
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def lm_eval(
+    context: typer.Context,
+    record: Annotated[Path | None, typer.Option(help="File that gets the results as a JSON line.")] = None,
+) -> None:
+    """EleutherAI's lm_eval with top-k attention: its own arguments (--help shows them) and --record FILE.
+
+    Two ways to choose k: --model hf-topk --model_args pretrained=ID,attention_k=64, or --model hf --model_args
+    pretrained=ID,attn_implementation=topk with the environment variable TOPK_ATTENTION_K, or a checkpoint that
+    remembers its k.
+    """
+    with _errors_in_words():
+        from ..experiments.harness import run_harness
+
+        run_harness(context.args, record)
+
+
 @benchmark.command()
 def attention(
     lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,8192,16384,32768",
@@ -692,7 +753,9 @@ def _errors_in_words(kept: str = "") -> Iterator[None]:
         typer.echo(f"\ninterrupted; {kept}\nto continue: {_same_command()}", err=True)
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
-        typer.echo(f"error: {error.name} is not installed; pip install 'topk-attention[experiments]'", err=True)
+        package = (error.name or "").partition(".")[0]
+        extra = "lm-eval" if package == "lm_eval" else "experiments"
+        typer.echo(f"error: {package} is not installed; pip install 'topk-attention[{extra}]'", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -230,7 +230,9 @@ def _make_runs(
                 "backend": record["config"]["backend"],
             }
             try:
-                run = run_in_fresh_process(f"{__name__}:measure_run", request, on_message=on_message)
+                run = run_in_fresh_process(
+                    f"{__name__}:measure_run", request, on_message=on_message, memory_in_use=True
+                )
             except WorkerError as error:
                 raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
             record["model"]["num_parameters"] = run.pop("num_parameters")

@@ -237,7 +237,7 @@ void real_scores_keep_the_best_to_rounding() {
         for (int64_t n = 0; n < c.k[0]; ++n) is_kept[r.indices[c.first_entry(0, 0, i) + n]] = true;
         for (int64_t j = 0; j < c.sizes.num_keys; ++j) {
           const Number score = score_of(c, 0, 0, i, j);
-          rounding = std::max(rounding, score.mass * rounding_of(dtype) * kAllowedRoundings);
+          rounding = std::max(rounding, score.mass * rounding_of(dtype) * allowed_roundings);
           if (is_kept[j]) worst_kept = std::min(worst_kept, double(score.value));
           if (!is_kept[j]) best_left = std::max(best_left, double(score.value));
         }

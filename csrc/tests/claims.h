@@ -31,9 +31,10 @@ struct Number {
 // ---------------------------------------------------------------------------------------------------- keeping score
 
 // What may come on top of one rounding to the dtype of a result: roundings of the accumulation dtype, relative to the sum
-// of the magnitudes that went into it (Number::mass). 1.46 is the most that was seen over all claims and targets; each
-// claim prints its own.
-constexpr double kAllowedRoundings = 3;
+// of the magnitudes that went into it (Number::mass). For attention 1.46 is the most that was seen over all claims and
+// targets; each claim prints its own. Feed-forward layers add up to thousands of terms one by one: 5.26 was seen.
+constexpr double kAttentionRoundings = 3, kFeedForwardRoundings = 8;
+inline double allowed_roundings = kAttentionRoundings;
 
 inline std::string target;            // under test
 inline const topk::Kernels* kernels;  // its
@@ -72,11 +73,11 @@ inline void expect_close(const char* what, const Array& got, const std::vector<N
       for (int64_t c = 0; c < got.shape[2]; ++c)
         for (int64_t d = 0; d < got.shape[3]; ++d, ++n) {
           const double x = got.get(a, b, c, d), y = double(want[n].value);
-          if (std::isnan(x) && std::isnan(y)) continue;
+          if ((std::isnan(x) && std::isnan(y)) || x == y) continue;  // also where both are infinite
           const double error = double(std::fabs(x - want[n].value)) - last * std::fabs(y) - subnormal - smallest;
           const double roundings = error / (rounding * want[n].mass);
           if (error > 0) most_roundings = std::max(most_roundings, roundings);
-          if (error <= 0 || roundings <= kAllowedRoundings) continue;
+          if (error <= 0 || roundings <= allowed_roundings) continue;
           complain("%s[%d, %d, %d, %d] is %.9g, should be %.9g (%.1f roundings)", what, int(a), int(b), int(c), int(d), x,
                    y, roundings);
         }

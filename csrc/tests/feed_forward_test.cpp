@@ -299,7 +299,7 @@ void every_activation_keeps_the_best_to_rounding() {
               for (int64_t f = 0; f < 300; ++f) {
                 const Number rank = rank_of(layer, t, f);
                 // An activation is right to a few roundings of its own.
-                rounding = std::max(rounding, rank.mass * rounding_of(dtype) * 3 * kAllowedRoundings);
+                rounding = std::max(rounding, rank.mass * rounding_of(dtype) * 3 * allowed_roundings);
                 if (is_kept[f]) worst_kept = std::min(worst_kept, double(rank.value));
                 if (!is_kept[f]) best_left = std::max(best_left, double(rank.value));
               }

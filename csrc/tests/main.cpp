@@ -19,7 +19,8 @@ struct Score {
   int num_passed = 0, num_failed = 0;
 };
 
-void check(const char* kernels, const std::vector<Claim>& claims, int num_words, char** words, Score& score) {
+void check(const char* kernels, const std::vector<Claim>& claims, double roundings, int num_words, char** words, Score& score) {
+  allowed_roundings = roundings;
   for (const Claim& claim : claims) {
     const std::string name = std::string(kernels) + ": " + claim.name;
     if (!is_wanted(name, num_words, words)) continue;
@@ -45,8 +46,8 @@ int main(int argc, char** argv) {
   for (const std::string& name : topk::available_targets()) std::printf(" %s", name.c_str());
   std::printf("\n");
   Score score;
-  check("attention", attention_claims, argc - 1, argv + 1, score);
-  check("feed-forward", feed_forward_claims, argc - 1, argv + 1, score);
+  check("attention", attention_claims, kAttentionRoundings, argc - 1, argv + 1, score);
+  check("feed-forward", feed_forward_claims, kFeedForwardRoundings, argc - 1, argv + 1, score);
   std::printf("%d passed, %d failed\n", score.num_passed, score.num_failed);
   return score.num_failed == 0 && score.num_passed > 0 ? 0 : 1;
 }

@@ -165,7 +165,6 @@ def _measure(benchmark: ModelBenchmark, point: Point, told: str, console: Consol
                 request,
                 time_limit_s=benchmark.time_limit_s,
                 on_message=lambda message: status.update(Text(f"{told}: {message['doing']} ...")),
-                memory_in_use=True,
             )
         except WorkerError as error:
             if error.outcome not in ("out of memory", "time limit"):

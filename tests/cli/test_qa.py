@@ -49,6 +49,17 @@ def test_a_wrong_option_ends_with_one_line_and_status_2(arguments, said, tiny_mo
     assert f"error: {said}" in result.output
 
 
+def test_a_reading_task_is_written_with_an_untrained_t5_of_the_asked_size(text_file, tmp_path):
+    sizes = {"layers": 1, "d-model": 8, "heads": 2, "d-ff": 24}
+    counts = {"words": 2, "fewest-facts": 1, "most-facts": 2, "training-questions": 4, "test-questions": 2}
+    arguments = [str(part) for name, size in (sizes | counts).items() for part in (f"--{name}", size)]
+    result = runner.invoke(app, ["qa", "reading-task", *arguments, "--text", str(text_file), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "small-t5" / "config.json").read_text())
+    assert [config[name] for name in ("num_layers", "d_model", "num_heads", "d_ff")] == [1, 8, 2, 24]
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_small_language_model_is_trained_from_start_to_end(text_file, tmp_path):
     sizes = {"layers": 1, "d-model": 8, "heads": 2, "d-ff": 16, "context": 8, "batch": 2, "steps": 2}
     arguments = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]

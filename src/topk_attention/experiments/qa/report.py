@@ -24,7 +24,8 @@ _METRICS = {
     "exact_match": "exact match",
     "f1": "F1",
 }
-_SHOWN_IN_PICTURE = ("accuracy_by_length", "exact_match")
+# How each is drawn; of accuracies one is enough.
+_SHOWN_IN_PICTURE = {"accuracy_by_length": "-", "exact_match": "-", "f1": "--"}
 _HOW = {"choices": "choices by likelihood", "text": "in its own words", "spans": "by marking the passage"}
 
 
@@ -107,7 +108,7 @@ def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
 
 
 def picture(evaluated: Sequence[Group]) -> bytes:
-    """Mean score over the sets against attention k and against feed-forward k, a dashed line for the full model."""
+    """Mean score over the sets against attention k and against feed-forward k, a level line for the full model."""
     figure = new_figure(width=11, height=4.6)
     for number, (field, label) in enumerate(
         (("attention_k", "k, keys kept per query"), ("feed_forward_k", "k, neurons kept per token")), 1
@@ -115,16 +116,17 @@ def picture(evaluated: Sequence[Group]) -> bytes:
         axes = figure.add_subplot(1, 2, number)
         ticks: set[int] = set()
         for index, group in enumerate(evaluated):
-            metric = next(name for name in _SHOWN_IN_PICTURE if name in group.metrics)
             colour = COLOURS[index % len(COLOURS)]
-            points = sorted(_points(group, field, metric))
-            if points:
+            for metric, line in _SHOWN_IN_PICTURE.items():
+                points = sorted(_points(group, field, metric)) if metric in group.metrics else []
+                if not points:
+                    continue
                 ks, values, errors = zip(*points, strict=True)
-                style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2}
+                style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "capsize": 2}
                 axes.errorbar(ks, values, yerr=errors, label=f"{group.name}: {_METRICS[metric]}", **style)
                 full = _mean_of([group.score("full", some, metric) for some in group.sets])
                 if full is not None:
-                    axes.axhline(full.value, color=colour, linestyle="--", linewidth=0.8)
+                    axes.axhline(full.value, color=colour, linestyle=line, linewidth=0.8, alpha=0.6)
                 ticks |= {round(k) for k in ks}
         if field == "feed_forward_k":
             for name, curve in curves().items():
@@ -137,7 +139,7 @@ def picture(evaluated: Sequence[Group]) -> bytes:
             only_ticks_at(axes.xaxis, sorted(ticks))
             axes.tick_params(axis="x", labelrotation=45, labelsize=7)
         axes.set_xlabel(label)
-        axes.set_title("Mean over the sets [%]; dashed: the full model", fontsize=10, loc="left")
+        axes.set_title("Mean over the sets [%]; level lines: the full model", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
     # Below the panels: the names are longer than a panel is wide.
     named = {

@@ -74,6 +74,12 @@ def test_all_forms_of_the_reviews_give_the_same_bytes(form, tmp_path, progress, 
         assert contents(splits[split]) == wanted
 
 
+def test_without_the_package_datasets_the_way_out_is_said(progress, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"source 'somebody/reviews' is no folder; .* the package datasets"):
+        ReviewSentiment("somebody/reviews").make(progress)
+
+
 def test_held_out_reviews_are_not_trained_on(tmp_path, progress):
     source = json_lines(tmp_path, "")
     splits = ReviewSentiment(source, num_validation=1, seed=3).make(progress)

@@ -7,7 +7,7 @@ TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs check-native bench bench-attention bench-feed-forward clean
+.PHONY: install demo test check format lint types docs check-native bench bench-attention bench-feed-forward bench-chunk-size bench-error clean
 
 install: $(STAMP)
 
@@ -57,6 +57,12 @@ bench-attention: install
 
 bench-feed-forward: install
 	$(BIN)/topk-attention benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
+
+bench-chunk-size: install
+	$(BIN)/topk-attention benchmark chunk-size $(BENCH_ARGUMENTS)
+
+bench-error: install
+	$(BIN)/topk-attention benchmark error $(BENCH_ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) build src/topk_attention/_kernels*.so

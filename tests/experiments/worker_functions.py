@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from topk_attention.experiments.memory import limit_memory
+from topk_attention.experiments.points import start_point
 
 
 def add(request, send):
@@ -38,3 +39,8 @@ def sleep(request, send):
     Path(request["pid_file"]).write_text(str(os.getpid()))
     time.sleep(60)
     return {}
+
+
+def ask_for_three_gib(request, send):
+    start_point(request)
+    return {"bytes": torch.empty(3 * 2**30, dtype=torch.uint8).nbytes}  # reserved, never touched

@@ -30,6 +30,13 @@ app.add_typer(qa, name="qa")
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
 Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
+Device = Annotated[str, typer.Option(help='"cpu" or "cuda".')]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(help="GiB that a point's process may take. Default: 0.9 of what is free when it starts."),
+]
 Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
@@ -187,11 +194,16 @@ def calibrate(
 
 @benchmark.command()
 def attention(
-    lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,8192,16384,32768",
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,4096,8192,16384,32768",
     implementations: Annotated[
-        str, typer.Option(help="Among topk, query-chunks and sdpa, separated by commas.")
-    ] = "topk,query-chunks,sdpa",
+        str | None,
+        typer.Option(
+            help="Among topk, query-chunks, sdpa, vanilla, vanilla-chunks, performer and rfa, separated by commas. "
+            "Default: all that can do the bias and the dropout."
+        ),
+    ] = None,
     k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 128,
+    features: Annotated[int, typer.Option(help="Random features (performer, rfa).")] = 256,
     heads: Heads = 12,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
     bias: Annotated[str, typer.Option(help='"none", or "learned": a number per head and distance.')] = "none",
@@ -208,40 +220,165 @@ def attention(
         ),
     ] = False,
     repetitions: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")] = 900,
+    time_limit: TimeLimit = 900,
+    memory_limit: MemoryLimit = None,
     out: Out = Path("results/attention"),
+    device: Device = "cpu",
     seed: Seed = 0,
     threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """One self-attention layer, forward and backward: peak memory and time against length.
 
-    Every point is checked against a dense computation first. Points are appended to attention.jsonl; interrupted, the
-    same command continues with those that are missing.
+    Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
+    Points are appended to attention.jsonl; interrupted, the same command continues with those that are missing.
     """
     with _errors_in_words(f"finished points are in {out / 'attention.jsonl'}"):
         import torch
 
         from ..experiments import attention_layer
+        from ..experiments.points import Limits, PointBenchmark
 
         settings = {"k": k, "threads": threads or torch.get_num_threads(), "backend": backend, "seed": seed}
+        settings["device"] = device
         if bias_and_dropout:
             points = attention_layer.bias_and_dropout(**settings)
         else:
             points = attention_layer.grid(
                 _integers("lengths", lengths),
-                _names(implementations),
+                attention_layer.able_to(bias, dropout) if implementations is None else _names(implementations),
                 num_heads=heads,
                 head_dim=head_dim,
+                num_features=features,
                 bias=bias,
                 dropout_p=dropout,
                 projections=projections,
                 **settings,
             )
         attention_layer.run_attention_benchmark(
-            attention_layer.AttentionBenchmark(
-                points, out=out, repetitions=repetitions, time_limit_s=time_limit, fresh=fresh
+            PointBenchmark(
+                points, out=out, repetitions=repetitions, limits=Limits(time_limit, memory_limit), fresh=fresh
+            ),
+            _console(),
+        )
+
+
+@benchmark.command()
+def chunk_size(
+    chunk_sizes: Annotated[
+        str, typer.Option(help="Queries handled at a time, separated by commas.")
+    ] = "128,256,512,1024,2048,4096,8192",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Among vanilla-chunks (the paper's query chunking), query-chunks, topk, topk-cpu and sdpa, separated "
+            "by commas; the last two have no chunk size."
+        ),
+    ] = "vanilla-chunks,query-chunks,topk,topk-cpu,sdpa",
+    length: Annotated[int, typer.Option(help="Length of the sequence; the paper's is 65536.")] = 32768,
+    k: Annotated[int, typer.Option(help="Keys kept per query (topk, topk-cpu).")] = 128,
+    heads: Heads = 12,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    causal: Annotated[bool, typer.Option(help="A query sees the keys up to its own alone.")] = False,
+    repetitions: Annotated[int, typer.Option(help="Timed passes of a point.")] = 3,
+    time_limit: TimeLimit = 900,
+    memory_limit: MemoryLimit = None,
+    out: Out = Path("results/chunk-size"),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    threads: Threads = None,
+    fresh: Fresh = False,
+) -> None:
+    """Attention without a mask, forward: peak memory and time against the number of queries handled at a time.
+
+    Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
+    Points are appended to chunk-size.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out / 'chunk-size.jsonl'}"):
+        import torch
+
+        from ..experiments import chunk_size
+        from ..experiments.points import Limits, PointBenchmark
+
+        points = chunk_size.grid(
+            _names(methods),
+            _integers("chunk-sizes", chunk_sizes),
+            length=length,
+            k=k,
+            num_heads=heads,
+            head_dim=head_dim,
+            is_causal=causal,
+            device=device,
+            threads=threads or torch.get_num_threads(),
+            seed=seed,
+        )
+        chunk_size.run_chunk_size_benchmark(
+            PointBenchmark(
+                points, out=out, repetitions=repetitions, limits=Limits(time_limit, memory_limit), fresh=fresh
+            ),
+            _console(),
+        )
+
+
+@benchmark.command()
+def error(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Text = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the window, separated by commas.")] = "2048,8192",
+    layers: Annotated[
+        str | None, typer.Option(help="Numbers from 0, separated by commas. Default: five from first to last.")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Among topk, performer, performer-tuned, rfa, uniform and sdpa, separated by commas."),
+    ] = "topk,performer,performer-tuned,rfa,uniform,sdpa",
+    k: Annotated[
+        str | None, typer.Option(help="Keys kept per query, separated by commas. Default: 4 to 1,024.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Numbers of random features, separated by commas. Default: 32 to 4,096.")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of random features; errors are means over them.")] = 3,
+    repetitions: Annotated[int, typer.Option(help="Timed steps in each layer; long ones get fewer.")] = 3,
+    time_limit: TimeLimit = 900,
+    memory_limit: MemoryLimit = None,
+    out: Out = Path("results/attention-error"),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    threads: Threads = None,
+    fresh: Fresh = False,
+) -> None:
+    """Top-k attention, Performer and RFA against dense attention, on what a real model attends to: error, time, memory.
+
+    Points are appended to error.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out / 'error.jsonl'}"):
+        import torch
+
+        from ..experiments.attention_error import ErrorBenchmark, run_error_benchmark
+        from ..experiments.points import Limits
+
+        run_error_benchmark(
+            ErrorBenchmark(
+                model=model,
+                text=text,
+                lengths=_integers("lengths", lengths),
+                layers=None if layers is None else _integers("layers", layers),
+                methods=_names(methods),
+                k=None if k is None else _integers("k", k),
+                features=None if features is None else _integers("features", features),
+                draws=draws,
+                repetitions=repetitions,
+                limits=Limits(time_limit, memory_limit),
+                out=out,
+                device=device,
+                threads=threads or torch.get_num_threads(),
+                seed=seed,
+                fresh=fresh,
             ),
             _console(),
         )
@@ -273,7 +410,7 @@ def attention_kernel(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     backend: Annotated[str, typer.Option(help="Backend of top-k attention that is held against the rivals.")] = "cpu",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
 
@@ -335,7 +472,7 @@ def feed_forward_kernel(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     backend: Annotated[str, typer.Option(help="Backend of top-k that is held against the rivals.")] = "cpu",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
 

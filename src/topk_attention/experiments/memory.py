@@ -68,8 +68,8 @@ def resident_mib() -> float:
     return psutil.Process().memory_info().rss / _MIB
 
 
-def limit_memory(fraction_of_available: float) -> None:
-    """Let allocations fail beyond a part of what is available now, where the system can do that.
+def limit_memory(fraction_of_available: float, at_most_gib: float | None = None) -> None:
+    """Let allocations fail beyond a part of what is available now and beyond a size, where the system can do that.
 
     Without it a point that does not fit would make the kernel end some process, perhaps another one.
     """
@@ -80,6 +80,8 @@ def limit_memory(fraction_of_available: float) -> None:
     import psutil
 
     limit = int(psutil.virtual_memory().available * fraction_of_available)
+    if at_most_gib is not None:
+        limit = min(limit, int(at_most_gib * 2**30))
     _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
     if hard_limit == resource.RLIM_INFINITY or limit < hard_limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
@@ -88,7 +90,8 @@ def limit_memory(fraction_of_available: float) -> None:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed; torch and C++ have no type of their own for that."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad_alloc" in str(error)
+    words = ("allocate memory", "bad_alloc", "CUDA out of memory")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in words)
 
 
 def _return_freed_memory() -> None:

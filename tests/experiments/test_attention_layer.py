@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from topk_attention.backends import choose_backend
-from topk_attention.experiments import attention_layer, plots, points
+from topk_attention.experiments import attention_layer, attention_layer_report, plots, points
 from topk_attention.experiments.attention_layer import (
     IMPLEMENTATIONS,
     CheckFailedError,
@@ -26,7 +26,8 @@ SMALL = Point("topk", 48, k=5, num_heads=2, head_dim=4, num_features=16)
 
 @pytest.mark.parametrize("projections", [True, False])
 @pytest.mark.parametrize(
-    ("implementation", "bias"), [(name, bias) for bias in ("none", "learned") for name in able_to(bias, 0.0)]
+    ("implementation", "bias"),
+    [(name, bias) for bias in ("none", "learned") for name in able_to(bias, 0.0) if name in IMPLEMENTATIONS],
 )
 def test_every_implementation_passes_the_check_against_the_dense_computation(implementation, bias, projections):
     point = replace(SMALL, implementation=implementation, bias=bias, projections=projections)
@@ -138,8 +139,8 @@ def test_query_chunks_are_the_librarys_own_and_not_what_it_hands_to_pytorch(monk
 
 
 def test_by_default_everything_is_measured_that_can_do_the_setting():
-    assert able_to("none", 0.0) == list(IMPLEMENTATIONS)
-    assert able_to("none", 0.1) == [name for name in IMPLEMENTATIONS if name not in ("performer", "rfa")]
+    assert set(able_to("none", 0.0)) == {*IMPLEMENTATIONS, "topk-chunked"}
+    assert set(able_to("none", 0.1)) == {*IMPLEMENTATIONS, "topk-chunked"} - {"performer", "rfa"}
 
 
 def test_settings_that_an_implementation_ignores_do_not_tell_its_points_apart():
@@ -244,16 +245,18 @@ def test_a_wrong_answer_stops_the_benchmark_and_is_not_recorded(measurements, co
 
 
 def test_the_papers_numbers_stand_beside_the_papers_setting_alone(measurements, console, tmp_path):
-    run_attention_benchmark(PointBenchmark(grid([2048, 32768], ["topk"]), out=tmp_path), console)
-    text = console.export_text()
+    def table(points):
+        records = run_attention_benchmark(PointBenchmark(points, out=tmp_path), console)
+        (page,) = attention_layer_report.pages(records)
+        return page.as_markdown()
+
+    text = table(grid([2048, 32768], ["topk"]))
     assert "paper [GiB], quoted" in text
-    assert "0.24" in text
-    assert "5.15" in text
-    assert "2.01" in text
-    run_attention_benchmark(PointBenchmark(grid([2048], ["topk"], k=64), out=tmp_path), console)
-    assert "0.24" not in console.export_text()
-    run_attention_benchmark(PointBenchmark(grid([2048], ["vanilla-chunks", "sdpa"]), out=tmp_path), console)
-    assert "0.86" in (text := console.export_text())
+    assert "| 0.24 | 0.18 |" in text
+    assert "| 5.15 | 2.01 |" in text
+    assert "0.24" not in table(grid([2048], ["topk"], [64]))
+    text = table(grid([2048], ["vanilla-chunks", "sdpa"]))
+    assert "| 0.86 | 0.20 |" in text
     assert "1.07" not in text  # the paper's vanilla attention is not PyTorch's
 
 
@@ -267,9 +270,10 @@ def test_the_papers_points_and_points_that_ran_out_of_memory_are_in_the_picture(
     measurements.error = WorkerError("out of memory", "cannot allocate memory")
     benchmark = PointBenchmark(grid([2048, 8192], ["vanilla", "topk"]), out=tmp_path)
     run_attention_benchmark(benchmark, console)
+    attention_layer_report.report(tmp_path)
     memory, time = figures[-1].axes
     lines = {line.get_label(): line for line in memory.lines}
-    vanilla = lines["matmul, softmax, matmul, Gupta et al. 2021 (quoted, GPU)"]
+    vanilla = lines["vanilla (matmul, softmax, matmul), Gupta et al. 2021 (quoted, GPU)"]
     assert list(vanilla.get_xdata()) == [2048, 4096, 6144, 8192]
     assert list(vanilla.get_ydata()) == [1.07, 4.82, 10.74, 19.02]
     assert "Performer, Gupta et al. 2021 (quoted, GPU)" in lines
@@ -283,6 +287,28 @@ def test_the_papers_points_and_points_that_ran_out_of_memory_are_in_the_picture(
 
 def test_a_picture_needs_two_lengths(measurements, console, tmp_path):
     run_attention_benchmark(PointBenchmark(grid([64], ["topk"]), out=tmp_path), console)
-    assert not (tmp_path / "attention.png").exists()
+    assert [path.name for path in attention_layer_report.report(tmp_path)] == ["attention.md"]
     run_attention_benchmark(PointBenchmark(grid([64, 128], ["topk"]), out=tmp_path), console)
+    assert [path.name for path in attention_layer_report.report(tmp_path)] == ["attention.md", "attention.png"]
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_over_k_makes_a_picture_of_its_own_with_the_others_as_levels(
+    measurements, console, tmp_path, monkeypatch
+):
+    figures = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.name: figure}))
+    run_attention_benchmark(
+        PointBenchmark(grid([64, 128], ["topk", "topk-reference", "sdpa", "vanilla"]), out=tmp_path), console
+    )
+    run_attention_benchmark(PointBenchmark(grid([128], ["topk"], [16, 32]), out=tmp_path), console)
+    written = attention_layer_report.report(tmp_path)
+    assert [path.name for path in written] == ["attention.md", "attention.png", "attention-k.png"]
+    lines = {line.get_label(): line for line in figures["attention-k.png"].axes[0].lines}
+    assert list(lines[f"top-k ({choose_backend('auto').name})"].get_xdata()) == [16, 32, 128]
+    assert list(lines["top-k (reference)"].get_xdata()) == [128]
+    assert "PyTorch's scaled_dot_product_attention" in lines
+    assert "vanilla (matmul, softmax, matmul)" not in lines
+    lines = [line.get_label() for line in figures["attention.png"].axes[0].lines]
+    assert "top-k attention, k = 128 (reference)" in lines
+    assert not [label for label in lines if "k = 16" in label]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from topk_attention.experiments import chunk_size, plots, points
+from topk_attention.experiments import chunk_size, chunk_size_report, plots, points
 from topk_attention.experiments.chunk_size import (
     METHODS,
     CheckFailedError,
@@ -90,18 +90,18 @@ def test_points_are_measured_once_and_shown_with_the_papers(measurements, tmp_pa
     assert [record["outcome"] for record in records] == ["finished", "finished", "out of memory"] * 2 + ["finished"]
     assert run_chunk_size_benchmark(benchmark, console) == records
     assert len(measurements.points) == 7
-    text = console.export_text()
-    assert "out of memory (cannot allocate memory)" in text
+    assert "out of memory (cannot allocate memory)" in console.export_text()
+    chunk_size_report.report(tmp_path)
     page = (tmp_path / "chunk-size.md").read_text()
-    assert "| every key, all heads' scores of a chunk in memory | 4,096 | out of memory |  |  |" in page
+    assert "| vanilla, a chunk of queries at a time | 4,096 | out of memory |  |  |" in page
     assert "| top-k (chunked), k = 128 | 256 | 0.250 | 2.00 | 1.50 to 3.00 (of 3) |" in page
-    assert "| paper, L = 65,536, quoted | 1,024 | 10.90 | 2.73 | |" in page
+    assert "| paper, L = 65,536, quoted | 1,024 | 10.90 | 2.73 |  |" in page
     memory, _ = figures[-1].axes
     lines = {line.get_label(): line for line in memory.lines}
     quoted = lines["query chunks, L = 65,536, Gupta et al. 2021 (quoted, GPU)"]
     assert list(quoted.get_xdata()) == [256, 512, 1024, 2048]
     assert list(quoted.get_ydata()) == [3.40, 6.02, 10.90, 20.65]
-    assert quoted.get_color() == lines["every key, all heads' scores of a chunk in memory"].get_color()
+    assert quoted.get_color() == lines["vanilla, a chunk of queries at a time"].get_color()
     assert set(lines["PyTorch's scaled_dot_product_attention"].get_ydata()) == {64 / 1024}
     assert len([line for line in memory.lines if line.get_marker() == "x"]) == 3  # two curves and the legend
 
@@ -111,10 +111,11 @@ def test_the_paper_is_quoted_beside_its_own_setting_alone(measurements, tmp_path
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     benchmark = PointBenchmark(grid(["vanilla-chunks"], [256, 512], is_causal=True), tmp_path)
     run_chunk_size_benchmark(benchmark, Console(width=160, record=True))
+    chunk_size_report.report(tmp_path)
     assert not [line for line in figures[0].axes[0].lines if "quoted" in line.get_label()]
 
 
 def test_one_chunk_size_makes_no_picture(measurements, tmp_path):
     run_chunk_size_benchmark(PointBenchmark(grid(["topk"], [256]), tmp_path), Console(width=160, record=True))
-    assert not (tmp_path / "chunk-size.png").exists()
+    assert [path.name for path in chunk_size_report.report(tmp_path)] == ["chunk-size.md"]
     assert chunk_size.SCHEMA in (tmp_path / "chunk-size.jsonl").read_text()

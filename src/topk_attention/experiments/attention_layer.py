@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +23,23 @@ from ..functional.checks import check_dropout, check_k
 from ..nn import TopKAttention
 from .checks import check_at_least
 from .devices import check_device, device_name
-from .paper import ATTENTION_LAYER as PAPER
-from .plots import draw_memory_and_time
-from .points import PointBenchmark, PointFile, measure_step, say, start_point
+from .kernel_benchmark.checking import NEAR_TIE, CheckFailedError
+from .point_tables import measured_in_words
+from .points import PointBenchmark, measure_step, start_point
 from .records import Json
-from .timing import busy_note
 from .workers import Send
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "topk_attention/attention-layer/2"
+LINES = "attention.jsonl"
 IMPLEMENTATIONS = {
     "topk": "top-k attention",
     "query-chunks": "every key, in query chunks",
     "sdpa": "PyTorch's scaled_dot_product_attention",
-    "vanilla": "matmul, softmax, matmul",
-    "vanilla-chunks": "the same, 1,024 queries at a time",
+    "vanilla": "vanilla (matmul, softmax, matmul)",
+    "vanilla-chunks": "vanilla, 1,024 queries at a time",
     "performer": "Performer",
     "rfa": "Random Feature Attention",
 }
@@ -49,21 +48,11 @@ BIASES = ("none", "learned")
 _LIBRARY = ("topk", "query-chunks")
 _WITH_BIAS = (*_LIBRARY, "sdpa")
 _RANDOM = ("performer", "rfa")
-# implementation -> what the paper calls it. Its query chunking is written out, with all heads at a time.
-_PAPER_NAMES = {"topk": "topk", "vanilla": "vanilla", "vanilla-chunks": "query-chunks", "performer": "performer"}
 
 # Long enough that k leaves most keys out, short enough that the check costs nothing.
 _CHECK_LENGTH = 192
 _CHECK_K = 24
-# Rows whose k-th and next score are closer than this may choose either key in float32, and are left out of the check.
-_NEAR_TIE = 1e-5
 _CHECK_TOLERANCE = 1e-4
-_LINES = "attention.jsonl"
-_PICTURE = "attention.png"
-
-
-class CheckFailedError(ValueError):
-    """A layer does not compute what it should."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +108,10 @@ class Point:
         return record
 
     def __str__(self) -> str:
-        parts = [
-            f"L = {self.length:,}",
-            self.implementation + (f" k = {self.k}" if self.implementation == "topk" else ""),
-        ]
+        name = self.implementation
+        if name == "topk":
+            name += f" k = {self.k}" + ("" if self.backend == "auto" else f" ({self.backend})")
+        parts = [f"L = {self.length:,}", name]
         if self.bias != "none":
             parts.append("learned bias")
         if self.dropout_p:
@@ -139,24 +128,36 @@ class Point:
         return choose_backend("auto").name
 
 
-def grid(lengths: Iterable[int], implementations: Iterable[str], **settings: object) -> list[Point]:
-    """One point for each length and implementation, shortest first.
+def grid(
+    lengths: Iterable[int], implementations: Iterable[str], ks: Sequence[int] = (128,), **settings: Any
+) -> list[Point]:
+    """One point for each length and implementation, and for top-k for each k; shortest first.
 
-    >>> [(point.length, point.implementation) for point in grid([512, 1024], ["topk"])]
-    [(512, 'topk'), (1024, 'topk')]
+    implementations  names of IMPLEMENTATIONS, or "topk-BACKEND"
+
+    >>> [(point.length, point.implementation, point.backend) for point in grid([512, 1024], ["topk-chunked"])]
+    [(512, 'topk', 'chunked'), (1024, 'topk', 'chunked')]
+    >>> [(point.implementation, point.k) for point in grid([512], ["topk", "sdpa"], [64, 32])]
+    [('topk', 32), ('topk', 64), ('sdpa', 32)]
     """
-    pairs = itertools.product(sorted(set(lengths)), dict.fromkeys(implementations))
-    return [Point(implementation, length, **settings) for length, implementation in pairs]  # type: ignore[arg-type]
+    points = []
+    for length, name in itertools.product(sorted(set(lengths)), dict.fromkeys(implementations)):
+        own = {"backend": name.removeprefix("topk-")} if name.startswith("topk-") else {}
+        implementation = "topk" if own else name
+        for k in sorted(set(ks))[: None if implementation == "topk" else 1]:
+            points.append(Point(implementation, length, k, **settings | own))
+    return points
 
 
 def able_to(bias: str, dropout_p: float) -> list[str]:
-    """The implementations that can do with a bias and dropout.
+    """The implementations that can do with a bias and dropout, top-k also with the backend in plain PyTorch.
 
     >>> able_to("learned", 0.0)
-    ['topk', 'query-chunks', 'sdpa']
+    ['topk', 'topk-chunked', 'query-chunks', 'sdpa']
     """
     without_bias = [] if bias != "none" else [name for name in IMPLEMENTATIONS if name not in _WITH_BIAS]
-    return [*_WITH_BIAS, *(name for name in without_bias if dropout_p == 0 or name not in _RANDOM)]
+    able = [*_WITH_BIAS, *(name for name in without_bias if dropout_p == 0 or name not in _RANDOM)]
+    return ["topk", "topk-chunked", *able[1:]]
 
 
 def bias_and_dropout(**settings: object) -> list[Point]:
@@ -168,21 +169,15 @@ def bias_and_dropout(**settings: object) -> list[Point]:
 
 
 def run_attention_benchmark(benchmark: PointBenchmark, console: Console) -> list[Json]:
-    """Measure every point that is not there yet, append each to `attention.jsonl` as it finishes, and show them.
+    """Measure every point that is not there yet and append each to `attention.jsonl` as it finishes.
 
     Returns the records of all points asked for, in their order. A point that ran out of memory or time is one of them.
 
     Raises:
         WorkerError: a point's answer is wrong, or its process died; the points before it are kept.
     """
-    file = benchmark.file(_LINES, schema=SCHEMA, function=f"{__name__}:measure_point")
-    records = file.measure(benchmark.points, benchmark.request, _in_words, console)
-    _show(records, benchmark.points, console)
-    picture = _draw(benchmark, file, records)
-    if picture is not None:
-        say(console, f"Picture: {picture}")
-    say(console, f"Records: {file.lines}")
-    return records
+    file = benchmark.file(LINES, schema=SCHEMA, function=f"{__name__}:measure_point")
+    return file.measure(benchmark.points, benchmark.request, measured_in_words, console)
 
 
 def measure_point(request: Json, send: Send) -> Json:
@@ -405,7 +400,7 @@ def _dense_weights(
     k = _k(point)
     if k is not None and k < point.length:
         best, order = scores.detach().sort(dim=-1, descending=True, stable=True)
-        is_clear = ~(best[..., k - 1] - best[..., k] < _NEAR_TIE)  # -inf - -inf is NaN: no key to mistake
+        is_clear = ~(best[..., k - 1] - best[..., k] < NEAR_TIE)  # -inf - -inf is NaN: no key to mistake
         scores = scores.masked_fill(
             torch.ones_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], False), -torch.inf
         )
@@ -432,109 +427,3 @@ def _dense_random_weights(
     weights = (features[0] @ features[1].mT).masked_fill(is_future, 0)
     smallest = smallest_share * (~is_future).sum(-1, keepdim=True)
     return weights / torch.maximum(weights.sum(-1, keepdim=True), smallest)
-
-
-def _in_words(record: Json) -> str:
-    return f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.2f} s"
-
-
-def _show(records: Sequence[Json], points: Sequence[Point], console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="One self-attention layer, forward and backward", title_justify="left")
-    table.add_column("L", justify="right")
-    table.add_column("implementation")
-    headings = ("memory [GiB]", "paper [GiB], quoted", "time [s]", "fastest to slowest [s]", "paper [s], quoted")
-    for heading in headings:
-        table.add_column(escape(heading), justify="right")
-    for point, record in zip(points, records, strict=True):
-        paper = _paper(point)
-        paper_gib, paper_s = ("", "") if paper is None else (f"{paper[0]:.2f}", f"{paper[1]:.2f}")
-        name = str(point).partition(", ")[2]
-        if record["outcome"] == "finished":
-            spread = f"{record['fastest_s']:.2f} to {record['slowest_s']:.2f} (of {record['repetitions']})"
-            gib, seconds = f"{record['peak_mib'] / 1024:.2f}", f"{record['elapsed_s']:.2f}"
-        else:
-            gib, seconds, spread = record["outcome"], "", ""
-        table.add_row(f"{point.length:,}", name, gib, paper_gib, seconds, spread, paper_s)
-    console.print(table)
-    say(
-        console,
-        "Memory is the peak of the first step above what the process held before the layer was made; time: median.",
-    )
-    note = busy_note([record.get("other_cores") for record in records], records[0]["environment"]["num_cpus"])
-    if note is not None:
-        say(console, note)
-    if any(_paper(point) for point in points):
-        say(
-            console,
-            "Quoted: Gupta et al. 2021, read off the figure, on a GPU and with dropout 0.1; its query chunking stands "
-            "beside vanilla-chunks.",
-        )
-
-
-def _paper(point: Point) -> tuple[float, float] | None:
-    """(GiB, seconds) that the paper has for a point, in its setting alone."""
-    if (point.num_heads, point.head_dim, point.bias, point.projections) != (12, 64, "none", True):
-        return None
-    size = {"topk": point.k == 128, "performer": point.num_features == 256}
-    if not size.get(point.implementation, True):
-        return None
-    return PAPER.get(_PAPER_NAMES.get(point.implementation, ""), {}).get(point.length)
-
-
-def _draw(benchmark: PointBenchmark, file: PointFile, records: Sequence[Json]) -> Path | None:
-    """Draw all points on file that differ from those asked for in length and implementation alone."""
-    settings = {_settings(record["point"]) for record in records}
-    lengths = {record["point"]["length"] for record in records}
-    if len(settings) > 1 or len(lengths) < 2 or all(record["outcome"] != "finished" for record in records):
-        return None
-    curves: dict[tuple[int, str], dict[int, Json]] = {}
-    names: dict[str, str] = {}  # implementation -> name of its curve
-    for record in [*file.all_of_here(), *records]:
-        point = record["point"]
-        if _settings(point) in settings:
-            name = names[point["implementation"]] = _curve_name(point)
-            place = list(IMPLEMENTATIONS).index(point["implementation"]), name
-            curves.setdefault(place, {})[point["length"]] = record | {"length": point["length"]}
-    point = benchmark.points[0]
-    quoted = {
-        f"{IMPLEMENTATIONS[implementation]}, Gupta et al. 2021 (quoted, GPU)": implementation
-        for implementation in _PAPER_NAMES
-        if implementation in names and _paper(replace(point, implementation=implementation, length=2048))
-    }
-    draw_memory_and_time(
-        {name: list(by_length.values()) for (_, name), by_length in sorted(curves.items())},
-        benchmark.out / _PICTURE,
-        x="length",
-        x_label="L, length of the sequence",
-        title=f"One causal self-attention layer, {point.num_heads} heads of {point.head_dim}, float32, "
-        + (f"{point.threads} CPU threads" if point.device == "cpu" else device_name(point.device)),
-        quoted={
-            field: {
-                label: {length: numbers[axis] for length, numbers in PAPER[_PAPER_NAMES[implementation]].items()}
-                for label, implementation in quoted.items()
-            }
-            for axis, field in enumerate(("peak_mib", "elapsed_s"))
-        },
-        quoted_like={label: names[implementation] for label, implementation in quoted.items()},
-    )
-    return benchmark.out / _PICTURE
-
-
-def _settings(point: Json) -> tuple[object, ...]:
-    names = ("num_heads", "head_dim", "bias", "dropout_p", "projections", "device", "threads")
-    return tuple(point[name] for name in names)
-
-
-def _curve_name(point: Json) -> str:
-    name = IMPLEMENTATIONS[point["implementation"]]
-    match point["implementation"]:
-        case "topk":
-            return f"{name}, k = {point['k']} ({point['backend']})"
-        case "query-chunks":
-            return f"{name} ({point['backend']})"
-        case "performer" | "rfa":
-            return f"{name}, {point['num_features']} features"
-    return name

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,18 +19,17 @@ from ..baselines import Baseline, new_attention
 from ..functional.checks import check_k
 from .checks import check_at_least
 from .devices import check_device, device_name
-from .paper import CHUNK_SIZE as PAPER
-from .paper import CHUNK_SIZE_LENGTH as PAPER_LENGTH
-from .plots import draw_memory_and_time
-from .points import PointBenchmark, measure_step, say, start_point
-from .records import Json, write_whole
-from .timing import busy_note
+from .kernel_benchmark.checking import NEAR_TIE, CheckFailedError
+from .point_tables import measured_in_words
+from .points import PointBenchmark, measure_step, start_point
+from .records import Json
 from .workers import Send
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "topk_attention/chunk-size/1"
+LINES = "chunk-size.jsonl"
 
 
 class Method(NamedTuple):
@@ -42,23 +40,16 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "vanilla-chunks": Method("every key, all heads' scores of a chunk in memory", "vanilla-chunks"),
-    "query-chunks": Method("every key, in query chunks and key blocks (chunked)", "query-chunks", "chunked"),
+    "vanilla-chunks": Method("vanilla, a chunk of queries at a time", "vanilla-chunks"),
+    "query-chunks": Method("every key, in query chunks (chunked)", "query-chunks", "chunked"),
     "topk": Method("top-k (chunked)", "topk", "chunked"),
     "topk-cpu": Method("top-k (compiled kernels)", "topk", "cpu", has_chunks=False),
     "sdpa": Method("PyTorch's scaled_dot_product_attention", "sdpa", has_chunks=False),
 }
-_PAPER_NAME = f"query chunks, L = {PAPER_LENGTH:,}, Gupta et al. 2021 (quoted, GPU)"
 _CHECK_LENGTH = 160
 _CHECK_CHUNK = 48
 _CHECK_K = 20
 _CHECK_TOLERANCE = 1e-4
-_NEAR_TIE = 1e-5
-_HEADINGS = ("method", "chunk", "memory [GiB]", "time [s]", "fastest to slowest [s]")
-
-
-class CheckFailedError(ValueError):
-    """A method does not compute what it should."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +116,13 @@ def grid(methods: Sequence[str], chunk_sizes: Sequence[int], **settings: object)
 
 
 def run_chunk_size_benchmark(benchmark: PointBenchmark, console: Console) -> list[Json]:
-    """Measure every point that is not there yet, append each to `chunk-size.jsonl` as it finishes, and show them.
+    """Measure every point that is not there yet and append each to `chunk-size.jsonl` as it finishes.
 
     Raises:
         WorkerError: a point's answer is wrong, or its process died; the points before it are kept.
     """
-    file = benchmark.file("chunk-size.jsonl", schema=SCHEMA, function=f"{__name__}:measure_point")
-    records = file.measure(benchmark.points, benchmark.request, _in_words, console)
-    _show(records, console)
-    page = benchmark.out / "chunk-size.md"
-    write_whole(page, as_markdown(records))
-    say(console, f"Table:   {page}")
-    picture = _draw(benchmark.out / "chunk-size.png", records)
-    if picture is not None:
-        say(console, f"Picture: {picture}")
-    say(console, f"Records: {file.lines}")
-    return records
+    file = benchmark.file(LINES, schema=SCHEMA, function=f"{__name__}:measure_point")
+    return file.measure(benchmark.points, benchmark.request, measured_in_words, console)
 
 
 def measure_point(request: Json, send: Send) -> Json:
@@ -185,17 +167,6 @@ def check(point: Point) -> float:
     return error
 
 
-def as_markdown(records: Sequence[Json]) -> str:
-    """One table and how it was made."""
-    lines = [*_notes(records), "", *(f"| {' | '.join(row)} |" for row in (_HEADINGS, ["---"] * len(_HEADINGS)))]
-    lines += [f"| {' | '.join(_row(record))} |" for record in records]
-    quoted = [
-        f"| paper, L = {PAPER_LENGTH:,}, quoted | {size:,} | {gib:.2f} | {s:.2f} | |"
-        for size, (gib, s) in PAPER.items()
-    ]
-    return "\n".join([*lines, *quoted]) + "\n"
-
-
 def _dense(point: Point, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and [1, H, L, 1]: False for rows in which rounding could choose another key."""
     scores = query @ key.mT / point.head_dim**0.5
@@ -204,88 +175,6 @@ def _dense(point: Point, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     is_clear = torch.ones_like(scores[..., :1], dtype=torch.bool)
     if point.method.startswith("topk") and point.k < point.length:
         best = scores.topk(point.k + 1).values  # [1, H, L, k + 1]
-        is_clear = ~(best[..., -2:-1] - best[..., -1:] < _NEAR_TIE)
+        is_clear = ~(best[..., -2:-1] - best[..., -1:] < NEAR_TIE)
         scores = scores.masked_fill(scores < best[..., -2:-1], -torch.inf)
     return scores.softmax(-1) @ value, is_clear
-
-
-def _in_words(record: Json) -> str:
-    return f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.2f} s"
-
-
-def _row(record: Json) -> tuple[str, ...]:
-    point = record["point"]
-    size = "" if point["chunk_size"] is None else f"{point['chunk_size']:,}"
-    name = _name(point)
-    if record["outcome"] != "finished":
-        return (name, size, record["outcome"], "", "")
-    spread = f"{record['fastest_s']:.2f} to {record['slowest_s']:.2f} (of {record['repetitions']})"
-    return (name, size, f"{record['peak_mib'] / 1024:.3f}", f"{record['elapsed_s']:.2f}", spread)
-
-
-def _show(records: Sequence[Json], console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=_title(records[0]["point"]), title_justify="left")
-    for number, heading in enumerate(_HEADINGS):
-        table.add_column(escape(heading), justify="left" if number == 0 else "right")
-    for record in records:
-        table.add_row(*_row(record))
-    console.print(table)
-    for line in _notes(records):
-        say(console, line)
-
-
-def _notes(records: Sequence[Json]) -> list[str]:
-    point, here = records[0]["point"], records[0]["environment"]
-    computer = f"{here['cpu']}, {point['threads']} threads" if point["device"] == "cpu" else point["device"]
-    busy = busy_note([record.get("other_cores") for record in records], here["num_cpus"])
-    return [
-        f"{_title(point)}. {computer}, PyTorch {here['torch']}, {here['date'][:10]}, commit {here['commit']}. Memory "
-        "is the peak above query, key and value; time: median.",
-        *([] if busy is None else [busy]),
-    ]
-
-
-def _title(point: Json) -> str:
-    mask = "causal" if point["is_causal"] else "no mask"
-    heads = f"{point['num_heads']} heads of {point['head_dim']}"
-    return f"Attention, forward pass, L = {point['length']:,}, {heads}, {mask}, float32"
-
-
-def _name(point: Json) -> str:
-    description = METHODS[point["method"]].description
-    return description if point["k"] is None else f"{description}, k = {point['k']}"
-
-
-def _draw(path: Path, records: Sequence[Json]) -> Path | None:
-    curves: dict[str, list[Json]] = {}
-    levels: dict[str, Json] = {}
-    for record in records:
-        point, name = record["point"], _name(record["point"])
-        if point["chunk_size"] is None:
-            levels[name] = record
-        else:
-            curves.setdefault(name, []).append(record | {"chunk_size": point["chunk_size"]})
-    point = records[0]["point"]
-    has_papers_setting = (point["num_heads"], point["head_dim"], point["is_causal"]) == (12, 64, False)
-    if len({record["point"]["chunk_size"] for record in records} - {None}) < 2:
-        return None
-    draw_memory_and_time(
-        curves,
-        path,
-        x="chunk_size",
-        x_label="C, queries in a chunk",
-        title=_title(point),
-        quoted={
-            field: {_PAPER_NAME: {size: numbers[axis] for size, numbers in PAPER.items()}}
-            for axis, field in enumerate(("peak_mib", "elapsed_s"))
-        }
-        if has_papers_setting
-        else None,
-        quoted_like={_PAPER_NAME: METHODS["vanilla-chunks"].description},
-        levels=levels,
-        panels=(("peak_mib", "Peak memory of a forward pass [GiB]", 1 / 1024), ("elapsed_s", "Forward [s]", 1.0)),
-    )
-    return path

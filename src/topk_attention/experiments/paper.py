@@ -48,6 +48,27 @@ ATTENTION_LAYER = {
     },
 }
 
+# d_ff -> (GiB, seconds) of forward and backward: 262,144 tokens, d_model 768, chunks of 16,384 tokens, k = 512.
+FEED_FORWARD_LAYER_TOKENS = 262144
+FEED_FORWARD_LAYER = {
+    "vanilla": {2048: (9.27, 0.46), 6144: (26.29, 1.00)},
+    "query-chunks": {
+        2048: (6.72, 0.67),
+        6144: (7.32, 1.31),
+        16384: (10.41, 2.96),
+        32768: (17.26, 5.57),
+        65536: (27.94, 10.76),
+    },
+    "topk": {2048: (7.78, 0.66), 6144: (8.04, 1.25), 16384: (9.72, 2.72), 32768: (9.57, 5.06), 65536: (12.26, 9.86)},
+    "topk-sparse": {
+        2048: (8.38, 3.34),
+        6144: (8.42, 3.97),
+        16384: (9.01, 5.61),
+        32768: (11.35, 7.89),
+        65536: (14.04, 11.30),
+    },
+}
+
 # Query chunk -> (GiB, seconds) of the forward pass of query chunking without top-k, L = 65,536, no mask.
 CHUNK_SIZE_LENGTH = 65536
 CHUNK_SIZE = {128: (2.27, 8.61), 256: (3.40, 5.25), 512: (6.02, 3.56), 1024: (10.90, 2.73), 2048: (20.65, 2.69)}

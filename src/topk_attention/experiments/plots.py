@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def draw_memory_and_time(
     levels  name -> a point that does not depend on x, drawn as a dashed line
     """
     figure = new_figure(width=5 * len(panels), height=4.2)
+    labelled: dict[str, Any] = {}
     sizes = sorted({point[x] for points in curves.values() for point in points})
     styles = {
         name: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
@@ -117,7 +119,11 @@ def draw_memory_and_time(
         axes.set_xlabel(x_label)
         axes.set_title(panel_title, fontsize=10, loc="left")
         axes.grid(alpha=0.25, which="both")
-        axes.legend(frameon=False, fontsize=7)
+        labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | labelled
+    columns = 1 + len(panels)
+    figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(labelled) / columns))
+    # Below the panels, where it covers no curve.
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -139,10 +140,6 @@ class PointFile:
                 return record
         return None
 
-    def all_of_here(self) -> list[Json]:
-        """All records on file that were made with this software on this processor, oldest first."""
-        return [record for record in read_json_lines(self.lines) if self.is_of_here(record)]
-
     def is_of_here(self, record: Json) -> bool:
         there = record.get("environment", {})
         return record.get("schema") == self._schema and all(
@@ -160,6 +157,19 @@ class PointFile:
             limits = {"time_limit_s": self._limits.time_s, "memory_limit_gib": self._limits.memory_gib}
             return record | {"outcome": error.outcome, "message": str(error), **limits}
         return record | {"outcome": "finished"} | result
+
+
+def newest_records(lines: Path, schema: str) -> list[Json]:
+    """The newest record of each point on file, in the order in which points were first measured.
+
+    Only those of the software and processor of the last one: numbers of different machines do not belong in one table.
+    """
+    records = [record for record in read_json_lines(lines) if record.get("schema") == schema]
+    newest: dict[str, Json] = {}
+    for record in records:
+        if all(record["environment"].get(name) == records[-1]["environment"].get(name) for name in _SAME_ENVIRONMENT):
+            newest[json.dumps(record["point"], sort_keys=True)] = record
+    return list(newest.values())
 
 
 def start_point(request: Json) -> None:

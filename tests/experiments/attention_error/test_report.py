@@ -1,8 +1,8 @@
 import pytest
 from rich.console import Console
 
-from topk_attention.experiments.attention_error.report import as_markdown, equal_cost, report
-from topk_attention.experiments.records import environment
+from topk_attention.experiments.attention_error.report import as_markdown, equal_cost, report, show
+from topk_attention.experiments.records import append_json_line, environment
 
 
 def record(method, size, error, seconds=1.0, mib=10.0, length=64, **more):
@@ -47,10 +47,18 @@ def test_a_point_that_was_given_up_stays_in_the_table(tmp_path):
 
 
 def test_table_page_and_picture_are_made_from_records_alone(tmp_path):
+    records = [*RECORDS, *(record("topk", 8, error, length=128) for error in (0.3, 0.1))]
     console = Console(width=200, record=True)
-    written = report(tmp_path, [*RECORDS, *(record("topk", 8, 0.1, length=128) for _ in range(2))], console)
+    show(records, console)
+    for one in records:
+        append_json_line(tmp_path / "error.jsonl", one)
+    written = report(tmp_path)
     assert [path.name for path in written] == ["error.md", "error.png"]
     assert written[1].read_bytes().startswith(b"\x89PNG")
+    page = written[0].read_text()
+    assert "## 128 tokens" in page
+    assert "| top-k attention | 8 | 0.1 |" in page
+    assert "| 8 | 0.3 |" not in page  # measured again since
     text = console.export_text()
     assert "128 tokens" in text
     assert "Causal attention of all heads of layers 0, 1" in text

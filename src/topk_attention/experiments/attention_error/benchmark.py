@@ -10,13 +10,11 @@ from ..models import find_model, load_config, load_tokenizer, longest_input, unp
 from ..points import PointFile, say
 from ..records import Json
 from .capture import captured
-from .report import in_words, report
-from .settings import ErrorBenchmark
+from .report import in_words, report, show
+from .settings import LINES, SCHEMA, ErrorBenchmark
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-SCHEMA = "topk_attention/attention-error/1"
 
 
 def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Json]:
@@ -40,7 +38,7 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
         )
     layers = benchmark.layers_of(config.num_hidden_layers)
     file = PointFile(
-        benchmark.out / "error.jsonl",
+        benchmark.out / LINES,
         schema=SCHEMA,
         function=f"{__package__}.measure:measure_point",
         limits=benchmark.limits,
@@ -55,7 +53,8 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
             path = captured(work, loadable, input_ids, layers, benchmark.threads, tell)
             request["captured"] = str(path)
         records += file.measure(points, request, in_words, console)
-    for written in report(benchmark.out, records, console):
+    show(records, console)
+    for written in report(benchmark.out):
         tell(f"Written: {written}")
     tell(f"Records: {file.lines}")
     return records

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..plots import COLOURS, MARKERS, QUOTED, new_figure, plain_numbers, save
-from ..points import say
+from ..point_tables import Page, by_setting, markdown_table
+from ..points import newest_records, say
 from ..records import Json, write_whole
 from ..timing import busy_note
 from .methods import METHODS
+from .settings import LINES, SCHEMA
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +28,7 @@ _HEADINGS = (
     "peak forward [MiB]",
     "peak forward + backward [MiB]",
 )
+_SETTINGS = ("model", "text", "layers", "device", "threads")
 _OURS = "topk"
 _RIVALS = ("performer", "performer-tuned", "rfa")
 
@@ -53,25 +56,32 @@ def in_words(record: Json) -> str:
     return f"error {record['relative_error']:.3g}, {seconds:.3g} s, {mib:,.0f} MiB"
 
 
-def report(out: Path, records: Sequence[Json], console: Console) -> list[Path]:
-    """Show the records, write `error.md` and `error.png`, and return the files written."""
-    from rich.markup import escape
-    from rich.table import Table
-
+def show(records: Sequence[Json], console: Console) -> None:
+    """A table for each length, and how the numbers came about."""
     for length, of_length in _by_length(records).items():
-        table = Table(title=f"{length:,} tokens", title_justify="left")
-        for number, heading in enumerate(_HEADINGS):
-            table.add_column(escape(heading), justify="left" if number == 0 else "right")
-        for record in of_length:
-            table.add_row(*_row(record))
-        console.print(table)
+        Page(f"{length:,} tokens", _HEADINGS, [_row(record) for record in of_length], ()).show(console)
+    for line in notes(records):
+        say(console, line)
+
+
+def report(out: Path) -> list[Path]:
+    """Write `error.md` and `error.png` from the records on file that share their settings with the last one.
+
+    Returns the files written.
+    """
+    on_file = newest_records(out / LINES, SCHEMA)
+    if not on_file:
+        return []
+    order = list(METHODS)
+    records = sorted(
+        by_setting(on_file, _SETTINGS)[-1],
+        key=lambda record: (order.index(record["point"]["method"]), record["point"]["size"] or 0),
+    )
     written = [out / "error.md"]
     write_whole(written[0], as_markdown(records))
     if any(record["outcome"] == "finished" and record["point"]["size"] is not None for record in records):
         written.append(out / "error.png")
         draw(records, written[1])
-    for line in notes(records):
-        say(console, line)
     return written
 
 
@@ -79,13 +89,13 @@ def as_markdown(records: Sequence[Json]) -> str:
     """A page: how it was made, then for each length all settings, and what rivals reach at equal cost."""
     lines = [f"# {title(records)}", "", *notes(records)]
     for length, of_length in _by_length(records).items():
-        lines += ["", f"## {length:,} tokens", "", *_table(_HEADINGS, [_row(record) for record in of_length])]
+        lines += ["", f"## {length:,} tokens", "", *markdown_table(_HEADINGS, [_row(record) for record in of_length])]
         for cost in _COSTS:
             rows = equal_cost(of_length, cost)
             if rows:
                 headings = ("top-k", cost, "its error", *(METHODS[rival].description for rival in _RIVALS))
                 lines += ["", f"The lowest error of each within the {cost} of top-k attention:", ""]
-                lines += _table(headings, rows)
+                lines += markdown_table(headings, rows)
     return "\n".join(lines) + "\n"
 
 
@@ -196,12 +206,5 @@ def _row(record: Json) -> tuple[str, ...]:
     return (METHODS[point["method"]].description, size, *(f"{number:.3g}" for number in (*errors, *costs)))
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
-
-
 def _by_length(records: Sequence[Json]) -> dict[int, list[Json]]:
-    lengths: dict[int, list[Json]] = {}
-    for record in records:
-        lengths.setdefault(record["point"]["length"], []).append(record)
-    return lengths
+    return {group[0]["point"]["length"]: group for group in by_setting(records, ("length",))}

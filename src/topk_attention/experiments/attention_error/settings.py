@@ -13,6 +13,8 @@ from ..points import Limits
 from ..records import Json
 from .methods import METHODS, sizes_of
 
+SCHEMA = "topk_attention/attention-error/1"
+LINES = "error.jsonl"
 DEFAULT_OUT = Path("results/attention-error")
 DEFAULT_LENGTHS = (2048, 8192)
 _DEFAULT_NUM_LAYERS = 5

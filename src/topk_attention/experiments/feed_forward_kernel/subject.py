@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kernel_benchmark.benchmark import Result
 from ..kernel_benchmark.subject import Subject
 from . import measure
-from .methods import check_method, kept_neurons
+from .methods import check_method, kept_neurons, why_not
 from .works import GOALS, PAPER, Work
 
 # Less is a matter of whole pages and of what the C library keeps.
@@ -40,7 +40,7 @@ SUBJECT = Subject(
     schema="topk_attention/feed-forward-kernel/1",
     measure=measure.__name__,
     check_method=check_method,
-    why_not=lambda method, work: None,
+    why_not=why_not,
     keeps_all=lambda method, work: kept_neurons(method, work) is None,
     size=("d_ff", 1.0),
     rival=("dense", "the dense layer of plain F.linear"),

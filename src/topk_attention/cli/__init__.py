@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from .commands import app
+    from .benchmarks import app
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise

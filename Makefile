@@ -7,7 +7,7 @@ TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs check-native bench bench-attention bench-feed-forward bench-model clean
+.PHONY: install demo test check format lint types docs check-native bench bench-full bench-attention bench-feed-forward bench-model report clean
 
 install: $(STAMP)
 
@@ -48,8 +48,16 @@ docs: install
 check-native:
 	csrc/tests/check
 
+# The benchmarks of the paper's figures and a page of them, in ten minutes on two cores.
 bench: install
-	$(BIN)/topk-attention benchmark attention
+	$(BIN)/topk-attention benchmark figures --quick --out build/bench $(BENCH_ARGUMENTS)
+
+# The same at full size, into the folder whose records are kept with the code. Takes about half an hour.
+bench-full: install
+	$(BIN)/topk-attention benchmark figures --full $(BENCH_ARGUMENTS)
+
+report: install
+	$(BIN)/topk-attention report
 
 bench-attention: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-benchmark.txt

@@ -6,7 +6,8 @@ import torch
 from topk_attention.backends import choose_backend
 from topk_attention.baselines import NAMES, new_attention
 
-EXACT = ["vanilla", "sdpa", "query-chunks"]
+EXACT = ["vanilla", "vanilla-chunks", "sdpa", "query-chunks"]
+DENSE = ["vanilla", "vanilla-chunks", "sdpa"]
 RANDOM = ["performer", "rfa"]
 CHUNK = 4  # several chunks, and a last one that is cut short
 
@@ -81,7 +82,7 @@ def test_the_chunk_size_decides_nothing_but_memory(name, is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("garbage", [7.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("vanilla", "sdpa")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DENSE])
 def test_masked_keys_never_matter(name, garbage, is_causal):
     query, key, value = inputs()
     mask = padding()
@@ -100,7 +101,7 @@ def test_masked_keys_never_matter(name, garbage, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "sdpa"])
+@pytest.mark.parametrize("name", DENSE)
 def test_masked_keys_never_matter_to_dense_methods_where_they_are_finite(name, is_causal):
     query, key, value = inputs()
     mask = padding()
@@ -129,10 +130,10 @@ def test_queries_without_keys_return_zeros_and_have_zero_gradient(name, is_causa
 
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["performer", "rfa", "rfa unnormalised", "vanilla"])
+@pytest.mark.parametrize("name", ["performer", "rfa", "rfa unnormalised", "vanilla", "vanilla-chunks"])
 def test_gradients_are_those_of_the_output(name, is_causal, is_padded):
     # Without its bound on the denominator, which is not smooth.
-    options = {"normalize": False, "num_heads": 3, "smallest_sum": 1e-9} if name.endswith("unnormalised") else {}
+    options = {"normalize": False, "num_heads": 3, "smallest_share": 1e-9} if name.endswith("unnormalised") else {}
     attention = new(name.split()[0], **options).double()
     tensors = [(0.3 * tensor).requires_grad_() for tensor in inputs(6, 6)]
     mask = padding(6) if is_padded else None
@@ -176,6 +177,18 @@ def test_dropout_drops_weights_and_keeps_their_mean(name):
     dropped = output == 0
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(output[~dropped], torch.full_like(output[~dropped], 1 / 3 / 0.75))
+
+
+def test_chunks_of_queries_drop_the_same_weights_when_they_are_computed_again(monkeypatch):
+    def gradients():
+        torch.manual_seed(5)
+        tensors = [tensor.requires_grad_() for tensor in inputs()]
+        new("vanilla-chunks")(*tensors, is_causal=True, dropout_p=0.3).square().sum().backward()
+        return [tensor.grad for tensor in tensors]
+
+    again = gradients()
+    monkeypatch.setattr("topk_attention.baselines.dense.checkpoint", lambda function, *tensors, **_: function(*tensors))
+    torch.testing.assert_close(again, gradients())
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -222,15 +235,16 @@ def test_topk_is_the_library_with_its_k_on_the_backend_it_chooses():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"name": "linformer"}, 'name must be one of "vanilla", "sdpa", .*, got \'linformer\''),
+        ({"name": "linformer"}, "name must be one of \"vanilla\", .*, got 'linformer'"),
         ({"name": "topk"}, 'k must be a whole number for name="topk", got None; every key is name="query-chunks"'),
         ({"name": "topk", "k": 0}, "k must be at least 1"),
         ({"name": "query-chunks", "query_chunk_size": 0}, "query_chunk_size must be at least 1"),
+        ({"name": "vanilla-chunks", "query_chunk_size": -1}, "query_chunk_size must be at least 1"),
         ({"name": "performer", "num_features": 0}, "num_features must be at least 1"),
         ({"name": "performer", "query_chunk_size": 0}, "query_chunk_size must be at least 1"),
         ({"name": "rfa", "num_features": 7}, "num_features must be even, half sines and half cosines, got 7"),
         ({"name": "rfa", "sigma": 0.0}, r"sigma must be above 0, got 0\.0"),
-        ({"name": "rfa", "smallest_sum": 0.0}, r"smallest_sum must be above 0, got 0\.0"),
+        ({"name": "rfa", "smallest_share": 0.0}, r"smallest_share must be above 0, got 0\.0"),
     ],
 )
 def test_what_cannot_be_made_is_refused(options, words):

@@ -1,4 +1,4 @@
-"""Random features never form a matrix of queries x keys."""
+"""Neither random features nor chunks of queries form a matrix of queries x keys."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def peak_of_a_step(name, length, is_causal, with_gradient):
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["performer", "rfa"])
+@pytest.mark.parametrize("name", ["performer", "rfa", "vanilla-chunks"])
 def test_memory_is_linear_in_length(name, is_causal, with_gradient):
     short, long = (peak_of_a_step(name, length, is_causal, with_gradient) for length in (2048, 8192))
     assert long < 4.4 * short

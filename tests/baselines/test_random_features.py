@@ -181,10 +181,11 @@ def test_performer_equals_performer_pytorch_with_the_same_directions(performer_p
     of_key = performer_pytorch.softmax_kernel(key, is_query=False, **options)
     expected = performer_pytorch.linear_attention(of_query, of_key, value)
     torch.testing.assert_close(attention(query, key, value), expected)
-    # What the package does by default adds 1e-4 to each feature.
+    # What the package does by default adds 1e-4 to each feature, which is little where none is small.
+    query, key = query / 10, key / 10
     theirs = performer_pytorch.FastAttention(HEAD_DIM, nb_features=32).double()
     theirs.projection_matrix.copy_(attention.directions)
-    torch.testing.assert_close(attention(query, key, value), theirs(query, key, value), rtol=0, atol=0.02)
+    torch.testing.assert_close(attention(query, key, value), theirs(query, key, value), rtol=0, atol=1e-3)
 
 
 def test_causal_performer_equals_performer_pytorch_with_the_same_directions(performer_pytorch):

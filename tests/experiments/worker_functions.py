@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from topk_attention.experiments.memory import PeakMeter, limit_memory
+from topk_attention.experiments.points import start_point
 
 
 def add(request, send):
@@ -50,3 +51,8 @@ def leave_holes(request, send):
         blocks.clear()
         held_mib = meter.held_mib()
     return {"held_mib": held_mib, "method": meter.read().method}
+
+
+def ask_for_three_gib(request, send):
+    start_point(request)
+    return {"bytes": torch.empty(3 * 2**30, dtype=torch.uint8).nbytes}  # reserved, never touched

@@ -14,12 +14,14 @@ from .topk import LibraryAttention
 # name -> (what it is, class, which of the shared options it takes)
 _METHODS: dict[str, tuple[str, Callable[..., Baseline], tuple[str, ...]]] = {
     "vanilla": ("matmul, softmax, matmul, every score in memory", VanillaAttention, ()),
+    "vanilla-chunks": ("the same for a chunk of queries at a time", VanillaAttention, ("query_chunk_size",)),
     "sdpa": ("PyTorch's scaled_dot_product_attention", SdpaAttention, ()),
     "query-chunks": ("every key, in query chunks", LibraryAttention, ("query_chunk_size",)),
     "topk": ("top-k attention", LibraryAttention, ("k", "query_chunk_size")),
     "performer": ("Performer, FAVOR+", PerformerAttention, ("head_dim", "num_features", "query_chunk_size")),
     "rfa": ("Random Feature Attention", RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
 }
+_PAPERS_CHUNK_SIZE = 1024
 NAMES = {name: description for name, (description, _, _) in _METHODS.items()}
 
 
@@ -34,7 +36,8 @@ def new_attention(
 ) -> Baseline:
     """An attention method as a module, ready for `forward(query, key, value, *, key_mask, is_causal, dropout_p)`.
 
-    name              "vanilla", "sdpa", "query-chunks", "topk", "performer" or "rfa"
+    name              "vanilla", "vanilla-chunks" (the paper's query chunking), "sdpa", "query-chunks" (this library's),
+                      "topk", "performer" or "rfa"
     head_dim          D, size of queries and keys
     k                 keys kept per query; "topk" needs it
     num_features      size of the random feature vector of "performer" and "rfa"
@@ -62,6 +65,8 @@ def new_attention(
         raise ValueError('k must be a whole number for name="topk", got None; every key is name="query-chunks"')
     if name == "query-chunks":
         options = {"backend": "chunked"} | options
+    if name == "vanilla-chunks":
+        shared["query_chunk_size"] = query_chunk_size or _PAPERS_CHUNK_SIZE
     return new(**{option: shared[option] for option in taken}, **options)
 
 

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from ..functional.checks import check_k
 from .interface import Baseline, visible_keys
 
 
 class VanillaAttention(Baseline):
-    """Vaswani et al. 2017 written out: all scores of all heads are in memory at once. Masked keys have to be finite."""
+    """Vaswani et al. 2017 written out. Masked keys have to be finite.
+
+    query_chunk_size  None: all scores of all heads are in memory at once. Otherwise those of so many queries are, of
+                      all heads; the backward pass computes them again (Gupta et al. 2021, section 2, without top-k)
+    """
+
+    def __init__(self, query_chunk_size: int | None = None) -> None:
+        super().__init__()
+        if query_chunk_size is not None:
+            check_k("query_chunk_size", query_chunk_size)
+        self.query_chunk_size = query_chunk_size
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
     ) -> Tensor:
-        scores = query / query.shape[-1] ** 0.5 @ key.mT  # [B, H, N, M]
-        if key_mask is None and not is_causal:
-            return F.dropout(scores.softmax(-1), dropout_p) @ value
-        visible = visible_keys(query.shape[2], key.shape[2], key_mask, is_causal, query)
-        # Not -inf: a query without keys would have NaN in its gradient.
-        scores = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
-        output = F.dropout(scores.softmax(-1), dropout_p) @ value
-        return output.masked_fill(~visible.any(-1, keepdim=True), 0)
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        scaled = query / query.shape[3] ** 0.5
+        if self.query_chunk_size is None:
+            offset = num_keys - num_queries if is_causal else None
+            return _attend(key_mask, offset, dropout_p, scaled, key, value)
+        outputs = []
+        for number, rows in enumerate(scaled.split(self.query_chunk_size, 2)):
+            offset = number * self.query_chunk_size + num_keys - num_queries if is_causal else None
+            attend = functools.partial(_attend, key_mask, offset, dropout_p)
+            if torch.is_grad_enabled():
+                attend = functools.partial(checkpoint, attend, use_reentrant=False)
+            outputs.append(attend(rows, key, value))
+        return torch.cat(outputs, 2)
+
+
+def _attend(
+    key_mask: Tensor | None, offset: int | None, dropout_p: float, scaled: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """For queries [B, H, C, D] of which the first sees keys up to `offset` and each further one one more; None: all."""
+    scores = scaled @ key.mT  # [B, H, C, M]
+    if key_mask is None and offset is None:
+        return F.dropout(scores.softmax(-1), dropout_p) @ value
+    visible = visible_keys(scaled.shape[2], key.shape[2], key_mask, offset, scores.device)
+    # Not -inf: a query without keys would have NaN in its gradient.
+    scores = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
+    output = F.dropout(scores.softmax(-1), dropout_p) @ value
+    return output.masked_fill(~visible.any(-1, keepdim=True), 0)
 
 
 class SdpaAttention(Baseline):
@@ -36,5 +69,6 @@ class SdpaAttention(Baseline):
         if alone or not is_causal:
             mask = None if key_mask is None else key_mask[:, None, None, :]
         else:
-            mask = visible_keys(query.shape[2], key.shape[2], key_mask, is_causal, query)
+            offset = key.shape[2] - query.shape[2]
+            mask = visible_keys(query.shape[2], key.shape[2], key_mask, offset, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=alone)

@@ -56,11 +56,16 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
 
-def visible_keys(num_queries: int, num_keys: int, key_mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor:
-    """Which keys each query may attend to: bool, broadcasts to [B, H, N, M]."""
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device)
-    if is_causal:
-        visible = visible.tril_(num_keys - num_queries)
+def visible_keys(
+    num_queries: int, num_keys: int, key_mask: Tensor | None, offset: int | None, device: torch.device
+) -> Tensor:
+    """Which keys each query may attend to: bool, broadcasts to [B, H, N, M].
+
+    offset  the last key that the first query sees, each further query seeing one more; None: all see all
+    """
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    if offset is not None:
+        visible = visible.tril_(offset)
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 

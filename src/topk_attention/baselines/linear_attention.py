@@ -19,6 +19,8 @@ from torch import Tensor
 # The logarithm of a query is of no consequence, since it is a factor of numerator and denominator.
 FeatureMap = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+_TINY = 1e-30
+
 
 class _Keys(NamedTuple):
     """A chunk of keys and its values.
@@ -56,7 +58,7 @@ def linear_attention(
     is_causal: bool,
     chunk_size: int,
     smallest_weight: float,
-    smallest_sum: float,
+    smallest_share: float,
 ) -> Tensor:
     """Attend with products of features in place of exp(score).
 
@@ -67,7 +69,7 @@ def linear_attention(
     is_causal        query i sees keys j <= i + M - N
     chunk_size       rows at a time; for causal attention also the side of the score blocks on the diagonal
     smallest_weight  added to each product of features
-    smallest_sum     what the denominator is raised to, in units of the largest exp(s) it contains
+    smallest_share   the denominator is raised to this share of what it would be if all products of features were 1
 
     Returns [B, H, N, E]; zeros for a query that sees no key. Memory: chunks and one state, and for the backward pass
     the features of all rows and a state per chunk of queries.
@@ -78,8 +80,9 @@ def linear_attention(
     def keys(start: int, stop: int) -> _Keys:
         return _keys(key[:, :, start:stop], value[:, :, start:stop], key_mask, start, feature_map)
 
-    def divide(sums: Tensor) -> Tensor:
-        return sums[..., :-1] / sums[..., -1:].clamp_min(smallest_sum)
+    def divide(sums: Tensor, of_ones: Tensor) -> Tensor:
+        bound = (smallest_share * of_ones).clamp_min(_TINY)  # above zero where a query sees no key
+        return sums[..., :-1] / torch.maximum(sums[..., -1:], bound)
 
     def read(state: _State, features: Tensor) -> Tensor:
         return features @ state.total + smallest_weight * state.plain
@@ -94,7 +97,7 @@ def linear_attention(
         stop = min(start + chunk_size, num_queries)
         features, _ = feature_map(query[:, :, start:stop])
         if not is_causal:
-            output.append(divide(read(state, features)))
+            output.append(divide(read(state, features), state.plain[..., -1:]))
             continue
         chunk = keys(start + num_keys - num_queries, stop + num_keys - num_queries)
         largest = torch.maximum(chunk.logs.detach().cummax(-2).values, state.largest)  # [B|1, H|1, C, 1]
@@ -102,7 +105,9 @@ def linear_attention(
         is_later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
         factors = (chunk.logs.mT - shift).masked_fill(is_later, -torch.inf).exp()  # of key j for query i
         weights = (features @ chunk.features.mT + smallest_weight) * factors  # [B, H, C, C]
-        output.append(divide(weights @ chunk.values + (state.largest - shift).exp() * read(state, features)))
+        fade = (state.largest - shift).exp()
+        of_ones = factors.sum(-1, keepdim=True) + fade * state.plain[..., -1:]
+        output.append(divide(weights @ chunk.values + fade * read(state, features), of_ones.detach()))
         state = _absorb(state, chunk)
     return output.joined()
 

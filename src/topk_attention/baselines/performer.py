@@ -34,9 +34,7 @@ class PerformerAttention(RandomFeatureBaseline):
     def __init__(
         self, head_dim: int, num_features: int = 256, query_chunk_size: int | None = None, orthogonal: bool = True
     ) -> None:
-        super().__init__(
-            head_dim, num_features, query_chunk_size, smallest_weight=_SMALLEST_WEIGHT, smallest_sum=_SMALLEST_WEIGHT
-        )
+        super().__init__(head_dim, num_features, query_chunk_size, smallest_weight=_SMALLEST_WEIGHT, smallest_share=0.0)
         self.orthogonal = orthogonal
         self.register_buffer("directions", torch.empty(num_features, head_dim))
         self.redraw()

@@ -24,7 +24,7 @@ class RandomFeatureBaseline(Baseline):
     head_dim          D
     num_features      F
     query_chunk_size  rows at a time, 128 by default
-    smallest_weight, smallest_sum  as in `linear_attention`
+    smallest_weight, smallest_share  as in `linear_attention`
     """
 
     can_drop = False
@@ -36,7 +36,7 @@ class RandomFeatureBaseline(Baseline):
         query_chunk_size: int | None,
         *,
         smallest_weight: float,
-        smallest_sum: float,
+        smallest_share: float,
     ) -> None:
         super().__init__()
         self.chunk_size = CHUNK_SIZE if query_chunk_size is None else query_chunk_size
@@ -47,7 +47,7 @@ class RandomFeatureBaseline(Baseline):
         ):
             check_k(name, number)
         self.smallest_weight = smallest_weight
-        self.smallest_sum = smallest_sum
+        self.smallest_share = smallest_share
 
     def feature_map(self, dtype: torch.dtype) -> FeatureMap:
         """Features whose products are unbiased estimates of the weights, for rows of this dtype."""
@@ -64,7 +64,7 @@ class RandomFeatureBaseline(Baseline):
                 is_causal=is_causal,
                 chunk_size=self.chunk_size,
                 smallest_weight=self.smallest_weight,
-                smallest_sum=self.smallest_sum,
+                smallest_share=self.smallest_share,
             )
         return output.to(query.dtype)
 

@@ -25,8 +25,8 @@ class RandomFeatureAttention(RandomFeatureBaseline):
     normalize         False: x = q / D^(1/4) and y = k / D^(1/4) are not brought to length 1, and weights are multiplied
                       by exp(|sigma y|^2 / 2), which for sigma = 1 makes them those of softmax attention
     orthogonal        random vectors in blocks of D are at right angles; each is still Gaussian
-    smallest_sum      the denominator, an estimate that may come out at zero or below, is raised to this (where keys
-                      have a factor, times the largest one)
+    smallest_share    the denominator, an estimate that may come out at zero or below, is raised to this share of what
+                      it would be if x equalled every y
 
     sigma [H or 1, D] is learned with the rest, by reparametrisation as in the paper. The random vectors w are a buffer,
     [H or 1, F / 2, D], saved with the module; `redraw` draws new ones. The paper's gate is left out. Features and sums
@@ -44,12 +44,12 @@ class RandomFeatureAttention(RandomFeatureBaseline):
         sigma: float = 1.0,
         normalize: bool = True,
         orthogonal: bool = False,
-        smallest_sum: float = 1e-2,
+        smallest_share: float = 1e-2,
     ) -> None:
-        super().__init__(head_dim, num_features, query_chunk_size, smallest_weight=0.0, smallest_sum=smallest_sum)
+        super().__init__(head_dim, num_features, query_chunk_size, smallest_weight=0.0, smallest_share=smallest_share)
         if num_features % 2:
             raise ValueError(f"num_features must be even, half sines and half cosines, got {num_features}")
-        for name, positive in (("sigma", sigma), ("smallest_sum", smallest_sum)):
+        for name, positive in (("sigma", sigma), ("smallest_share", smallest_share)):
             if not positive > 0:
                 raise ValueError(f"{name} must be above 0, got {positive}")
         self.normalize = normalize

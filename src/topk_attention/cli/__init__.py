@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from .commands import app
+    from .benchmarks import app
     from .lra import lra
 
     app.add_typer(lra, name="lra")

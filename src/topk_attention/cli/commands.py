@@ -30,6 +30,7 @@ app.add_typer(qa, name="qa")
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
 Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")]
 Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
@@ -247,68 +248,6 @@ def lm_eval(
 
 
 @benchmark.command()
-def attention(
-    lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,8192,16384,32768",
-    implementations: Annotated[
-        str, typer.Option(help="Among topk, query-chunks and sdpa, separated by commas.")
-    ] = "topk,query-chunks,sdpa",
-    k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 128,
-    heads: Heads = 12,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
-    bias: Annotated[str, typer.Option(help='"none", or "learned": a number per head and distance.')] = "none",
-    dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
-    projections: Annotated[
-        bool, typer.Option(help="Four linear layers around the attention, or the attention alone.")
-    ] = True,
-    bias_and_dropout: Annotated[
-        bool,
-        typer.Option(
-            "--bias-and-dropout",
-            help="Instead of the grid: learned bias, then dropout 0.1, at L = 8192 with 4 heads without projections, "
-            "topk against sdpa.",
-        ),
-    ] = False,
-    repetitions: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")] = 900,
-    out: Out = Path("results/attention"),
-    seed: Seed = 0,
-    threads: Threads = None,
-    backend: Backend = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
-) -> None:
-    """One self-attention layer, forward and backward: peak memory and time against length.
-
-    Every point is checked against a dense computation first. Points are appended to attention.jsonl; interrupted, the
-    same command continues with those that are missing.
-    """
-    with _errors_in_words(f"finished points are in {out / 'attention.jsonl'}"):
-        import torch
-
-        from ..experiments import attention_layer
-
-        settings = {"k": k, "threads": threads or torch.get_num_threads(), "backend": backend, "seed": seed}
-        if bias_and_dropout:
-            points = attention_layer.bias_and_dropout(**settings)
-        else:
-            points = attention_layer.grid(
-                _integers("lengths", lengths),
-                _names(implementations),
-                num_heads=heads,
-                head_dim=head_dim,
-                bias=bias,
-                dropout_p=dropout,
-                projections=projections,
-                **settings,
-            )
-        attention_layer.run_attention_benchmark(
-            attention_layer.AttentionBenchmark(
-                points, out=out, repetitions=repetitions, time_limit_s=time_limit, fresh=fresh
-            ),
-            _console(),
-        )
-
-
-@benchmark.command()
 def attention_kernel(
     sweep: Annotated[
         str | None, typer.Option(help='Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).')
@@ -334,7 +273,7 @@ def attention_kernel(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     backend: Annotated[str, typer.Option(help="Backend of top-k attention that is held against the rivals.")] = "cpu",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
 
@@ -396,7 +335,7 @@ def feed_forward_kernel(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     backend: Annotated[str, typer.Option(help="Backend of top-k that is held against the rivals.")] = "cpu",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
 

@@ -110,12 +110,13 @@ def resident_mib() -> float:
     return psutil.Process().memory_info().rss / _MIB
 
 
-def limit_memory(fraction_of_available: float) -> None:
-    """Let allocations fail beyond a part of what is available now, where the system can do that.
+def limit_memory(fraction_of_available: float, at_most_gib: float | None = None) -> None:
+    """Let allocations fail beyond a part of what is available now and beyond a size, where the system can do that.
 
     Without it a point that does not fit would make the kernel end some process, perhaps another one.
     """
-    limit_memory_to(available_mib() * fraction_of_available)
+    limit_mib = available_mib() * fraction_of_available
+    limit_memory_to(limit_mib if at_most_gib is None else min(limit_mib, at_most_gib * 1024))
 
 
 def limit_memory_to(mib: float) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .records import Json, write_whole
 
-COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#6b6b6b")
-_MARKERS = ("o", "s", "^", "D", "v")
+COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#b8962e", "#2a9d9d", "#a0345a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 QUOTED = "#6b6b6b"
 MEMORY_AND_TIME = (
     ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
@@ -62,7 +63,7 @@ def draw_demo(record: Json, path: Path) -> None:
         )
         if number == 1:
             axes.legend(frameon=False, fontsize=9, loc="center left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_memory_and_time(
@@ -73,45 +74,75 @@ def draw_memory_and_time(
     x_label: str,
     title: str,
     quoted: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
+    quoted_like: Mapping[str, str] | None = None,
+    levels: Mapping[str, Json] | None = None,
     panels: Sequence[tuple[str, str, float]] = MEMORY_AND_TIME,
 ) -> None:
     """Peak memory and time of one step against a size, both axes logarithmic.
 
-    curves  name -> points, each with x and the panels' fields; points that did not finish lack those and are left out
+    curves  name -> points, each with x and the panels' fields; a point that did not finish lacks those, and stands at
+            the upper edge as a sign of its "outcome" where it has one
     panels  (field of the points, title, factor from the field's unit to the title's)
     quoted  field -> name -> {x: value in the unit of the panel's title}: somebody else's numbers, drawn faint and
-            dotted, at the sizes of the points alone
+            dotted, as far as the sizes of the points reach
+    quoted_like  name of quoted numbers -> name of the curve whose colour and marker they take
+    levels  name -> a point that does not depend on x, drawn as a dashed line
     """
     figure = new_figure(width=5 * len(panels), height=4.2)
-    sizes = {point[x] for points in curves.values() for point in points}
+    labelled: dict[str, Any] = {}
+    sizes = sorted({point[x] for points in curves.values() for point in points})
+    styles = {
+        name: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        for index, name in enumerate(curves)
+    }
     for number, (field, panel_title, factor) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
-        for index, (name, points) in enumerate(curves.items()):
+        for name, points in curves.items():
             drawn = sorted((point[x], point[field] * factor) for point in points if field in point)
-            if not drawn:
-                continue
-            axes.plot(
-                *zip(*drawn, strict=True),
-                label=name,
-                color=COLOURS[index % len(COLOURS)],
-                marker=_MARKERS[index % len(_MARKERS)],
-                markersize=5,
-            )
+            if drawn:
+                axes.plot(*zip(*drawn, strict=True), label=name, markersize=5, **styles[name])
         for index, (name, values) in enumerate((quoted or {}).get(field, {}).items()):
-            shown = sorted((size, value) for size, value in values.items() if size in sizes)
+            shown = sorted((size, value) for size, value in values.items() if sizes[0] <= size <= sizes[-1])
             if shown:
-                marker = _MARKERS[index % len(_MARKERS)]
-                axes.plot(*zip(*shown, strict=True), label=name, color=QUOTED, linestyle=":", marker=marker, alpha=0.5)
+                own = {"color": QUOTED, "marker": MARKERS[index % len(MARKERS)]}
+                style = styles.get((quoted_like or {}).get(name, ""), own)
+                axes.plot(*zip(*shown, strict=True), label=name, linestyle=":", alpha=0.4, markersize=4, **style)
+        for index, (name, point) in enumerate((levels or {}).items()):
+            if field in point:
+                colour = COLOURS[(len(curves) + index) % len(COLOURS)]
+                axes.axhline(point[field] * factor, label=name, color=colour, linestyle="--", linewidth=1)
+        _draw_given_up(axes, curves, x, {name: style["color"] for name, style in styles.items()})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
-        only_ticks_at(axes.xaxis, sorted(sizes))
+        plain_numbers(axes.yaxis)
+        only_ticks_at(axes.xaxis, sizes)
         axes.set_xlabel(x_label)
         axes.set_title(panel_title, fontsize=10, loc="left")
         axes.grid(alpha=0.25, which="both")
-        axes.legend(frameon=False, fontsize=8)
+        labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | labelled
+    columns = 1 + len(panels)
+    figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(labelled) / columns))
+    # Below the panels, where it covers no curve.
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
+
+
+def _draw_given_up(axes: Any, curves: Mapping[str, Sequence[Json]], x: str, colours: Mapping[str, str]) -> None:
+    """A sign at the upper edge for each point that did not finish, one row a curve."""
+    labelled = set()
+    for row, (name, points) in enumerate(curves.items()):
+        for outcome, marker in (("out of memory", "x"), ("time limit", "$t$")):
+            sizes = [point[x] for point in points if point.get("outcome") == outcome]
+            if not sizes:
+                continue
+            # x in data, y as a fraction of the panel's height.
+            height, transform = [0.97 - 0.035 * row] * len(sizes), axes.get_xaxis_transform()
+            style = {"linestyle": "", "markersize": 6, "clip_on": False, "transform": transform}
+            axes.plot(sizes, height, marker=marker, color=colours[name], **style)
+            if outcome not in labelled:
+                axes.plot([], [], marker=marker, color=QUOTED, linestyle="", markersize=6, label=outcome)
+                labelled.add(outcome)
 
 
 def draw_loss_curves(
@@ -130,7 +161,7 @@ def draw_loss_curves(
                 [point["validation_loss"] for point in points],
                 label=name,
                 color=COLOURS[index % len(COLOURS)],
-                marker=_MARKERS[index % len(_MARKERS)],
+                marker=MARKERS[index % len(MARKERS)],
                 markersize=3,
             )
         axes.set_xlabel(label)
@@ -138,7 +169,7 @@ def draw_loss_curves(
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -155,7 +186,7 @@ def only_ticks_at(axis: Any, values: Sequence[int]) -> None:
     axis.set_ticks(values, [f"{value:,}" for value in values])
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
     """1, 2, 5, 10 and so on instead of powers of ten, which say little over one or two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -170,5 +201,5 @@ def png_of(figure: Any) -> bytes:
     return picture.getvalue()
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     write_whole(path, png_of(figure))

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends.activations import activate
+from ...baselines.feed_forward import in_chunks, sparse_topk_feed_forward
 from ...functional import topk_feed_forward
 from ..kernel_benchmark.methods import TOPK
 from ..kernel_benchmark.turns import Operation
 from .works import Work
 
 RIVALS = ("dense", "topk-chunked", "token-chunks")
+# The paper's own two forms, written out; for layers without a gate.
+PAPERS = ("dense-chunks", "topk-torch-sparse")
 NAMES = ("x", "w_in", "w_out", "w_gate")
 
 
@@ -33,6 +36,11 @@ class Method(NamedTuple):
         return tuple(tensor.detach().requires_grad_() for tensor in (x, w_in, w_out, *w_gate))
 
 
+def why_not(method: str, work: Work) -> str | None:
+    """Why a method cannot do a work, None where it can."""
+    return "it is written for layers without a gate" if method in PAPERS and work.is_gated else None
+
+
 def new_method(method: str, work: Work) -> Method:
     """The method, ready for its stored tensors."""
     match method:
@@ -40,8 +48,22 @@ def new_method(method: str, work: Work) -> Method:
             return Method(functools.partial(_dense, work), by_neuron=False)
         case "token-chunks":
             return Method(functools.partial(run_topk, work, None, "chunked"), by_neuron=False)
+        case "dense-chunks":
+            return Method(in_chunks(functools.partial(_dense, work), paper_chunk(work.tokens)), by_neuron=False)
+        case "topk-torch-sparse":
+            sparse = functools.partial(sparse_topk_feed_forward, k=work.k, activation=work.activation)
+            return Method(in_chunks(sparse, paper_chunk(work.tokens)), by_neuron=True)
     backend = method.removeprefix(TOPK)
     return Method(functools.partial(run_topk, work, work.k, backend), by_neuron=True)
+
+
+def paper_chunk(tokens: int) -> int:
+    """Tokens of a chunk: the same part of all as the paper's 16,384 of 262,144.
+
+    >>> paper_chunk(4096)
+    256
+    """
+    return max(1, tokens // 16)
 
 
 def new_inputs(work: Work) -> tuple[Tensor, ...]:

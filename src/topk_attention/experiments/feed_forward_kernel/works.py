@@ -8,6 +8,7 @@ from ...backends.activations import ACTIVATIONS
 from ...functional.checks import check_k
 from ..checks import check_at_least
 from ..kernel_benchmark.subject import Goal
+from ..paper import FEED_FORWARD_LAYER
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,8 @@ GOALS = {
 # With 4,096 a step of the dense layer takes about 20 s there on two cores.
 SWEEP = Work(d_model=768, d_ff=2048, k=512, tokens=4096)
 D_FFS = (2048, 6144, 16384, 32768, 65536)
-# Gupta et al. 2021, feed-forward layer, read off the figure (about +-0.02 GiB, +-0.01 s): d_ff -> (GiB, s).
 PAPER = {
-    "top-k": {2048: (7.78, 0.66), 6144: (8.04, 1.25), 16384: (9.72, 2.72), 32768: (9.57, 5.06), 65536: (12.26, 9.86)},
-    "vanilla": {2048: (9.27, 0.46), 6144: (26.29, 1.00)},
-    "query chunks": {
-        2048: (6.72, 0.67),
-        6144: (7.32, 1.31),
-        16384: (10.41, 2.96),
-        32768: (17.26, 5.57),
-        65536: (27.94, 10.76),
-    },
+    "top-k": FEED_FORWARD_LAYER["topk"],
+    "vanilla": FEED_FORWARD_LAYER["vanilla"],
+    "query chunks": FEED_FORWARD_LAYER["query-chunks"],
 }

@@ -27,7 +27,8 @@ def check_method(method: str, rivals: tuple[str, ...]) -> None:
         ValueError: there is no such method.
         RuntimeError: its backend cannot run here.
     """
-    if method.startswith(TOPK):
-        choose_backend(method.removeprefix(TOPK))
-    elif method not in rivals:
+    if method in rivals:
+        return
+    if not method.startswith(TOPK):
         raise ValueError(f"methods must be topk-BACKEND or among {', '.join(rivals)}, got {method!r}")
+    choose_backend(method.removeprefix(TOPK))

@@ -188,6 +188,22 @@ def test_sliding_windows_are_measured(batches):
     assert max(k for ks in calibration.values() for k in ks) <= 8  # a window of 7 keys, and the grid's next k
 
 
+def test_no_square_mask_is_kept_for_the_backward_pass(monkeypatch):
+    length, kept = 1100, []
+    sample = Collector.sample
+
+    def sample_and_keep(self, call, number):
+        sampled = sample(self, call, number)
+        kept.append((call.attn_mask.numel(), sampled.call.attn_mask))
+        return sampled
+
+    monkeypatch.setattr(Collector, "sample", sample_and_keep)
+    ids = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(0))
+    calibrate(tiny_mistral(), [ids], target=LostMass(0.01), queries_per_head=20)
+    assert sum(whole for whole, _ in kept) >= LAYERS * length**2
+    assert all(mask.untyped_storage().nbytes() <= 25 * length for _, mask in kept)
+
+
 def test_batches_of_any_order_and_length_give_the_same(batches):
     model = tiny_llama()
     short, long = batches[0][:, :9], batches[1]

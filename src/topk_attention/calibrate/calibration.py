@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -212,10 +213,13 @@ def measure(
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         path = paths[-1]
-        see = collector.see_attention if isinstance(call, AttentionCall) else collector.see_feed_forward
+        if isinstance(call, AttentionCall):
+            see = partial(collector.see_attention, path, collector.sample(call, len(paths)))
+        else:
+            see = partial(collector.see_feed_forward, path, call)
 
         def measure_errors(grad: Tensor) -> None:
-            see(path, call, grad)  # type: ignore[arg-type]
+            see(grad)
             report("backward", path)
 
         report("forward", path)

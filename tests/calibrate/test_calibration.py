@@ -396,3 +396,41 @@ def test_a_search_without_a_loss_is_named(batches):
         ValueError, match="LossIncrease needs a loss and BertModel gave none; add labels to the batches"
     ):
         calibrate(tiny_bert(), batches, target=LossIncrease(0.1))
+
+
+def first_output(output, arguments):
+    return output[0].mean(1)[:, :1]  # [B, 1]
+
+
+def test_outputs_named_by_an_objective_count_by_their_square(batches):
+    ids = batches[0][:1]
+    by_tensor = calibrate(tiny_bert(), [ids], target=MeanK(8), objective=first_output)
+    by_number = calibrate(
+        tiny_bert(), [ids], target=MeanK(8), objective=lambda *call: first_output(*call).sum() / LENGTH
+    )
+    for path, curves in by_tensor.curves.items():
+        assert curves.loss_error.max() > 0
+        torch.testing.assert_close(curves.loss_error, by_number.curves[path].loss_error)
+    everything = calibrate(tiny_bert(), [ids], target=MeanK(8))
+    path = next(iter(everything))
+    assert not torch.allclose(everything.curves[path].loss_error, by_tensor.curves[path].loss_error, rtol=0.1)
+
+
+def test_an_objective_sees_the_arguments_of_the_model(batches):
+    seen = []
+
+    def objective(output, arguments):
+        seen.append(arguments)
+        return output[0].square().mean()
+
+    mask = torch.ones_like(batches[0])
+    calibrate(
+        tiny_bert(), [{"input_ids": batches[0], "attention_mask": mask}], target=LossIncrease(0.1), objective=objective
+    )
+    assert all(arguments["attention_mask"] is mask for arguments in seen)
+    assert len(seen) == 1 + 6  # and a search for the bound
+
+
+def test_a_search_for_outputs_is_named(batches):
+    with pytest.raises(ValueError, match=r"LossIncrease needs a loss and objective gave a tensor of shape \[2, 1\]"):
+        calibrate(tiny_bert(), batches, target=LossIncrease(0.1), objective=first_output)

@@ -188,6 +188,22 @@ def test_sliding_windows_are_measured(batches):
     assert max(k for ks in calibration.values() for k in ks) <= 8  # a window of 7 keys, and the grid's next k
 
 
+def test_no_square_mask_is_kept_for_the_backward_pass(monkeypatch):
+    length, kept = 1100, []
+    sample = Collector.sample
+
+    def sample_and_keep(self, call, number):
+        sampled = sample(self, call, number)
+        kept.append((call.attn_mask.numel(), sampled.call.attn_mask))
+        return sampled
+
+    monkeypatch.setattr(Collector, "sample", sample_and_keep)
+    ids = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(0))
+    calibrate(tiny_mistral(), [ids], target=LostMass(0.01), queries_per_head=20)
+    assert sum(whole for whole, _ in kept) >= LAYERS * length**2
+    assert all(mask.untyped_storage().nbytes() <= 25 * length for _, mask in kept)
+
+
 def test_batches_of_any_order_and_length_give_the_same(batches):
     model = tiny_llama()
     short, long = batches[0][:, :9], batches[1]
@@ -380,3 +396,41 @@ def test_a_search_without_a_loss_is_named(batches):
         ValueError, match="LossIncrease needs a loss and BertModel gave none; add labels to the batches"
     ):
         calibrate(tiny_bert(), batches, target=LossIncrease(0.1))
+
+
+def first_output(output, arguments):
+    return output[0].mean(1)[:, :1]  # [B, 1]
+
+
+def test_outputs_named_by_an_objective_count_by_their_square(batches):
+    ids = batches[0][:1]
+    by_tensor = calibrate(tiny_bert(), [ids], target=MeanK(8), objective=first_output)
+    by_number = calibrate(
+        tiny_bert(), [ids], target=MeanK(8), objective=lambda *call: first_output(*call).sum() / LENGTH
+    )
+    for path, curves in by_tensor.curves.items():
+        assert curves.loss_error.max() > 0
+        torch.testing.assert_close(curves.loss_error, by_number.curves[path].loss_error)
+    everything = calibrate(tiny_bert(), [ids], target=MeanK(8))
+    path = next(iter(everything))
+    assert not torch.allclose(everything.curves[path].loss_error, by_tensor.curves[path].loss_error, rtol=0.1)
+
+
+def test_an_objective_sees_the_arguments_of_the_model(batches):
+    seen = []
+
+    def objective(output, arguments):
+        seen.append(arguments)
+        return output[0].square().mean()
+
+    mask = torch.ones_like(batches[0])
+    calibrate(
+        tiny_bert(), [{"input_ids": batches[0], "attention_mask": mask}], target=LossIncrease(0.1), objective=objective
+    )
+    assert all(arguments["attention_mask"] is mask for arguments in seen)
+    assert len(seen) == 1 + 6  # and a search for the bound
+
+
+def test_a_search_for_outputs_is_named(batches):
+    with pytest.raises(ValueError, match=r"LossIncrease needs a loss and objective gave a tensor of shape \[2, 1\]"):
+        calibrate(tiny_bert(), batches, target=LossIncrease(0.1), objective=first_output)

@@ -29,7 +29,7 @@ def every_k(monkeypatch):
 def measured(query, key, value, grad, collector=None, **options):
     """The curves of one attention call whose output gets this gradient."""
     collector = collector or Collector(queries_per_head=1000, largest_k=1000)
-    with observed(lambda call, output: collector.see_attention("layer", call, grad)):
+    with observed(lambda call, output: collector.see_attention("layer", collector.sample(call, 0), grad)):
         topk_attention(query, key, value, k=None, **options)
     return collector.attention["layer"]
 

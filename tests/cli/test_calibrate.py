@@ -228,7 +228,7 @@ def test_every_run_gets_the_tokens_after_the_calibration_windows(arguments, text
     run(arguments)
     ids = load_tokenizer(find_model(str(tiny_model)))(text_file.read_text())["input_ids"]
     assert len(seen) == 7
-    assert all(request["input_ids"] == ids[64 : 64 + 48] for request in seen)
+    assert all(request["windows"] == [ids[64 : 64 + 48]] for request in seen)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +274,41 @@ def test_a_run_that_fails_is_told_and_what_was_measured_is_kept(arguments, worke
     assert "error: k = 4 failed (out of memory): cannot allocate memory" in result.output
     assert record_of(tmp_path)["measurement"] is not None
     assert len(record_of(tmp_path)["runs"]) == 4
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_encoder_is_judged_by_its_embeddings(arguments, tiny_encoder, tmp_path):
+    at = arguments.index("--tokens")
+    arguments = arguments[:at] + arguments[at + 2 :]
+    arguments[arguments.index("--model") + 1] = str(tiny_encoder)
+    output = run(arguments, "--windows", 2, "--evaluate-windows", 3)
+    record = record_of(tmp_path)
+    assert record["measure"] == "embedding_error"
+    assert record["calibrated_on"]["num_tokens"] == 64  # the longest input
+    assert record["evaluated_on"]["windows"] == 3
+    assert record["evaluated_on"]["overlaps_calibration"] is False
+    errors = {(run["kind"], run["mean_k"] and round(run["mean_k"])): run["embedding_error"] for run in record["runs"]}
+    assert errors["full", None] == 0
+    assert errors["uniform", 4] > errors["uniform", 8] > errors["uniform", 16] > 0
+    assert errors["calibrated", 16] > 0
+    assert all(0.5 < run["cosine"] <= 1 + 1e-6 for run in record["runs"])
+    assert "embedding error" in output
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert "cosine to full" in page
+    assert "perplexity" not in page.lower()
+
+
+@pytest.mark.usefixtures("workers")
+def test_encoder_windows_are_read_one_after_the_other(arguments, tiny_encoder, text_file, monkeypatch):
+    seen = []
+    numbers = {"embedding_error": 0.1, "cosine": 0.9, "elapsed_s": 1.0, "peak_mib": 1.0}
+    monkeypatch.setattr(experiment, "measure_embeddings", lambda request, send: seen.append(request) or numbers)
+    arguments[arguments.index("--model") + 1] = str(tiny_encoder)
+    run(arguments, "--windows", 2, "--evaluate-windows", 1)
+    ids = load_tokenizer(find_model(str(tiny_encoder)))(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    assert len(seen) == 7
+    inside = [request["windows"][0][1:-1] for request in seen]
+    assert all(window == ids[2 * 62 :][: 48 - 2] for window in inside)
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments,
 
     def measured(function, request, **options):
         numbers = {"k": request["k"], "perplexity": 9.0, "elapsed_s": 1.0, "peak_mib": 1.0, "total_peak_mib": 2.0}
-        return numbers | {"num_parameters": len(request["input_ids"])}
+        return numbers | {"num_parameters": len(request["windows"][0])}
 
     monkeypatch.setattr(demo, "run_in_fresh_process", measured)
     assert runner.invoke(app, demo_arguments).exit_code == 0

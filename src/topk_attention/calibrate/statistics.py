@@ -8,7 +8,7 @@ give that number for all k at once: no square tensor, one sort per row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,26 @@ class Curves:
         self.num_rows += rows
 
 
+@dataclass(frozen=True)
+class SampledCall:
+    """An attention call and the queries of it that are looked at.
+
+    queries  [R] int64
+    call     its bias and its mask have rows for these queries alone where they had one for each query: a mask [N, M]
+             kept until the backward pass would make memory quadratic
+    """
+
+    call: AttentionCall
+    queries: Tensor
+
+    @staticmethod
+    def of(call: AttentionCall, queries: Tensor) -> SampledCall:
+        def rows(dense: Tensor | None) -> Tensor | None:
+            return dense if dense is None or dense.shape[2] == 1 else dense[:, :, queries]
+
+        return SampledCall(replace(call, bias=rows(call.bias), attn_mask=rows(call.attn_mask)), queries)
+
+
 @dataclass
 class Collector:
     """Gathers the curves of every layer while a model runs forward and backward.
@@ -69,24 +89,34 @@ class Collector:
     feed_forward: dict[str, Curves] = field(default_factory=dict)
 
     @torch.no_grad()
-    def see_attention(self, path: str, call: AttentionCall, grad_output: Tensor) -> None:
+    def sample(self, call: AttentionCall, number: int) -> SampledCall:
+        """What has to be kept of the number-th call of a forward pass for `see_attention`."""
+        num_queries = call.query.shape[2]
+        # Another offset for each layer: no query is left out of all of them.
+        step = max(1, num_queries // self.queries_per_head)
+        return SampledCall.of(call, torch.arange(number % step, num_queries, step, device=call.query.device))
+
+    @torch.no_grad()
+    def see_attention(self, path: str, sampled: SampledCall, grad_output: Tensor) -> None:
         """grad_output [B, H, N, E], the gradient of the summed loss with respect to this layer's heads."""
-        batch, num_heads, num_queries, _ = call.query.shape
+        call = sampled.call
+        batch, num_heads = call.query.shape[:2]
         num_keys = call.key.shape[2]
         curves = self.attention.setdefault(path, Curves.empty(num_heads, k_grid(min(self.largest_k, num_keys))))
         device = call.query.device
         at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys], device=device)
-        # Another offset for each layer: no query is left out of all of them.
-        step = max(1, num_queries // self.queries_per_head)
-        queries = torch.arange(len(self.attention) % step, num_queries, step, device=device)
+        places = torch.arange(len(sampled.queries), device=device)
         for b in range(batch):
             lost, error = [], []
             for head in range(num_heads):
                 parts = [
                     _attention_rows(
-                        _scores(call, b, head, rows), _values(call, b, head), grad_output[b, head, rows], at
+                        _scores(sampled, b, head, part),
+                        _values(call, b, head),
+                        grad_output[b, head, sampled.queries[part]],
+                        at,
                     )
-                    for rows in queries.split(_ROWS_AT_A_TIME)
+                    for part in places.split(_ROWS_AT_A_TIME)
                 ]
                 lost.append(torch.cat([part[0] for part in parts]))
                 error.append(torch.cat([part[1] for part in parts]))
@@ -121,8 +151,9 @@ def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
     return value.to(accumulation_dtype(value.dtype))
 
 
-def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
-    """Scores [rows, M] of some queries of one head, -inf where hidden."""
+def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> Tensor:
+    """Scores [rows, M] of one head's queries at some places of the sample, -inf where hidden."""
+    call, rows = sampled.call, sampled.queries[places]
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1]]
     dtype = accumulation_dtype(keys.dtype)
@@ -133,7 +164,7 @@ def _scores(call: AttentionCall, batch: int, head: int, rows: Tensor) -> Tensor:
     for dense in (call.bias, call.attn_mask):
         if dense is not None:
             part = dense[batch if dense.shape[0] > 1 else 0, head if dense.shape[1] > 1 else 0]
-            part = part[rows] if part.shape[0] > 1 else part
+            part = part[places] if part.shape[0] > 1 else part
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     if call.is_causal:
         last_key = rows.unsqueeze(1) + num_keys - num_queries

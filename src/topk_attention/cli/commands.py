@@ -101,16 +101,26 @@ def demo(
 def calibrate(
     model: Annotated[
         str | None,
-        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+        typer.Option(
+            help="Local folder or Hugging Face id of a causal model, or of an encoder such as MiniLM. Default: "
+            "SmolLM2-135M from a package."
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file to measure on. Default: Python's own documentation topics.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option(help="Length of a window: that of later use, a head's need grows with it.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            help="Length of a window: that of later use, a head's need grows with it. Default: 2,048, or the model's "
+            "longest input where that is shorter."
+        ),
+    ] = None,
     start: Annotated[int, typer.Option(help="Character of the text at which the first window begins.")] = 0,
-    windows: Annotated[int, typer.Option(help="Windows to measure on, one after the other.")] = 1,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="Windows to measure on, one after the other. Default: 1, for an encoder 16."),
+    ] = None,
     mean_k: Annotated[
         float | None, typer.Option(help="Budget: keys per query, mean of all heads. 64 unless another target is given.")
     ] = None,
@@ -133,7 +143,12 @@ def calibrate(
         Path | None, typer.Option(help="Text to evaluate on. Default: what follows the measured windows.")
     ] = None,
     evaluate_start: Annotated[int | None, typer.Option(help="Character at which evaluation begins.")] = None,
-    evaluate_tokens: Annotated[int, typer.Option(help="Length of the window to evaluate on.")] = 2048,
+    evaluate_tokens: Annotated[
+        int | None, typer.Option(help="Length of a window to evaluate on. Default: that of --tokens.")
+    ] = None,
+    evaluate_windows: Annotated[
+        int | None, typer.Option(help="Windows to evaluate on. Default: 1, for an encoder 16.")
+    ] = None,
     report: Annotated[Path, typer.Option(help="Page with pictures and what they say.")] = Path(
         "results/calibration/calibration.html"
     ),
@@ -174,6 +189,7 @@ def calibrate(
                 evaluate_text=evaluate_text,
                 evaluate_start=evaluate_start,
                 evaluate_tokens=evaluate_tokens,
+                evaluate_windows=evaluate_windows,
                 report=report,
                 out=out,
                 records=records,

@@ -1,5 +1,6 @@
 """Calibration from the command line: measure what each head needs on one text, then read another one to see what the k
-found there are worth, beside one k for every head.
+found there are worth, beside one k for every head. A causal language model is judged by its perplexity, an encoder by
+how far its sentence embeddings move.
 
 Measuring and every evaluation have a process of their own. What was measured is written before anything is evaluated,
 and the record after every run, so that an interrupted calibration continues where it stopped.
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,22 @@ from ..backends import choose_backend
 from ..calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
 from ..functional.checks import check_k
 from ..tasks.language_modelling import Text, first_tokens, read_text
+from ..tasks.sentence_embedding import embedding_error, embedding_of, embeddings, first_windows
 from . import demo
+from .calibration_measures import measure_of
 from .calibration_report import html_page, recommendation, run_name, table_rows
 from .memory import PeakMeter
-from .models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer, longest_input, unpacked
+from .models import (
+    ModelSource,
+    Say,
+    find_model,
+    is_encoder,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    unpacked,
+)
 from .progress import progress_bar
 from .records import SAME_ENVIRONMENT, Json, differences, environment, now, read_json, write_json, write_whole
 from .timing import Stopwatch
@@ -35,6 +47,10 @@ SCHEMA = "topk_attention/calibration/1"
 RECORDS = Path("results/calibration")
 _DEFAULT_TARGET = MeanK(64.0)
 _AFTER = "after the calibration windows"
+# Of a language model and of an encoder, unless something else is asked for. One window of an encoder is one vector.
+_DEFAULT_TOKENS = 2048
+_DEFAULT_WINDOWS = {"perplexity": 1, "embedding_error": 16}
+_WINDOWS_AT_A_TIME = 8
 # What is known only once a run was made, or does not bear on it.
 _NO_IDENTITY = ("overlaps_calibration", "num_parameters")
 
@@ -43,11 +59,12 @@ _NO_IDENTITY = ("overlaps_calibration", "num_parameters")
 class CalibrationConfig:
     """What a calibration runs; paths and the model as the user wrote them.
 
-    text, start, num_tokens, windows  calibrate on so many windows of a text, from this character on
+    text, start, num_tokens, windows  calibrate on so many windows of a text, from this character on. Without numbers:
+                   2,048 tokens or as many as the model takes; one window, for an encoder 16
     uniform        k for every head to compare with; None: the mean k of the calibrated points
     mean_ks        mean k of calibrated points beside the target's; None: half and twice that
-    evaluate_text, evaluate_start, evaluate_tokens  one window of a text to read with every k. Without a text and a
-                   start: what comes after the calibration windows
+    evaluate_text, evaluate_start, evaluate_tokens, evaluate_windows  windows of a text to read with every k. Without
+                   a text and a start: what comes after the calibration windows; as long as those
 
     >>> CalibrationConfig(target=MeanK(64), num_tokens=1)
     Traceback (most recent call last):
@@ -57,15 +74,16 @@ class CalibrationConfig:
     model: str | None = None
     text: Path | None = None
     start: int = 0
-    num_tokens: int = 2048
-    windows: int = 1
+    num_tokens: int | None = None
+    windows: int | None = None
     target: MeanK | LostMass | LossIncrease = _DEFAULT_TARGET
     feed_forward_mean_k: float | None = None
     uniform: Sequence[int] | None = None
     mean_ks: Sequence[int] | None = None
     evaluate_text: Path | None = None
     evaluate_start: int | None = None
-    evaluate_tokens: int = 2048
+    evaluate_tokens: int | None = None
+    evaluate_windows: int | None = None
     report: Path = RECORDS / "calibration.html"
     out: Path = RECORDS / "calibration.json"
     records: Path = RECORDS
@@ -79,6 +97,7 @@ class CalibrationConfig:
             ("tokens", self.num_tokens, 2),
             ("evaluate-tokens", self.evaluate_tokens, 2),
             ("windows", self.windows, 1),
+            ("evaluate-windows", self.evaluate_windows, 1),
             ("start", self.start, 0),
             ("evaluate-start", self.evaluate_start, 0),
             ("threads", self.threads, 1),
@@ -132,6 +151,7 @@ def run_calibration(config: CalibrationConfig, console: Console) -> Json:
     text = read_text(config.text)
     evaluate_text = text if config.evaluate_text is None else read_text(config.evaluate_text)
     source = find_model(config.model, say)
+    config = _with_defaults(config, source)
     record = _start_or_continue(_new_record(config, source, text, evaluate_text), config, say)
     calibration = _measured_before(record, config, say)
     windows: _Windows | None = None
@@ -161,19 +181,22 @@ def measure_calibration(request: Json, send: Send) -> Json:
 
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    model = load_model(ModelSource(**request["model"]))
+    encoder = request["measure"] == "embedding_error"
+    model = load_model(ModelSource(**request["model"]), "AutoModel" if encoder else "AutoModelForCausalLM")
     feed_forward_mean_k = request["feed_forward_mean_k"]
+    windows, at_a_time = request["windows"], _WINDOWS_AT_A_TIME if encoder else 1
     with PeakMeter() as meter, Stopwatch() as stopwatch:
         calibration = calibrate(
             model,
-            [torch.tensor([window]) for window in request["windows"]],
+            [torch.tensor(windows[first : first + at_a_time]) for first in range(0, len(windows), at_a_time)],
+            objective=(lambda output, batch: embedding_of(output)) if encoder else None,
             target=_target(request["target"]),
             feed_forward_target=None if feed_forward_mean_k is None else MeanK(feed_forward_mean_k),
             progress=lambda what, done, total: send({"what": what, "done": done / total}),
         )
     _save(replace(calibration, about=calibration.about | request["about"]), Path(request["out"]))
     return {
-        "loss": calibration.about["loss"],
+        "loss": calibration.about.get("loss"),
         "search": calibration.about.get("search"),
         "mean_k": calibration.mean_k,
         "elapsed_s": stopwatch.elapsed_s,
@@ -182,37 +205,117 @@ def measure_calibration(request: Json, send: Send) -> Json:
     }
 
 
+def measure_embeddings(request: Json, send: Send) -> Json:
+    """In a process of its own: embed every window with full attention, then with a k, and compare."""
+    import torch
+
+    from ..convert import convert
+
+    torch.set_num_threads(request["threads"])
+    torch.manual_seed(request["seed"])
+    model = load_model(ModelSource(**request["model"]), "AutoModel")
+    windows = request["windows"]
+    expected = embeddings(
+        model, windows, batch_size=_WINDOWS_AT_A_TIME, progress=lambda done, total: send({"done": done / total / 2})
+    )
+    if request["k"] is not None or request["feed_forward_k"] is not None:
+        convert(model, attention_k=request["k"], feed_forward_k=request["feed_forward_k"], backend=request["backend"])
+    with PeakMeter() as meter, Stopwatch() as stopwatch:
+        ours = embeddings(
+            model,
+            windows,
+            batch_size=_WINDOWS_AT_A_TIME,
+            progress=lambda done, total: send({"done": (1 + done / total) / 2}),
+        )
+    memory = meter.read()
+    return {
+        "attn_implementation": model.config._attn_implementation,
+        "embedding_error": embedding_error(ours, expected),
+        "cosine": (ours * expected).sum(1).double().mean().item(),
+        "elapsed_s": stopwatch.elapsed_s,
+        "other_cores": stopwatch.other_cores,
+        "peak_mib": memory.peak_mib,
+        "baseline_mib": memory.baseline_mib,
+        "total_peak_mib": memory.total_peak_mib,
+        "memory_method": memory.method,
+    }
+
+
+# By what a model is judged -> the worker that does it.
+_WORKERS = {"perplexity": f"{demo.__name__}:measure_run", "embedding_error": f"{__name__}:measure_embeddings"}
+
+
 @dataclass(frozen=True)
 class _Windows:
     """Token ids to calibrate on, and to evaluate on."""
 
     calibration: list[list[int]]
-    evaluation: list[int]
+    evaluation: list[list[int]]
     overlap: bool
 
     @staticmethod
     def read(config: CalibrationConfig, source: ModelSource, text: Text, evaluate_text: Text) -> _Windows:
-        limit = longest_input(load_config(source))
+        model_config = load_config(source)
+        limit = longest_input(model_config)
         for name, number in (("tokens", config.num_tokens), ("evaluate-tokens", config.evaluate_tokens)):
-            if limit is not None and number > limit:
+            if limit is not None and number is not None and number > limit:
                 raise ValueError(f"{name} must be at most {limit}, the longest input of {source.name}, got {number}")
         tokenizer = load_tokenizer(source)
-        num_measured = config.num_tokens * config.windows
-        after = _evaluation_start(config) == _AFTER
-        wanted = num_measured + (config.evaluate_tokens if after else 0)
-        ids = first_tokens(_from(text, config.start), tokenizer, wanted)[0].tolist()
-        measured, rest = ids[:num_measured], ids[num_measured:]
-        overlap = False
-        if not after:
-            begin = config.evaluate_start or 0
-            rest = first_tokens(_from(evaluate_text, begin), tokenizer, config.evaluate_tokens)[0].tolist()
-            ends = config.start + len(tokenizer.decode(measured)), begin + len(tokenizer.decode(rest))
-            overlap = text.sha256 == evaluate_text.sha256 and begin < ends[0] and config.start < ends[1]
-        return _Windows(
-            [measured[first : first + config.num_tokens] for first in range(0, num_measured, config.num_tokens)],
-            rest,
-            overlap,
-        )
+        read = _encoder_windows if is_encoder(model_config) else _language_model_windows
+        return read(config, tokenizer, text, evaluate_text)
+
+
+def _language_model_windows(config: CalibrationConfig, tokenizer: Any, text: Text, evaluate_text: Text) -> _Windows:
+    num_tokens, num_windows = config.num_tokens or 0, config.windows or 0
+    evaluate_tokens, evaluate_windows = config.evaluate_tokens or 0, config.evaluate_windows or 0
+    num_measured, num_read = num_tokens * num_windows, evaluate_tokens * evaluate_windows
+    after = _evaluation_start(config) == _AFTER
+    ids = first_tokens(_from(text, config.start), tokenizer, num_measured + (num_read if after else 0))[0].tolist()
+    measured, rest = ids[:num_measured], ids[num_measured:]
+    overlap = False
+    if not after:
+        begin = config.evaluate_start or 0
+        rest = first_tokens(_from(evaluate_text, begin), tokenizer, num_read)[0].tolist()
+        ends = config.start + len(tokenizer.decode(measured)), begin + len(tokenizer.decode(rest))
+        overlap = text.sha256 == evaluate_text.sha256 and begin < ends[0] and config.start < ends[1]
+    return _Windows(_cut(measured, num_tokens), _cut(rest, evaluate_tokens), overlap)
+
+
+def _encoder_windows(config: CalibrationConfig, tokenizer: Any, text: Text, evaluate_text: Text) -> _Windows:
+    measured, num_characters = first_windows(
+        _from(text, config.start), tokenizer, config.windows or 0, config.num_tokens or 0
+    )
+    end = config.start + num_characters
+    begin = end if _evaluation_start(config) == _AFTER else config.evaluate_start or 0
+    rest, num_read = first_windows(
+        _from(evaluate_text, begin), tokenizer, config.evaluate_windows or 0, config.evaluate_tokens or 0
+    )
+    overlap = text.sha256 == evaluate_text.sha256 and begin < end and config.start < begin + num_read
+    return _Windows(measured, rest, overlap)
+
+
+def _cut(ids: list[int], num_tokens: int) -> list[list[int]]:
+    return [ids[first : first + num_tokens] for first in range(0, len(ids), num_tokens)]
+
+
+def _with_defaults(config: CalibrationConfig, source: ModelSource) -> CalibrationConfig:
+    """With numbers of tokens and windows that fit the model where none were given."""
+    limit, windows = None, 1
+    if source.gguf_file is None:  # packed weights hold a language model, and say how long its input is once unpacked
+        model_config = load_config(source)
+        limit, windows = longest_input(model_config), _DEFAULT_WINDOWS[_measure_for(source)]
+    tokens = min(_DEFAULT_TOKENS, limit or _DEFAULT_TOKENS)
+    return replace(
+        config,
+        num_tokens=config.num_tokens or tokens,
+        windows=config.windows or windows,
+        evaluate_tokens=config.evaluate_tokens or config.num_tokens or tokens,
+        evaluate_windows=config.evaluate_windows or windows,
+    )
+
+
+def _measure_for(source: ModelSource) -> str:
+    return "embedding_error" if source.gguf_file is None and is_encoder(load_config(source)) else "perplexity"
 
 
 def _from(text: Text, start: int) -> Text:
@@ -243,12 +346,14 @@ def _new_record(config: CalibrationConfig, source: ModelSource, text: Text, eval
     evaluated_on = described(evaluate_text) | {
         "start": _evaluation_start(config),
         "num_tokens": config.evaluate_tokens,
+        "windows": config.evaluate_windows,
     }
     if evaluated_on["start"] == _AFTER:
-        evaluated_on["first_token"] = config.num_tokens * config.windows
+        evaluated_on["first_token"] = (config.num_tokens or 0) * (config.windows or 0)
         evaluated_on["first_character"] = config.start
     return {
         "schema": SCHEMA,
+        "measure": _measure_for(source),
         "config": {
             "seed": config.seed,
             "threads": config.threads or torch.get_num_threads(),
@@ -293,7 +398,7 @@ def _identity(record: Json) -> Json:
     """What has to agree for two runs to stand in one table."""
     environment_of_record = record.get("environment", {})
     return (
-        {"schema": record.get("schema")}
+        {"schema": record.get("schema"), "measure": record.get("measure")}
         | _section(record, "config")
         | _section(record, "model")
         | {name: environment_of_record.get(name) for name in SAME_ENVIRONMENT}
@@ -331,6 +436,7 @@ def _measure(
 ) -> Calibration:
     request = {
         "model": vars(source),
+        "measure": record["measure"],
         "windows": windows.calibration,
         "target": _target_json(config.target),
         "feed_forward_mean_k": config.feed_forward_mean_k,
@@ -395,6 +501,7 @@ def _evaluate(
     from rich.markup import escape
 
     record["evaluated_on"]["overlaps_calibration"] = windows.overlap
+    measure = measure_of(record)
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for number, point in enumerate(missing):
@@ -409,24 +516,24 @@ def _evaluate(
                 "model": vars(source),
                 "k": point.attention_k,
                 "feed_forward_k": point.feed_forward_k,
-                "input_ids": windows.evaluation,
+                "windows": windows.evaluation,
                 "threads": record["config"]["threads"],
                 "seed": record["config"]["seed"],
                 "backend": record["config"]["backend"],
             }
             try:
                 run = run_in_fresh_process(
-                    f"{demo.__name__}:measure_run", request, on_message=on_message, memory_in_use=True
+                    _WORKERS[record["measure"]], request, on_message=on_message, memory_in_use=True
                 )
             except WorkerError as error:
                 raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
             for field in ("k", "num_parameters"):
                 run.pop(field, None)
-            record["runs"].append(described | run | {"loss": math.log(run["perplexity"]), "date": now()})
+            record["runs"].append(described | run | {"date": now()})
             write_json(config.record, record)
             bar.update(task, completed=number + 1)
             bar.console.print(
-                f"{escape(name)}: perplexity {run['perplexity']:.2f}, {run['elapsed_s']:.1f} s",
+                f"{escape(name)}: {measure.name} {measure.number(run)}, {run['elapsed_s']:.1f} s",
                 highlight=False,
                 soft_wrap=True,
             )

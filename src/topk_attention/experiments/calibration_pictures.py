@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..calibrate import Calibration
+from .calibration_measures import Measure
 from .plots import COLOURS, QUOTED, new_figure, only_ticks_at, png_of
 from .records import Json
 
@@ -116,7 +117,7 @@ def neurons_by_layer(calibration: Calibration) -> bytes:
     return png_of(figure)
 
 
-def perplexity_against_k(runs: Sequence[Json]) -> bytes:
+def quality_against_k(runs: Sequence[Json], measure: Measure) -> bytes:
     """Calibrated k beside one k for every head, with full attention as a dashed line.
 
     runs  of attention alone, as `calibration.py` records them
@@ -128,17 +129,17 @@ def perplexity_against_k(runs: Sequence[Json]) -> bytes:
         ("uniform", "one k for every head", COLOURS[1], "s", "--"),
         ("calibrated", "calibrated, a k for each head", COLOURS[0], "o", "-"),
     ):
-        points = sorted((run["mean_k"], run["perplexity"]) for run in runs if run["kind"] == kind)
+        points = sorted((run["mean_k"], run[measure.field]) for run in runs if run["kind"] == kind)
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, linestyle=style)
             drawn += points
     for run in runs:
         if run["kind"] == "full":
-            axes.axhline(run["perplexity"], color=QUOTED, linestyle=":", label="full attention")
+            axes.axhline(run[measure.field], color=QUOTED, linestyle=":", label="full attention")
     axes.set_xscale("log", base=2)
     _powers_of_two(axes.xaxis, min(k for k, _ in drawn), max(k for k, _ in drawn))
     axes.set_xlabel("mean k, keys per query and head")
-    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_ylabel(measure.axis)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     return png_of(figure)

@@ -8,13 +8,11 @@ from html import escape
 from typing import Any
 
 from ..calibrate import Calibration
+from .calibration_measures import Measure, measure_of
 from .demo_report import page_top
 from .records import Json
 
-# A perplexity this much above full attention's counts as close to it.
-_CLOSE = 0.03
-# Perplexities nearer than this are the same, and so are mean k.
-_SAME = 0.002
+# Mean k nearer than this are the same.
 _SAME_K = 0.02
 
 
@@ -37,71 +35,76 @@ def recommendation(record: Json) -> str:
     uniform = sorted((run for run in runs if run["kind"] == "uniform"), key=lambda run: run["mean_k"])
     if full is None or not calibrated:
         return "There is nothing to compare yet."
-    sentence = _attention_sentence(full, calibrated, uniform)
+    measure = measure_of(record)
+    sentence = _attention_sentence(measure, full, calibrated, uniform)
     neurons = [run for run in record["runs"] if run["mean_k"] is None and run["feed_forward_mean_k"] is not None]
     if len(neurons) == 2:
-        sentence += f" {_neuron_sentence(full, *sorted(neurons, key=lambda run: run['kind']))}"
+        sentence += f" {_neuron_sentence(measure, full, *sorted(neurons, key=lambda run: run['kind']))}"
     return sentence
 
 
-def _attention_sentence(full: Json, calibrated: list[Json], uniform: list[Json]) -> str:
-    limit = (1 + _CLOSE) * full["perplexity"]
-    ours = next((run for run in calibrated if run["perplexity"] <= limit), None)
-    theirs = next((run for run in uniform if run["perplexity"] <= limit), None)
-    close = f"within {100 * _CLOSE:.0f} % of full attention's {full['perplexity']:.2f}"
+def _attention_sentence(measure: Measure, full: Json, calibrated: list[Json], uniform: list[Json]) -> str:
+    ours = next((run for run in calibrated if measure.is_close(run, full)), None)
+    theirs = next((run for run in uniform if measure.is_close(run, full)), None)
+    article = "an" if measure.name[0] in "aeiou" else "a"
     if ours is None and theirs is None:
-        best = min([*calibrated, *uniform], key=lambda run: run["perplexity"])
+        best = min([*calibrated, *uniform], key=lambda run: run[measure.field])
         return (
-            f"Use a larger k or full attention: of the k tried none comes {close}, the closest being "
-            f"{run_name(best)} with a perplexity of {_against(best, full)}."
+            f"Use a larger k or full attention: of the k tried none comes {measure.closeness(full)}, the closest being "
+            f"{run_name(best)} with {article} {measure.name} of {measure.against(best, full)}."
         )
     if theirs is not None and (
         ours is None
         or theirs["mean_k"] < (1 - _SAME_K) * ours["mean_k"]
-        or (_same_k(theirs, ours) and ours["perplexity"] >= (1 - _SAME) * theirs["perplexity"])
+        or (_same_k(theirs, ours) and ours[measure.field] >= (1 - measure.same) * theirs[measure.field])
     ):
         beside = next((run for run in calibrated if _same_k(run, theirs)), ours or calibrated[-1])
         return (
-            f"Use k = {_number(theirs['mean_k'])} for every head: its perplexity is {_against(theirs, full)}, and "
-            f"calibrating gains nothing over that here ({run_name(beside)} gives {beside['perplexity']:.2f})."
+            f"Use k = {_number(theirs['mean_k'])} for every head: its {measure.name} is "
+            f"{measure.against(theirs, full)}, and calibrating gains nothing over that here ({run_name(beside)} gives "
+            f"{measure.number(beside)})."
         )
     assert ours is not None
     same = next((run for run in uniform if _same_k(run, ours)), None)
     beside_it = (
-        "" if same is None else f" where one k = {_number(same['mean_k'])} for every head gives {_of(same, full)},"
+        ""
+        if same is None
+        else f" where one k = {_number(same['mean_k'])} for every head gives {measure.short(same, full)},"
     )
     if theirs is None:
         needs = "and no single k tried comes as close" if uniform else "and no single k was tried beside it"
     else:
         needs = f"and the smallest single k tried that comes as close is {_number(theirs['mean_k'])}"
     return (
-        f"Use the calibrated k with a mean of {_number(ours['mean_k'])}: its perplexity is {_against(ours, full)},"
-        f"{beside_it} {needs}."
+        f"Use the calibrated k with a mean of {_number(ours['mean_k'])}: its {measure.name} is "
+        f"{measure.against(ours, full)},{beside_it} {needs}."
     )
 
 
-def _neuron_sentence(full: Json, calibrated: Json, uniform: Json) -> str:
+def _neuron_sentence(measure: Measure, full: Json, calibrated: Json, uniform: Json) -> str:
     verdict = (
         "calibrating helps"
-        if calibrated["perplexity"] < (1 - _SAME) * uniform["perplexity"]
+        if calibrated[measure.field] < (1 - measure.same) * uniform[measure.field]
         else "calibrating does not help, so use one k for all layers"
     )
+    neurons = _number(calibrated["feed_forward_mean_k"])
     return (
-        f"For feed-forward layers {verdict}: with {_number(calibrated['feed_forward_mean_k'])} neurons on average the "
-        f"perplexity is {_of(calibrated, full)} calibrated and {_of(uniform, full)} with the same k in every layer."
+        f"For feed-forward layers {verdict}: with {neurons} neurons on average the {measure.name} is "
+        f"{measure.short(calibrated, full)} calibrated and {measure.short(uniform, full)} with the same k in every "
+        "layer."
     )
 
 
 def table_rows(record: Json) -> list[list[str]]:
     """Headings, then a row for each run."""
-    full = _full(record)
-    rows = [["", "perplexity", "over full", "time [s]", "peak memory [MiB]"]]
+    full, measure = _full(record), measure_of(record)
+    rows = [["", measure.name, measure.over_heading, "time [s]", "peak memory [MiB]"]]
     for run in record["runs"]:
-        over = "" if full is None or run is full else f"{_percent(run, full)}"
+        over = "" if full is None or run is full else measure.over_full(run, full)
         rows.append(
             [
                 run_name(run),
-                f"{run['perplexity']:.2f}",
+                measure.number(run),
                 over,
                 f"{run['elapsed_s']:.1f}",
                 f"{run['peak_mib']:,.0f}",
@@ -112,10 +115,11 @@ def table_rows(record: Json) -> list[list[str]]:
 
 def html_page(record: Json, calibration: Calibration, file_name: str) -> str:
     """One self-contained page: which k to use, the pictures, the table and how it was made."""
-    from .calibration_pictures import heat_maps, mass_against_k, neurons_by_layer, perplexity_against_k
+    from .calibration_pictures import heat_maps, mass_against_k, neurons_by_layer, quality_against_k
 
     config, environment, model = record["config"], record["environment"], record["model"]
     measured = record["measurement"]
+    measure = measure_of(record)
     title = f"{model['name']}: how large k must be"
     headings, *rows = table_rows(record)
     table = "\n".join([_row(headings, "th"), *(_row(row, "td") for row in rows)])
@@ -127,7 +131,7 @@ def html_page(record: Json, calibration: Calibration, file_name: str) -> str:
         page_top(title)
         + f"""<p><strong>{escape(recommendation(record))}</strong></p>
 <p>{escape(_caveat(record))}</p>
-{_picture("Perplexity against mean k", perplexity_against_k(_attention_runs(record)))}
+{_picture(f"{measure.name} against mean k", quality_against_k(_attention_runs(record), measure))}
 <table>
 {table}
 </table>
@@ -201,18 +205,6 @@ def _full(record: Json) -> Json | None:
 
 def _same_k(one: Json, other: Json) -> bool:
     return abs(one["mean_k"] - other["mean_k"]) <= _SAME_K * other["mean_k"]
-
-
-def _against(run: Json, full: Json) -> str:
-    return f"{run['perplexity']:.2f} against {full['perplexity']:.2f} in full ({_percent(run, full)})"
-
-
-def _of(run: Json, full: Json) -> str:
-    return f"{run['perplexity']:.2f} ({_percent(run, full)})"
-
-
-def _percent(run: Json, full: Json) -> str:
-    return f"{100 * (run['perplexity'] / full['perplexity'] - 1):+.1f} %"
 
 
 def _number(mean_k: float) -> str:

@@ -6,6 +6,7 @@ whole window. The record is written after every run, so that an interrupted demo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
 def measure_run(request: Json, send: Send) -> Json:
     """One run, in a process of its own: load the model, convert it for a k, warm up, measure.
 
-    The request's k is whatever `convert` takes as attention_k, or None.
+    The request's k is whatever `convert` takes as attention_k, or None. Of several windows of equal length the
+    perplexity is that of all their predicted tokens.
     """
     import torch
 
@@ -117,21 +119,22 @@ def measure_run(request: Json, send: Send) -> Json:
     feed_forward_k = request.get("feed_forward_k")
     if request["k"] is not None or feed_forward_k is not None:
         convert(model, attention_k=request["k"], feed_forward_k=feed_forward_k, backend=request["backend"])
-    input_ids = torch.tensor([request["input_ids"]])
+    windows = [torch.tensor([window]) for window in request["windows"]]
     # A short prefix also serves as the warm-up: it touches every weight and starts the threads.
-    logits_in_chunks = hidden_states_give_logits(model, input_ids)
+    logits_in_chunks = hidden_states_give_logits(model, windows[0])
     with PeakMeter() as meter, Stopwatch() as stopwatch:
-        result = perplexity(
-            model,
-            input_ids,
-            progress=lambda done, total: send({"done": done / total}),
-            logits_in_chunks=logits_in_chunks,
-        )
+        losses = []
+        for number, window in enumerate(windows):
+
+            def report(done: int, total: int, number: int = number) -> None:
+                send({"done": (number + done / total) / len(windows)})
+
+            losses.append(math.log(perplexity(model, window, progress=report, logits_in_chunks=logits_in_chunks)))
     memory = meter.read()
     return {
         "k": request["k"],
         "attn_implementation": model.config._attn_implementation,
-        "perplexity": result,
+        "perplexity": math.exp(sum(losses) / len(losses)),
         "elapsed_s": stopwatch.elapsed_s,
         "other_cores": stopwatch.other_cores,
         "peak_mib": memory.peak_mib,
@@ -224,7 +227,7 @@ def _make_runs(
             request = {
                 "model": vars(source),
                 "k": k,
-                "input_ids": input_ids,
+                "windows": [input_ids],
                 "threads": record["config"]["threads"],
                 "seed": record["config"]["seed"],
                 "backend": record["config"]["backend"],

@@ -26,10 +26,11 @@ _VERSION = "0.1.2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The classes of transformers that are asked for, and what their models are called.
 _KINDS = {
-    "AutoModelForCausalLM": "causal language model",
-    "AutoModelForQuestionAnswering": "model that marks answers in a passage",
-    "AutoModelForSeq2SeqLM": "text-to-text model",
-    "AutoModelForSpeechSeq2Seq": "speech recognition model",
+    "AutoModelForCausalLM": "a causal language model",
+    "AutoModelForQuestionAnswering": "a model that marks answers in a passage",
+    "AutoModelForSeq2SeqLM": "a text-to-text model",
+    "AutoModelForSpeechSeq2Seq": "a speech recognition model",
+    "AutoModel": "an encoder",
 }
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
@@ -92,7 +93,7 @@ def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM") ->
             return loader.from_pretrained(source.location, dtype=torch.float32, **options).eval()
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"model {source.name} does not load as a {_KINDS[auto_class]}: {_first_line(error)}"
+            f"model {source.name} does not load as {_KINDS[auto_class]}: {_first_line(error)}"
         ) from error
 
 
@@ -153,6 +154,19 @@ def longest_input(model_config: Any) -> int | None:
     """How many tokens a model takes; None where its configuration does not say."""
     length = getattr(model_config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def is_encoder(model_config: Any) -> bool:
+    """Whether a model's tokens see those after them, as BERT's do; judged by its family and by what it was saved as."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    saved_as = getattr(model_config, "architectures", None) or []
+    return (
+        model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(model_config, "is_encoder_decoder", False)
+        and not getattr(model_config, "is_decoder", False)
+        and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in saved_as)
+    )
 
 
 def load_config(source: ModelSource) -> Any:

@@ -18,11 +18,10 @@ from .calls import AttentionCall, accumulation_dtype, empty_output
 def attention(call: AttentionCall) -> Tensor:
     """Returns [B, H, N, E]."""
     if torch.compiler.is_compiling():
-        if not sdpa.hides_keys(call.query, call.attn_mask, call.is_causal):
-            return sdpa.attention(call)
-    elif not (torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))):
+        return every_key_op(*_arguments(call))[0]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))):
         return _without_gradient(call)
-    elif sdpa.takes_one_call(call) and _are_finite(call.query, call.key, call.value):
+    if sdpa.takes_one_call(call) and _are_finite(call.query, call.key, call.value):
         return sdpa.attention(call)
     return every_key_op(*_arguments(call))[0]
 
@@ -32,13 +31,16 @@ def _arguments(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | No
 
 
 def _without_gradient(call: AttentionCall) -> Tensor:
-    # NaN and inf that PyTorch's attention meets show in its output, which is much smaller than a cache of keys. Where
-    # none shows, none was met.
-    if sdpa.takes_one_call(call):
-        output = sdpa.attention(call)
-    else:
-        output, _ = sdpa.forward(call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale)
-    return output if _are_finite(output) else _chunked(*_arguments(call))[0]
+    # A value that is not finite shows in the output where it was met. A query or key need not: PyTorch's attention
+    # takes a row whose scores are all NaN for one without keys.
+    if _are_finite(call.query, call.key):
+        if sdpa.takes_one_call(call):
+            output = sdpa.attention(call)
+        else:
+            output, _ = sdpa.forward(call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale)
+        if _are_finite(output):
+            return output
+    return _chunked(*_arguments(call))[0]
 
 
 def _every_key(

@@ -116,7 +116,7 @@ def topk_attention(
                 or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept;
                 for k=None "cpu" chunks queries as "chunked" does: its kernels would save every key of every query
     query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
-                (on "cpu" a few dozen, whatever is said here)
+                ("cpu" with a k takes a few dozen and PyTorch's own attention what it likes, whatever is said here)
     return_selection  also return which keys were kept
 
     Returns [B, H, N, E] in the dtype of query, or with return_selection that and a `Selection`.

@@ -53,7 +53,7 @@ def topk_feed_forward(
                 or raises; for k=None "cpu" chunks tokens as "chunked" does: its kernels would save every neuron of
                 every token
     token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
-                (on "cpu" at most 192 a thread, whatever is said here)
+                (on "cpu" with a k at most 192 a thread, whatever is said here)
 
     Returns [..., O] in the dtype of x.
 
@@ -61,9 +61,10 @@ def topk_feed_forward(
     activations; a gated one the k largest |activation(gate) * in|. Of tied neurons the one with the lower index is
     kept. With k >= F this is the ordinary layer.
 
-    NaN counts as the best neuron of all. A token that holds NaN or inf gets an output that is not finite and spoils no
-    other token's; in the backward pass (not the reference's) it reaches the gradients of the neurons that it keeps and
-    no others. Output weights of a neuron that no token keeps are not read.
+    NaN counts as the best neuron of all. A token that holds NaN gets an output of NaN and spoils no other token's; in
+    the backward pass it reaches the gradients of the neurons that it keeps, as far as the activation's derivative lets
+    NaN through, and no others. Output weights of a neuron that no token keeps are not read. (The reference multiplies
+    all rows by all weights: there both may spread.)
 
     Saved for the backward pass: x, the weights, and for each kept neuron an int32 index and a float pre-activation (two
     for a gated layer). The gradient itself cannot be differentiated again, and forward-mode derivatives are for

@@ -136,7 +136,7 @@ def draw_curves(records: Sequence[Json]) -> bytes:
     for number, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, number)
         shown = [record for record in records if record["name"] == name]
-        for colour, method in zip(COLOURS, METHODS, strict=True):
+        for colour, method in zip(COLOURS[: len(METHODS)], METHODS, strict=True):
             for first, record in enumerate(record for record in shown if record["method"] == method):
                 axes.plot(
                     [point["step"] for point in record["curve"]],

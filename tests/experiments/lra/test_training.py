@@ -65,7 +65,7 @@ def test_a_run_is_recorded_with_its_curve_and_both_accuracies(plan, console):
     assert record["best"]["validation_accuracy"] == best
     for found in (record["best"], record["last"]):
         assert 0 <= found["test_accuracy"] <= 1
-        assert (found["test_accuracy"] * 30) % 1 == pytest.approx(0, abs=1e-9)
+        assert found["test_accuracy"] * 33 == pytest.approx(round(found["test_accuracy"] * 33), abs=1e-9)
     assert record["options"] == {"k": 4}
     assert record["num_parameters"] > 1000
     assert 0 < record["median_step_s"] < record["elapsed_s"]
@@ -179,13 +179,16 @@ def test_every_example_is_seen_once_an_epoch_and_orders_differ():
 
 
 def test_two_processes_train_to_what_one_trains_to(plan, tiny_file, tmp_path):
+    """Of the 33 test examples the first process tests 17, in five batches, and the second 16, in four."""
     (alone,) = train(plan)
     out = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command += [sys.executable, "-c", "from topk_attention.cli import app; app()", "lra", "train", str(tiny_file)]
     command += ["--methods", "topk", "--device", "cpu", "--threads", "1"]
     command += ["--data", str(tmp_path / "data"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     (together,) = read_json_lines(out / "runs.jsonl")
     assert (alone["num_processes"], together["num_processes"]) == (1, 2)

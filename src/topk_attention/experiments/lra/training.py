@@ -255,19 +255,24 @@ def evaluate(model: nn.Module, examples: Examples, accelerator: Accelerator, bat
 
     batch_size  examples at a time, over all processes; those of a training step need no more memory than it
     """
+    # Not the model as wrapped for several processes: each of its forwards exchanges buffers with the others, and they may
+    # have another number of batches.
+    model = accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    loss, hits = 0.0, 0
     own = range(accelerator.process_index, examples.num_examples, accelerator.num_processes)
     own_batch_size = batch_size // accelerator.num_processes
     for first in range(0, len(own), own_batch_size):
         batch = examples.batch(own[first : first + own_batch_size]).to(accelerator.device)
         logits = model(batch.tokens, batch.mask).float()
-        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum").cpu()
-        totals[1] += (logits.argmax(1) == batch.labels).sum().cpu()
+        loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+        hits += int((logits.argmax(1) == batch.labels).sum())
     model.train(was_training)
-    loss, hits = accelerator.reduce(totals.to(accelerator.device), reduction="sum").tolist()
-    return loss / examples.num_examples, hits / examples.num_examples
+    # float32 counts up to 16 million hits; float64 is not on every device.
+    totals = torch.tensor([loss, hits], dtype=torch.float32, device=accelerator.device)
+    total_loss, total_hits = accelerator.reduce(totals, reduction="sum").tolist()
+    return total_loss / examples.num_examples, total_hits / examples.num_examples
 
 
 def batch_numbers(num_examples: int, batch: int, seed: int, step: int) -> list[int]:

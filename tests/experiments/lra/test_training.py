@@ -99,15 +99,49 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_losses(plan,
     assert not list(plan.out.rglob("*.checkpoint.pt"))
 
 
-def test_a_checkpoint_of_another_configuration_is_not_used(plan, steps):
+def test_a_resumed_run_reports_the_largest_peak_of_its_parts(plan, steps, monkeypatch):
+    monkeypatch.setattr(loop, "_peak_mib", lambda *_: 500.0)
+    steps.interrupt_before = 6
+    with pytest.raises(KeyboardInterrupt):
+        train(plan)
+    steps.interrupt_before = None
+    monkeypatch.setattr(loop, "_peak_mib", lambda *_: 100.0)
+    assert train(plan)[0]["peak_mib"] == 500.0
+
+
+def test_a_run_that_could_not_be_recorded_is_not_trained_again(plan, steps, monkeypatch):
+    def full_disk(path, record):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr("topk_attention.experiments.lra.runs.append_json_line", full_disk)
+        train(plan)
+    steps.clear()
+    (record,) = train(plan)
+    assert steps == []
+    assert record["steps"] == 8
+    assert not plan.run("topk", 0).checkpoint.exists()
+
+
+def test_runs_of_another_k_have_files_of_their_own(plan):
+    other = replace(plan, config=replace(plan.config, k=5))
+    assert plan.run("topk", 0).checkpoint != other.run("topk", 0).checkpoint
+    assert plan.run("topk", 0).model != other.run("topk", 0).model
+    assert plan.run("vanilla", 0) == replace(other.run("vanilla", 0), config=plan.config)
+
+
+def test_a_checkpoint_of_another_configuration_is_not_used(plan, steps, console):
     steps.interrupt_before = 6
     with pytest.raises(KeyboardInterrupt):
         train(plan)
     steps.clear()
     steps.interrupt_before = None
     changed = replace(plan.config, training=replace(plan.config.training, learning_rate=0.001))
-    train(replace(plan, config=changed))
+    train(replace(plan, config=changed), console)
     assert steps == list(range(1, 9))
+    assert (
+        "checkpoint of an unfinished run is not used, and will be overwritten: config differ" in console.export_text()
+    )
 
 
 def test_finished_runs_are_not_trained_again(plan, steps, console):

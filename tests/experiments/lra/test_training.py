@@ -113,9 +113,10 @@ def test_a_run_that_could_not_be_recorded_is_not_trained_again(plan, steps, monk
     def full_disk(path, record):
         raise OSError("no space left")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+    with monkeypatch.context() as patched:
         patched.setattr("topk_attention.experiments.lra.runs.append_json_line", full_disk)
-        train(plan)
+        with pytest.raises(OSError, match="no space left"):
+            train(plan)
     steps.clear()
     (record,) = train(plan)
     assert steps == []

@@ -169,7 +169,7 @@ def _train(
     task = plan.config.new_task(plan.source)
     main = accelerator.is_main_process
     if run.checkpoint.exists():
-        saved = torch.load(run.checkpoint, map_location="cpu", mmap=True)["identity"]
+        saved = torch.load(run.checkpoint, map_location="cpu")["identity"]
         other = _other_fields(saved, run.identity(data))
         if other:
             console.print(

@@ -92,6 +92,18 @@ def test_a_changed_file_deep_in_the_source_is_noticed(tmp_path, monkeypatch):
     assert hashes(prepare(task, tmp_path / "cache")) != first
 
 
+def test_guessing_by_the_first_operator_is_learnt_from_training_and_tested(tmp_path):
+    data = prepare(replace(TASK, num_train=40), tmp_path)
+    train, test = data.splits["train"], data.splits["test"]
+    seen = {}
+    for number in range(train.num_examples):
+        seen.setdefault(int(train.sequence(number)[0]), []).append(int(train.labels[number]))
+    guesses = {symbol: min(labels, key=lambda value: (-labels.count(value), value)) for symbol, labels in seen.items()}
+    hits = [guesses.get(int(test.sequence(number)[0]), 0) == test.labels[number] for number in range(test.num_examples)]
+    assert data.description["baselines"]["by first operator"]["test"] == sum(hits) / 3
+    assert data.description["baselines"]["by first operator"]["train"] > data.splits["train"].majority_share(10)
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     data = prepare(TASK, tmp_path)
     (path,) = tmp_path.glob("*/test.npz")

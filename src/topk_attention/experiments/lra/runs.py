@@ -71,6 +71,11 @@ def prepare_data(plan: LraPlan, console: Console) -> PreparedData:
             f"{name}: {split['num_examples']:,} examples, {split['majority_share']:.1%} with the most frequent label",
             highlight=False,
         )
+    for baseline, shares in data.description["baselines"].items():
+        console.print(
+            f"{baseline}, without a model: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()),
+            highlight=False,
+        )
     return data
 
 
@@ -188,6 +193,7 @@ def _train(
         **run.identity(data),
         "num_examples": {name: split["num_examples"] for name, split in description.items()},
         "majority_share": {name: split["majority_share"] for name, split in description.items()},
+        "baselines": data.description["baselines"],
         **result,
         "device": accelerator.device.type,
         "num_processes": accelerator.num_processes,

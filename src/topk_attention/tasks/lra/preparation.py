@@ -90,7 +90,9 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
     for name, examples in splits.items():
         if examples.sha256() != description["splits"][name]["sha256"]:
             raise ValueError(f"{folder / name}.npz is not as it was written; delete {folder} to make it again")
-    return PreparedData(splits, description)
+    # Not in the file: data that was made before these were known has them too.
+    baselines = getattr(task, "baselines", None)
+    return PreparedData(splits, description | {"baselines": {} if baselines is None else baselines(splits)})
 
 
 def make_in_shards(

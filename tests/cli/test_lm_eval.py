@@ -65,7 +65,10 @@ def stand_in(monkeypatch):
 
 
 RESULTS = {
-    "results": {"questions": {"alias": "questions", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+    "results": {
+        "questions": {"alias": "questions", "acc,none": 0.5, "acc_stderr,none": 0.1},
+        "a group": {"alias": "a group", "acc,none": 0.5},  # the harness counts no samples of a group
+    },
     "n-shot": {"questions": 2},
     "n-samples": {"questions": {"original": 9, "effective": 4}},
     "config": {
@@ -92,7 +95,8 @@ def test_a_record_holds_the_results_and_no_folder(stand_in, tmp_path, monkeypatc
         assert result.exit_code == 0, result.output
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first["tasks"] == {
-        "questions": {"num_fewshot": 2, "num_samples": 4, "metrics": {"acc,none": 0.5, "acc_stderr,none": 0.1}}
+        "questions": {"num_fewshot": 2, "num_samples": 4, "metrics": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "a group": {"num_fewshot": None, "num_samples": None, "metrics": {"acc,none": 0.5}},
     }
     assert (first["model"], first["model_args"]) == (
         "SmolLM2",
@@ -113,6 +117,24 @@ def test_a_record_beside_an_output_path_and_missing_results_are_told(stand_in, t
     result = runner.invoke(app, ["lm-eval", *record])
     assert result.exit_code == 2
     assert "error: lm_eval wrote no results" in result.output
+
+
+def test_results_that_cannot_be_recorded_are_kept(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "records.jsonl").mkdir()  # no file to append to
+    result = runner.invoke(app, ["lm-eval", "--record", str(tmp_path / "records.jsonl")])
+    assert result.exit_code != 0
+    (kept,) = tmp_path.rglob("results_*.json")
+    assert f"the results were not recorded; they are kept in {kept}" in result.output
+    assert json.loads(kept.read_text()) == RESULTS
+
+
+def test_nothing_is_left_behind_where_results_are_recorded_or_missing(stand_in, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    for stand_in.writes in (True, False):
+        runner.invoke(app, ["lm-eval", "--record", str(tmp_path / "records.jsonl")])
+        assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_the_model_is_converted_after_loading_and_keeps_the_harness_arguments(stand_in, tiny_model, tmp_path):

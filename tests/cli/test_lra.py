@@ -14,7 +14,7 @@ num_train = 8
 num_validation = 4
 num_test = 4
 max_length = 12
-shortest = 20
+shortest = 24
 
 [model]
 num_layers = 1

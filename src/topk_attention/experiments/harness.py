@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ MODEL = "hf-topk"
 def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
     """Run the command `lm_eval` with these arguments; with `record`, append its results to that file as a line.
 
+    Where that fails, the harness's own file of results is kept, and it is said where.
+
     Raises:
         ValueError: the arguments name an output path of their own beside a record.
         ModuleNotFoundError: lm-eval is not installed.
@@ -39,13 +42,26 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         return
     if any(argument.partition("=")[0] in ("--output_path", "-o") for argument in arguments):
         raise ValueError("--record writes the results to a file of its own; leave --output_path out")
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp()
+    try:
         sys.argv = ["lm_eval", *arguments, "--output_path", folder]
         cli_evaluate()
-        found = sorted(Path(folder).rglob("results_*.json"))
+        found = _results_in(folder)
         if not found:
             raise ValueError("lm_eval wrote no results; run it without --record to see why")
         append_json_line(record, as_record(json.loads(found[-1].read_text(encoding="utf-8"))))
+    except BaseException:
+        # An evaluation can take hours: what it found is not thrown away because it could not be written down.
+        if kept := _results_in(folder):
+            print(f"the results were not recorded; they are kept in {kept[-1]}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def _results_in(folder: str) -> list[Path]:
+    return sorted(Path(folder).rglob("results_*.json"))
 
 
 def as_record(results: Json) -> Json:
@@ -62,7 +78,7 @@ def as_record(results: Json) -> Json:
         "tasks": {
             task: {
                 "num_fewshot": results["n-shot"].get(task),
-                "num_samples": results["n-samples"][task]["effective"],
+                "num_samples": results["n-samples"].get(task, {}).get("effective"),  # a group has none
                 "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
             }
             for task, metrics in results["results"].items()

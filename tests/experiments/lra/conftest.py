@@ -9,7 +9,7 @@ TINY = """
 task = "listops"
 num_train = 48
 num_validation = 20
-num_test = 30
+num_test = 33
 min_length = 8
 max_length = 24
 

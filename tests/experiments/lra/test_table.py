@@ -15,6 +15,7 @@ def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="list
         "name": name,
         "config": {
             "task": task,
+            "settings": {},
             "model": {"num_layers": 2, "d_model": 64, "num_heads": 2},
             "training": {"steps": 20, "batch": 32},
         },
@@ -25,6 +26,8 @@ def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="list
         "num_examples": {"train": 1000, "validation": 50, "test": 100},
         "majority_share": {"train": 0.2, "validation": 0.21, "test": 0.17},
         "num_parameters": 12345,
+        "steps": 480,
+        "other_cores": 0.0,
         "curve": curve,
         "best": {"step": 20, "validation_accuracy": accuracy, "test_accuracy": accuracy},
         "last": {"step": 20, "test_accuracy": accuracy - 0.01},
@@ -35,7 +38,7 @@ def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="list
         "device": "cpu",
         "num_processes": 1,
         "threads": 2,
-        "environment": {"cpu": "A processor", "torch": "2.13"},
+        "environment": {"cpu": "A processor", "torch": "2.13", "num_cpus": 2},
     } | changes
 
 
@@ -46,7 +49,8 @@ def rows(table):
 
 
 def test_a_row_has_mean_and_spread_over_seeds_and_medians():
-    runs = [record(seed=seed, accuracy=a, elapsed_s=s) for seed, a, s in ((2, 0.5, 540), (0, 0.4, 60), (1, 0.42, 120))]
+    values = ((2, 0.5, 0.1), (0, 0.4, 0.7), (1, 0.42, 0.25))
+    runs = [record(seed=seed, accuracy=a, median_step_s=s) for seed, a, s in values]
     row = rows(table_in_words(runs))["topk, k = 128"]
     assert row == ["0, 1, 2", "44.00 ± 5.29", "43.00 ± 5.29", "44.00 ± 5.29", "0.250", "2.0", "1.5", "300"]
 
@@ -69,7 +73,9 @@ def test_runs_on_other_data_stand_apart():
 def test_what_was_published_is_marked_as_quoted():
     table = table_in_words([record()])
     assert "| Transformer | 36.37 | quoted: Tay et al. 2021 |" in table
-    assert "| top-128 | 36.56 | quoted: Gupta et al. 2021, read off its figures |" in table
+    for model, accuracy in (("top-128, at the best evaluation", "36.56"), ("top-128, at the last step", "37.81")):
+        assert f"| {model} | {accuracy} | quoted: Gupta et al. 2021, read off its figures |" in table
+    assert "320 examples (standard error 2.7)" in table
     assert "The most frequent label is right for 17.0%" in table
     assert "Quoted" not in table_in_words([record(task="same-document")])
 
@@ -77,7 +83,7 @@ def test_what_was_published_is_marked_as_quoted():
 @pytest.mark.parametrize(
     ("task", "models", "best"),
     [
-        ("listops", 13, 39.06),
+        ("listops", 15, 39.06),
         ("text", 13, 65.90),
         ("retrieval", 13, 59.59),
         ("image", 11, 44.24),
@@ -88,6 +94,28 @@ def test_every_published_task_has_its_accuracies(task, models, best):
     quoted = quoted_accuracies(task)
     assert len(quoted) == models
     assert max(accuracy for _, accuracy, _ in quoted) == best
+
+
+def test_pathfinder_is_quoted_at_the_published_resolution_alone():
+    of = record(task="pathfinder")["config"]
+    assert "Performer | 77.05" in table_in_words([record(task="pathfinder")])
+    for resolution, quoted in ((32, True), (16, False), (128, False)):
+        table = table_in_words([record(config=of | {"settings": {"resolution": resolution}})])
+        assert ("Performer" in table) == quoted
+        assert ("distance of the circles" in table) == quoted
+
+
+def test_runs_that_a_guess_without_a_model_beats_are_named():
+    guess = {"by first operator": {"train": 0.36, "validation": 0.34, "test": 0.35}}
+    table = table_in_words([record(accuracy=0.3, baselines=guess), record("vanilla", accuracy=0.4)])
+    assert "Guessing by first operator is right for 35.0% of the test examples, without a model." in table
+    assert "These runs do not beat it: topk, k = 128, seed 0 (30.0%)." in table
+    assert "do not beat" not in table_in_words([record(accuracy=0.4, baselines=guess)])
+
+
+def test_busy_cores_are_told():
+    assert "up to 1.7 of 2 cores busy" in table_in_words([record(), record(seed=1, other_cores=1.7)])
+    assert "busy" not in table_in_words([record()])
 
 
 def test_the_picture_has_a_panel_for_each_configuration():

@@ -44,5 +44,13 @@ def test_a_wrong_answer_is_an_error(point, monkeypatch, wrong_at, words):
         check(point("t5"))
 
 
-def test_eager_attention_is_the_truth_itself(point):
+def test_eager_attention_is_the_truth_itself_and_warms_up_like_the_others(point, monkeypatch):
+    steps, step = [], checking._loss_and_gradients
+
+    def watched(model, inputs):
+        steps.append(inputs)
+        return step(model, inputs)
+
+    monkeypatch.setattr(checking, "_loss_and_gradients", watched)
     assert check(point(method="vanilla"))["compared_with"] is None
+    assert len(steps) == 1

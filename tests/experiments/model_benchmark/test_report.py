@@ -53,6 +53,12 @@ def test_the_papers_numbers_stand_beside_a_model_of_its_settings_alone(written):
     assert "on a GPU" in page
 
 
+def test_a_single_step_is_not_called_a_median(written):
+    point = points_of()[0]
+    page, _ = written([point], [(point, {"repetitions": 1})])
+    assert "| 1.50 | 1.00 | 8.0 (one step, the first) | 2.0 | 6.0 |" in page
+
+
 @pytest.mark.parametrize("settings", [{"dropout_p": 0.0}, {"checkpointing": True}, {"shape": "t5-base"}])
 def test_other_settings_are_compared_with_nobody(written, settings):
     points = points_of(**settings)

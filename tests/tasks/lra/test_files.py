@@ -166,7 +166,7 @@ def test_passages_of_one_document_do_not_overlap_and_splits_share_no_document(tm
 def test_the_two_passages_of_a_document_come_from_different_halves(tmp_path, progress):
     for n in range(8):
         (tmp_path / f"{n}.txt").write_bytes(bytes([2 * n]) * 20 + bytes([2 * n + 1]) * 20)
-    task = SameDocument(str(tmp_path), num_train=60, num_validation=10, num_test=10, max_length=99, shortest=40)
+    task = SameDocument(str(tmp_path), num_train=60, num_validation=10, num_test=10, max_length=20, shortest=40)
     train = task.make(progress)["train"]
     orders = set()
     for parts, label in zip(train.sequences, train.labels, strict=True):
@@ -178,12 +178,24 @@ def test_the_two_passages_of_a_document_come_from_different_halves(tmp_path, pro
     assert orders == {0, 1}
 
 
+def test_lengths_of_passages_say_nothing_about_the_label(tmp_path, progress):
+    for n in range(12):
+        (tmp_path / f"{n}.txt").write_bytes(bytes([n]) * (40 + 7 * n))
+    task = SameDocument(str(tmp_path), num_train=60, num_validation=10, num_test=10, max_length=20, shortest=40)
+    for examples in task.make(progress).values():
+        assert set(examples.labels.tolist()) == {0, 1}
+        assert {len(examples.sequence(number)) for number in examples.sequences.ravel()} == {20}
+    with pytest.raises(ValueError, match=r"shortest must be at least 2 x max_length = 42, .* got 41"):
+        SameDocument(str(tmp_path), max_length=21, shortest=41)
+    assert SameDocument("defaults").shortest >= 2 * SameDocument("defaults").max_length
+
+
 def test_a_zip_file_of_texts_is_as_good_as_their_folder(tmp_path, progress):
     folder = documents(tmp_path / "texts")
     with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
         for path in folder.rglob("*.txt"):
             archive.write(path, path.relative_to(folder))
-    sizes = {"num_train": 10, "num_validation": 5, "num_test": 5, "shortest": 40}
+    sizes = {"num_train": 10, "num_validation": 5, "num_test": 5, "max_length": 20, "shortest": 40}
     both = [SameDocument(str(source), **sizes).make(progress) for source in (folder, tmp_path / "texts.zip")]
     assert [s.sha256() for s in both[0].values()] == [s.sha256() for s in both[1].values()]
 
@@ -191,7 +203,7 @@ def test_a_zip_file_of_texts_is_as_good_as_their_folder(tmp_path, progress):
 def test_too_few_documents_are_refused(tmp_path, progress):
     folder = documents(tmp_path, number=5)
     with pytest.raises(ValueError, match="source must hold at least 6 documents of 40 bytes or more, got 5"):
-        SameDocument(str(folder), shortest=40).make(progress)
+        SameDocument(str(folder), max_length=20, shortest=40).make(progress)
     with pytest.raises(FileNotFoundError, match=r"source must be a folder or a .zip file with .txt files, got .*gone"):
         SameDocument(str(tmp_path / "gone")).make(progress)
 

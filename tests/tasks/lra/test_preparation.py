@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from topk_attention.tasks.lra import ListOps, prepare
+from topk_attention.tasks.lra import ListOps, SameDocument, prepare
 from topk_attention.tasks.lra import preparation as making
 
 TASK = ListOps(num_train=7, num_validation=3, num_test=3, min_length=12, max_length=40)
@@ -76,6 +76,32 @@ def test_other_settings_and_other_seeds_are_other_data(tmp_path):
     for changed in (replace(TASK, seed=1), replace(TASK, max_length=39)):
         others = hashes(prepare(changed, tmp_path))
         assert all(others[name] != first[name] for name in first)
+
+
+def test_a_changed_file_deep_in_the_source_is_noticed(tmp_path, monkeypatch):
+    folder = tmp_path / "texts" / "deep" / "deeper"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        (folder / f"{number}.txt").write_bytes(bytes([number]) * 40)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = SameDocument("~/texts", num_train=6, num_validation=4, num_test=4, max_length=8, shortest=16)
+    first = hashes(prepare(task, tmp_path / "cache"))
+    assert hashes(prepare(task, tmp_path / "cache")) == first
+    for number in range(6):
+        (folder / f"{number}.txt").write_bytes(bytes([100 + number]) * 41)
+    assert hashes(prepare(task, tmp_path / "cache")) != first
+
+
+def test_guessing_by_the_first_operator_is_learnt_from_training_and_tested(tmp_path):
+    data = prepare(replace(TASK, num_train=40), tmp_path)
+    train, test = data.splits["train"], data.splits["test"]
+    seen = {}
+    for number in range(train.num_examples):
+        seen.setdefault(int(train.sequence(number)[0]), []).append(int(train.labels[number]))
+    guesses = {symbol: min(labels, key=lambda value: (-labels.count(value), value)) for symbol, labels in seen.items()}
+    hits = [guesses.get(int(test.sequence(number)[0]), 0) == test.labels[number] for number in range(test.num_examples)]
+    assert data.description["baselines"]["by first operator"]["test"] == sum(hits) / 3
+    assert data.description["baselines"]["by first operator"]["train"] > data.splits["train"].majority_share(10)
 
 
 def test_a_changed_file_is_noticed(tmp_path):

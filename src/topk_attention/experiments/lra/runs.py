@@ -54,8 +54,9 @@ class LraPlan:
 
     def run(self, method: str, seed: int) -> Run:
         """One of them."""
-        folder = self.out / "work" / self.config.name
-        return Run(self.config, method, seed, folder / f"{method}-{seed}.checkpoint.pt", folder / f"{method}-{seed}.pt")
+        options = [f"-{name}{value}" for name, value in self.config.attention_options(method).items()]
+        place = self.out / "work" / self.config.name / f"{method}{''.join(options)}-{seed}"
+        return Run(self.config, method, seed, place.with_name(f"{place.name}.checkpoint.pt"), Path(f"{place}.pt"))
 
 
 def prepare_data(plan: LraPlan, console: Console) -> PreparedData:
@@ -68,6 +69,11 @@ def prepare_data(plan: LraPlan, console: Console) -> PreparedData:
     for name, split in data.description["splits"].items():
         console.print(
             f"{name}: {split['num_examples']:,} examples, {split['majority_share']:.1%} with the most frequent label",
+            highlight=False,
+        )
+    for baseline, shares in data.description["baselines"].items():
+        console.print(
+            f"{baseline}, without a model: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()),
             highlight=False,
         )
     return data
@@ -96,6 +102,7 @@ def run_plan(plan: LraPlan, console: Console, *, tensorboard: bool = True) -> li
                 record = _train(run, plan, data, accelerator, console, tensorboard)
                 if accelerator.is_main_process:
                     append_json_line(path, record)
+                    run.checkpoint.unlink(missing_ok=True)
             else:
                 console.print(f"{_name(run)} is recorded already.", highlight=False)
             console.print(in_words(record), highlight=False)
@@ -127,7 +134,7 @@ def evaluate_run(
     saved = torch.load(path, map_location=accelerator.device)
     identity = run.identity(data)
     if saved["identity"] != identity:
-        other = [name for name in _SAME_RUN if saved["identity"].get(name) != identity[name]]
+        other = _other_fields(saved["identity"], identity)
         raise ValueError(f"the weights at {path} are of another run: {', '.join(other)} differ from {_name(run)}")
     classifier = new_model(plan.config, plan.config.new_task(plan.source), method, seed)
     classifier.load_state_dict(saved["weights"])
@@ -140,9 +147,14 @@ def evaluate_run(
 def find_record(records: Sequence[Json], identity: Json) -> Json | None:
     """The finished run with this identity, if there is one."""
     for record in records:
-        if all(record.get(name) == identity[name] for name in _SAME_RUN):
+        if not _other_fields(record, identity):
             return record
     return None
+
+
+def _other_fields(record: Json, identity: Json) -> list[str]:
+    """Which of the fields that make a run differ."""
+    return [name for name in _SAME_RUN if record.get(name) != identity[name]]
 
 
 def in_words(record: Json) -> str:
@@ -161,6 +173,16 @@ def _train(
 ) -> Json:
     task = plan.config.new_task(plan.source)
     main = accelerator.is_main_process
+    if run.checkpoint.exists():
+        saved = torch.load(run.checkpoint, map_location="cpu")["identity"]
+        other = _other_fields(saved, run.identity(data))
+        if other:
+            console.print(
+                f"The checkpoint of an unfinished run is not used, and will be overwritten: {', '.join(other)} differ. "
+                f"To keep it, interrupt now and move it: {run.checkpoint}",
+                highlight=False,
+                soft_wrap=True,
+            )
     writer = _tensorboard_writer(run, console) if tensorboard and main else None
     with _reporting(run, console, writer) as report:
         result = train(run, task, data, accelerator, report)
@@ -171,6 +193,7 @@ def _train(
         **run.identity(data),
         "num_examples": {name: split["num_examples"] for name, split in description.items()},
         "majority_share": {name: split["majority_share"] for name, split in description.items()},
+        "baselines": data.description["baselines"],
         **result,
         "device": accelerator.device.type,
         "num_processes": accelerator.num_processes,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..plots import COLOURS, QUOTED, new_figure, png_of
 from ..records import Json, read_json_lines, write_whole
+from ..timing import busy_note
 from .configuration import METHODS
-from .quoted import quoted_accuracies
+from .quoted import NOTES, quoted_accuracies
 from .runs import RECORDS
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ _HEADINGS = (
     "accuracy at the last step, %",
     "best validation, %",
     "one step, s",
-    "training, min",
-    "its processor time, min",
+    "steps x median step, min",
+    "processor time, min",
     "peak memory, MiB",
 )
 
@@ -52,9 +53,11 @@ def table_in_words(records: Sequence[Json]) -> str:
     parts = [
         "# Long Range Arena",
         "Mean over seeds, with the standard deviation where there are several. Accuracies are of the test set, with "
-        "the weights of the best validation and with the last ones; times and memory are medians over runs. Where "
-        "other work shared the machine, processor time says more than time by the clock. Published accuracies are "
-        "quoted: they are of the full benchmark and of larger models, and were not measured here.",
+        "the weights of the best validation and with the last ones; times and memory are medians over runs. Training "
+        "time is the number of steps times the median step, so that stalls by other work do not count; where others "
+        "shared the machine, processor time says more. Published accuracies are quoted, not measured here: they are "
+        "of the benchmark's own data at full size. Configurations that end in -small have less and shorter data and "
+        "smaller models, and do not compare with them.",
     ]
     for name in _in_order([record["name"] for record in records]):
         for group in _same_setup([record for record in records if record["name"] == name]):
@@ -73,6 +76,8 @@ def _section(name: str, records: Sequence[Json]) -> str:
         f"{first['num_parameters']:,} parameters, {training['steps']:,} steps of {training['batch']} examples, "
         f"{first['num_examples']['train']:,} to train on, {first['num_examples']['test']:,} to test on. "
         f"The most frequent label is right for {majority:.1%}. {_where(records)}",
+        *_baseline_lines(records),
+        *_busy_lines(records),
         "",
         "| " + " | ".join(_HEADINGS) + " |",
         "|" + "---|" * len(_HEADINGS),
@@ -80,11 +85,38 @@ def _section(name: str, records: Sequence[Json]) -> str:
     for method in METHODS:
         for runs in _same_options([record for record in records if record["method"] == method]):
             lines.append("| " + " | ".join(_row(runs)) + " |")
-    quoted = quoted_accuracies(config["task"])
+    quoted = quoted_accuracies(config["task"], **_resolution(config))
     if quoted:
         lines += ["", "Quoted, not measured here:", "", "| model | accuracy, % | source |", "|---|---|---|"]
         lines += [f"| {model} | {accuracy:.2f} | quoted: {source} |" for model, accuracy, source in quoted]
+        if config["task"] in NOTES:
+            lines += ["", NOTES[config["task"]]]
     return "\n".join(lines)
+
+
+def _resolution(config: Json) -> dict[str, int]:
+    settings = config["settings"]
+    return {"resolution": settings["resolution"]} if "resolution" in settings else {}
+
+
+def _baseline_lines(records: Sequence[Json]) -> list[str]:
+    """What needs no model, and which runs do no better on the same test examples."""
+    known = next((record["baselines"] for record in records if record.get("baselines")), {})
+    lines = []
+    for name, shares in known.items():
+        beaten = [
+            f"{method_name(record)}, seed {record['seed']} ({record['best']['test_accuracy']:.1%})"
+            for record in records
+            if record["best"]["test_accuracy"] <= shares["test"]
+        ]
+        line = f"Guessing {name} is right for {shares['test']:.1%} of the test examples, without a model."
+        lines += ["", line + (f" These runs do not beat it: {'; '.join(beaten)}." if beaten else "")]
+    return lines
+
+
+def _busy_lines(records: Sequence[Json]) -> list[str]:
+    note = busy_note([record["other_cores"] for record in records], records[0]["environment"].get("num_cpus"))
+    return [] if note is None else ["", note]
 
 
 def _row(runs: Sequence[Json]) -> list[str]:
@@ -98,7 +130,7 @@ def _row(runs: Sequence[Json]) -> list[str]:
         _spread([100 * run["last"]["test_accuracy"] for run in runs]),
         _spread([100 * run["best"]["validation_accuracy"] for run in runs]),
         f"{median('median_step_s'):.3f}",
-        f"{median('elapsed_s') / 60:,.1f}",
+        f"{statistics.median(run['steps'] * run['median_step_s'] for run in runs) / 60:,.1f}",
         f"{median('processor_s') / 60:,.1f}",
         f"{median('peak_mib'):,.0f}",
     ]
@@ -136,7 +168,7 @@ def draw_curves(records: Sequence[Json]) -> bytes:
     for number, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, number)
         shown = [record for record in records if record["name"] == name]
-        for colour, method in zip(COLOURS, METHODS, strict=True):
+        for colour, method in zip(COLOURS[: len(METHODS)], METHODS, strict=True):
             for first, record in enumerate(record for record in shown if record["method"] == method):
                 axes.plot(
                     [point["step"] for point in record["curve"]],

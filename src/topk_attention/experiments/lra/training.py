@@ -75,6 +75,8 @@ def new_model(config: LraConfig, task: Task, method: str, seed: int) -> Classifi
 def train(run: Run, task: Task, data: PreparedData, accelerator: Accelerator, report: Report | None = None) -> Json:
     """Train to the last step, or until validation stops getting better, and test; returns what a record holds.
 
+    The checkpoint stays: it is the caller's to delete once the record is written down.
+
     Raises:
         ValueError: a batch cannot be shared equally among the processes.
     """
@@ -83,21 +85,20 @@ def train(run: Run, task: Task, data: PreparedData, accelerator: Accelerator, re
         raise ValueError(f"batch must be a multiple of the {accelerator.num_processes} processes, got {training.batch}")
     with PeakMeter() as meter:
         _reset_peak(accelerator.device)
-        trainer = _Trainer(run, task, data, accelerator)
+        trainer = _Trainer(run, task, data, accelerator, lambda: _peak_mib(accelerator.device, meter))
         trainer.resume()
         trainer.train(report or (lambda *_: None))
-        result = trainer.result()
-        peak_mib = _peak_mib(accelerator.device, meter)
-    if accelerator.is_main_process:
-        run.checkpoint.unlink(missing_ok=True)
-    return result | {"peak_mib": max(peak_mib, trainer.state["peak_mib"])}
+        return trainer.result()
 
 
 class _Trainer:
     """The model, its optimizer, and everything that a checkpoint keeps."""
 
-    def __init__(self, run: Run, task: Task, data: PreparedData, accelerator: Accelerator) -> None:
+    def __init__(
+        self, run: Run, task: Task, data: PreparedData, accelerator: Accelerator, peak_mib: Callable[[], float]
+    ) -> None:
         self._run = run
+        self._peak_mib = peak_mib  # of this process so far; `state` has the largest of all that worked on the run
         self._training = run.config.training
         self._data = data
         self._accelerator = accelerator
@@ -161,6 +162,7 @@ class _Trainer:
         """Accuracy of both models that could be reported: the one with the best validation, and the last."""
         state = self.state
         best = last = self._test()
+        state["peak_mib"] = max(state["peak_mib"], self._peak_mib())
         if state["best"]["step"] != state["step"]:
             self._plain_model.load_state_dict(self._best_weights)
             best = self._test()
@@ -176,6 +178,7 @@ class _Trainer:
             "processor_s": state["processor_s"],
             "median_step_s": statistics.median(state["step_s"]),
             "other_cores": state["other_cores"],
+            "peak_mib": state["peak_mib"],
         }
 
     @property
@@ -222,6 +225,7 @@ class _Trainer:
         state = self.state
         state["step"] = point["step"]
         state["curve"] = [*state["curve"], point]
+        state["peak_mib"] = max(state["peak_mib"], self._peak_mib())
         if state["best"] is None or point["validation_accuracy"] > state["best"]["validation_accuracy"]:
             state["best"] = {"step": point["step"], "validation_accuracy": point["validation_accuracy"]}
             weights = self._plain_model.state_dict()
@@ -255,19 +259,24 @@ def evaluate(model: nn.Module, examples: Examples, accelerator: Accelerator, bat
 
     batch_size  examples at a time, over all processes; those of a training step need no more memory than it
     """
+    # Not the model as wrapped for several processes: each of its forwards exchanges buffers with the others, which may
+    # have another number of batches.
+    model = accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    loss, hits = 0.0, 0
     own = range(accelerator.process_index, examples.num_examples, accelerator.num_processes)
     own_batch_size = batch_size // accelerator.num_processes
     for first in range(0, len(own), own_batch_size):
         batch = examples.batch(own[first : first + own_batch_size]).to(accelerator.device)
         logits = model(batch.tokens, batch.mask).float()
-        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum").cpu()
-        totals[1] += (logits.argmax(1) == batch.labels).sum().cpu()
+        loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+        hits += int((logits.argmax(1) == batch.labels).sum())
     model.train(was_training)
-    loss, hits = accelerator.reduce(totals.to(accelerator.device), reduction="sum").tolist()
-    return loss / examples.num_examples, hits / examples.num_examples
+    # float32 counts up to 16 million hits; float64 is not on every device.
+    totals = torch.tensor([loss, hits], dtype=torch.float32, device=accelerator.device)
+    total_loss, total_hits = accelerator.reduce(totals, reduction="sum").tolist()
+    return total_loss / examples.num_examples, total_hits / examples.num_examples
 
 
 def batch_numbers(num_examples: int, batch: int, seed: int, step: int) -> list[int]:

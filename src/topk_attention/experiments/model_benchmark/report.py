@@ -108,7 +108,7 @@ def notes(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> list[str]:
     finished = [record for record in records if record["outcome"] == "finished"]
     lines = [
         "Peak: of the first step, above what the process held before the model was made: weights, their gradients, "
-        "activations and all between. Step: median (fastest to slowest).",
+        "activations and all between. Step: median (fastest to slowest) where there were several.",
         *(f"{curve.name}: {line}" for curve in curves for line in _check_lines(curve)),
     ]
     if finished:
@@ -167,7 +167,7 @@ def _cells(point: Point, curve: Curve, length: int) -> list[str]:
         f"{record['held_after_forward_mib'] / 1024:.2f}",
         f"{record['elapsed_s']:.1f} ({record['fastest_s']:.1f} to {record['slowest_s']:.1f})"
         if record["repetitions"] > 1
-        else f"{record['elapsed_s']:.1f}",
+        else f"{record['elapsed_s']:.1f} (one step, the first)",
         f"{record['forward_s']:.1f}",
         f"{record['backward_s']:.1f}",
         *of_paper,

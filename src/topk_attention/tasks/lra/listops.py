@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from .examples import ExamplesWriter
+import numpy as np
+
+from .examples import Examples, ExamplesWriter
 from .preparation import Progress, Splits, make_in_shards
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
@@ -65,6 +67,20 @@ class ListOps:
         counts = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return make_in_shards(self._add_shard, counts, self.seed, progress)
 
+    def baselines(self, splits: Splits) -> dict[str, dict[str, float]]:
+        """Accuracies of what needs no model. "by first operator": the value most frequent in training after the first
+        symbol, which leaves the arguments unread.
+        """
+        counts = np.zeros((self.vocabulary, self.num_classes), dtype=np.int64)
+        np.add.at(counts, (_first_symbols(splits["train"]), splits["train"].labels), 1)
+        guesses = counts.argmax(1)
+        return {
+            "by first operator": {
+                name: float((guesses[_first_symbols(examples)] == examples.labels).mean())
+                for name, examples in splits.items()
+            }
+        }
+
     def _add_shard(self, random: Random, count: int, writer: ExamplesWriter) -> None:
         expressions = self.draw(random)
         for _ in range(count):
@@ -92,6 +108,10 @@ class ListOps:
         values[position] = _FIRST_OPERATOR + int(len(OPERATORS) * random.random())
         values.append(_CLOSE)
         return len(values) <= self.max_length
+
+
+def _first_symbols(examples: Examples) -> np.ndarray:
+    return examples.values[examples.starts[examples.sequences[:, 0]]]
 
 
 def longest_expression(max_depth: int, max_args: int) -> int:

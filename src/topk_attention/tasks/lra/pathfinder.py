@@ -3,7 +3,8 @@
 Two long dashed curves and several short ones that distract are drawn, all at some distance from one another. A circle
 marks one end of a long curve, another either the other end of the same curve (label 1) or an end of the other one
 (label 0). How far apart the circles lie says nothing: each image with label 1 has one with label 0 whose circles are
-as far apart, and images that find no counterpart are dropped. The model reads the grey pixels row by row.
+as far apart, and images that find no counterpart are dropped. (The published generator leaves this shortcut in.) The
+model reads the grey pixels row by row.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
     for name, examples in splits.items():
         if examples.sha256() != description["splits"][name]["sha256"]:
             raise ValueError(f"{folder / name}.npz is not as it was written; delete {folder} to make it again")
-    return PreparedData(splits, description)
+    # Not in the file: data that was made before these were known has them too.
+    baselines = getattr(task, "baselines", None)
+    return PreparedData(splits, description | {"baselines": {} if baselines is None else baselines(splits)})
 
 
 def make_in_shards(
@@ -131,9 +133,11 @@ def make_in_shards(
 
 
 def describe_source(path: Path) -> list[Any]:
-    """What tells that a file, or what lies directly in a folder, has changed."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """What tells that a file, or any file at any depth of a folder, has changed."""
+    files = {path.name: path}
+    if path.is_dir():
+        files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()]
 
 
 def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
@@ -152,8 +156,8 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
 def _settings(task: Task) -> dict[str, Any]:
     settings: dict[str, Any] = {"task": task.name} | dataclasses.asdict(task)  # type: ignore[call-overload]
     source = settings.get("source")
-    if source is not None and Path(source).exists():
-        settings["source"] = [str(Path(source).resolve()), describe_source(Path(source))]
+    if source is not None and (place := Path(source).expanduser()).exists():
+        settings["source"] = [str(place.resolve()), describe_source(place)]
     return settings
 
 

@@ -67,11 +67,11 @@ class CitedPapers:
 class SameDocument:
     """A stand-in for the published pairs: do two passages come from the same document (1) or not (0)?
 
-    No document serves in two splits. Passages are max_length bytes long, or half the document where that is shorter;
-    the two of one document do not overlap.
+    No document serves in two splits. All passages are max_length bytes long, so that lengths say nothing about the
+    label; the two of one document do not overlap.
 
     source        folder, or .zip file, with UTF-8 .txt files at any depth, each a document
-    shortest      documents with fewer bytes are left out
+    shortest      documents with fewer bytes are left out; at least 2 x max_length
     """
 
     source: str
@@ -79,7 +79,7 @@ class SameDocument:
     num_validation: int = 400
     num_test: int = 1_000
     max_length: int = 1_024
-    shortest: int = 1_024
+    shortest: int = 2_048
     seed: int = 0
 
     name = "same-document"
@@ -88,8 +88,13 @@ class SameDocument:
     parts = 2
 
     def __post_init__(self) -> None:
-        if self.shortest < 2:
-            raise ValueError(f"shortest must be at least 2, got {self.shortest}")
+        if self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+        if self.shortest < 2 * self.max_length:
+            raise ValueError(
+                f"shortest must be at least 2 x max_length = {2 * self.max_length}, so that each half of a document "
+                f"holds a whole passage, got {self.shortest}"
+            )
 
     def make(self, progress: Progress) -> Splits:
         """All three splits; documents go to each in the proportion of its pairs, at least two to each."""
@@ -119,13 +124,11 @@ class SameDocument:
             if label:
                 second = first
             middle = len(first) // 2
-            size_first, size_second = (min(self.max_length, len(text) // 2) for text in (first, second))
             if label:  # one passage from each half, in either order
                 halves = [first[:middle], first[middle:]]
                 random.shuffle(halves)
                 first, second = halves
-            pair = [_passage(text, size, random) for text, size in ((first, size_first), (second, size_second))]
-            writer.add(pair, label)
+            writer.add([_passage(text, self.max_length, random) for text in (first, second)], label)
         return writer.examples()
 
 

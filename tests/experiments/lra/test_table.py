@@ -40,8 +40,9 @@ def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="list
 
 
 def rows(table):
-    """First cell -> the other cells, of all rows above what is quoted."""
-    cells = [line.strip("| ").split(" | ") for line in table.partition("Quoted")[0].splitlines() if line[:2] == "| "]
+    """First cell -> the other cells, of the rows about the first configuration."""
+    section = table.split("\n## ")[1]
+    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
     return {first: others for first, *others in cells}
 
 
@@ -67,11 +68,22 @@ def test_runs_on_other_data_stand_apart():
 
 
 def test_what_was_published_is_marked_as_quoted():
-    table = table_in_words([record()])
-    assert "| Transformer | 36.37 | quoted: Tay et al. 2021 |" in table
-    assert "| top-128 | 36.56 | quoted: Gupta et al. 2021, read off its figures |" in table
-    assert "The most frequent label is right for 17.0%" in table
-    assert "Quoted" not in table_in_words([record(task="same-document")])
+    overview = table_in_words([record()]).partition("## ")[0]
+    assert "| Transformer (quoted: Tay et al. 2021) | 36.37 |" in overview
+    assert "| top-128 (quoted: Gupta et al. 2021, read off its figures) | 36.56 |" in overview
+    assert "(quoted" not in table_in_words([record(task="same-document")])
+
+
+def test_one_table_holds_every_task_and_method_with_the_number_of_seeds():
+    runs = [record("vanilla"), record("topk", 0, 0.4), record("topk", 1, 0.5)]
+    runs.append(record("vanilla", name="image-small", task="image", accuracy=0.25))
+    overview = table_in_words(runs).partition("## ")[0].splitlines()
+    assert "| accuracy, % | listops-small | image-small |" in overview
+    assert "| most frequent label | 17.00 | 17.00 |" in overview
+    assert "| vanilla | 40.00 (1 seed) | 25.00 (1 seed) |" in overview
+    assert "| topk | 45.00 ± 7.07 (2 seeds) |  |" in overview
+    assert "| Transformer (quoted: Tay et al. 2021) | 36.37 | 42.44 |" in overview
+    assert "| top-128 (quoted: Gupta et al. 2021, read off its figures) | 36.56 |  |" in overview
 
 
 @pytest.mark.parametrize(

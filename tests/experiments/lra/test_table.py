@@ -43,8 +43,9 @@ def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="list
 
 
 def rows(table):
-    """First cell -> the other cells, of all rows above what is quoted."""
-    cells = [line.strip("| ").split(" | ") for line in table.partition("Quoted")[0].splitlines() if line[:2] == "| "]
+    """First cell -> the other cells, of the rows about the first configuration."""
+    section = table.split("\n## ")[1]
+    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
     return {first: others for first, *others in cells}
 
 
@@ -71,13 +72,26 @@ def test_runs_on_other_data_stand_apart():
 
 
 def test_what_was_published_is_marked_as_quoted():
-    table = table_in_words([record()])
-    assert "| Transformer | 36.37 | quoted: Tay et al. 2021 |" in table
+    overview = table_in_words([record()]).partition("## ")[0]
+    assert "| Transformer (quoted: Tay et al. 2021) | 36.37 |" in overview
     for model, accuracy in (("top-128, at the best evaluation", "36.56"), ("top-128, at the last step", "37.81")):
-        assert f"| {model} | {accuracy} | quoted: Gupta et al. 2021, read off its figures |" in table
-    assert "320 examples (standard error 2.7)" in table
-    assert "The most frequent label is right for 17.0%" in table
-    assert "Quoted" not in table_in_words([record(task="same-document")])
+        assert f"| {model} (quoted: Gupta et al. 2021, read off its figures) | {accuracy} |" in overview
+    assert "320 examples (standard error 2.7)" in overview
+    assert "(quoted" not in table_in_words([record(task="same-document")])
+
+
+def test_one_table_holds_every_task_and_method_with_the_number_of_seeds():
+    runs = [record("vanilla"), record("topk", 0, 0.4), record("topk", 1, 0.5)]
+    runs.append(record("vanilla", name="image-small", task="image", accuracy=0.25))
+    overview = table_in_words(runs).partition("## ")[0].splitlines()
+    assert "| accuracy, % | listops-small | image-small |" in overview
+    assert "| most frequent label | 17.00 | 17.00 |" in overview
+    assert "| vanilla | 40.00 (1 seed) | 25.00 (1 seed) |" in overview
+    assert "| topk | 45.00 ± 7.07 (2 seeds) |  |" in overview
+    assert "| Transformer (quoted: Tay et al. 2021) | 36.37 | 42.44 |" in overview
+    assert (
+        "| top-128, at the best evaluation (quoted: Gupta et al. 2021, read off its figures) | 36.56 |  |" in overview
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +112,7 @@ def test_every_published_task_has_its_accuracies(task, models, best):
 
 def test_pathfinder_is_quoted_at_the_published_resolution_alone():
     of = record(task="pathfinder")["config"]
-    assert "Performer | 77.05" in table_in_words([record(task="pathfinder")])
+    assert "Performer (quoted: Tay et al. 2021) | 77.05" in table_in_words([record(task="pathfinder")])
     for resolution, quoted in ((32, True), (16, False), (128, False)):
         table = table_in_words([record(config=of | {"settings": {"resolution": resolution}})])
         assert ("Performer" in table) == quoted

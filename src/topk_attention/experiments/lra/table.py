@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..plots import COLOURS, QUOTED, new_figure, png_of
 from ..records import Json, read_json_lines, write_whole
 from ..timing import busy_note
-from .configuration import METHODS
+from .configuration import METHODS, TASKS
 from .quoted import NOTES, quoted_accuracies
 from .runs import RECORDS
 
@@ -49,7 +49,7 @@ def write_table(out: Path, console: Console) -> tuple[Path, Path]:
 
 
 def table_in_words(records: Sequence[Json]) -> str:
-    """Markdown: a table for each configuration, with the accuracies published for its task below it."""
+    """Markdown: one table of accuracies with the published ones, then a table for each configuration."""
     parts = [
         "# Long Range Arena",
         "Mean over seeds, with the standard deviation where there are several. Accuracies are of the test set, with "
@@ -59,23 +59,60 @@ def table_in_words(records: Sequence[Json]) -> str:
         "of the benchmark's own data at full size. Configurations that end in -small have less and shorter data and "
         "smaller models, and do not compare with them.",
     ]
-    for name in _in_order([record["name"] for record in records]):
-        for group in _same_setup([record for record in records if record["name"] == name]):
-            parts.append(_section(name, group))
-    return "\n\n".join(parts) + "\n"
+    # One after another as the benchmark names its tasks; configurations of one task as they were first recorded.
+    setups = sorted(_grouped(records, ("name", "config", "data")), key=lambda setup: list(TASKS).index(_task(setup)))
+    return "\n\n".join([*parts, _overview(setups), *map(_section, setups)]) + "\n"
 
 
-def _section(name: str, records: Sequence[Json]) -> str:
+def _overview(setups: Sequence[Sequence[Json]]) -> str:
+    """Test accuracy at the best validation: a column for each setup, a row for each method and each published model."""
+    names = [setup[0]["name"] for setup in setups]
+    majorities = [f"{100 * setup[0]['majority_share']['test']:.2f}" for setup in setups]
+    rows = [["accuracy, %", *names], ["---"] * (len(names) + 1), ["most frequent label", *majorities]]
+    for method in METHODS:
+        cells = [_accuracies([record for record in setup if record["method"] == method]) for setup in setups]
+        if any(cells):
+            rows.append([method, *cells])
+    published = [
+        {f"{model} (quoted: {source})": accuracy for model, accuracy, source in _quoted(setup)} for setup in setups
+    ]
+    for model in _in_order([model for accuracies in published for model in accuracies]):
+        cells = [f"{accuracies[model]:.2f}" if model in accuracies else "" for accuracies in published]
+        rows.append([model, *cells])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    tasks = dict.fromkeys(_task(setup) for setup, quoted in zip(setups, published, strict=True) if quoted)
+    return "\n\n".join([table, *(NOTES[task] for task in tasks if task in NOTES)])
+
+
+def _quoted(setup: Sequence[Json]) -> list[tuple[str, float, str]]:
+    config = setup[0]["config"]
+    return quoted_accuracies(config["task"], **_resolution(config))
+
+
+def _accuracies(runs: Sequence[Json]) -> str:
+    """Of each k or number of features, with the number of seeds."""
+    cells = []
+    for group in _same_options(runs):
+        accuracies = [100 * run["best"]["test_accuracy"] for run in group]
+        cells.append(f"{_spread(accuracies)} ({_counted(len(group), 'seed')})")
+    return ", ".join(cells)
+
+
+def _task(setup: Sequence[Json]) -> str:
+    return setup[0]["config"]["task"]
+
+
+def _section(records: Sequence[Json]) -> str:
     first = records[0]
-    config, majority = first["config"], first["majority_share"]["test"]
-    model, training = config["model"], config["training"]
+    model, training = first["config"]["model"], first["config"]["training"]
     lines = [
-        f"## {name}",
+        f"## {first['name']}",
         "",
-        f"{model['num_layers']} layers of d_model {model['d_model']} with {model['num_heads']} heads, "
-        f"{first['num_parameters']:,} parameters, {training['steps']:,} steps of {training['batch']} examples, "
-        f"{first['num_examples']['train']:,} to train on, {first['num_examples']['test']:,} to test on. "
-        f"The most frequent label is right for {majority:.1%}. {_where(records)}",
+        f"{_counted(model['num_layers'], 'layer')} of d_model {model['d_model']} with "
+        f"{_counted(model['num_heads'], 'head')}, {first['num_parameters']:,} parameters, {training['steps']:,} steps "
+        f"of {training['batch']} examples, {first['num_examples']['train']:,} to train on, "
+        f"{first['num_examples']['test']:,} to test on. "
+        f"{_where(records)}",
         *_baseline_lines(records),
         *_busy_lines(records),
         "",
@@ -85,12 +122,6 @@ def _section(name: str, records: Sequence[Json]) -> str:
     for method in METHODS:
         for runs in _same_options([record for record in records if record["method"] == method]):
             lines.append("| " + " | ".join(_row(runs)) + " |")
-    quoted = quoted_accuracies(config["task"], **_resolution(config))
-    if quoted:
-        lines += ["", "Quoted, not measured here:", "", "| model | accuracy, % | source |", "|---|---|---|"]
-        lines += [f"| {model} | {accuracy:.2f} | quoted: {source} |" for model, accuracy, source in quoted]
-        if config["task"] in NOTES:
-            lines += ["", NOTES[config["task"]]]
     return "\n".join(lines)
 
 
@@ -144,6 +175,14 @@ def method_name(record: Json) -> str:
     return ", ".join([record["method"], *(f"{name} = {value}" for name, value in record["options"].items())])
 
 
+def _counted(number: int, word: str, plural: str = "s") -> str:
+    """
+    >>> _counted(1, "layer"), _counted(2, "process", "es")
+    ('1 layer', '2 processes')
+    """
+    return f"{number} {word}{plural if number > 1 else ''}"
+
+
 def _spread(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
@@ -151,9 +190,9 @@ def _spread(values: Sequence[float]) -> str:
 
 def _where(records: Sequence[Json]) -> str:
     places = [
-        f"{record['environment']['cpu'] if record['device'] == 'cpu' else record['device']}, {record['threads']} "
-        f"thread{'s' if record['threads'] > 1 else ''}, {record['num_processes']} "
-        f"process{'es' if record['num_processes'] > 1 else ''}, torch {record['environment']['torch']}"
+        f"{record['environment']['cpu'] if record['device'] == 'cpu' else record['device']}, "
+        f"{_counted(record['threads'], 'thread')}, {_counted(record['num_processes'], 'process', 'es')}, torch "
+        f"{record['environment']['torch']}"
         for record in records
     ]
     return "Measured on " + "; ".join(_in_order(places)) + "."
@@ -185,11 +224,6 @@ def draw_curves(records: Sequence[Json]) -> bytes:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
     return png_of(figure)
-
-
-def _same_setup(records: Sequence[Json]) -> list[list[Json]]:
-    """Runs of one name that had the same configuration and data, together."""
-    return _grouped(records, ("config", "data"))
 
 
 def _same_options(records: Sequence[Json]) -> list[list[Json]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 try:
     from .commands import app
+    from .lra import lra
+
+    app.add_typer(lra, name="lra")
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise

@@ -771,7 +771,7 @@ def reading_task(
 ) -> None:
     """Generate a reading task with words of a text, and a small untrained T5 to learn it.
 
-    Writes train.jsonl and test.jsonl, the same for a new kind of question, and t5-untrained with its tokenizer, for
+    Writes train.jsonl and test.jsonl, the same for a new kind of question, and small-t5 with its tokenizer, for
     qa finetune --from-scratch and qa evaluate.
     """
     with _errors_in_words():

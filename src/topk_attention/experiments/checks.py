@@ -24,6 +24,21 @@ def check_at_least(least: int, config: object, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
+def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
+    """Look at the word of this name.
+
+    Raises:
+        ValueError: it is none of those allowed.
+
+    >>> check_one_of(("up", "down"), slice("left", None), "start")
+    Traceback (most recent call last):
+    ValueError: start must be one of up, down, got 'left'
+    """
+    word = getattr(config, name)
+    if word not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
+
+
 def check_runs(ks: Sequence[int], backend: str) -> None:
     """One run for each k, no two the same, on a backend that runs here.
 

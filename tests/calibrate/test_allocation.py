@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from topk_attention.calibrate.allocation import mean_of, with_mean_k, within_lost_mass
+from topk_attention.calibrate.allocation import agreement, mean_of, with_mean_k, within_lost_mass
 from topk_attention.calibrate.statistics import Curves, k_grid
 
 KS = k_grid(256)
 
 
-def curves(*errors, lost=None, ks=KS):
-    """Curves of one layer: a function of k for each head."""
+def curves(*errors, lost=None, changes=None, ks=KS):
+    """Curves of one layer: a function of k for each head; changes for both halves, or a pair of lists."""
     at = np.array(ks, dtype=float)
     error = torch.tensor(np.array([function(at) for function in errors]))
     mass = error if lost is None else torch.tensor(np.array([function(at) for function in lost]))
-    return Curves(ks, mass, error, 100)
+    earlier, later = changes if isinstance(changes, tuple) else (changes, changes)
+    change = [[function(at) for function in half or [np.zeros_like] * len(errors)] for half in (earlier, later)]
+    return Curves(ks, mass, error, torch.tensor(np.array(change)), 100)
 
 
 def falling(scale, power=1.5):
@@ -34,7 +36,7 @@ def random_layers(num_layers=3, num_heads=4):
             steps[-1] = 0
             heads.append(steps)
         error = torch.tensor(np.array(heads))
-        layers[f"layer {number}"] = Curves(KS, error, error, 10)
+        layers[f"layer {number}"] = Curves(KS, error, error, torch.zeros(2, num_heads, len(KS)), 10)
     return layers
 
 
@@ -115,6 +117,44 @@ def test_layers_may_have_curves_of_different_length_and_heads():
 def test_smallest_k_is_kept():
     allocation = with_mean_k({"layer": curves(falling(1), lambda k: 0 * k)}, 32, smallest_k=5)
     assert min(allocation["layer"]) == 5
+
+
+def unsteady(scale):
+    """A change of the loss that fades as k grows."""
+    return lambda k: scale * (1 / k - 1 / 256)
+
+
+def test_a_head_whose_dropped_keys_raise_the_loss_gets_more():
+    three = [falling(1)] * 3
+    layer = curves(*three, changes=[unsteady(-0.5), unsteady(0), unsteady(0.5)])
+    ((lowers, neither, raises),) = with_mean_k({"layer": layer}, 32).values()
+    assert lowers < 0.8 * neither < 0.8 * 0.8 * raises
+
+
+def test_changes_that_two_halves_of_a_text_contradict_are_not_believed():
+    three = [falling(1)] * 3
+    heads = [unsteady(-0.5), unsteady(0), unsteady(0.5)]
+    contradicted = curves(*three, changes=(heads, [unsteady(0.7), unsteady(0), unsteady(-0.3)]))
+    assert with_mean_k({"layer": contradicted}, 32) == with_mean_k({"layer": curves(*three)}, 32)
+
+
+def test_agreement_is_that_of_halves():
+    heads = [unsteady(0.5), unsteady(-0.2)]
+    two = [falling(1), falling(3)]
+    assert agreement({"layer": curves(*two, changes=heads)}) == pytest.approx(1)
+    assert agreement({"layer": curves(*two, changes=(heads, heads[::-1]))}) == 0
+    assert agreement({"layer": curves(*two, changes=(heads, [unsteady(0.5), unsteady(0)]))}) == pytest.approx(
+        0.25 / (0.25 + 0.04 / 3 / 2), rel=1e-3
+    )
+    assert agreement({"layer": curves(*two)}) == 0
+
+
+def test_keys_that_would_raise_the_loss_are_not_spent():
+    layer = curves(falling(0.01), falling(0.01), changes=[unsteady(-5), unsteady(0)])
+    ((harmful, useful),) = with_mean_k({"layer": layer}, 100).values()
+    assert harmful == 1
+    assert useful == pytest.approx(199, rel=0.03)
+    assert with_mean_k({"layer": layer}, 256) == {"layer": (1, 256)}
 
 
 @pytest.mark.parametrize("mean_k", [0.5, 257, 10**6])

@@ -313,11 +313,12 @@ def test_a_saved_calibration_loads_as_it_was(tmp_path, batches):
             assert stored[path].num_rows == curves[path].num_rows
             torch.testing.assert_close(stored[path].lost_mass, curves[path].lost_mass, rtol=1e-3, atol=1e-6)
             torch.testing.assert_close(stored[path].loss_error, curves[path].loss_error, rtol=1e-3, atol=0)
+            torch.testing.assert_close(stored[path].loss_change, curves[path].loss_change, rtol=1e-3, atol=0)
     assert loaded.reallocated(LostMass(0.1)) == calibration.reallocated(LostMass(0.1))
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "no json", '{"version": 2}', '{"version": 1, "attention_k": []}', '"x"']
+    "content", ["{}", "[]", "no json", '{"version": 1}', '{"version": 2, "attention_k": []}', '"x"']
 )
 def test_another_file_is_named(tmp_path, content):
     path = tmp_path / "other.json"
@@ -412,6 +413,8 @@ def test_outputs_named_by_an_objective_count_by_their_square(batches):
         assert curves.loss_error.max() > 0
         torch.testing.assert_close(curves.loss_error, by_number.curves[path].loss_error)
     everything = calibrate(tiny_bert(), [ids], target=MeanK(8))
+    assert all(curves.loss_change.abs().max() == 0 for curves in by_tensor.curves.values())
+    assert all(curves.loss_change.abs().max() > 0 for curves in by_number.curves.values())
     path = next(iter(everything))
     assert not torch.allclose(everything.curves[path].loss_error, by_tensor.curves[path].loss_error, rtol=0.1)
 

@@ -35,19 +35,22 @@ def measured(query, key, value, grad, collector=None, **options):
 
 
 def lost_by_doing_it(query, key, value, grad, **options):
-    """Lost mass and squared change of the loss, both [H, K]."""
+    """Lost mass and squared change of the loss, both [H, K], and the change in either half of the queries [2, H, K]."""
     run = {"backend": "reference", "return_selection": True, **options}
     full, everything = topk_attention(query, key, value, k=key.shape[-2], **run)
     # Empty slots have index -1 and weight 0: one column more takes them.
     weights = torch.zeros(*full.shape[:-1], key.shape[-2] + 1, dtype=torch.float64)
     weights.scatter_(-1, everything.indices.long() % (key.shape[-2] + 1), everything.weights.double())
-    lost, error = [], []
+    lost, change = [], []
     for k in range(1, key.shape[-2] + 1):
         output, kept = topk_attention(query, key, value, k=k, **run)
         kept_weight = weights.gather(-1, kept.indices.long() % (key.shape[-2] + 1)) * (kept.indices >= 0)
         lost.append((weights.sum(-1) - kept_weight.sum(-1)).mean((0, 2)))
-        error.append(((full - output) * grad).sum(-1).square().mean((0, 2)))
-    return torch.stack(lost, 1), torch.stack(error, 1)
+        change.append(((output - full) * grad).sum(-1))
+    changes = torch.stack(change, -1)  # [B, H, N, K]
+    first_later = (changes.shape[2] + 1) // 2
+    halves = torch.stack([half.mean((0, 2)) for half in (changes[:, :, :first_later], changes[:, :, first_later:])])
+    return torch.stack(lost, 1), changes.square().mean((0, 2)), halves
 
 
 def some_keys_hidden():
@@ -84,10 +87,11 @@ def test_curves_are_what_topk_attention_loses_at_every_k(case):
     options = CASES[case]()
     call = inputs(key_heads=2 if case == "grouped keys" else HEADS)
     curves = measured(*call, **options)
-    lost, error = lost_by_doing_it(*call, **options)
+    lost, error, change = lost_by_doing_it(*call, **options)
     assert curves.ks == tuple(EVERY_K)
     torch.testing.assert_close(curves.lost_mass, lost, rtol=0, atol=1e-12)
     torch.testing.assert_close(curves.loss_error, error, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(curves.loss_change, change, rtol=1e-9, atol=1e-12)
     assert error[:, 0].min() > 1e-4
 
 
@@ -107,6 +111,14 @@ def test_rows_are_measured_in_parts_without_a_seam(monkeypatch):
     parts = measured(*call, is_causal=True)
     torch.testing.assert_close(parts.lost_mass, whole.lost_mass)
     torch.testing.assert_close(parts.loss_error, whole.loss_error)
+    torch.testing.assert_close(parts.loss_change, whole.loss_change)
+
+
+def test_a_sign_that_means_nothing_is_left_out():
+    call = inputs()
+    curves = measured(*call, Collector(queries_per_head=1000, largest_k=1000, signed=False))
+    assert curves.loss_change.abs().max() == 0
+    torch.testing.assert_close(curves.loss_error, measured(*call).loss_error)
 
 
 def test_queries_are_spread_over_the_sequence():
@@ -170,9 +182,11 @@ def test_feed_forward_curves_are_what_topk_feed_forward_loses_at_every_k(gated, 
     plain = weights | {"b_out": None, "w_out": hidden}
     total = topk_feed_forward(x, k=None, **plain).abs().sum(1)
     for at, k in enumerate(range(1, NEURONS + 1)):
-        error = ((full - topk_feed_forward(x, k=k, **weights)) * grad).sum(1).square().mean()
+        change = ((topk_feed_forward(x, k=k, **weights) - full) * grad).sum(1)
+        error, halves = change.square().mean(), torch.stack([half.mean() for half in change.tensor_split(2)])
         kept = topk_feed_forward(x, k=k, **plain).abs().sum(1)
         torch.testing.assert_close(curves.loss_error[0, at], error, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(curves.loss_change[:, 0, at], halves, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(curves.lost_mass[0, at], (1 - kept / total).mean(), rtol=1e-9, atol=1e-12)
     assert curves.loss_error[0, 0] > 1e-4
 
@@ -187,16 +201,19 @@ def test_the_grid_rises_from_1_to_the_largest_in_small_steps(largest):
 
 
 def test_curves_average_over_rows_whatever_the_batches():
-    lost, error = torch.rand(2, 10, 3), torch.rand(2, 10, 3)
+    lost, change = torch.rand(2, 10, 3), torch.randn(2, 10, 3)
     curves = Curves.empty(2, (1, 2, 3))
     for part in (slice(0, 1), slice(1, 7), slice(7, 10)):
-        curves.add(lost[:, part], error[:, part])
+        curves.add(lost[:, part], change[:, part])
     assert curves.num_rows == 10
     torch.testing.assert_close(curves.lost_mass, lost.double().mean(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(curves.loss_error, error.double().mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(curves.loss_error, change.double().square().mean(1), rtol=1e-6, atol=0)
+    halves = torch.stack([change[:, rows].double().mean(1) for rows in ([0, 1, 2, 3, 7, 8], [4, 5, 6, 9])])
+    torch.testing.assert_close(curves.loss_change, halves, rtol=1e-6, atol=1e-9)
 
 
 def test_empty_curves_share_no_memory():
     curves = Curves.empty(1, (1, 2))
     curves.add(torch.ones(1, 1, 2), torch.zeros(1, 1, 2))
     assert curves.loss_error.tolist() == [[0, 0]]
+    assert curves.loss_change.abs().max() == 0

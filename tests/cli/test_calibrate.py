@@ -291,6 +291,7 @@ def test_an_encoder_is_judged_by_its_embeddings(arguments, tiny_encoder, tmp_pat
     assert errors["full", None] == 0
     assert errors["uniform", 4] > errors["uniform", 8] > errors["uniform", 16] > 0
     assert errors["calibrated", 16] > 0
+    assert all((run["hidden_error"] > 0) == (run["embedding_error"] > 0) for run in record["runs"])
     assert all(0.5 < run["cosine"] <= 1 + 1e-6 for run in record["runs"])
     assert "embedding error" in output
     page = (tmp_path / "out" / "page.html").read_text()

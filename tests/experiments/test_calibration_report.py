@@ -45,7 +45,7 @@ def record():
 def curves(num_heads, largest=256):
     ks = k_grid(largest)
     lost = torch.tensor([[k**-power - largest**-power for k in ks] for power in torch.linspace(0.5, 2, num_heads)])
-    return Curves(ks, lost.double(), lost.double(), 10)
+    return Curves(ks, lost.double(), lost.double(), torch.zeros(2, *lost.shape).double(), 10)
 
 
 @pytest.fixture

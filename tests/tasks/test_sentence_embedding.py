@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from topk_attention.tasks.language_modelling import Text
-from topk_attention.tasks.sentence_embedding import embedding_error, embedding_of, embeddings, first_windows
+from topk_attention.tasks.sentence_embedding import embedding_error, embedding_of, first_windows, hidden_states
 
 WORDS = ["a", "query", "keeps", "the", "best", "keys"]
 
@@ -66,14 +66,14 @@ def test_an_embedding_is_the_mean_of_real_tokens_at_length_one(model):
         torch.testing.assert_close(ours[row], mean / mean.norm())
 
 
-def test_embeddings_are_the_same_in_any_batches_and_progress_rises(model):
+def test_hidden_states_are_the_same_in_any_batches_and_progress_rises(model):
     windows = [[0, *(3 + (first + step) % 6 for step in range(4)), 1] for first in range(5)]
     seen = []
-    one = embeddings(model, windows, batch_size=2, progress=lambda *step: seen.append(step))
+    one = hidden_states(model, windows, batch_size=2, progress=lambda *step: seen.append(step))
     assert seen == [(2, 5), (4, 5), (5, 5)]
-    torch.testing.assert_close(one, embeddings(model, windows, batch_size=5))
+    torch.testing.assert_close(one, hidden_states(model, windows, batch_size=5))
     with torch.no_grad():
-        torch.testing.assert_close(one, embedding_of(model(input_ids=torch.tensor(windows))))
+        torch.testing.assert_close(one, model(input_ids=torch.tensor(windows))[0])
 
 
 def test_the_error_is_the_mean_distance():

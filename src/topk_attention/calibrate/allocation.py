@@ -40,10 +40,12 @@ Target = MeanK | LostMass | LossIncrease
 
 
 def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int = 1) -> Allocation:
-    """Spend mean_k keys a head so that the sum of all heads' loss errors is least.
+    """Spend mean_k keys a head so that the loss, as far as it can be told head by head, is least.
 
-    Every head stops where one more key would save the same everywhere (a Lagrange multiplier, found by bisection), on
-    curves between whose points logarithms are interpolated.
+    A head's share is half its loss error (the curvature) and what can be believed of its loss change: dropping keys of
+    some heads raises the loss on any text of a kind, of others lowers it. Every head stops where one more key would
+    save the same everywhere (a Lagrange multiplier, found by bisection). Keys by which the loss would only rise stay
+    unspent.
 
     Raises:
         ValueError: mean_k is below smallest_k, or above the largest k of the curves.
@@ -53,10 +55,17 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
         raise ValueError(
             f"mean_k must be between {smallest_k} and {largest_k}, the largest k that was measured, got {mean_k:g}"
         )
-    rows = [_interpolated(np.array(c.ks), error.numpy(), smallest_k) for c in curves.values() for error in c.loss_error]
+    # As much as two halves of the text agree: more was worse on other texts, as heads that are chosen for their changes
+    # add up in curvature too, which a sum over heads does not see (LOG.md).
+    believed = agreement(curves)
+    rows = [
+        _interpolated(np.array(c.ks), error.numpy(), believed * change.numpy(), smallest_k)
+        for c in curves.values()
+        for error, change in zip(c.loss_error, c.loss_change.mean(0), strict=True)
+    ]
 
     def choose(price: float) -> list[int]:
-        return [int(ks[np.argmin(errors + price * ks)]) for ks, errors in rows]
+        return [int(ks[np.argmin(costs + price * ks)]) for ks, costs in rows]
 
     low, high = -60.0, 30.0  # natural logarithms of the price of a key
     for _ in range(60):
@@ -67,6 +76,19 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
             high = middle
     chosen = _spend_rest(rows, choose(np.exp(high)), mean_k)
     return _by_path(curves, chosen)
+
+
+def agreement(curves: Mapping[str, Curves]) -> float:
+    """How far the signed changes of the loss in two halves of the text are the same, between 0 and 1.
+
+    Their product over their mean square, each change measured in units of the curve's error at that k.
+    """
+    both = squares = 0.0
+    for c in curves.values():
+        earlier, later = (c.loss_change / c.loss_error.sqrt().clamp(min=1e-15)).numpy()
+        both += float((earlier * later).sum())
+        squares += float((earlier**2 + later**2).sum()) / 2
+    return max(0.0, both / squares) if squares > 0 else 0.0
 
 
 def within_lost_mass(curves: Mapping[str, Curves], bound: float) -> Allocation:
@@ -89,12 +111,15 @@ def mean_of(allocation: Allocation) -> float:
     return float(np.mean([k for ks in allocation.values() for k in ks]))
 
 
-def _interpolated(ks: np.ndarray, errors: np.ndarray, smallest_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every candidate k, ever further apart, and the error there."""
+def _interpolated(
+    ks: np.ndarray, errors: np.ndarray, changes: np.ndarray, smallest_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every candidate k, ever further apart, and the cost there: of errors the logarithm is interpolated."""
     candidates = np.unique(np.round(np.geomspace(smallest_k, ks[-1], 200)).astype(int))
     # Measured curves wobble; a larger k never does worse.
     falling = np.minimum.accumulate(np.maximum(errors, 1e-30))
-    return candidates, np.exp(np.interp(np.log(candidates), np.log(ks), np.log(falling)))
+    at, known = np.log(candidates), np.log(ks)
+    return candidates, np.exp(np.interp(at, known, np.log(falling))) / 2 + np.interp(at, known, changes)
 
 
 def _spend_rest(rows: list[tuple[np.ndarray, np.ndarray]], chosen: list[int], mean_k: float) -> list[int]:

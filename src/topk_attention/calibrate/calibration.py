@@ -28,7 +28,7 @@ Objective = Callable[[Any, Mapping[str, Any]], Tensor]
 # Above any sequence: such a k keeps every key.
 _EVERY_KEY = 2**31 - 1
 _SEARCH_STEPS = 6
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)  # equal as mappings are: with the same k for every head
@@ -77,6 +77,9 @@ class Calibration(Mapping[str, tuple[int, ...]]):
                     "k": list(c.ks),
                     "lost_mass": [[float(f"{x:.4g}") for x in row] for row in c.lost_mass.tolist()],
                     "loss_error": [[float(f"{x:.4g}") for x in row] for row in c.loss_error.tolist()],
+                    "loss_change": [
+                        [[float(f"{x:.4g}") for x in row] for row in half] for half in c.loss_change.tolist()
+                    ],
                     "rows": c.num_rows,
                 }
                 for layer, c in curves.items()
@@ -110,6 +113,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
                         tuple(c["k"]),
                         torch.tensor(c["lost_mass"], dtype=torch.float64),
                         torch.tensor(c["loss_error"], dtype=torch.float64),
+                        torch.tensor(c["loss_change"], dtype=torch.float64),
                         c["rows"],
                     )
                     for layer, c in stored.items()
@@ -133,7 +137,7 @@ def calibrate(
     target: Target,
     feed_forward_target: MeanK | LostMass | None = None,
     objective: Objective | None = None,
-    queries_per_head: int = 256,
+    queries_per_head: int = 512,
     largest_k: int = 2048,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -149,6 +153,10 @@ def calibrate(
                          tokens), or a tensor whose squared error counts, such as sentence embeddings [B, D]
     queries_per_head     queries of each sequence whose scores are sorted
     largest_k            the largest k that is considered
+
+    A budget is spent by what the loss forecasts for each head at every k: the curvature, and the direction in which
+    dropped keys move the loss, as far as the earlier and the later half of each sequence agree on it. More batches make
+    the direction surer, and it is worth most where the text is like that of later use.
 
     Without an objective the loss is the model's own where a batch has labels, next-token prediction for causal language
     models, and for any other model every number of its output counts alike. The squared error of outputs is estimated
@@ -247,7 +255,7 @@ def measure(
             stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
         stack.enter_context(observed(observe))
         for batch in batches:
-            loss = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))
+            loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))
             (loss * _token_ids(batch).numel()).backward()
             losses.append(loss.item())
     # The backward pass came by them from the last to the first.
@@ -314,14 +322,14 @@ def _search(
 
 def _loss_with(model: nn.Module, batches: list[Batch], objective: Objective | None, calibration: Calibration) -> float:
     with torch.no_grad(), _evaluating(model), _converted(model, calibration):
-        return sum(_loss(model, batch, objective).item() for batch in batches) / len(batches)
+        return sum(_loss(model, batch, objective)[0].item() for batch in batches) / len(batches)
 
 
 def _loss(
     model: nn.Module, batch: Batch, objective: Objective | None, *, must_be_own: bool = False, seed: int = 0
-) -> Tensor:
-    """The loss, or outputs projected on random signs: the square of its change is then, in expectation over signs, the
-    squared error of the outputs."""
+) -> tuple[Tensor, bool]:
+    """The loss and True, or outputs projected on random signs and False: the square of its change is then, in
+    expectation over signs, the squared error of the outputs."""
     arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "labels" not in arguments and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         arguments["labels"] = arguments["input_ids"]
@@ -337,7 +345,7 @@ def _loss(
         if _is_padding_mask(mask := arguments.get("attention_mask")) and mask.shape == value.shape[:2]:
             value = value * mask.to(value).unsqueeze(-1)
     if value.ndim == 0:
-        return value
+        return value, True
     if must_be_own:
         gave = (
             f"{type(model).__name__} gave none; add labels to the batches"
@@ -346,7 +354,7 @@ def _loss(
         )
         raise ValueError(f"LossIncrease needs a loss and {gave}")
     signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (value * signs.to(value)).sum() / _token_ids(batch).numel()
+    return (value * signs.to(value)).sum() / _token_ids(batch).numel(), False
 
 
 def _is_padding_mask(mask: object) -> TypeGuard[Tensor]:

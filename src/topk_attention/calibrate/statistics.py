@@ -3,7 +3,8 @@
 For a query with softmax weights p, sorted from the largest, and values v, top-k attention puts out
 sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output,
 the products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums
-give that number for all k at once: no square tensor, one sort per row.
+give that number for all k at once: no square tensor, one sort per row. Its square says how far the loss may move (half
+the mean square is the curvature's share), its mean which way.
 """
 
 from __future__ import annotations
@@ -31,28 +32,39 @@ def k_grid(largest: int) -> tuple[int, ...]:
 class Curves:
     """Means over the queries (or tokens) seen so far, at each k of a grid.
 
-    lost_mass   [H, K]  softmax weight outside the k best keys; for a feed-forward layer the share of the sum of
-                        |activations| outside the k best neurons
-    loss_error  [H, K]  square of the first-order change of the loss, in nats squared
+    lost_mass    [H, K]     softmax weight outside the k best keys; for a feed-forward layer the share of the sum of
+                            |activations| outside the k best neurons
+    loss_error   [H, K]     square of the first-order change of the loss, in nats squared
+    loss_change  [2, H, K]  that change with its sign, in nats, for the earlier and for the later half of what was seen
+                            each time: noise differs between halves; zero where the sign means nothing
     """
 
     ks: tuple[int, ...]
     lost_mass: Tensor
     loss_error: Tensor
+    loss_change: Tensor
     num_rows: int = 0
+    _rows_of_halves: list[int] = field(default_factory=lambda: [0, 0])
 
     @staticmethod
     def empty(num_heads: int, ks: tuple[int, ...]) -> Curves:
         nothing = torch.zeros(num_heads, len(ks), dtype=torch.float64)
-        return Curves(ks, nothing, nothing.clone())
+        return Curves(ks, nothing, nothing.clone(), torch.stack([nothing, nothing]))
 
-    def add(self, lost_mass: Tensor, loss_error: Tensor) -> None:
-        """Count rows in: both [H, rows, K]."""
+    def add(self, lost_mass: Tensor, loss_change: Tensor, *, signed: bool = True) -> None:
+        """Count rows in, in the order of the text: both [H, rows, K]."""
         rows = lost_mass.shape[1]
         share = rows / (self.num_rows + rows)
         self.lost_mass += share * (lost_mass.double().mean(1).cpu() - self.lost_mass)
-        self.loss_error += share * (loss_error.double().mean(1).cpu() - self.loss_error)
+        self.loss_error += share * (loss_change.double().square().mean(1).cpu() - self.loss_error)
         self.num_rows += rows
+        if not signed:
+            return
+        for half, change in enumerate(loss_change.double().tensor_split(2, dim=1)):
+            if new_rows := change.shape[1]:
+                self._rows_of_halves[half] += new_rows
+                share = new_rows / self._rows_of_halves[half]
+                self.loss_change[half] += share * (change.mean(1).cpu() - self.loss_change[half])
 
 
 @dataclass(frozen=True)
@@ -81,10 +93,12 @@ class Collector:
 
     queries_per_head  queries of a sequence whose rows are sorted, spread evenly over it
     largest_k         curves end here
+    signed            whether the sign of a change of the loss means anything
     """
 
     queries_per_head: int
     largest_k: int
+    signed: bool = True
     attention: dict[str, Curves] = field(default_factory=dict)
     feed_forward: dict[str, Curves] = field(default_factory=dict)
 
@@ -107,21 +121,21 @@ class Collector:
         at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys], device=device)
         places = torch.arange(len(sampled.queries), device=device)
         for b in range(batch):
-            lost, error = [], []
+            lost, change = [], []
             for head in range(num_heads):
                 parts = [
                     _attention_rows(
                         _scores(sampled, b, head, part),
-                        _values(call, b, head),
+                        _values(call, b, head)[: _num_visible(sampled, part)],
                         grad_output[b, head, sampled.queries[part]],
                         at,
                     )
                     for part in places.split(_ROWS_AT_A_TIME)
                 ]
                 lost.append(torch.cat([part[0] for part in parts]))
-                error.append(torch.cat([part[1] for part in parts]))
+                change.append(torch.cat([part[1] for part in parts]))
             missing = (0, len(curves.ks) - len(at))  # more keys than this sequence has lose nothing
-            curves.add(F.pad(torch.stack(lost), missing), F.pad(torch.stack(error), missing))
+            curves.add(F.pad(torch.stack(lost), missing), F.pad(torch.stack(change), missing), signed=self.signed)
 
     @torch.no_grad()
     def see_feed_forward(self, path: str, call: FeedForwardCall, grad_output: Tensor) -> None:
@@ -143,7 +157,15 @@ class Collector:
             effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
             mass = hidden.abs().gather(1, order).cumsum(1)
             lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
-            curves.add(lost.unsqueeze(0), (effect[:, -1:] - effect[:, at]).square().unsqueeze(0))
+            curves.add(lost.unsqueeze(0), (effect[:, at] - effect[:, -1:]).unsqueeze(0), signed=self.signed)
+
+
+def _num_visible(sampled: SampledCall, places: Tensor) -> int:
+    """Keys that queries at these places of the sample may see: sorting the hidden ones of a causal call is idle."""
+    call = sampled.call
+    if not call.is_causal:
+        return call.key.shape[2]
+    return max(1, int(sampled.queries[places].max()) + 1 + call.key.shape[2] - call.query.shape[2])
 
 
 def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
@@ -152,31 +174,33 @@ def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
 
 
 def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> Tensor:
-    """Scores [rows, M] of one head's queries at some places of the sample, -inf where hidden."""
+    """Scores [rows, num_visible] of one head's queries at some places of the sample, -inf where hidden."""
     call, rows = sampled.call, sampled.queries[places]
-    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
-    keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1]]
+    num_queries, num_keys, num_visible = call.query.shape[2], call.key.shape[2], _num_visible(sampled, places)
+    keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1], :num_visible]
     dtype = accumulation_dtype(keys.dtype)
     scores = call.query[batch, head, rows].to(dtype) @ keys.mT.to(dtype) * call.scale
     if call.relative_bias is not None:
         of_head = call.relative_bias[head if call.relative_bias.shape[0] > 1 else 0]
-        scores += of_head[torch.arange(num_keys, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
+        scores += of_head[torch.arange(num_visible, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
     for dense in (call.bias, call.attn_mask):
         if dense is not None:
             part = dense[batch if dense.shape[0] > 1 else 0, head if dense.shape[1] > 1 else 0]
             part = part[places] if part.shape[0] > 1 else part
+            part = part[:, :num_visible]
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     if call.is_causal:
         last_key = rows.unsqueeze(1) + num_keys - num_queries
-        scores = scores.masked_fill(torch.arange(num_keys, device=rows.device) > last_key, -torch.inf)
+        scores = scores.masked_fill(torch.arange(num_visible, device=rows.device) > last_key, -torch.inf)
     return scores
 
 
 def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Lost mass and squared change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
+    """Lost mass and change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
+    at = at.clamp(max=scores.shape[1] - 1)
     p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees nothing
     effect = (p * (grad_output.to(values.dtype) @ values.mT).gather(1, order)).cumsum(1)
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
     # Of a row that sees nothing the mass is zero: it loses nothing.
-    return (mass[:, -1:] - mass[:, at]).clamp(min=0), (effect[:, -1:] - effect[:, at] / kept).square()
+    return (mass[:, -1:] - mass[:, at]).clamp(min=0), effect[:, at] / kept - effect[:, -1:]

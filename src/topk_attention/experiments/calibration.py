@@ -19,7 +19,7 @@ from ..backends import choose_backend
 from ..calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
 from ..functional.checks import check_k
 from ..tasks.language_modelling import Text, first_tokens, read_text
-from ..tasks.sentence_embedding import embedding_error, embedding_of, embeddings, first_windows
+from ..tasks.sentence_embedding import embedding_error, embedding_of, first_windows, hidden_states
 from . import demo
 from .calibration_measures import measure_of
 from .calibration_report import html_page, recommendation, run_name, table_rows
@@ -215,23 +215,25 @@ def measure_embeddings(request: Json, send: Send) -> Json:
     torch.manual_seed(request["seed"])
     model = load_model(ModelSource(**request["model"]), "AutoModel")
     windows = request["windows"]
-    expected = embeddings(
+    expected = hidden_states(
         model, windows, batch_size=_WINDOWS_AT_A_TIME, progress=lambda done, total: send({"done": done / total / 2})
     )
     if request["k"] is not None or request["feed_forward_k"] is not None:
         convert(model, attention_k=request["k"], feed_forward_k=request["feed_forward_k"], backend=request["backend"])
     with PeakMeter() as meter, Stopwatch() as stopwatch:
-        ours = embeddings(
+        ours = hidden_states(
             model,
             windows,
             batch_size=_WINDOWS_AT_A_TIME,
             progress=lambda done, total: send({"done": (1 + done / total) / 2}),
         )
     memory = meter.read()
+    vectors = embedding_of([ours]), embedding_of([expected])
     return {
         "attn_implementation": model.config._attn_implementation,
-        "embedding_error": embedding_error(ours, expected),
-        "cosine": (ours * expected).sum(1).double().mean().item(),
+        "hidden_error": ((ours - expected).norm() / expected.norm()).item(),
+        "embedding_error": embedding_error(*vectors),
+        "cosine": (vectors[0] * vectors[1]).sum(1).double().mean().item(),
         "elapsed_s": stopwatch.elapsed_s,
         "other_cores": stopwatch.other_cores,
         "peak_mib": memory.peak_mib,

@@ -59,14 +59,14 @@ def embedding_of(output: Any, attention_mask: Tensor | None = None) -> Tensor:
     return F.normalize(mean, dim=-1)
 
 
-def embeddings(
+def hidden_states(
     model: nn.Module, windows: Sequence[Sequence[int]], *, batch_size: int = 8, progress: Progress | None = None
 ) -> Tensor:
-    """Unit vectors [windows, D] of windows of equal length."""
+    """What a model puts out [windows, N, D] for windows of N tokens each; `embedding_of([them])` embeds them."""
     with torch.no_grad():
         parts = []
         for first, batch in _batches(windows, batch_size):
-            parts.append(embedding_of(model(input_ids=batch)))
+            parts.append(model(input_ids=batch)[0])
             if progress is not None:
                 progress(first + len(batch), len(windows))
     return torch.cat(parts)

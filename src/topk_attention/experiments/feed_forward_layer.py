@@ -18,8 +18,9 @@ from ..functional.checks import check_k
 from .checks import check_at_least
 from .devices import check_device, device_name
 from .feed_forward_kernel.check import check
-from .feed_forward_kernel.methods import check_method, kept_neurons, new_inputs, new_method, topk_method
+from .feed_forward_kernel.methods import PAPERS, RIVALS, new_inputs, new_method
 from .feed_forward_kernel.works import Work
+from .kernel_benchmark.methods import check_method, kept, topk_method
 from .point_tables import measured_in_words
 from .points import PointBenchmark, measure_step, start_point
 from .records import Json
@@ -58,7 +59,7 @@ class Point:
         check_k("k", self.k)
         check_at_least(1, self, "d_ff", "tokens", "d_model", "threads")
         check_device(self.device)
-        check_method(self.kernel_method)
+        check_method(self.kernel_method, (*RIVALS, *PAPERS))
         if self.kernel_method == "topk-cpu" and self.device != "cpu":
             raise ValueError(f'device must be "cpu" for {self.method}, got {self.device!r}; leave that method out')
 
@@ -76,14 +77,14 @@ class Point:
 
     def as_record(self) -> Json:
         """What tells this point from others: without settings that its method does not look at."""
-        record = asdict(self) | {"k": kept_neurons(self.kernel_method, self.work)}
+        record = asdict(self) | {"k": kept(self.kernel_method, self.k)}
         record["method"] = self.kernel_method if self.method == "topk" else self.method
         if self.device != "cpu":
             record["device"] = f"{self.device} ({device_name(self.device)})"
         return record
 
     def __str__(self) -> str:
-        k = kept_neurons(self.kernel_method, self.work)
+        k = kept(self.kernel_method, self.k)
         return f"d_ff = {self.d_ff:,}, {self.method}" + ("" if k is None else f" k = {k}")
 
 

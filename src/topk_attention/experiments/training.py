@@ -140,7 +140,8 @@ def train(
             model.train()
             since_last_point.clear()
             state |= {"step": step, "curve": [*state["curve"], point | {"elapsed_s": state["elapsed_s"]}]}
-            _save(plan, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state})
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_whole(plan.checkpoint, weights | {"state": state, "identity": plan.identity})
         send({"step": step, "loss": loss})
     model.eval()
     return {name: state[name] for name in ("curve", "elapsed_s", "other_cores")}
@@ -230,7 +231,8 @@ def _step(
     return total
 
 
-def _save(plan: TrainingPlan, content: Json) -> None:
+def save_whole(path: Path, content: Json) -> None:
+    """Write tensors and what goes with them in one step, for `torch.load`."""
     buffer = io.BytesIO()
-    torch.save(content | {"identity": plan.identity}, buffer)
-    write_whole(plan.checkpoint, buffer.getvalue())
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())

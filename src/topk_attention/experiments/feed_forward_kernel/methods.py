@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import choose_backend
 from ...backends.activations import activate
 from ...baselines.feed_forward import in_chunks, sparse_topk_feed_forward
 from ...functional import topk_feed_forward
+from ..kernel_benchmark.methods import TOPK
 from ..kernel_benchmark.turns import Operation
 from .works import Work
 
@@ -20,7 +20,6 @@ RIVALS = ("dense", "topk-chunked", "token-chunks")
 # The paper's own two forms, written out; for layers without a gate.
 PAPERS = ("dense-chunks", "topk-torch-sparse")
 NAMES = ("x", "w_in", "w_out", "w_gate")
-_TOPK = "topk-"
 
 
 class Method(NamedTuple):
@@ -37,36 +36,9 @@ class Method(NamedTuple):
         return tuple(tensor.detach().requires_grad_() for tensor in (x, w_in, w_out, *w_gate))
 
 
-def topk_method(backend: str) -> str:
-    """The method that is top-k on this backend.
-
-    >>> topk_method("chunked")
-    'topk-chunked'
-    """
-    return _TOPK + choose_backend(backend).name
-
-
-def kept_neurons(method: str, work: Work) -> int | None:
-    """k for top-k, None for methods that use every neuron."""
-    return work.k if method.startswith(_TOPK) else None
-
-
 def why_not(method: str, work: Work) -> str | None:
     """Why a method cannot do a work, None where it can."""
     return "it is written for layers without a gate" if method in PAPERS and work.is_gated else None
-
-
-def check_method(method: str) -> None:
-    """
-    Raises:
-        ValueError: there is no such method.
-        RuntimeError: its backend cannot run here.
-    """
-    if method in (*RIVALS, *PAPERS):
-        return
-    if not method.startswith(_TOPK):
-        raise ValueError(f"methods must be topk-BACKEND or among {', '.join((*RIVALS, *PAPERS))}, got {method!r}")
-    choose_backend(method.removeprefix(_TOPK))
 
 
 def new_method(method: str, work: Work) -> Method:
@@ -81,7 +53,7 @@ def new_method(method: str, work: Work) -> Method:
         case "topk-torch-sparse":
             sparse = functools.partial(sparse_topk_feed_forward, k=work.k, activation=work.activation)
             return Method(in_chunks(sparse, paper_chunk(work.tokens)), by_neuron=True)
-    backend = method.removeprefix(_TOPK)
+    backend = method.removeprefix(TOPK)
     return Method(functools.partial(run_topk, work, work.k, backend), by_neuron=True)
 
 

@@ -1,0 +1,184 @@
+"""Making a task's data once: in shards where it is generated, in one go where files are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+from .examples import SPLITS, Examples, ExamplesWriter
+
+Splits = dict[str, Examples]
+# Generated examples that are written at a time; about ten seconds' work.
+_SHARD = 500
+
+
+class Progress:
+    """What `make` is told about where to keep what is finished, and whom to tell how far it is.
+
+    folder  for shards of generated data
+    report  called with examples made and examples wanted
+    """
+
+    def __init__(self, folder: Path, report: Callable[[int, int], None] | None = None) -> None:
+        self.folder = folder
+        self._report = report
+
+    def tell(self, done: int, total: int) -> None:
+        if self._report is not None:
+            self._report(done, total)
+
+
+class Task(Protocol):
+    """What a task says about itself.
+
+    name         one word
+    num_classes  labels are 0 to num_classes - 1
+    vocabulary   values are 0 to vocabulary - 1
+    parts        sequences of an example
+    max_length   of a sequence
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    def make(self, progress: Progress) -> Splits: ...
+
+
+class PreparedData(NamedTuple):
+    """A task's examples, and what records say of them: nothing that names a folder."""
+
+    splits: Splits
+    description: dict[str, Any]
+
+
+def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None = None) -> PreparedData:
+    """A task's data: made, or read from `cache` where it was made before with the same settings from the same files.
+
+    report  called with examples made and examples wanted while they are made
+
+    Raises:
+        ValueError: a source has not what the task needs, or a file of the cache was changed.
+        FileNotFoundError: a source is not there.
+    """
+    settings = _settings(task)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = cache / f"{task.name}-{digest[:12]}"
+    summary = folder / "data.json"
+    if not summary.exists():
+        splits = task.make(Progress(folder / "shards", report))
+        assert tuple(splits) == SPLITS
+        description = _describe(task, splits)
+        for name, examples in splits.items():
+            _write_whole(folder / f"{name}.npz", examples.to_bytes())
+        _write_whole(summary, json.dumps(description, indent=2).encode())  # last: without it the folder is unfinished
+        for shard in (folder / "shards").glob("*.npz"):
+            shard.unlink()
+    description = json.loads(summary.read_text())
+    splits = {name: Examples.from_bytes((folder / f"{name}.npz").read_bytes()) for name in SPLITS}
+    for name, examples in splits.items():
+        if examples.sha256() != description["splits"][name]["sha256"]:
+            raise ValueError(f"{folder / name}.npz is not as it was written; delete {folder} to make it again")
+    return PreparedData(splits, description)
+
+
+def make_in_shards(
+    add_shard: Callable[[Random, int, ExamplesWriter], None],
+    counts: dict[str, int],
+    seed: int,
+    progress: Progress,
+) -> Splits:
+    """Generate splits of so many examples each, a shard at a time, each from a random state of its own.
+
+    add_shard  draws so many examples into a writer
+
+    Raises:
+        ValueError: one example came twice, so that a test example could be one of those trained on.
+    """
+    total = sum(counts.values())
+    done = 0
+    splits = {}
+    for split, count in counts.items():
+        shards = []
+        for number, first in enumerate(range(0, count, _SHARD)):
+            size = min(_SHARD, count - first)
+            path = progress.folder / f"{split}-{number:05}.npz"
+            if not path.exists():
+                writer = ExamplesWriter()
+                add_shard(Random(f"{seed} {split} {number}"), size, writer)
+                _write_whole(path, writer.examples().to_bytes())
+            shards.append(Examples.from_bytes(path.read_bytes()))
+            done += size
+            progress.tell(done, total)
+        splits[split] = Examples.concatenated(shards)
+    different = {split.sequence(number).tobytes() for split in splits.values() for number in range(split.num_examples)}
+    if len(different) < total:
+        raise ValueError(
+            f"{total - len(different)} of {total} generated examples came twice; longer ones, or fewer, are needed"
+        )
+    return splits
+
+
+def describe_source(path: Path) -> list[Any]:
+    """What tells that a file, or what lies directly in a folder, has changed."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
+    """(the rest, so many examples drawn from it); which ones depends on the seed alone.
+
+    Raises:
+        ValueError: there are not more than that.
+    """
+    if count >= examples.num_examples:
+        raise ValueError(f"num_validation must be below the {examples.num_examples} training examples, got {count}")
+    numbers = list(range(examples.num_examples))
+    Random(f"{seed} hold out").shuffle(numbers)
+    return examples.take(sorted(numbers[count:])), examples.take(sorted(numbers[:count]))
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    settings: dict[str, Any] = {"task": task.name} | dataclasses.asdict(task)  # type: ignore[call-overload]
+    source = settings.get("source")
+    if source is not None and Path(source).exists():
+        settings["source"] = [str(Path(source).resolve()), describe_source(Path(source))]
+    return settings
+
+
+def _describe(task: Task, splits: Splits) -> dict[str, Any]:
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(task).items()  # type: ignore[call-overload]
+        if name != "source"
+    }
+    return {
+        "task": task.name,
+        "settings": settings,
+        "splits": {
+            name: {
+                "num_examples": examples.num_examples,
+                "majority_share": examples.majority_share(task.num_classes),
+                "sha256": examples.sha256(),
+            }
+            for name, examples in splits.items()
+        },
+    }
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,148 @@
+"""Do two documents belong together? The published task, from its files, and one that stands in for it.
+
+The published pairs are papers of the ACL Anthology Network (Radev et al. 2013), one citing the other or not. The
+stand-in asks whether two passages come from the same document, and takes any folder of texts.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from .examples import Examples, ExamplesWriter
+from .preparation import Progress, Splits
+
+_AAN_FILES = {"train": "train", "validation": "eval", "test": "test"}
+
+
+@dataclass(frozen=True)
+class CitedPapers:
+    """Does one paper cite the other (1), or neither (0)? The model reads the bytes of both, cut off at max_length.
+
+    source  folder with new_aan_pairs.train.tsv, new_aan_pairs.eval.tsv and new_aan_pairs.test.tsv of the published
+            data; each line is label, first id, second id, first text and second text, separated by tabs
+    """
+
+    source: str
+    max_length: int = 4_000
+
+    name = "retrieval"
+    num_classes = 2
+    vocabulary = 256
+    parts = 2
+
+    def make(self, progress: Progress) -> Splits:
+        """All three splits; a paper that stands in many pairs is kept once."""
+        return {split: self._read(name, progress) for split, name in _AAN_FILES.items()}
+
+    def _read(self, name: str, progress: Progress) -> Examples:
+        path = Path(self.source).expanduser() / f"new_aan_pairs.{name}.tsv"
+        if not path.is_file():
+            raise FileNotFoundError(f"source must hold {path.name}, which is not there: {path}")
+        writer = ExamplesWriter()
+        known: dict[bytes, int] = {}
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                fields = line.rstrip(b"\r\n").split(b"\t")
+                if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
+                    raise ValueError(
+                        f"line {number} of {path.name} must have five fields separated by tabs, the first 0 or 1, got "
+                        f"{len(fields)} fields, the first {fields[0][:20].decode(errors='replace')!r}"
+                    )
+                pair = []
+                for text in (field[: self.max_length] for field in fields[3:]):
+                    if text not in known:
+                        known[text] = writer.add_sequence(text)
+                    pair.append(known[text])
+                writer.add_example(pair, int(float(fields[0])))
+                if number % 1_000 == 0:
+                    progress.tell(number, number)
+        return writer.examples()
+
+
+@dataclass(frozen=True)
+class SameDocument:
+    """A stand-in for the published pairs: do two passages come from the same document (1) or not (0)?
+
+    No document serves in two splits. Passages are max_length bytes long, or half the document where that is shorter;
+    the two of one document do not overlap.
+
+    source        folder, or .zip file, with UTF-8 .txt files at any depth, each a document
+    shortest      documents with fewer bytes are left out
+    """
+
+    source: str
+    num_train: int = 4_000
+    num_validation: int = 400
+    num_test: int = 1_000
+    max_length: int = 1_024
+    shortest: int = 1_024
+    seed: int = 0
+
+    name = "same-document"
+    num_classes = 2
+    vocabulary = 256
+    parts = 2
+
+    def __post_init__(self) -> None:
+        if self.shortest < 2:
+            raise ValueError(f"shortest must be at least 2, got {self.shortest}")
+
+    def make(self, progress: Progress) -> Splits:
+        """All three splits; documents go to each in the proportion of its pairs, at least two to each."""
+        documents = [text for text in _texts(Path(self.source).expanduser()) if len(text) >= self.shortest]
+        counts = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
+        total = sum(counts.values())
+        shares = {split: max(2, len(documents) * count // total) for split, count in counts.items() if split != "train"}
+        if len(documents) < sum(shares.values()) + 2:
+            raise ValueError(
+                f"source must hold at least 6 documents of {self.shortest} bytes or more, got {len(documents)}"
+            )
+        Random(f"{self.seed} documents").shuffle(documents)
+        splits = {}
+        for split, count in counts.items():
+            own = documents[: shares[split]] if split in shares else documents[sum(shares.values()) :]
+            if split in shares:
+                documents = documents[shares[split] :] + documents[: shares[split]]
+            splits[split] = self._pairs(own, count, Random(f"{self.seed} {split}"))
+            progress.tell(sum(made.num_examples for made in splits.values()), total)
+        return splits
+
+    def _pairs(self, documents: list[bytes], count: int, random: Random) -> Examples:
+        writer = ExamplesWriter()
+        for _ in range(count):
+            label = random.getrandbits(1)
+            first, second = random.sample(documents, 2)
+            if label:
+                second = first
+            middle = len(first) // 2
+            size_first, size_second = (min(self.max_length, len(text) // 2) for text in (first, second))
+            if label:  # one passage from each half, in either order
+                halves = [first[:middle], first[middle:]]
+                random.shuffle(halves)
+                first, second = halves
+            pair = [_passage(text, size, random) for text, size in ((first, size_first), (second, size_second))]
+            writer.add(pair, label)
+        return writer.examples()
+
+
+def _passage(text: bytes, size: int, random: Random) -> bytes:
+    begin = random.randrange(len(text) - size + 1)
+    return text[begin : begin + size]
+
+
+def _texts(source: Path) -> Iterator[bytes]:
+    """Contents of all .txt files, in the order of their names."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*.txt")):
+            yield path.read_bytes()
+    elif source.suffix == ".zip" and source.is_file():
+        with zipfile.ZipFile(source) as archive:
+            for name in sorted(archive.namelist()):
+                if name.endswith(".txt"):
+                    yield archive.read(name)
+    else:
+        raise FileNotFoundError(f"source must be a folder or a .zip file with .txt files, got {source}")

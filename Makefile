@@ -50,10 +50,12 @@ check-native:
 
 # The benchmarks of the paper's figures and a page of them, in ten minutes on two cores.
 bench: install
+	$(BIN)/topk-attention benchmark model --lengths 512,1024 --repetitions 1 --memory-limit 8 --out build/bench/model
 	$(BIN)/topk-attention benchmark figures --quick --out build/bench $(BENCH_ARGUMENTS)
 
-# The same at full size, into the folder whose records are kept with the code. Takes about half an hour.
+# The same at full size, into the folder whose records are kept with the code. Layers take about half an hour.
 bench-full: install
+	$(BIN)/topk-attention benchmark model
 	$(BIN)/topk-attention benchmark figures --full $(BENCH_ARGUMENTS)
 
 report: install

@@ -312,3 +312,21 @@ def test_a_sweep_over_k_makes_a_picture_of_its_own_with_the_others_as_levels(
     lines = [line.get_label() for line in figures["attention.png"].axes[0].lines]
     assert "top-k attention, k = 128 (reference)" in lines
     assert not [label for label in lines if "k = 16" in label]
+
+
+def test_every_curve_has_a_look_of_its_own_and_a_name_even_where_no_point_finished(
+    measurements, console, tmp_path, monkeypatch
+):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    names = [*able_to("none", 0.0), "topk-reference"]
+    run_attention_benchmark(PointBenchmark(grid([64, 128], names[:-1]), out=tmp_path), console)
+    measurements.error = WorkerError("out of memory", "cannot allocate memory")
+    run_attention_benchmark(PointBenchmark(grid([64, 128], names[-1:]), out=tmp_path), console)
+    attention_layer_report.report(tmp_path)
+    lines = {line.get_label(): line for line in figures[-1].axes[0].lines if not line.get_label().startswith("_")}
+    lines.pop("out of memory")
+    curves = [line for label, line in lines.items() if "quoted" not in label]
+    assert len(curves) == len(names)
+    assert len({line.get_color() for line in curves}) == len(names)
+    assert "top-k attention, k = 128 (reference)" in lines

@@ -79,6 +79,7 @@ def test_memory_of_a_gpu_is_what_its_tensors_take(monkeypatch):
     """The counters of torch.cuda are stand-ins: there may be no GPU."""
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 * 2**20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10 * 2**20)
@@ -86,7 +87,19 @@ def test_memory_of_a_gpu_is_what_its_tensors_take(monkeypatch):
         pass
     assert meter.read()[:3] == (7.0, 3.0, 10.0)
     points.Times("cuda").take(lambda: None)
-    assert len(waited) == 3
+    assert len(waited) == 4  # before and after the block, before and after the call
+
+
+def test_on_a_gpu_its_own_memory_is_limited_and_not_that_of_the_process(monkeypatch):
+    fractions = []
+    total = type("Properties", (), {"total_memory": 16 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(points, "limit_memory", lambda *_: pytest.fail("the process was limited"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for limit_gib in (4.0, None, 64.0):
+        points.start_point({"point": {"threads": 1, "seed": 0, "device": "cuda"}, "memory_limit_gib": limit_gib})
+    assert fractions == [0.25, 1.0]
 
 
 def test_a_full_gpu_is_out_of_memory():

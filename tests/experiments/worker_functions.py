@@ -41,6 +41,11 @@ def sleep(request, send):
     return {}
 
 
+def ask_for_three_gib(request, send):
+    start_point(request)
+    return {"bytes": torch.empty(3 * 2**30, dtype=torch.uint8).nbytes}  # reserved, never touched
+
+
 def leave_holes(request, send):
     torch.ones(6 * 2**20)  # 24 MiB, freed at once: glibc keeps blocks of up to that size from now on
     with PeakMeter() as meter:
@@ -51,8 +56,3 @@ def leave_holes(request, send):
         blocks.clear()
         held_mib = meter.held_mib()
     return {"held_mib": held_mib, "method": meter.read().method}
-
-
-def ask_for_three_gib(request, send):
-    start_point(request)
-    return {"bytes": torch.empty(3 * 2**30, dtype=torch.uint8).nbytes}  # reserved, never touched

@@ -9,7 +9,8 @@ are never raised to a power of e, and no constant has to be added to the feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,9 +78,6 @@ def linear_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     output = _Rows(query, value)
 
-    def keys(start: int, stop: int) -> _Keys:
-        return _keys(key[:, :, start:stop], value[:, :, start:stop], key_mask, start, feature_map)
-
     def divide(sums: Tensor, of_ones: Tensor) -> Tensor:
         bound = (smallest_share * of_ones).clamp_min(_TINY)  # above zero where a query sees no key
         return sums[..., :-1] / torch.maximum(sums[..., -1:], bound)
@@ -90,19 +88,23 @@ def linear_attention(
     state = _no_keys(query, value, feature_map)
     first_query = max(0, num_queries - num_keys) if is_causal else 0  # those before it see nothing
     shared_keys = max(0, num_keys - num_queries) if is_causal else num_keys  # every query sees these
-    for start in range(0, shared_keys, chunk_size):
-        state = _absorb(state, keys(start, min(start + chunk_size, shared_keys)))
-    output.append_zeros(first_query)
-    for start in range(first_query, num_queries, chunk_size):
-        stop = min(start + chunk_size, num_queries)
-        features, _ = feature_map(query[:, :, start:stop])
+    query_lengths = _chunks(num_queries - first_query, chunk_size)
+    shared_lengths = _chunks(shared_keys, chunk_size)
+    # Split at once: the backward pass of a slice makes a gradient as long as the whole, for each chunk.
+    queries = iter(query.split([first_query, *query_lengths], 2))
+    keys = _all_keys(key, value, key_mask, [*shared_lengths, *(query_lengths if is_causal else [])], feature_map)
+    for _ in shared_lengths:
+        state = _absorb(state, next(keys))
+    output.append_zeros(next(queries).shape[2])
+    for rows in queries:
+        features, _ = feature_map(rows)
         if not is_causal:
             output.append(divide(read(state, features), state.plain[..., -1:]))
             continue
-        chunk = keys(start + num_keys - num_queries, stop + num_keys - num_queries)
+        chunk = next(keys)
         largest = torch.maximum(chunk.logs.detach().cummax(-2).values, state.largest)  # [B|1, H|1, C, 1]
         shift = _finite(largest)
-        is_later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
+        is_later = torch.ones(rows.shape[2], rows.shape[2], dtype=torch.bool, device=query.device).triu_(1)
         factors = (chunk.logs.mT - shift).masked_fill(is_later, -torch.inf).exp()  # of key j for query i
         weights = (features @ chunk.features.mT + smallest_weight) * factors  # [B, H, C, C]
         fade = (state.largest - shift).exp()
@@ -112,12 +114,29 @@ def linear_attention(
     return output.joined()
 
 
-def _keys(key: Tensor, value: Tensor, key_mask: Tensor | None, start: int, feature_map: FeatureMap) -> _Keys:
+def _chunks(length: int, chunk_size: int) -> list[int]:
+    """
+    >>> _chunks(7, 3)
+    [3, 3, 1]
+    """
+    return [min(chunk_size, length - start) for start in range(0, length, chunk_size)]
+
+
+def _all_keys(
+    key: Tensor, value: Tensor, key_mask: Tensor | None, lengths: list[int], feature_map: FeatureMap
+) -> Iterator[_Keys]:
+    """Chunks of these lengths, which cover all keys."""
+    masks = itertools.repeat(None) if key_mask is None else key_mask.split(lengths, 1)
+    for keys, values, mask in zip(key.split(lengths, 2), value.split(lengths, 2), masks, strict=False):
+        yield _keys(keys, values, mask, feature_map)
+
+
+def _keys(key: Tensor, value: Tensor, key_mask: Tensor | None, feature_map: FeatureMap) -> _Keys:
     ones = value.new_ones(*value.shape[:-1], 1)
     if key_mask is None:
         features, logs = feature_map(key)
         return _Keys(features, logs, torch.cat([value, ones], -1))
-    is_masked = ~key_mask[:, None, start : start + key.shape[2], None]  # [B, 1, C, 1]
+    is_masked = ~key_mask[:, None, :, None]  # [B, 1, C, 1]
     # Zeros in place of what is masked: 0 times NaN would be NaN.
     features, logs = feature_map(key.masked_fill(is_masked, 0))
     values = torch.cat([value.masked_fill(is_masked, 0), ones], -1)

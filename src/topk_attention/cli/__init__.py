@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 try:
-    from .benchmarks import app
+    from . import benchmarks  # noqa: F401 - its commands
+    from .commands import app
     from .lra import lra
 
     app.add_typer(lra, name="lra")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
-from .memory import PeakMemory, PeakMeter
+from .memory import CudaPeakMeter, PeakMeter, limit_memory_to
 from .records import cpu_model
 
 DEVICES = ("cpu", "cuda")
-_MIB = 2**20
 
 
 def check_device(device: str) -> None:
@@ -47,28 +44,12 @@ def peak_meter(device: str) -> PeakMeter | CudaPeakMeter:
     return PeakMeter() if device == "cpu" else CudaPeakMeter()
 
 
-class CudaPeakMeter:
-    """`PeakMeter` for the current CUDA device: bytes that torch's allocator has handed out."""
+def limit_memory_on(device: str, mib: float) -> None:
+    """Let this process run out of memory beyond so much: of all its memory on the CPU, of the GPU's there."""
+    if device != "cuda":
+        limit_memory_to(mib)
+        return
+    import torch
 
-    def __enter__(self) -> CudaPeakMeter:
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self._baseline_mib = torch.cuda.memory_allocated() / _MIB
-        self._result: PeakMemory | None = None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._result = self.read()
-
-    def read(self) -> PeakMemory:
-        """The peak so far; after the block that of the block."""
-        if self._result is not None:
-            return self._result
-        import torch
-
-        peak_mib = torch.cuda.max_memory_allocated() / _MIB
-        return PeakMemory(peak_mib - self._baseline_mib, self._baseline_mib, peak_mib, "allocated on the CUDA device")
+    total_mib = torch.cuda.get_device_properties(0).total_memory / 2**20
+    torch.cuda.set_per_process_memory_fraction(min(1.0, mib / total_mib))

@@ -115,8 +115,8 @@ def limit_memory(fraction_of_available: float, at_most_gib: float | None = None)
 
     Without it a point that does not fit would make the kernel end some process, perhaps another one.
     """
-    limit_mib = available_mib() * fraction_of_available
-    limit_memory_to(limit_mib if at_most_gib is None else min(limit_mib, at_most_gib * 1024))
+    mib = available_mib() * fraction_of_available
+    limit_memory_to(mib if at_most_gib is None else min(mib, at_most_gib * 1024))
 
 
 def limit_memory_to(mib: float) -> None:

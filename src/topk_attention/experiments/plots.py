@@ -10,8 +10,11 @@ from typing import Any
 
 from .records import Json, write_whole
 
-COLOURS = ("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#b8962e", "#2a9d9d", "#a0345a")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = (
+    *("#2463a6", "#c4571b", "#3b8c4a", "#8a4fa3", "#b8962e", "#2a9d9d", "#a0345a"),
+    *("#111111", "#e377c2", "#7fbf3f", "#8c6d4f"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 QUOTED = "#6b6b6b"
 MEMORY_AND_TIME = (
     ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
@@ -99,8 +102,9 @@ def draw_memory_and_time(
         axes = figure.add_subplot(1, len(panels), number)
         for name, points in curves.items():
             drawn = sorted((point[x], point[field] * factor) for point in points if field in point)
-            if drawn:
-                axes.plot(*zip(*drawn, strict=True), label=name, markersize=5, **styles[name])
+            # A curve without a finished point still says what its signs at the edge stand for.
+            across, heights = zip(*drawn, strict=True) if drawn else ((), ())
+            axes.plot(across, heights, label=name, markersize=5, **styles[name])
         for index, (name, values) in enumerate((quoted or {}).get(field, {}).items()):
             shown = sorted((size, value) for size, value in values.items() if sizes[0] <= size <= sizes[-1])
             if shown:

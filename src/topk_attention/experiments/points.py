@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .checks import check_at_least
-from .devices import device_name, peak_meter, synchronize
+from .devices import device_name, limit_memory_on, peak_meter, synchronize
 from .memory import limit_memory
 from .records import Json, append_json_line, environment, read_json_lines
 from .timing import Stopwatch
@@ -38,7 +38,8 @@ class Point(Protocol):
 class Limits:
     """Beyond these a point is given up, which is recorded as its outcome.
 
-    memory_gib  of the whole process; None: 0.9 of what is free when it starts. On a GPU its own memory is the limit.
+    memory_gib  of the whole process, or on a GPU of what it takes there; None: 0.9 of what is free when it starts, or
+                all of a GPU's
     """
 
     time_s: float = 900.0
@@ -178,7 +179,11 @@ def start_point(request: Json) -> None:
 
     torch.set_num_threads(request["point"]["threads"])
     torch.manual_seed(request["point"]["seed"])
-    limit_memory(_MEMORY_FRACTION, request["memory_limit_gib"])
+    limit_gib = request["memory_limit_gib"]
+    if request["point"].get("device", "cpu") == "cpu":
+        limit_memory(_MEMORY_FRACTION, limit_gib)
+    elif limit_gib is not None:
+        limit_memory_on(request["point"]["device"], 1024 * limit_gib)
 
 
 class Times:

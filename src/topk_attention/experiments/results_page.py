@@ -87,6 +87,7 @@ SECTIONS = (
         "UnifiedQA with top-k feed-forward layers, zero-shot, and T5 fine-tuning",
         "Top-k in models that answer questions.",
     ),
+    Section("whisper", "Speech recognition", None, "What Whisper hears with a part of the keys."),
     Section("demo", "A pretrained model as it is", None, "Perplexity, time and memory of SmolLM2-135M against k."),
     Section(
         "attention-kernel",

@@ -132,7 +132,7 @@ def _resolution(config: Json) -> dict[str, int]:
 
 def _baseline_lines(records: Sequence[Json]) -> list[str]:
     """What needs no model, and which runs do no better on the same test examples."""
-    known = next((record["baselines"] for record in records if record.get("baselines")), {})
+    known: Json = next((record["baselines"] for record in records if record.get("baselines")), {})
     lines = []
     for name, shares in known.items():
         beaten = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import CudaPeakMeter, PeakMeter, limit_memory_to
+from ..devices import limit_memory_on, peak_meter
 from ..records import Json
 from ..timing import Stopwatch
 from ..workers import Send
@@ -34,13 +34,13 @@ def measure_step(request: Json, send: Send) -> Json:
     point = Point.of(request["point"])
     torch.set_num_threads(point.threads)
     torch.manual_seed(point.seed)
-    _limit_memory(point.device, request["memory_limit_mib"])
+    limit_memory_on(point.device, request["memory_limit_mib"])
     send({"doing": "checking the answer"})
     checked = check(point)  # also the warm-up: it loads all code and touches every kernel
     torch.manual_seed(point.seed)
     send({"doing": "step 1"})
     watches: dict[str, list[Stopwatch]] = {"forward": [], "backward": []}
-    with CudaPeakMeter() if point.device == "cuda" else PeakMeter() as meter:
+    with peak_meter(point.device) as meter:
         model = prepared_model(point)
         inputs = new_inputs(point, model)
         loss = _forward(model, inputs, watches)
@@ -104,11 +104,3 @@ def _step_seconds(watches: dict[str, list[Stopwatch]]) -> list[float]:
 def _wait_for(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize()
-
-
-def _limit_memory(device: str, limit_mib: float) -> None:
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory / _MIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total))
-    else:
-        limit_memory_to(limit_mib)

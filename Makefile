@@ -7,7 +7,7 @@ TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs check-native bench bench-attention bench-feed-forward clean
+.PHONY: install demo test check format lint types docs check-native bench bench-attention bench-feed-forward bench-model clean
 
 install: $(STAMP)
 
@@ -57,6 +57,9 @@ bench-attention: install
 
 bench-feed-forward: install
 	$(BIN)/topk-attention benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
+
+bench-model: install
+	$(BIN)/topk-attention benchmark model $(BENCH_ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) build src/topk_attention/_kernels*.so

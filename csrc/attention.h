@@ -69,9 +69,9 @@ struct AttentionBackward {
   HeadK head_k;
   double scale;
   Dropout dropout;
-  void* grad_query;               // written: T [B, H, N, D], contiguous
-  void* grad_key;                 // added to: A [B, G, M, D], contiguous, zeros at the start
-  void* grad_value;               // added to: A [B, G, M, E], contiguous, zeros at the start
+  void* grad_query;               // written unless null: T [B, H, N, D], contiguous
+  void* grad_key;                 // added to unless null: A [B, G, M, D], contiguous, zeros at the start
+  void* grad_value;               // added to unless null: A [B, G, M, E], contiguous, zeros at the start
   void* grad_bias;                // added to unless null: A, with these strides
   int64_t grad_bias_stride[4];
   double* grad_relative_bias;     // added to unless null: [H|1, N + M - 1]; a sum over all rows, hence double

@@ -143,12 +143,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   return {output, indices, weights};
 }
 
-// Gradients of query (in its dtype), of key, value and bias (in the accumulation dtype) and of relative_bias (float64). An
-// empty shape stands for a bias that needs no gradient; its place holds an empty tensor.
+// Gradients of query (in its dtype), of key, value and bias (in the accumulation dtype) and of relative_bias (float64).
+// Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
-    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, std::vector<int64_t> bias_shape,
-    std::vector<int64_t> relative_bias_shape) {
+    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
+    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape) {
   grad_output = with_whole_rows(grad_output);
   query = with_whole_rows(query);
   key = with_whole_rows(key);
@@ -158,9 +158,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   topk::AttentionBackward call = {};
   topk::Sizes& s = call.sizes;
   s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
-  Tensor grad_query = empty({s.batch, s.num_heads, s.num_queries, s.head_dim}, query.scalar_type());
-  Tensor grad_key = zeros({s.batch, s.num_key_heads, s.num_keys, s.head_dim}, accumulated);
-  Tensor grad_value = zeros({s.batch, s.num_key_heads, s.num_keys, s.value_dim}, accumulated);
+  const std::vector<int64_t> none = {0}, key_shape = {s.batch, s.num_key_heads, s.num_keys, s.head_dim},
+                             value_shape = {s.batch, s.num_key_heads, s.num_keys, s.value_dim},
+                             query_shape = {s.batch, s.num_heads, s.num_queries, s.head_dim};
+  Tensor grad_query = empty(query_wanted ? query_shape : none, query.scalar_type());
+  Tensor grad_key = zeros(key_wanted ? key_shape : none, accumulated);
+  Tensor grad_value = zeros(value_wanted ? value_shape : none, accumulated);
   if (bias_shape.empty()) bias_shape = {0};
   if (relative_bias_shape.empty()) relative_bias_shape = {0};
   Tensor grad_bias = zeros(bias_shape, accumulated);
@@ -178,9 +181,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   call.head_k = per_head.view();
   call.scale = scale;
   call.dropout = dropout_of(seed, dropout_p);
-  call.grad_query = grad_query.mutable_data_ptr();
-  call.grad_key = grad_key.mutable_data_ptr();
-  call.grad_value = grad_value.mutable_data_ptr();
+  if (query_wanted) call.grad_query = grad_query.mutable_data_ptr();
+  if (key_wanted) call.grad_key = grad_key.mutable_data_ptr();
+  if (value_wanted) call.grad_value = grad_value.mutable_data_ptr();
   if (bias_shape.size() == 4) {
     call.grad_bias = grad_bias.mutable_data_ptr();
     const topk::View view = view_of(grad_bias);
@@ -306,6 +309,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
       "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
+      "bool query_wanted, bool key_wanted, bool value_wanted, "
       "SymInt[] bias_shape, SymInt[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "

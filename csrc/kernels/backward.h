@@ -2,7 +2,8 @@
 //
 // Rows of one head group go in chunks, in two phases. Phase one, parallel over rows: the gradient of each kept score (and
 // of the query). Phase two, parallel over ranges of keys: each key's gradient gathers its rows in ascending order, so the
-// sums are the same for any number of threads. Biases are summed likewise, over ranges of their own.
+// sums are the same for any number of threads. Biases are summed likewise, over ranges of their own. What no wanted
+// gradient needs is left out.
 
 constexpr int64_t kScoreGradientBytes = 2 << 20;
 // Gradients of the keys and values of one range should stay in the second-level cache.
@@ -64,15 +65,19 @@ class Backward {
   bool run_group(int64_t group, A* score_gradients, const Parallel& parallel) const {
     for (int64_t first = 0; first < rows_of_group_; first += chunk_rows_) {
       Chunk chunk = {this, group, first, smaller(chunk_rows_, rows_of_group_ - first), score_gradients, true};
-      parallel.run(ceil_div(chunk.num_rows, kRowsPerTask), &chunk, [](void* opaque, int64_t task) {
-        Chunk& chunk = *static_cast<Chunk*>(opaque);
-        chunk.self->score_gradients(chunk, task * kRowsPerTask);
-      });
+      if (needs_score_gradients()) {
+        parallel.run(ceil_div(chunk.num_rows, kRowsPerTask), &chunk, [](void* opaque, int64_t task) {
+          Chunk& chunk = *static_cast<Chunk*>(opaque);
+          chunk.self->score_gradients(chunk, task * kRowsPerTask);
+        });
+      }
       if (!chunk.ok) return false;
-      parallel.run(num_ranges(), &chunk, [](void* opaque, int64_t task) {
-        Chunk& chunk = *static_cast<Chunk*>(opaque);
-        chunk.self->key_gradients(chunk, task);
-      });
+      if (call_.grad_key != nullptr || call_.grad_value != nullptr) {
+        parallel.run(num_ranges(), &chunk, [](void* opaque, int64_t task) {
+          Chunk& chunk = *static_cast<Chunk*>(opaque);
+          chunk.self->key_gradients(chunk, task);
+        });
+      }
       if (call_.grad_relative_bias != nullptr) {
         parallel.run(kBiasRanges, &chunk, [](void* opaque, int64_t task) {
           Chunk& chunk = *static_cast<Chunk*>(opaque);
@@ -105,6 +110,11 @@ class Backward {
     const A* weights;
     A* score_gradients;
   };
+
+  bool needs_score_gradients() const {
+    return call_.grad_query != nullptr || call_.grad_key != nullptr || call_.grad_bias != nullptr ||
+           call_.grad_relative_bias != nullptr;
+  }
 
   int64_t head_dim() const { return kDim != 0 ? kDim : s_.head_dim; }
   int64_t value_dim() const { return kDim != 0 ? kDim : s_.value_dim; }
@@ -172,6 +182,7 @@ class Backward {
       // Softmax: p * (dp - sum of p * dp).
       for (int64_t j = 0; j < row.count; ++j) mean += row.weights[j] * row.score_gradients[j];
       for (int64_t j = 0; j < row.count; ++j) row.score_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
+      if (call_.grad_query == nullptr) continue;
       weighted_sum_of_rows<T, A>(keys, call_.key.stride[2], row.indices, row.score_gradients, row.count, head_dim(),
                                  grad_query, spare);
       T* to = static_cast<T*>(call_.grad_query) + row.number * head_dim();
@@ -191,8 +202,9 @@ class Backward {
       query_spare = pass->take<A>(head_dim());
       grad_spare = pass->take<A>(value_dim());
     }
-    A* const grad_keys = static_cast<A*>(call_.grad_key) + chunk.group * s_.num_keys * head_dim();
-    A* const grad_values = static_cast<A*>(call_.grad_value) + chunk.group * s_.num_keys * value_dim();
+    A *grad_keys = static_cast<A*>(call_.grad_key), *grad_values = static_cast<A*>(call_.grad_value);
+    if (grad_keys != nullptr) grad_keys += chunk.group * s_.num_keys * head_dim();
+    if (grad_values != nullptr) grad_values += chunk.group * s_.num_keys * value_dim();
     const int64_t first_key = range * keys_per_range_, end_key = first_key + keys_per_range_;
     const A factor = A(1 / (1 - call_.dropout.p));
     for (int64_t r = 0; r < chunk.num_rows; ++r) {
@@ -204,9 +216,11 @@ class Backward {
       const DropoutRow draw(call_.dropout, row.number);
       for (; j < row.count && row.indices[j] < end_key; ++j) {
         const int64_t key = row.indices[j];
+        if (grad_keys != nullptr)
+          add_multiple<A>(row.score_gradients[j] * A(call_.scale), query, grad_keys + key * head_dim(), head_dim());
+        if (grad_values == nullptr) continue;
         A weight = row.weights[j];
         if (call_.dropout.active) weight *= draw.keeps(int32_t(key)) ? factor : A(0);
-        add_multiple<A>(row.score_gradients[j] * A(call_.scale), query, grad_keys + key * head_dim(), head_dim());
         add_multiple<A>(weight, grad, grad_values + key * value_dim(), value_dim());
       }
     }

@@ -1,81 +1,17 @@
 // Claims about the kernels of every CPU target that this processor can run. Each call goes through the interface in
 // attention.h and is compared with definition.h.
 //
-//     attention_test             all claims
-//     attention_test WORD ...    those with one of the words in their name
-//
 // Queries, keys and biases are small multiples of powers of two, so that scores are exact in every dtype and the kept
 // keys must agree exactly, ties included (there are many).
 #include <sys/mman.h>
 
-#include <atomic>
-#include <chrono>
-#include <cstdarg>
-#include <cstdio>
-#include <random>
 #include <string>
-#include <thread>
 
-#include "../targets.h"
+#include "claims.h"
 #include "definition.h"
 
 namespace topk_test {
 namespace {
-
-// ---------------------------------------------------------------------------------------------------- keeping score
-
-// What may come on top of one rounding to the dtype of a result: roundings of the accumulation dtype, relative to the sum
-// of the magnitudes that went into it (Number::mass). 1.46 is the most that was seen over all claims and targets; each
-// claim prints its own.
-constexpr double kAllowedRoundings = 3;
-
-std::string target;                     // under test
-const topk::AttentionKernels* kernels;  // its
-std::string context;                    // which case of a claim
-int num_complaints;                     // of the claim under test
-double most_roundings;
-
-__attribute__((format(printf, 1, 2))) void complain(const char* format, ...) {
-  if (++num_complaints > 5) return;
-  std::printf("  %s %s: ", target.c_str(), context.c_str());
-  va_list arguments;
-  va_start(arguments, format);
-  std::vprintf(format, arguments);
-  va_end(arguments);
-  std::printf("\n");
-}
-
-std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
-std::string text(const char* format, ...) {
-  char buffer[200];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(buffer, sizeof buffer, format, arguments);
-  va_end(arguments);
-  return buffer;
-}
-
-void expect_close(const char* what, const Array& got, const std::vector<Number>& want, DType accumulated) {
-  const double rounding = rounding_of(accumulated);
-  // exp() flushes weights below this to zero.
-  const double smallest = accumulated == DType::float64 ? 1e-300 : 1e-37;
-  const double last = got.dtype == accumulated ? 0 : rounding_of(got.dtype);
-  const double subnormal = got.dtype == DType::float16 ? 0x1p-25 : got.dtype == DType::bfloat16 ? 0x1p-134 : 0;
-  size_t n = 0;
-  for (int64_t a = 0; a < got.shape[0]; ++a)
-    for (int64_t b = 0; b < got.shape[1]; ++b)
-      for (int64_t c = 0; c < got.shape[2]; ++c)
-        for (int64_t d = 0; d < got.shape[3]; ++d, ++n) {
-          const double x = got.get(a, b, c, d), y = double(want[n].value);
-          if (std::isnan(x) && std::isnan(y)) continue;
-          const double error = double(std::fabs(x - want[n].value)) - last * std::fabs(y) - subnormal - smallest;
-          const double roundings = error / (rounding * want[n].mass);
-          if (error > 0) most_roundings = std::max(most_roundings, roundings);
-          if (error <= 0 || roundings <= kAllowedRoundings) continue;
-          complain("%s[%d, %d, %d, %d] is %.9g, should be %.9g (%.1f roundings)", what, int(a), int(b), int(c), int(d), x,
-                   y, roundings);
-        }
-}
 
 // ------------------------------------------------------------------------------------------------------- kernel calls
 
@@ -84,21 +20,6 @@ struct Result {
   Array output, weights, grad_query, grad_key, grad_value, grad_bias, grad_relative_bias;
   std::vector<int32_t> indices;
 };
-
-int num_threads = 1;
-
-void run_on_threads(int64_t num_tasks, void* state, void (*task)(void*, int64_t)) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i = next++; i < num_tasks; i = next++) task(state, i);
-  };
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < std::min<int64_t>(num_threads, num_tasks); ++t) others.emplace_back(work);
-  work();
-  for (std::thread& thread : others) thread.join();
-}
-
-topk::Parallel parallel() { return {run_on_threads, num_threads}; }
 
 struct HeadK {
   std::vector<int64_t> first;
@@ -132,10 +53,6 @@ topk::AttentionForward forward_call(const Case& c, const HeadK& head_k, Array& o
   return call;
 }
 
-Array zeros(DType dtype, Shape shape) {
-  return Array(dtype, shape).fill([](int64_t, int64_t, int64_t, int64_t) { return 0.0; });
-}
-
 void forward(const Case& c, Result& r) {
   const topk::Sizes& s = c.sizes;
   const HeadK head_k(c);
@@ -146,10 +63,11 @@ void forward(const Case& c, Result& r) {
   topk::AttentionForward call = forward_call(c, head_k, r.output);
   call.indices = r.indices.data();
   call.weights = r.weights.data();
-  r.ok = kernels->forward(call, parallel()) && r.ok;
+  r.ok = kernels->attention.forward(call, parallel()) && r.ok;
 }
 
-void backward(const Case& c, Result& r) {
+// The bits of `wanted` stand for the gradients of query, key, value, bias and relative_bias.
+void backward(const Case& c, Result& r, unsigned wanted = 31) {
   const topk::Sizes& s = c.sizes;
   const HeadK head_k(c);
   const DType accumulated = accumulation(c.dtype);
@@ -168,20 +86,20 @@ void backward(const Case& c, Result& r) {
   call.head_k = head_k.view;
   call.scale = c.scale;
   call.dropout = c.dropout;
-  call.grad_query = r.grad_query.data();
-  call.grad_key = r.grad_key.data();
-  call.grad_value = r.grad_value.data();
-  if (c.bias.exists()) {
+  if ((wanted & 1) != 0) call.grad_query = r.grad_query.data();
+  if ((wanted & 2) != 0) call.grad_key = r.grad_key.data();
+  if ((wanted & 4) != 0) call.grad_value = r.grad_value.data();
+  if (c.bias.exists() && (wanted & 8) != 0) {
     r.grad_bias = zeros(accumulated, c.bias.shape);
     call.grad_bias = r.grad_bias.data();
     for (int axis = 0; axis < 4; ++axis) call.grad_bias_stride[axis] = r.grad_bias.broadcast_stride()[axis];
   }
-  if (c.relative_bias.exists()) {
-    r.grad_relative_bias = zeros(accumulated, c.relative_bias.shape);
-    call.grad_relative_bias = r.grad_relative_bias.data();
+  if (c.relative_bias.exists() && (wanted & 16) != 0) {
+    r.grad_relative_bias = zeros(DType::float64, c.relative_bias.shape);
+    call.grad_relative_bias = static_cast<double*>(r.grad_relative_bias.data());
     call.grad_relative_bias_stride = r.grad_relative_bias.broadcast_stride()[2];
   }
-  r.ok = kernels->backward(call, parallel()) && r.ok;
+  r.ok = kernels->attention.backward(call, parallel()) && r.ok;
 }
 
 Result run(const Case& c) {
@@ -216,15 +134,6 @@ void compare(const Case& c, const Result& r, const Expected& e) {
   expect_close("grad_relative_bias", r.grad_relative_bias, e.grad_relative_bias, accumulated);
 }
 
-template <class Check>
-void on_every_target(Check check) {
-  for (const std::string& name : topk::available_targets()) {
-    target = name;
-    kernels = &topk::kernels_of(name)->attention;
-    check();
-  }
-}
-
 // Calls more(result) after the comparison with the definition.
 template <class More>
 void check(const Case& c, More more) {
@@ -241,17 +150,6 @@ void check(const Case& c) {
 }
 
 // --------------------------------------------------------------------------------------------------------- test data
-
-const DType kDtypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
-
-std::mt19937 generator;
-
-int64_t any_integer(int64_t low, int64_t high) { return low + int64_t(generator() % uint64_t(high - low + 1)); }
-double any_number() { return int32_t(generator()) * 0x1p-31; }  // in [-1, 1)
-
-double small_integer(int64_t, int64_t, int64_t, int64_t) { return double(any_integer(-2, 2)); }
-double any_element(int64_t, int64_t, int64_t, int64_t) { return any_number(); }
-double any_quarter(int64_t, int64_t, int64_t, int64_t) { return double(any_integer(-8, 8)) / 4; }
 
 Case make_case(topk::Sizes s, int64_t k, DType dtype = DType::float32, Layout layout = Layout::contiguous) {
   generator.seed(unsigned(s.num_queries * 1009 + s.num_keys * 31 + s.head_dim));
@@ -734,6 +632,33 @@ void the_number_of_threads_changes_no_bit() {
       }
 }
 
+void gradients_not_wanted_change_no_bit_of_others() {
+  for (bool has_dropout : {false, true})
+    for (int64_t dim : {5, 64})
+      for (DType dtype : {DType::float32, DType::bfloat16}) {
+        Case c = make_case({2, 4, 2, 9, 80, dim, dim}, 20, dtype);
+        c.dropout = {has_dropout, 7, 0.2};
+        c.bias = Array(dtype, {1, 4, 1, 80}).fill(any_quarter);
+        c.relative_bias = Array(accumulation(dtype), {1, 1, 4, 88}).fill(any_quarter);
+        on_every_target([&] {
+          const Result all = run(c);
+          for (unsigned wanted = 0; wanted < 32; ++wanted) {
+            context = text("D=%d %s%s, wanted %d", int(dim), name_of(dtype), has_dropout ? " dropout" : "", int(wanted));
+            Result r = all;
+            backward(c, r, wanted);
+            const auto same = [&](const char* what, int bit, const Array& a, const Array& b) {
+              if ((wanted >> bit & 1) != 0 && a.bytes != b.bytes) complain("%s differs", what);
+            };
+            same("grad_query", 0, r.grad_query, all.grad_query);
+            same("grad_key", 1, r.grad_key, all.grad_key);
+            same("grad_value", 2, r.grad_value, all.grad_value);
+            same("grad_bias", 3, r.grad_bias, all.grad_bias);
+            same("grad_relative_bias", 4, r.grad_relative_bias, all.grad_relative_bias);
+          }
+        });
+      }
+}
+
 void entries_need_not_be_saved() {
   const Case c = make_case({1, 2, 1, 9, 600, 8, 4}, 30);
   const HeadK head_k(c);
@@ -742,7 +667,7 @@ void entries_need_not_be_saved() {
     forward(c, saved);
     Array output(c.dtype, saved.output.shape, c.output_layout);
     const topk::AttentionForward call = forward_call(c, head_k, output);
-    if (!kernels->forward(call, parallel()) || output.bytes != saved.output.bytes) complain("the output differs");
+    if (!kernels->attention.forward(call, parallel()) || output.bytes != saved.output.bytes) complain("the output differs");
   });
 }
 
@@ -756,9 +681,10 @@ void want_of_memory_is_reported() {
   back.sizes = call.sizes;
   back.dtype = c.dtype;
   back.head_k = head_k.view;
+  back.grad_query = back.grad_key = back.grad_value = output.data();  // never written
   on_every_target([&] {
-    if (kernels->forward(call, parallel())) complain("forward found 2^52 bytes");
-    if (kernels->backward(back, parallel())) complain("backward found 2^52 bytes");
+    if (kernels->attention.forward(call, parallel())) complain("forward found 2^52 bytes");
+    if (kernels->attention.backward(back, parallel())) complain("backward found 2^52 bytes");
   });
 }
 
@@ -816,7 +742,7 @@ void offsets_of_more_than_32_bits_are_right() {
     call.output_stride[2] = 4;
     call.indices = indices.as<int32_t>();
     call.weights = weights.as<float>();
-    if (!kernels->forward(call, parallel())) complain("no memory");
+    if (!kernels->attention.forward(call, parallel())) complain("no memory");
     for (int64_t h = 0; h < 2; ++h) {
       for (int64_t n = 0; n < 3 * 4; ++n)
         if (output.as<float>()[h * far + n] != near.output.get(0, h, n / 4, n % 4)) complain("the output differs");
@@ -839,7 +765,7 @@ void offsets_of_more_than_32_bits_are_right() {
     grads.grad_query = r.grad_query.data();
     grads.grad_key = r.grad_key.data();
     grads.grad_value = r.grad_value.data();
-    if (!kernels->backward(grads, parallel())) complain("no memory");
+    if (!kernels->attention.backward(grads, parallel())) complain("no memory");
     if (r.grad_query.bytes != near.grad_query.bytes) complain("grad_query differs");
     if (r.grad_key.bytes != near.grad_key.bytes) complain("grad_key differs");
     if (r.grad_value.bytes != near.grad_value.bytes) complain("grad_value differs");
@@ -848,13 +774,10 @@ void offsets_of_more_than_32_bits_are_right() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-struct Claim {
-  const char* name;
-  void (*check)();
-};
+}  // namespace
 
 #define CLAIM(function) {#function, function}
-const Claim kClaims[] = {
+const std::vector<Claim> attention_claims = {
     CLAIM(every_head_size_is_right),
     CLAIM(value_size_may_differ_from_head_size),
     CLAIM(every_number_of_keys_and_every_k_is_right),
@@ -878,40 +801,10 @@ const Claim kClaims[] = {
     CLAIM(halves_round_to_nearest_ties_to_even),
     CLAIM(dropout_draws_as_the_other_backends_do),
     CLAIM(the_number_of_threads_changes_no_bit),
+    CLAIM(gradients_not_wanted_change_no_bit_of_others),
     CLAIM(entries_need_not_be_saved),
     CLAIM(want_of_memory_is_reported),
     CLAIM(offsets_of_more_than_32_bits_are_right),
 };
 
-bool is_wanted(const char* name, int num_words, char** words) {
-  if (num_words == 0) return true;
-  for (int n = 0; n < num_words; ++n)
-    if (std::strstr(name, words[n]) != nullptr) return true;
-  return false;
-}
-
-}  // namespace
 }  // namespace topk_test
-
-int main(int argc, char** argv) {
-  using namespace topk_test;
-  int num_passed = 0, num_failed = 0;
-  std::printf("targets:");
-  for (const std::string& name : topk::available_targets()) std::printf(" %s", name.c_str());
-  std::printf("\n");
-  for (const Claim& claim : kClaims) {
-    if (!is_wanted(claim.name, argc - 1, argv + 1)) continue;
-    const auto start = std::chrono::steady_clock::now();
-    context = "";
-    num_complaints = 0;
-    most_roundings = 0;
-    claim.check();
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    std::printf("%s %s (%.1f s, %.2f roundings)\n", num_complaints == 0 ? "ok    " : "FAILED", claim.name, seconds,
-                most_roundings);
-    std::fflush(stdout);
-    ++(num_complaints == 0 ? num_passed : num_failed);
-  }
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed == 0 && num_passed > 0 ? 0 : 1;
-}

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "arrays.h"
+#include "claims.h"
 
 namespace topk_test {
 
@@ -28,20 +28,6 @@ struct Case {
     return (b * total_k(sizes.num_heads) + total_k(h)) * sizes.num_queries + i * k[h];
   }
   int64_t num_entries() const { return sizes.batch * sizes.num_queries * total_k(sizes.num_heads); }
-};
-
-// A number and the sum of the magnitudes it was made from: rounding errors grow with the latter.
-struct Number {
-  long double value = 0;
-  double mass = 0;
-
-  Number() = default;
-  Number(double value) : value(value), mass(std::fabs(value)) {}
-  Number(long double value, double mass) : value(value), mass(mass) {}
-  Number operator+(Number b) const { return {value + b.value, mass + b.mass}; }
-  Number operator-(Number b) const { return {value - b.value, mass + b.mass}; }
-  Number operator*(Number b) const { return {value * b.value, mass * b.mass}; }
-  void operator+=(Number b) { *this = *this + b; }
 };
 
 struct Expected {

@@ -1,5 +1,6 @@
 """A named backend is taken at its word; "auto" says what it chose and why."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import SIZES, assert_same, attention_inputs, output_and_gradients
+from comparison import (
+    CALL_NAMES,
+    SIZES,
+    assert_same,
+    assert_within_measured_allowance,
+    attention_inputs,
+    largest_errors,
+    named_call,
+)
 
 import topk_attention
 from topk_attention.backends import BACKENDS, choose_backend, sdpa
@@ -40,7 +49,19 @@ def without_kernels(monkeypatch):
 
 def test_a_named_backend_is_chosen(backend):
     assert choose_backend(backend).name == backend
-    assert choose_backend(backend, attention_call()).name == backend
+    assert choose_backend(backend, attention_call(head_k=(11, 3, 3, 3))).name == backend
+    assert choose_backend(backend, attention_call(return_selection=True)).name == backend
+    assert choose_backend(backend, feed_forward_call()).name == backend
+
+
+@pytest.mark.usefixtures("kernels")
+def test_cpu_chunks_queries_and_tokens_where_nothing_is_selected():
+    for call in (attention_call(), replace(feed_forward_call(), k=None)):
+        choice = choose_backend("cpu", call)
+        assert choice.name == "chunked"
+        assert "k=None is chunking alone" in choice.reason
+    inputs = attention_inputs()
+    assert torch.equal(attend(*inputs, k=None, backend="cpu"), attend(*inputs, k=None, backend="chunked"))
 
 
 def test_auto_chooses_a_backend_with_linear_memory_and_says_why():
@@ -66,7 +87,10 @@ def test_auto_takes_the_kernels_where_some_head_keeps_fewer_keys_than_there_are(
 
 
 @pytest.mark.parametrize("head_k", [None, (11, 11, 11, 11)])
-@pytest.mark.parametrize("option", ["plain", "causal", "bool mask", "float mask", "grouped heads"])
+@pytest.mark.parametrize(
+    "option",
+    ["plain", "causal", "bool mask", "float mask", "grouped heads", "causal with more keys", "causal with padding"],
+)
 def test_auto_takes_the_attention_of_pytorch_where_every_head_keeps_all_keys(option, head_k):
     call = {
         "plain": lambda call: call,
@@ -74,6 +98,10 @@ def test_auto_takes_the_attention_of_pytorch_where_every_head_keeps_all_keys(opt
         "bool mask": lambda call: replace(call, attn_mask=torch.ones(1, 1, 11, 11, dtype=torch.bool)),
         "float mask": lambda call: replace(call, attn_mask=torch.zeros(1, 1, 11, 11)),
         "grouped heads": lambda call: replace(call, key=call.key[:, :2], value=call.value[:, :2]),
+        "causal with more keys": lambda call: replace(call, is_causal=True, query=call.query[:, :, 3:]),
+        "causal with padding": lambda call: replace(
+            call, is_causal=True, attn_mask=torch.ones(2, 1, 1, 11, dtype=torch.bool)
+        ),
     }[option](attention_call(head_k=head_k))
     choice = choose_backend("auto", call)
     assert choice.name == "sdpa"
@@ -91,12 +119,7 @@ OBSTACLES = {
         call, attn_mask=torch.zeros(1, 1, 1, 11, dtype=torch.float64)
     ),
     "with values of another size than keys": lambda call: replace(call, value=call.value[..., :2]),
-    "it aligns causal queries with the first key": lambda call: replace(
-        call, is_causal=True, query=call.query[:, :, 1:]
-    ),
-    "and takes no mask beside": lambda call: replace(
-        call, is_causal=True, attn_mask=torch.ones(1, 1, 11, 11, dtype=torch.bool)
-    ),
+    "with strided rows": lambda call: replace(call, key=call.key.mT.contiguous().mT),
     "there is nothing to compute": lambda call: replace(call, query=call.query[:, :, :0]),
 }
 
@@ -114,14 +137,44 @@ def test_what_stands_in_the_way_of_pytorchs_attention_sends_auto_elsewhere(words
         assert words in choice.reason
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.fixture
+def chunked_calls(monkeypatch):
+    """A list that receives the arguments of each call that the chunked backend computes over every key."""
+    calls = []
+    module = importlib.import_module("topk_attention.backends.chunked.full_attention")
+    run = module.full_attention_op
+    monkeypatch.setattr(module, "full_attention_op", lambda *x: calls.append(x) or run(*x))
+    return calls
+
+
+NOT_FINITE = pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+
+
+@NOT_FINITE
 @pytest.mark.parametrize("name", ["query", "key", "value"])
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_nan_or_inf_in_an_input_sends_auto_elsewhere(name, broken):
-    call = attention_call()
-    getattr(call, name)[1, 2, 3, 0] = broken
-    assert choose_backend("auto", call).name == "chunked"
-    assert "NaN and inf in hidden keys would spread" in choose_backend("auto", call).reason
+@pytest.mark.parametrize("num_queries", [1, 4, 11])
+@pytest.mark.parametrize("hides", ["nothing", "the future", "a key", "a key, by -inf"])
+def test_nan_and_inf_go_as_far_as_in_the_other_backends(chunked_calls, hides, num_queries, name, broken):
+    inputs = attention_inputs(SIZES._replace(queries=num_queries, value_dim=3))
+    mask = torch.arange(SIZES.keys) != 6
+    options = {
+        "nothing": {},
+        "the future": {"is_causal": True},
+        "a key": {"attn_mask": mask},
+        "a key, by -inf": {"attn_mask": torch.zeros(SIZES.keys).double().masked_fill(~mask, -torch.inf)},
+    }[hides]
+    finite, expected_finite = (attend(*inputs, k=None, backend=b, **options) for b in ("auto", "chunked"))
+    assert_same([finite], [expected_finite])
+    chunked_calls.clear()
+    tensor = dict(zip(("query", "key", "value"), inputs, strict=True))[name]
+    tensor[:, :, 0 if name == "query" else 6, 1] = broken
+    output = attend(*inputs, k=None, **options)
+    assert chunked_calls or (hides == "the future" and name != "query" and num_queries < SIZES.keys - 6)
+    expected = attend(*inputs, k=None, backend="reference", **options)
+    if name == "value" and broken.__abs__() == torch.inf:  # infinite or NaN, as the sum may be
+        assert torch.equal(output.isfinite(), expected.isfinite())
+        output, expected = (x.masked_fill(~expected.isfinite(), 0) for x in (output, expected))
+    assert_same([output], [expected])
 
 
 def test_values_whose_sum_overflows_are_no_reason_to_give_a_wrong_answer():
@@ -148,30 +201,64 @@ def test_auto_never_lets_a_hidden_nan_spread(option):
     assert_same([output[:, :, hidden_from]], [expected[:, :, hidden_from]])
 
 
-@pytest.mark.parametrize(
-    "option", ["plain", "causal", "mask", "float mask", "grouped heads", "dropout", "bias", "decode"]
-)
-@pytest.mark.parametrize("k", [11, 50, None])
-def test_auto_equals_the_reference_where_all_keys_are_kept(option, k):
-    sizes = SIZES._replace(queries=11, value_dim=3, key_heads=2 if option == "grouped heads" else 4)
-    inputs = attention_inputs(sizes._replace(queries=4) if option == "decode" else sizes)
-    mask = torch.rand(11, 11) < 0.6
-    mask[4] = False  # a query without keys
-    options = {
-        "causal": {"is_causal": True},
-        "mask": {"attn_mask": mask},
-        "float mask": {"attn_mask": torch.randn(11, 11).double().masked_fill(~mask, -torch.inf)},
-        "grouped heads": {"enable_gqa": True},
-        "dropout": {"dropout_p": 0.3},
-        "bias": {"bias": torch.randn(11, 11).double()},
-        "decode": {"is_causal": True},
-    }.get(option, {})
+@pytest.fixture(params=["whole", "in parts"])
+def masks(request, monkeypatch):
+    """Masks that differ from query to query, written out at once and again for three queries at a time."""
+    if request.param == "in parts":
+        monkeypatch.setattr(sdpa, "_MASK_BYTES", 1)
+        monkeypatch.setattr(sdpa, "_FEWEST_QUERIES", 3)
 
-    def run(backend):
+
+@pytest.mark.usefixtures("masks")
+@pytest.mark.parametrize("num_queries", [1, 7, 11, 13])
+@pytest.mark.parametrize("name", CALL_NAMES)
+def test_auto_equals_the_reference_where_all_keys_are_kept(name, num_queries):
+    if name == "queries_without_keys" and num_queries == 1:
+        return
+    call = named_call(name, SIZES._replace(queries=num_queries, value_dim=3), smallest_gap=0)
+    for k in (None, 50):
+        assert_same(call.run(k=k), call.run(k=k, backend="reference"))
+    for dropout_p in (0.0, 0.3):
         torch.manual_seed(3)
-        return output_and_gradients(lambda *x: attend(*x, k=k, backend=backend, **options), *inputs)
+        expected = call.run(k=None, dropout_p=dropout_p, backend="reference")
+        torch.manual_seed(3)
+        assert_same(call.run(k=None, dropout_p=dropout_p), expected)
 
-    assert_same(run("auto"), run("reference"))
+
+@pytest.mark.usefixtures("masks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_queries", [1, 7])
+@pytest.mark.parametrize("name", ["plain", "causal", "padding_mask", "float_mask", "grouped_query_heads"])
+def test_auto_is_as_close_to_float64_as_the_reference_where_all_keys_are_kept(name, num_queries, dtype):
+    errors = []
+    for seed in range(4):
+        call = named_call(
+            name, SIZES._replace(queries=num_queries, head_dim=16, value_dim=16), dtype, 0, first_seed=seed
+        )
+        truth = replace(
+            call,
+            tensors=[x.double() for x in call.tensors],
+            options={
+                option: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                for option, value in call.options.items()
+            },
+        ).run(k=None, backend="reference")
+        runs = [call.run(k=None, backend=backend) for backend in ("auto", "reference")]
+        assert all(x.dtype == dtype for run in runs for x in run)
+        errors.append([largest_errors(run, truth) for run in runs])
+    assert_within_measured_allowance(*map(torch.stack, zip(*errors, strict=True)), dtype)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_keys_and_values_of_any_layout_give_the_same(num_queries):
+    query, key, value = attention_inputs(SIZES._replace(queries=num_queries, value_dim=3))
+    expected = attend(query, key, value, k=None, backend="reference")
+    cache = torch.full((2, 4, 20, 3), torch.nan, dtype=torch.float64)
+    cache[:, :, : SIZES.keys] = key
+    by_position = value.transpose(1, 2).contiguous().transpose(1, 2)
+    for keys in (key, cache[:, :, : SIZES.keys], key.mT.contiguous().mT):
+        for values in (value, by_position, value.flip(-1).flip(-1)):
+            assert_same([attend(query, keys, values, k=None)], [expected])
 
 
 @pytest.mark.usefixtures("without_kernels")

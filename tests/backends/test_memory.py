@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention, topk_feed_forward
+from topk_attention.backends import sdpa
 from topk_attention.backends.chunked import tiles
 
 LENGTH, HEAD_DIM, K = 2048, 8, 8
@@ -61,9 +62,8 @@ def key_mask_to_add():
     return torch.zeros(LENGTH).masked_fill(torch.arange(LENGTH) > LENGTH - 100, -torch.inf)
 
 
-# Asked for by name, cpu holds k entries a query whatever k: keeping all keys is not its work.
 SELECTING = pytest.mark.parametrize(
-    ("backend", "k"), [("chunked", K), ("chunked", None), ("cpu", K)], indirect=["backend"]
+    ("backend", "k"), [("chunked", K), ("chunked", None), ("cpu", K), ("cpu", None)], indirect=["backend"]
 )
 
 CALLS = {
@@ -94,6 +94,39 @@ def test_attention_never_holds_even_a_bool_for_each_query_and_key(backend, name,
     assert peak_bytes(run) < LENGTH * LENGTH
 
 
+# Parts of 256 queries and PyTorch's own blocks take 5 MB, which would hide a matrix of a smaller size.
+LONG = 2 * LENGTH
+
+
+@pytest.mark.parametrize("num_queries", [LONG, LONG - 500])
+@pytest.mark.parametrize(
+    ("is_causal", "attn_mask"),
+    [
+        (False, None),
+        (True, None),
+        (False, torch.arange(LONG) < LONG - 100),
+        (False, torch.zeros(LONG).masked_fill(torch.arange(LONG) > LONG - 100, -torch.inf)),
+        (False, torch.arange(LONG).unsqueeze(1) > 100),
+        (True, torch.arange(LONG) < LONG - 100),
+    ],
+    ids=["plain", "causal", "padding mask", "float key mask", "queries without keys", "causal with padding"],
+)
+def test_auto_over_every_key_never_holds_even_a_bool_for_each_query_and_key(
+    monkeypatch, is_causal, attn_mask, num_queries
+):
+    monkeypatch.setattr(sdpa, "_MASK_BYTES", 2**16)
+    if attn_mask is not None and attn_mask.ndim == 2:
+        attn_mask = attn_mask[:num_queries]
+    query = torch.randn(1, 1, num_queries, HEAD_DIM, requires_grad=True)
+    key, value = (torch.randn(1, 1, LONG, HEAD_DIM, requires_grad=True) for _ in range(2))
+
+    def run():
+        topk_attention(query, key, value, k=None, is_causal=is_causal, attn_mask=attn_mask).sum().backward()
+
+    run()
+    assert peak_bytes(run) < num_queries * LONG
+
+
 def test_the_selection_takes_no_more_memory_than_its_size_calls_for(fast_backend):
     def run():
         tensors = [torch.randn(1, 1, LENGTH, HEAD_DIM) for _ in range(3)]
@@ -121,13 +154,13 @@ def test_memory_grows_linearly_with_length(backend, k):
     assert peak(4096) < 2.5 * peak(2048)
 
 
-TOKENS, NEURONS = 8192, 512
+TOKENS, NEURONS = 8192, 1024
 
 
 @pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("k", [8, None])
-def test_feed_forward_never_holds_even_a_byte_for_each_token_and_neuron(is_gated, dropout_p, k):
+def test_feed_forward_never_holds_even_a_byte_for_each_token_and_neuron(fast_backend, is_gated, dropout_p, k):
     x, w_in, w_out, w_gate = (
         torch.randn(*shape, requires_grad=True) for shape in ((TOKENS, 8), (NEURONS, 8), (8, NEURONS), (NEURONS, 8))
     )
@@ -135,7 +168,7 @@ def test_feed_forward_never_holds_even_a_byte_for_each_token_and_neuron(is_gated
     def run():
         gate = {"w_gate": w_gate} if is_gated else {}
         output = topk_feed_forward(
-            x, w_in, w_out, k=k, **gate, activation="gelu", dropout_p=dropout_p, backend="chunked"
+            x, w_in, w_out, k=k, **gate, activation="gelu", dropout_p=dropout_p, backend=fast_backend
         )
         output.sum().backward()
 
@@ -201,7 +234,7 @@ def test_attention_over_all_keys_saves_its_inputs_its_output_and_one_float_a_que
 @pytest.mark.usefixtures("kernels")
 def test_the_cpu_backend_saves_an_index_and_a_weight_for_each_key_where_all_are_kept():
     query, key, value = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (7, 11, 11))
-    saved = saved_for_backward(lambda: topk_attention(query, key, value, k=None, backend="cpu"))
+    saved = saved_for_backward(lambda: topk_attention(query, key, value, k=11, backend="cpu"))
     num_kept = 2 * 4 * 7 * 11
     assert dtypes_and_sizes(new_tensors(saved, query, key, value)) == [
         ("torch.float32", num_kept),
@@ -228,12 +261,16 @@ def test_nothing_is_saved_when_nothing_needs_a_gradient():
 
 @pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("k", [5, None])
-def test_feed_forward_saves_its_inputs_and_for_each_kept_neuron_an_index_and_its_pre_activations(is_gated, k):
+def test_feed_forward_saves_its_inputs_and_for_each_kept_neuron_an_index_and_its_pre_activations(
+    fast_backend, is_gated, k
+):
     tensors = [torch.randn(*shape, requires_grad=True) for shape in ((13, 8), (32, 8), (6, 32))]
     names = {"b_in": torch.randn(32, requires_grad=True), "b_out": torch.randn(6, requires_grad=True)}
     if is_gated:
         names |= {"w_gate": torch.randn(32, 8, requires_grad=True), "b_gate": torch.randn(32, requires_grad=True)}
-    saved = saved_for_backward(lambda: topk_feed_forward(*tensors, k=k, **names, activation="silu", backend="chunked"))
+    saved = saved_for_backward(
+        lambda: topk_feed_forward(*tensors, k=k, **names, activation="silu", backend=fast_backend)
+    )
     floats = [("torch.float32", 13 * 5)] * (2 if is_gated else 1)
     expected = [] if k is None else [*floats, ("torch.int32", 13 * 5)]
     assert dtypes_and_sizes(new_tensors(saved, *tensors, *names.values())) == expected

@@ -5,6 +5,8 @@ import importlib
 import pytest
 import torch
 
+from topk_attention.backends import every_key
+
 attention = importlib.import_module("topk_attention.backends.chunked.attention")
 full_attention = importlib.import_module("topk_attention.backends.chunked.full_attention")
 feed_forward = importlib.import_module("topk_attention.backends.chunked.feed_forward")
@@ -64,14 +66,21 @@ def test_topk_attention_without_a_saved_selection_is_a_proper_operator(case):
     torch.library.opcheck(attention.topk_attention_op, arguments)
 
 
+WANTED = pytest.mark.parametrize(
+    "wanted", [[True] * 3, [True, False, False], [False, True, False], [False, False, True]]
+)
+
+
 @CASES
-def test_topk_attention_backward_is_a_proper_operator(case):
+@WANTED
+def test_topk_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     query, key, value, _, bias, relative_bias, seed = tensors
     head_k, _, scale, dropout_p, _ = options = topk_options(case)
     output, indices, weights = attention.topk_attention_op(*tensors, *options, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
-    arguments = (torch.randn_like(output), query, key, value, seed, indices, weights, head_k, scale, dropout_p, *shapes)
+    saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    arguments = (torch.randn_like(output), *saved, *wanted, *shapes)
     torch.library.opcheck(attention.topk_attention_backward_op, arguments)
 
 
@@ -83,13 +92,51 @@ def test_full_attention_is_a_proper_operator(case, requires_grad):
 
 
 @CASES
-def test_full_attention_backward_is_a_proper_operator(case):
+@WANTED
+def test_full_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     _, *options = topk_options(case)
     output, log_sums = full_attention.full_attention_op(*tensors, *options)
     shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
-    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *shapes)
+    arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *wanted, *shapes)
     torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
+
+
+def every_key_arguments(case, requires_grad):
+    query, key, value, mask, *_ = attention_tensors(case, requires_grad)
+    query = query.detach()[..., :2].contiguous().requires_grad_(requires_grad)
+    key, value = (x.detach()[..., :2].contiguous().requires_grad_(requires_grad) for x in (key, value))
+    if case == "nan":
+        with torch.no_grad():
+            value[1, 1, -1] = torch.nan
+    return query, key, value, mask, case in ("everything", "nan"), 0.5, None
+
+
+EVERY_KEY_CASES = pytest.mark.parametrize(
+    "case", ["plain", "bool mask and bias", "float mask and relative bias", "everything", "nan"]
+)
+
+
+def check_operator(operator, arguments, case):
+    if case == "nan":  # the other checks take NaN to differ from NaN
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    else:
+        torch.library.opcheck(operator, arguments)
+
+
+@EVERY_KEY_CASES
+@REQUIRES_GRAD
+def test_attention_over_every_key_is_a_proper_operator(case, requires_grad):
+    arguments = every_key_arguments(case, requires_grad)
+    assert bool(every_key.every_key_op(*arguments)[2]) == (case != "nan")
+    check_operator(every_key.every_key_op, arguments, case)
+
+
+@EVERY_KEY_CASES
+def test_attention_over_every_key_backward_is_a_proper_operator(case):
+    arguments = every_key_arguments(case, False)
+    output, *saved = every_key.every_key_op(*arguments)
+    check_operator(every_key.every_key_backward_op, (torch.randn_like(output), output, *saved, *arguments), case)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -104,14 +151,16 @@ def test_cpu_attention_is_a_proper_operator(case, requires_grad, save_selection)
 
 @pytest.mark.usefixtures("kernels")
 @CASES
-def test_cpu_attention_backward_is_a_proper_operator(case):
+@WANTED
+def test_cpu_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     query, key, value, _, bias, relative_bias, seed = tensors
     head_k, is_causal, scale, dropout_p, _ = topk_options(case)
     forward = torch.ops.topk_attention.cpu_attention_forward.default
     output, indices, weights = forward(*tensors, head_k, is_causal, scale, dropout_p, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
-    arguments = (torch.randn_like(output), query, key, value, seed, indices, weights, head_k, scale, dropout_p, *shapes)
+    saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    arguments = (torch.randn_like(output), *saved, *wanted, *shapes)
     torch.library.opcheck(torch.ops.topk_attention.cpu_attention_backward.default, arguments)
 
 
@@ -134,15 +183,15 @@ def feed_forward_arguments(case, requires_grad):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
 
     x, w_in, w_out = random(TOKENS, MODEL), random(NEURONS, MODEL), random(OUTPUTS, NEURONS)
-    w_gate = b_in = b_gate = seed = None
+    w_gate = b_in = b_gate = b_out = seed = None
     if case == "transposed":
         x, w_in, w_out = (y.detach().mT.contiguous().mT.requires_grad_(requires_grad) for y in (x, w_in, w_out))
     if case in ("gated", "all neurons"):
-        w_gate, b_in, b_gate = random(NEURONS, MODEL), random(NEURONS), random(NEURONS)
+        w_gate, b_in, b_gate, b_out = random(NEURONS, MODEL), random(NEURONS), random(NEURONS), random(OUTPUTS)
     if case == "dropout":
         seed = torch.tensor(17)
     k = NEURONS if case == "all neurons" else 3
-    return x, w_in, w_out, w_gate, b_in, b_gate, seed, k, "gelu", 0.3 if seed is not None else 0.0, 4
+    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", 0.3 if seed is not None else 0.0, 4
 
 
 FEED_FORWARD_CASES = pytest.mark.parametrize("case", ["plain", "transposed", "gated", "all neurons", "dropout"])
@@ -158,11 +207,12 @@ def test_feed_forward_is_a_proper_operator(case, requires_grad):
 def test_feed_forward_backward_is_a_proper_operator(case):
     arguments = feed_forward_arguments(case, False)
     output, *selection = feed_forward.feed_forward_op(*arguments, True)
-    *tensors, k, activation, dropout_p, chunk = arguments
-    torch.library.opcheck(
-        feed_forward.feed_forward_backward_op,
-        (torch.randn_like(output), *tensors, *selection, k, activation, dropout_p, chunk),
-    )
+    *tensors, _, seed, _, activation, dropout_p, chunk = arguments
+    for wanted in ([True, True, True], [False, True, False]):
+        torch.library.opcheck(
+            feed_forward.feed_forward_backward_op,
+            (torch.randn_like(output), *tensors, seed, *selection, activation, dropout_p, chunk, wanted),
+        )
 
 
 def test_a_backward_pass_without_a_saved_selection_is_refused():

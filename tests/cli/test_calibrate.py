@@ -36,7 +36,7 @@ def in_process(monkeypatch):
     """Run workers in this process, and remember them: "measure", or the attention's and the neurons' k."""
     calls = []
 
-    def run(function, request, *, on_message):
+    def run(function, request, *, on_message, **_):
         module_name, _, name = function.partition(":")
         calls.append("measure" if name == "measure_calibration" else (request["k"], request["feed_forward_k"]))
         return getattr(importlib.import_module(module_name), name)(json.loads(json.dumps(request)), on_message)
@@ -65,7 +65,7 @@ def record_of(tmp_path):
 
 
 def test_calibrate_measures_in_a_fresh_process_what_convert_takes(arguments, tmp_path, tiny_model, monkeypatch):
-    def run_here(function, request, *, on_message):
+    def run_here(function, request, *, on_message, **_):
         if function.endswith("measure_calibration"):
             return run_in_fresh_process(function, request, on_message=on_message)
         return demo.measure_run(request, on_message)

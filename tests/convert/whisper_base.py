@@ -1,10 +1,15 @@
-"""Whisper-base from the packages that carry it as a CTranslate2 file in two parts, and speech to run it on."""
+"""Whisper-base from the packages that carry it as a CTranslate2 file in two parts, and speech to run it on.
+
+As a program it writes the model to a folder that transformers loads: python tests/convert/whisper_base.py FOLDER
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +34,13 @@ def package_folders() -> list[Path]:
     return folders
 
 
-def speech() -> np.ndarray:
-    """Eleven seconds, mono, 16,000 samples a second."""
-    soundfile = pytest.importorskip("soundfile", reason="soundfile, which reads FLAC, is not installed")
+def speech_file() -> Path:
+    """Eleven seconds."""
+    pytest.importorskip("soundfile", reason="soundfile, which reads FLAC, is not installed")
     folder = Path(os.environ.get("TOPK_ATTENTION_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (path := folder / "jfk_speech" / "jfk.flac").exists():
         pytest.skip("the recording jfk_speech/jfk.flac is not in $TOPK_ATTENTION_DATA or ../shared/data")
-    samples, rate = soundfile.read(path)
-    mono = samples.mean(1)
-    length = len(mono) * 16_000 // rate
-    # Fourier resampling: the frequencies that 16 kHz can hold, and none above.
-    return np.fft.irfft(np.fft.rfft(mono)[: length // 2 + 1], length) * length / len(mono)
+    return path
 
 
 def whisper_base():
@@ -69,6 +70,31 @@ def whisper_base():
     assert (missing, unexpected) == ([], [])
     tokenizer = Tokenizer.from_file(str(first / "tokenizer.json"))
     return model, tokenizer, WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+
+
+def save_whisper_base(folder: Path) -> None:
+    """A folder that transformers loads, as the hub's openai/whisper-base is one."""
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    first, _ = package_folders()
+    model, tokenizer, feature_extractor = whisper_base()
+    suppressed = json.loads((first / "config.json").read_text())
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=PROMPT[0],
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=END,
+        max_length=448,
+        is_multilingual=True,
+        lang_to_id={tokenizer.id_to_token(number): number for number in suppressed["lang_ids"]},
+        task_to_id={"transcribe": PROMPT[2], "translate": PROMPT[2] - 1},
+        no_timestamps_token_id=PROMPT[3],
+        suppress_tokens=suppressed["suppress_ids"],
+        begin_suppress_tokens=suppressed["suppress_ids_begin"],
+    )
+    model.save_pretrained(folder)
+    feature_extractor.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -159,3 +185,7 @@ def _state_dict(weights: dict[str, np.ndarray], size: int) -> dict[str, torch.Te
             linear(f"{there}/ffn/linear_0", f"{here}.fc1")
             linear(f"{there}/ffn/linear_1", f"{here}.fc2")
     return state
+
+
+if __name__ == "__main__":
+    save_whisper_base(Path(sys.argv[1]))

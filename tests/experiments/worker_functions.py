@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from topk_attention.experiments.memory import limit_memory
+from topk_attention.experiments.memory import PeakMeter, limit_memory
 
 
 def add(request, send):
@@ -38,3 +38,15 @@ def sleep(request, send):
     Path(request["pid_file"]).write_text(str(os.getpid()))
     time.sleep(60)
     return {}
+
+
+def leave_holes(request, send):
+    torch.ones(6 * 2**20)  # 24 MiB, freed at once: glibc keeps blocks of up to that size from now on
+    with PeakMeter() as meter:
+        blocks, between = [], []
+        for _ in range(16):
+            blocks.append(torch.ones(2**20))
+            between.append(bytearray(600_000))  # too large for the holes that imports leave
+        blocks.clear()
+        held_mib = meter.held_mib()
+    return {"held_mib": held_mib, "method": meter.read().method}

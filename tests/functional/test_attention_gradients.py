@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparison import CALL_NAMES, SIZES, TINY, assert_same, attention_inputs, named_call, output_and_gradients
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from topk_attention import topk_attention
@@ -79,6 +80,46 @@ def test_each_input_alone_may_require_a_gradient(backend, tiling, name, options)
         output.backward(grad_output)
         assert_same([tensors[i].grad for i in wanted], [expected[i] for i in wanted])
         assert all(x.grad is None for i, x in enumerate(tensors) if i not in wanted)
+
+
+BACKWARD_OPERATORS = {
+    "topk_attention::cpu_attention_backward",
+    "topk_attention::chunked_topk_attention_backward",
+    "topk_attention::chunked_full_attention_backward",
+}
+
+
+class ComputedGradients(TorchDispatchMode):
+    """Sees what the backward operators return for query, key, value and the biases."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator.name().removesuffix(".default") in BACKWARD_OPERATORS:
+            self.are_there = [gradient.numel() > 0 for gradient in result]
+        return result
+
+
+@K_OR_NONE
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("wanted", [inputs for n in (1, 2, 3) for inputs in itertools.combinations(range(4), n)])
+def test_gradients_of_frozen_inputs_are_not_computed_and_the_others_keep_every_bit(
+    fast_backend, tiling, wanted, dropout_p, options
+):
+    for name in ("everything_at_once", "relative_bias"):
+        call = named_call(name)
+        torch.manual_seed(3)
+        _, *expected = call.run(dropout_p=dropout_p, backend=fast_backend, **options)
+        torch.manual_seed(3)
+        tensors = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(call.tensors)]
+        output = call(*tensors, dropout_p=dropout_p, backend=fast_backend, **options)
+        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with ComputedGradients() as computed:
+            output.backward(grad_output)
+        assert all(torch.equal(tensors[i].grad, expected[i]) for i in wanted)
+        position = 3 if name == "everything_at_once" else 4  # of the bias
+        assert {i for i, is_there in enumerate(computed.are_there) if is_there} == {
+            position if i == 3 else i for i in wanted
+        }
 
 
 @pytest.mark.parametrize("k", [3, None])

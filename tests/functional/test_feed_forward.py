@@ -360,6 +360,20 @@ def test_sums_over_many_neurons_are_kept_in_float32(backend, dtype, k):
     assert torch.equal(output, torch.full_like(output, (k or neurons) / 4096))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("k", [2, None])
+def test_the_output_bias_is_added_before_the_output_is_rounded(backend, k, tokens, dtype):
+    half_a_step = torch.finfo(dtype).eps / 2
+    x, w_in = torch.ones(tokens, 1, dtype=dtype), torch.ones(3, 1, dtype=dtype)
+    w_out = torch.tensor([[1, half_a_step, 0]], dtype=dtype)  # their sum alone rounds to the even 1
+    b_out = torch.tensor([half_a_step / 2], dtype=dtype, requires_grad=True)
+    output = topk_feed_forward(x, w_in, w_out, k=k, b_out=b_out, backend=backend)
+    assert torch.equal(output, torch.full_like(output, 1 + 2 * half_a_step))
+    output.sum().backward()
+    assert b_out.grad.tolist() == [tokens]
+
+
 @pytest.mark.parametrize("k", [4, None])
 def test_the_number_of_threads_changes_nothing(k):
     layer = random_layer("gated with biases", tokens=200, model=32, neurons=128, outputs=32)
@@ -429,21 +443,75 @@ def test_any_call_gives_the_output_and_the_gradients_of_the_reference(case):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("k", [4, None])
 @pytest.mark.parametrize("kind", ["plain with biases", "gated with biases"])
-@pytest.mark.parametrize("frozen", ["w_in", "w_out", "w_gate"])
-def test_freezing_one_weight_changes_no_other_gradient(fast_backend, kind, frozen):
+@pytest.mark.parametrize("frozen", [("w_in",), ("w_out",), ("w_gate",), ("w_in", "w_out", "w_gate"), ("x", "b_out")])
+def test_freezing_some_tensors_changes_no_other_gradient(fast_backend, kind, frozen, k):
     layer = random_layer(kind)
-    named = {
-        name: tensor for name, tensor in zip(layer._fields, layer, strict=True) if isinstance(tensor, torch.Tensor)
-    }
-    if frozen not in named:
-        return
-    tensors = {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
-    apply(layer._replace(**tensors), k=4, backend=fast_backend).square().sum().backward()
-    others = {
-        name: tensor.clone().requires_grad_(name != frozen) if name != frozen else tensor.clone()
-        for name, tensor in named.items()
-    }
-    apply(layer._replace(**others), k=4, backend=fast_backend).square().sum().backward()
-    for name in named.keys() - {frozen}:
-        torch.testing.assert_close(others[name].grad, tensors[name].grad, rtol=0, atol=0)
+    expected = dict(zip(named_tensors(layer), layer.run(k=k, backend=fast_backend)[1:], strict=True))
+    tensors = {name: x.clone().requires_grad_(name not in frozen) for name, x in named_tensors(layer).items()}
+    output = apply(layer._replace(**tensors), k=k, backend=fast_backend)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    output.backward(grad_output)
+    for name, x in tensors.items():
+        if name in frozen:
+            assert x.grad is None
+        else:
+            assert torch.equal(x.grad, expected[name])
+
+
+def named_tensors(layer):
+    return {name: x for name, x in zip(layer._fields, layer, strict=True) if x is not None}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["plain with biases", "gated with biases"])
+@pytest.mark.parametrize("k", [4, None])
+def test_a_token_that_is_not_finite_spoils_its_own_output_alone(backend, tiling, k, kind, broken):
+    layer, options = random_layer(kind), {"k": k, "activation": "silu", "backend": backend}
+    before = apply(layer, **options)
+    layer.x[2, 1] = broken
+    after = apply(layer, **options)
+    others = torch.arange(TOKENS) != 2
+    assert_same([after[others]], [before[others]])
+    assert not after[2].isfinite().any()
+
+
+@pytest.mark.parametrize("where", ["token", "gradient of its output"])
+@pytest.mark.parametrize("kind", ["plain with biases", "gated with biases"])
+@pytest.mark.parametrize("k", [4, None])
+def test_nan_reaches_the_gradients_of_its_own_token_and_of_the_neurons_that_this_token_keeps(
+    fast_backend, tiling, k, kind, where
+):
+    layer, options = random_layer(kind), {"k": k, "activation": "silu", "backend": fast_backend}
+    grad_output = torch.randn(TOKENS, OUTPUTS, dtype=torch.float64)
+
+    def gradients(grad_output):
+        tensors = [x.detach().requires_grad_() for x in layer.present()]
+        output = apply(layer.with_tensors(tensors), **options)
+        return dict(zip(names, torch.autograd.grad(output, tensors, grad_output), strict=True))
+
+    names = named_tensors(layer)
+    # Without the token: once it is NaN it may keep other neurons than before.
+    before = gradients(grad_output.index_fill(0, torch.tensor([2]), 0))
+    (layer.x if where == "token" else grad_output)[2] = math.nan
+    after = gradients(grad_output)
+    others = torch.arange(TOKENS) != 2
+    assert_same([after["x"][others]], [before["x"][others]])
+    assert after["x"][2].isnan().all()
+    spoilt = after["b_in"].isnan()
+    assert spoilt.sum() == (k or NEURONS)
+    for name in names.keys() - {"x", "b_out"}:
+        of_neurons, of_neurons_before = (x[name].t() if name == "w_out" else x[name] for x in (after, before))
+        assert of_neurons[spoilt].isnan().all()
+        assert_same([of_neurons[~spoilt]], [of_neurons_before[~spoilt]])
+    assert after["b_out"].isnan().all() == (where != "token")
+
+
+@pytest.mark.parametrize("k", [4, NEURONS - 1])
+def test_output_weights_of_a_neuron_nobody_keeps_are_never_read(fast_backend, tiling, k):
+    layer = random_layer("plain with biases")
+    layer.b_in[5] = -1e6
+    before = apply(layer, k=k, backend=fast_backend)
+    layer.w_out[:, 5] = math.nan
+    assert_same([apply(layer, k=k, backend=fast_backend)], [before])

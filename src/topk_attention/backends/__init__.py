@@ -22,7 +22,8 @@ class Choice(NamedTuple):
 def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None = None) -> Choice:
     """The backend that runs a call (without one: most calls), and why. Only "auto" chooses; a named one runs or raises.
 
-    Beside the names in BACKENDS "auto" may choose "sdpa", PyTorch's own attention.
+    Beside the names in BACKENDS "auto" may choose "sdpa", PyTorch's own attention. That leaves a call to "chunked"
+    after all if NaN or inf in a key or value would spread: that shows in the numbers alone.
     """
     if requested == "auto":
         return _choose(call)
@@ -31,11 +32,20 @@ def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None 
         raise ValueError(f"backend must be one of {names}, got {requested!r}")
     if requested == "cpu":
         _check_cpu(call)
+        if _selects_nothing(call):
+            return Choice("chunked", "k=None is chunking alone: with nothing to select there is nothing to save")
     return Choice(requested, "asked for by name")
 
 
+def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
+    """The kernels save each kept key or neuron for the backward pass. With k=None that would be all there are."""
+    if isinstance(call, AttentionCall):
+        return call.head_k is None and not call.return_selection
+    return isinstance(call, FeedForwardCall) and call.k is None
+
+
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
-    if isinstance(call, AttentionCall) and (call.head_k is None or all(k >= call.key.shape[2] for k in call.head_k)):
+    if isinstance(call, AttentionCall) and call.keeps_every_key():
         obstacle = sdpa.obstacle(call)
         if obstacle is None:
             return Choice("sdpa", "every visible key is kept: PyTorch's attention computes the same, and faster")

@@ -55,6 +55,10 @@ class AttentionCall:
     query_chunk_size: int | None
     return_selection: bool
 
+    def keeps_every_key(self) -> bool:
+        """Whether every head keeps all keys that its queries see."""
+        return self.head_k is None or all(k >= self.key.shape[2] for k in self.head_k)
+
 
 @dataclass(frozen=True)
 class FeedForwardCall:

@@ -1,22 +1,33 @@
 """PyTorch's own attention, for calls that keep every visible key: there it computes the same, and faster.
 
-Only "auto" comes here, and only where the result is the same to the last edge: NaN and inf in a key or value reach
-nobody who may not look at it, and memory stays linear.
+Only "auto" comes here, by way of `every_key`, which sees to the last difference: PyTorch's lets NaN and inf spread out
+of hidden keys. A mask that differs from query to query is written out for some queries at a time, so memory stays
+linear in length.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import AttentionCall
+from .calls import AttentionCall, accumulation_dtype, empty_output
+
+# Not a public function: the public one has no backward pass that takes a mask anew, and would keep each part's.
+_NAME = "_scaled_dot_product_flash_attention_for_cpu"
+_IS_THERE = hasattr(torch.ops.aten, _NAME) and hasattr(torch.ops.aten, f"{_NAME}_backward")
+# Bytes of a mask that is written out.
+_MASK_BYTES = 4 * 2**20
+# PyTorch's blocks have 32, 64 or 256 queries, the more there are the larger; parts of fewer queries get small blocks.
+_FEWEST_QUERIES = 256
 
 
 def obstacle(call: AttentionCall) -> str | None:
     """Why PyTorch's attention would not do for this call, None where it does."""
-    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
-    if call.head_k is not None and any(k < num_keys for k in call.head_k):
+    if not call.keeps_every_key():
         return "k is smaller than the number of keys"
     if call.return_selection:
         return "it returns no selection"
@@ -30,35 +41,148 @@ def obstacle(call: AttentionCall) -> str | None:
         return "it needs a float mask in the dtype of the query"
     if call.key.shape[3] != call.value.shape[3]:
         return "with values of another size than keys it takes memory quadratic in length"
-    if _hides_the_future(call) and (num_queries != num_keys or call.attn_mask is not None):
-        return "it aligns causal queries with the first key, and takes no mask beside"
     if any(x.stride(-1) != 1 for x in (call.query, call.key, call.value)):
         return "with strided rows it takes memory quadratic in length"
     if 0 in (*call.query.shape, *call.key.shape):
         return "there is nothing to compute"
-    if torch.compiler.is_compiling() or not all(_is_finite(x) for x in (call.query, call.key, call.value)):
-        return "NaN and inf in hidden keys would spread"
+    if not _IS_THERE:
+        return "this version of PyTorch has none that can be called in parts"
     return None
 
 
-def _hides_the_future(call: AttentionCall) -> bool:
+def hides_keys(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether some query may not see some key."""
+    return attn_mask is not None or _hides_the_future(query, is_causal)
+
+
+def _hides_the_future(query: Tensor, is_causal: bool) -> bool:
     """Not where the last query is the only one: it sees every key."""
-    return call.is_causal and call.query.shape[2] > 1
+    return is_causal and query.shape[2] > 1
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # A finite sum proves that every element is; one that overflows costs the faster path, nothing else.
-    return bool(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).isfinite())
+def takes_one_call(call: AttentionCall) -> bool:
+    """Whether the public function can take the whole call: it aligns causal queries with the first key, and takes no
+    mask beside."""
+    if call.attn_mask is not None and call.attn_mask.shape[2] != 1:  # it would write the mask out in floats
+        return False
+    if not _hides_the_future(call.query, call.is_causal):
+        return True
+    return call.attn_mask is None and call.query.shape[2] == call.key.shape[2]
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """Returns [B, H, N, E]."""
+    """Returns [B, H, N, E] of a call that takes one."""
     return F.scaled_dot_product_attention(
         call.query,
         call.key,
         call.value,
         attn_mask=call.attn_mask,
-        is_causal=_hides_the_future(call),
+        is_causal=_hides_the_future(call.query, call.is_causal),
         scale=call.scale,
         enable_gqa=call.query.shape[1] != call.key.shape[1],
     )
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Returns output [B, H, N, E] and the logarithm of each row's softmax denominator, [B, H, N]."""
+    attend = getattr(torch.ops.aten, _NAME).default
+    output = empty_output(query, value)
+    log_sums = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+    for part in _parts(query, key, attn_mask, is_causal):
+        output[:, :, part.queries], log_sums[:, :, part.queries] = attend(
+            query[:, :, part.queries],
+            key[:, :, : part.num_keys],
+            value[:, :, : part.num_keys],
+            0.0,
+            part.is_causal,
+            attn_mask=part.attn_mask,
+            scale=scale,
+        )
+    return output, log_sums
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value."""
+    differentiate = getattr(torch.ops.aten, f"{_NAME}_backward").default
+    dtype = accumulation_dtype(query.dtype)
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
+    for part in _parts(query, key, attn_mask, is_causal):
+        part_grad_query, part_grad_key, part_grad_value = differentiate(
+            grad_output[:, :, part.queries],
+            query[:, :, part.queries],
+            key[:, :, : part.num_keys],
+            value[:, :, : part.num_keys],
+            output[:, :, part.queries],
+            log_sums[:, :, part.queries],
+            0.0,
+            part.is_causal,
+            attn_mask=part.attn_mask,
+            scale=scale,
+        )
+        grad_query[:, :, part.queries] = part_grad_query
+        grad_key[:, :, : part.num_keys] += part_grad_key
+        grad_value[:, :, : part.num_keys] += part_grad_value
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+class _Part(NamedTuple):
+    """Queries that PyTorch computes in one call, and the keys that some of them see."""
+
+    queries: slice
+    num_keys: int
+    attn_mask: Tensor | None  # [B|1, H|1, n|1, m|1], added to the scores
+    is_causal: bool  # query i of the part sees keys up to the i-th
+
+
+def _parts(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Iterator[_Part]:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    hides_the_future = _hides_the_future(query, is_causal)
+    everyone = slice(0, num_queries)
+    if hides_the_future and attn_mask is None and num_queries == num_keys:
+        yield _Part(everyone, num_keys, None, True)
+    elif not hides_the_future and (attn_mask is None or attn_mask.shape[2] == 1):
+        yield _Part(everyone, num_keys, None if attn_mask is None else _additive(attn_mask, query.dtype), False)
+    else:
+        num_masks = 1 if attn_mask is None else attn_mask.shape[0] * attn_mask.shape[1]
+        size = max(_MASK_BYTES // (num_masks * num_keys * query.element_size()), _FEWEST_QUERIES)
+        for start in range(0, num_queries, size):
+            queries = range(start, min(start + size, num_queries))
+            mask = _mask_of(queries, num_queries, num_keys, attn_mask, hides_the_future, query.device)
+            yield _Part(slice(queries.start, queries.stop), mask.shape[3], _additive(mask, query.dtype), False)
+
+
+def _mask_of(
+    queries: range, num_queries: int, num_keys: int, attn_mask: Tensor | None, is_causal: bool, device: torch.device
+) -> Tensor:
+    """The mask of some queries, [B|1, H|1, n, m], with causality written into it and without keys that none sees."""
+    last_key_of_first_query = queries.start + num_keys - num_queries
+    num_visible = max(1, last_key_of_first_query + len(queries)) if is_causal else num_keys
+    if attn_mask is None:
+        attn_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    if attn_mask.shape[2] != 1:
+        attn_mask = attn_mask[:, :, queries.start : queries.stop]
+    attn_mask = attn_mask[..., :num_visible].expand(-1, -1, len(queries), num_visible)
+    if not is_causal:
+        return attn_mask
+    last_keys = torch.arange(len(queries), device=device).unsqueeze(1) + last_key_of_first_query
+    is_future = torch.arange(num_visible, device=device) > last_keys
+    return attn_mask.masked_fill(is_future, False if attn_mask.dtype == torch.bool else -torch.inf)
+
+
+def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if attn_mask.dtype != torch.bool:
+        return attn_mask
+    return torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device).masked_fill_(~attn_mask, -torch.inf)

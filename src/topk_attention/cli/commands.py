@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -183,6 +183,67 @@ def calibrate(
             ),
             _console(),
         )
+
+
+@app.command()
+def transcribe(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a Whisper model.")],
+    audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "32,64,128",
+    layers: Annotated[
+        str, typer.Option(help="Attention that keeps k keys: among encoder, cross and decoder, separated by commas.")
+    ] = "encoder,cross",
+    language: Annotated[str | None, typer.Option(help='Spoken language, e.g. "en". Default: found out.')] = None,
+    out: Out = Path("results/whisper"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Transcribe again.")] = False,
+) -> None:
+    """Transcribe a recording with full attention and with several k; count the words that differ.
+
+    Appends to transcripts.jsonl and writes transcripts.md. Interrupted, the same command continues with what is
+    missing.
+    """
+    with _errors_in_words(f"finished transcripts are in {out / 'transcripts.jsonl'}"):
+        from ..experiments.transcription import TranscriptionConfig, run_transcription
+
+        run_transcription(
+            TranscriptionConfig(
+                model=model,
+                audio=audio,
+                k=_integers("k", k),
+                layers=_names(layers),
+                language=language,
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def lm_eval(
+    context: typer.Context,
+    record: Annotated[Path | None, typer.Option(help="File that gets the results as a JSON line.")] = None,
+) -> None:
+    """EleutherAI's lm_eval with top-k attention: its own arguments (--help shows them) and --record FILE.
+
+    Two ways to choose k: --model hf-topk --model_args pretrained=ID,attention_k=64, or --model hf --model_args
+    pretrained=ID,attn_implementation=topk with the environment variable TOPK_ATTENTION_K, or a checkpoint that
+    remembers its k.
+    """
+    with _errors_in_words():
+        from ..experiments.harness import run_harness
+
+        run_harness(context.args, record)
 
 
 @benchmark.command()
@@ -365,6 +426,89 @@ def feed_forward_kernel(
                 step_limit_s=step_limit,
                 time_limit_s=time_limit,
                 with_memory=memory,
+                fresh=fresh,
+            ),
+            _console(),
+        )
+
+
+@benchmark.command()
+def model(
+    shape: Annotated[str, typer.Option(help="Random weights in the shape of bert-base or t5-base.")] = "bert-base",
+    config: Annotated[
+        str | None, typer.Option(help="Instead: local folder or Hugging Face id whose configuration to use.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Input lengths, separated by commas; doubling from 2,048 to 32,768 by default.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Among vanilla, sdpa, query-chunks and topk, separated by commas.")
+    ] = "topk,query-chunks,sdpa,vanilla",
+    k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 64,
+    feed_forward_k: Annotated[
+        str | None,
+        typer.Option(help='Neurons kept per token (topk); "all": every neuron, in token chunks. Else dense layers.'),
+    ] = None,
+    decoder_length: Annotated[int, typer.Option(help="Tokens of the decoder, where there is one.")] = 64,
+    dropout: Annotated[float, typer.Option(help="Probability of every dropout that the model has.")] = 0.1,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, layer by layer.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repetitions: Annotated[int, typer.Option(help="Timed steps of a point; long ones get fewer.")] = 3,
+    step_limit: Annotated[float, typer.Option(help="Leave a point out whose step should take more seconds.")] = 600,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")] = 3600,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="GiB beyond which a point is recorded as out of memory. Default: most of what is free."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the files; default: the shape. Other settings, other name.")] = (
+        None
+    ),
+    out: Out = Path("results/model"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")] = False,
+) -> None:
+    """One training step of a whole model (forward, loss, backward): peak memory and time against length.
+
+    Every point has a process of its own, in which its answer is checked first. Points are appended to NAME.jsonl, those
+    that ran out of memory among them; interrupted, the same command continues with those that are missing.
+    """
+    with _errors_in_words(f"finished points are in {out}"):
+        import torch
+
+        from ..experiments import model_benchmark
+        from ..experiments.models import find_model
+
+        source = None if config is None else find_model(config)
+        if source is not None:
+            shape = source.name
+        points = model_benchmark.grid(
+            [2048, 4096, 8192, 16384, 32768] if lengths is None else _integers("lengths", lengths),
+            _names(methods),
+            shape=shape,
+            k=k,
+            feed_forward_k=_feed_forward_k(feed_forward_k),
+            decoder_length=decoder_length,
+            dropout_p=dropout,
+            checkpointing=checkpointing,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            threads=threads or torch.get_num_threads(),
+            seed=seed,
+            source=source,
+        )
+        model_benchmark.run_and_report(
+            model_benchmark.ModelBenchmark(
+                name or shape.replace("/", "--"),
+                points,
+                out=out,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                memory_limit_gib=memory_limit,
                 fresh=fresh,
             ),
             _console(),
@@ -627,7 +771,7 @@ def reading_task(
 ) -> None:
     """Generate a reading task with words of a text, and a small untrained T5 to learn it.
 
-    Writes train.jsonl and test.jsonl, the same for a new kind of question, and t5-untrained with its tokenizer, for
+    Writes train.jsonl and test.jsonl, the same for a new kind of question, and small-t5 with its tokenizer, for
     qa finetune --from-scratch and qa evaluate.
     """
     with _errors_in_words():
@@ -679,6 +823,16 @@ def _integers_or_files(listed: str) -> list[int | Path]:
     return [int(entry) if entry.lstrip("+-").isdigit() else Path(entry) for entry in _names(listed)]
 
 
+def _feed_forward_k(given: str | None) -> int | Literal["all"] | None:
+    if given is None:
+        return None
+    if given == "all":
+        return "all"
+    if not given.isdecimal():
+        raise ValueError(f'feed_forward_k must be a number of neurons or "all", got {given!r}')
+    return int(given)
+
+
 def _names(listed: str) -> list[str]:
     return [entry.strip() for entry in listed.split(",") if entry.strip()]
 
@@ -692,7 +846,9 @@ def _errors_in_words(kept: str = "") -> Iterator[None]:
         typer.echo(f"\ninterrupted; {kept}\nto continue: {_same_command()}", err=True)
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
-        typer.echo(f"error: {error.name} is not installed; pip install 'topk-attention[experiments]'", err=True)
+        package = (error.name or "").partition(".")[0]
+        extra = "lm-eval" if package == "lm_eval" else "experiments"
+        typer.echo(f"error: {package} is not installed; pip install 'topk-attention[{extra}]'", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)

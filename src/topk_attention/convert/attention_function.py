@@ -108,7 +108,7 @@ def _attend(
         query,
         key,
         value,
-        k=settings.k,
+        k=settings.kept_keys,
         attn_mask=attn_mask,
         bias=bias,
         is_causal=is_causal,
@@ -165,7 +165,7 @@ def _attend_to_chosen(
     if attention_mask is None:
         raise ValueError("indices= needs an attention mask: it alone tells which of the chosen keys a query may see")
     num_keys = key.shape[2]
-    k, num_chosen = settings.k, indices.shape[-1]
+    k, num_chosen = settings.kept_keys, indices.shape[-1]
     if isinstance(k, tuple):
         settings = replace(settings, k=tuple(min(one, num_chosen) for one in k))
     else:
@@ -205,7 +205,8 @@ def _attend_in_mask_chunks(
     With gradients each chunk is a checkpoint where the backward pass would otherwise keep its part of the mask.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
-    smallest_k = settings.k if isinstance(settings.k, int) else min(settings.k or (num_keys,))
+    k = settings.kept_keys
+    smallest_k = k if isinstance(k, int) else min(k or (num_keys,))
     backward_needs_mask = torch.is_grad_enabled() and smallest_k >= num_keys
     if num_queries <= _MASK_CHUNK and not backward_needs_mask:
         # One chunk, without a loop: compiled code then serves every such length.

@@ -28,7 +28,9 @@ class TopKIntermediate(nn.Module):
 class TopKOutput(nn.Module):
     """Both halves of the network, then dropout, residual and normalisation as in the original second half."""
 
-    def __init__(self, intermediate: TopKIntermediate, original: Any, k: int, activation: str, backend: str) -> None:
+    def __init__(
+        self, intermediate: TopKIntermediate, original: Any, k: int | None, activation: str, backend: str
+    ) -> None:
         super().__init__()
         self.dense = original.dense
         store_by_neuron(linear_in=intermediate.dense, linear_out=self.dense)
@@ -74,7 +76,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
         obstacle = f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
 
-    def replace(k: int, backend: str) -> None:
+    def replace(k: int | None, backend: str) -> None:
         first = TopKIntermediate(original_intermediate)
         second = TopKOutput(first, original_output, k, str(activation), backend)
         module.intermediate, module.output = first.train(module.training), second.train(module.training)

@@ -13,11 +13,11 @@ from ..functional.checks import check_k
 from . import t5, torch_layers
 from .registration import NAME, register
 from .report import ConversionReport, ReportEntry
-from .settings import CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
+from .settings import ALL, CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
 from .sites import AttentionSite, FeedForwardSite, attention_sites, feed_forward_sites
 
 Where = Callable[[str, nn.Module], bool]
-AnyK = int | Sequence[int | Sequence[int]] | Mapping[str, int | Sequence[int]]
+AnyK = K | Sequence[K | Sequence[int]] | Mapping[str, K | Sequence[int]]
 
 # What a converted model remembers of its former attention, on the model alone: it is not saved.
 _FORMER_ATTENTION = "_topk_attention_former_implementation"
@@ -35,9 +35,10 @@ def convert(
 
     model           a transformers model whose layers take their attention from transformers' attention interface, or
                     any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer or ...DecoderLayer
-    attention_k     keys kept per query: an int, one entry per attention layer (each an int or one int per head), or a
-                    mapping from layer path to such an entry; None leaves attention alone
-    feed_forward_k  neurons kept per token: an int, one int per layer, or a mapping from path; None leaves them alone
+    attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head or
+                    "all"), or a mapping from layer path to such an entry; None leaves attention alone
+    feed_forward_k  neurons kept per token: an int, "all", one such entry per layer, or a mapping from path; None leaves
+                    them alone
     where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. Lists count
                     the layers it picks.
     backend         handed on to `topk_attention` and `topk_feed_forward`; "auto", or what a saved model remembers
@@ -47,7 +48,9 @@ def convert(
     without a configuration remembers nothing.) Calling it again with another k changes it; `unconvert` gives the
     original model back.
 
-    Attention layers that are left out run PyTorch's own attention.
+    Attention layers that are left out run PyTorch's own attention. "all" leaves nothing out and saves memory alone: of
+    attention where PyTorch's own takes memory quadratic in length (dropout, T5's position bias), of networks whose
+    neurons the backward pass then computes again.
 
     Returns a report of what was replaced, what was skipped and why.
 
@@ -108,8 +111,8 @@ def convert(
             set_layer_settings(site.module, settings)
             t5.keep_bias_small(site.module)
     for feed_forward_site, entry in feed_forward_plan:
-        if isinstance(entry.k, int):
-            feed_forward_site.replace(entry.k, feed_forward_backend)
+        if isinstance(entry.k, int) or entry.k == ALL:
+            feed_forward_site.replace(None if entry.k == ALL else entry.k, feed_forward_backend)
         elif feed_forward_site.restore is not None:  # an earlier conversion picked it, this one does not
             feed_forward_site.restore()
     torch_layers.watch_nested_tensors(model)
@@ -203,7 +206,7 @@ def _plan_attention(
                     f"attention_k for {site.path} must hold one int for each of its {site.num_heads} heads, "
                     f"got {len(layer_k)}"
                 )
-            reason = f"k = {layer_k}" if isinstance(layer_k, int) else f"k per head = {list(layer_k)}"
+            reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
             if t5.builds_bias_in_full(site.module):
                 reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
         plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
@@ -241,12 +244,17 @@ def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
             raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
         entries = dict(zip(paths, k, strict=True))
     else:
-        check_k(name, k)
+        _as_k(name, k)  # also where there is no layer
         entries = dict.fromkeys(paths, k)
-    for entry in entries.values():
-        for one in entry if isinstance(entry, list | tuple) else [entry]:
-            check_k(name, one)
-    return {path: tuple(entry) if isinstance(entry, list | tuple) else int(entry) for path, entry in entries.items()}
+    return {path: _as_k(name, entry) for path, entry in entries.items()}
+
+
+def _as_k(name: str, entry: Any) -> K:
+    if entry == ALL:
+        return ALL
+    for one in entry if isinstance(entry, list | tuple) else [entry]:
+        check_k(name, one)
+    return tuple(entry) if isinstance(entry, list | tuple) else int(entry)
 
 
 def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:

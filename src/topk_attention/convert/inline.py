@@ -48,7 +48,7 @@ class TopKFirst(nn.Module):
 class TopKSecond(nn.Module):
     """Stands where the second linear layer was, with its weights, and computes the whole network."""
 
-    def __init__(self, layer: nn.Module, original: _Original, k: int, activation: str, backend: str) -> None:
+    def __init__(self, layer: nn.Module, original: _Original, k: int | None, activation: str, backend: str) -> None:
         super().__init__()
         self.weight, self.bias = original.fc2.weight, original.fc2.bias
         # In tuples they are no submodules, so the state dict stays that of the original.
@@ -100,7 +100,7 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
     if obstacle is None and not _computes_the_network(layer):
         obstacle = f"{type(layer).__name__} computes something else than fc2(activation_fn(fc1(x)))"
 
-    def replace(k: int, backend: str) -> None:
+    def replace(k: int | None, backend: str) -> None:
         store_by_neuron(linear_in=original.fc1, linear_out=original.fc2)
         first, second = TopKFirst(original.fc1), TopKSecond(layer, original, k, str(activation), backend)
         layer.fc1, layer.fc2 = first.train(layer.training), second.train(layer.training)

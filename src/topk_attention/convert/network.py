@@ -75,7 +75,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         obstacle = f"{type(original).__name__} computes something else than {formula}"
     owner, name = attribute_owner(model, path)
 
-    def replace(k: int, backend: str) -> None:
+    def replace(k: int | None, backend: str) -> None:
         dropout_p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         layer = TopKNetwork(
             linears[kind.linear_in],

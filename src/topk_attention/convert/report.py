@@ -6,12 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from .settings import K
+
 
 @dataclass(frozen=True)
 class ReportEntry:
     path: str  # as in model.named_modules()
     kind: Literal["attention", "feed_forward"]
-    k: int | tuple[int, ...] | None  # None where skipped
+    k: K | None  # None where skipped
     reason: str
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,7 +20,10 @@ K_VARIABLE = "TOPK_ATTENTION_K"
 CONFIG_ATTRIBUTE = "topk_attention"
 _LAYER_ATTRIBUTE = "_topk_attention_layer"
 
-K = int | tuple[int, ...]
+# Every key, or every neuron: nothing is left out, and the library computes it in chunks all the same.
+ALL: Literal["all"] = "all"
+
+K = int | tuple[int, ...] | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class LayerSettings:
 
     k: K | None
     backend: str = "auto"
+
+    @property
+    def kept_keys(self) -> int | tuple[int, ...] | None:
+        """As `topk_attention` takes it."""
+        return None if self.k == ALL else self.k
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class ModelSettings:
     every_attention_k: K | None = None
 
     def to_json(self) -> dict[str, Any]:
-        def plain(k: K | None) -> int | list[int] | None:
+        def plain(k: K | None) -> Any:
             return list(k) if isinstance(k, tuple) else k
 
         return {
@@ -62,7 +70,7 @@ class ModelSettings:
         if stored is None:
             return None
 
-        def k_of(value: Any) -> Any:
+        def k_of(value: int | list[int] | Literal["all"]) -> K:
             return tuple(value) if isinstance(value, list) else value
 
         return ModelSettings(

@@ -35,7 +35,7 @@ class FeedForwardSite:
     module: nn.Module
     num_neurons: int
     obstacle: str | None  # why it cannot be replaced
-    replace: Callable[[int, str], None]  # with k and a backend; again with another k to change it
+    replace: Callable[[int | None, str], None]  # with k (None: all) and a backend; again with another k to change it
     restore: Callable[[], None] | None  # None where it is still the original
 
 

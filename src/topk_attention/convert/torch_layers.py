@@ -61,7 +61,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         settings = layer_settings(self)
         output = topk_attention(
             *heads,
-            k=settings.k,
+            k=settings.kept_keys,
             attn_mask=None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype),
             bias=self._padding(key_padding_mask, query.dtype),
             is_causal=is_causal,
@@ -156,7 +156,7 @@ def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
         return
     activation = _name_of(layer.activation)
 
-    def replace(k: int, backend: str) -> None:
+    def replace(k: int | None, backend: str) -> None:
         layer.__class__ = _TOPK_CLASS[former_class]
         setattr(layer, _NETWORK, (k, activation, backend))
         store_by_neuron(linear_in=layer.linear1, linear_out=layer.linear2)

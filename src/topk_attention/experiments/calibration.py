@@ -415,7 +415,9 @@ def _evaluate(
                 "backend": record["config"]["backend"],
             }
             try:
-                run = run_in_fresh_process(f"{demo.__name__}:measure_run", request, on_message=on_message)
+                run = run_in_fresh_process(
+                    f"{demo.__name__}:measure_run", request, on_message=on_message, memory_in_use=True
+                )
             except WorkerError as error:
                 raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
             for field in ("k", "num_parameters"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..backends import choose_backend
+from ..functional.checks import check_k
+
 
 def check_at_least(least: int, config: object, *names: str) -> None:
     """Look at the numbers of these names; None, where a field may be None, passes.
@@ -34,3 +37,21 @@ def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
     word = getattr(config, name)
     if word not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
+
+
+def check_runs(ks: Sequence[int], backend: str) -> None:
+    """One run for each k, no two the same, on a backend that runs here.
+
+    Raises:
+        ValueError: the message names the option.
+        RuntimeError: the backend cannot run here.
+
+    >>> check_runs([16, 32, 16], "auto")
+    Traceback (most recent call last):
+    ValueError: k must not hold a number twice, got 16, 32, 16
+    """
+    for k in ks:
+        check_k("k", k)
+    if len(set(ks)) != len(ks):
+        raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, ks))}")
+    choose_backend(backend)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import choose_backend
-from ..functional.checks import check_k
 from ..tasks.language_modelling import (
     Text,
     first_tokens,
@@ -20,7 +19,7 @@ from ..tasks.language_modelling import (
     perplexity,
     read_text,
 )
-from .checks import check_at_least
+from .checks import check_at_least, check_runs
 from .demo_report import html_page, run_name, summary
 from .memory import PeakMeter
 from .models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer, longest_input, unpacked
@@ -59,14 +58,10 @@ class DemoConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for k in self.k:
-            check_k("k", k)
-        if len(set(self.k)) != len(self.k):
-            raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, self.k))}")
+        check_runs(self.k, self.backend)
         if self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2 (the first one is never predicted), got {self.num_tokens}")
         check_at_least(1, self, "threads")
-        choose_backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -235,7 +230,9 @@ def _make_runs(
                 "backend": record["config"]["backend"],
             }
             try:
-                run = run_in_fresh_process(f"{__name__}:measure_run", request, on_message=on_message)
+                run = run_in_fresh_process(
+                    f"{__name__}:measure_run", request, on_message=on_message, memory_in_use=True
+                )
             except WorkerError as error:
                 raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
             record["model"]["num_parameters"] = run.pop("num_parameters")

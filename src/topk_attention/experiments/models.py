@@ -29,6 +29,7 @@ _KINDS = {
     "AutoModelForCausalLM": "causal language model",
     "AutoModelForQuestionAnswering": "model that marks answers in a passage",
     "AutoModelForSeq2SeqLM": "text-to-text model",
+    "AutoModelForSpeechSeq2Seq": "speech recognition model",
 }
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
@@ -109,6 +110,23 @@ def load_tokenizer(source: ModelSource) -> Any:
         return AutoTokenizer.from_pretrained(source.location, **options)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"model {source.name} has no tokenizer that loads: {_first_line(error)}") from error
+
+
+def load_feature_extractor(source: ModelSource) -> Any:
+    """What turns sound into the model's input.
+
+    Raises:
+        ModelNotFoundError: it has none that loads.
+    """
+    from transformers import AutoFeatureExtractor
+
+    _be_quiet()
+    try:
+        return AutoFeatureExtractor.from_pretrained(source.location)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model {source.name} has no feature extractor that loads: {_first_line(error)}"
+        ) from error
 
 
 def unpacked(source: ModelSource, folder: Path, say: Say = print) -> ModelSource:

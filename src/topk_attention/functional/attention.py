@@ -15,7 +15,15 @@ from ..backends.autocast import autocast_off
 from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
-from .checks import autocast, check_dropout, check_floating, check_k, check_same_dtype_and_device, shape_of
+from .checks import (
+    autocast,
+    check_dropout,
+    check_floating,
+    check_k,
+    check_no_tangent,
+    check_same_dtype_and_device,
+    shape_of,
+)
 from .observation import show
 
 _BIAS_TYPES = Bias.__args__
@@ -105,7 +113,8 @@ def topk_attention(
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept
+                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept;
+                for k=None "cpu" chunks queries as "chunked" does: its kernels would save every key of every query
     query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
                 (on "cpu" a few dozen, whatever is said here)
     return_selection  also return which keys were kept
@@ -119,12 +128,14 @@ def topk_attention(
 
     Sums are kept in float32 (float64 for float64). Saved for the backward pass: query, key, value, and for each kept
     key an int32 index and a float weight. Under autocast query, key and value are cast as for
-    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again.
+    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again, and forward-mode derivatives are
+    for backend="reference" alone.
 
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
+        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, for which the backend has no rule.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -141,9 +152,9 @@ def topk_attention(
     full_shape = (*batch, num_heads, num_queries, num_keys)
     dense_bias, relative_bias = _lower_bias(bias, query, full_shape)
     call = AttentionCall(
-        query=query.reshape(math.prod(batch), *query.shape[-3:]),
-        key=key.reshape(math.prod(batch), *key.shape[-3:]),
-        value=value.reshape(math.prod(batch), *value.shape[-3:]),
+        query=_with_one_batch_axis(query),
+        key=_with_one_batch_axis(key),
+        value=_with_one_batch_axis(value),
         head_k=_k_per_head(k, num_heads, num_keys),
         attn_mask=_lower_mask(attn_mask, query, full_shape),
         bias=dense_bias,
@@ -157,7 +168,8 @@ def topk_attention(
     )
     output, indices, weights = _run(call, backend)
     show(call, output)
-    output = output.view(*batch, *output.shape[1:])
+    if len(batch) != 1:
+        output = output.view(*batch, *output.shape[1:])
     if indices is None or weights is None:
         return output
     return output, Selection(indices.view(*batch, *indices.shape[1:]), weights.view(*batch, *weights.shape[1:]))
@@ -165,6 +177,8 @@ def topk_attention(
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     choice = choose_backend(backend, call)
+    if choice.name != "reference":
+        check_no_tangent("topk_attention", choice.name, call.query, call.key, call.value, call.bias, call.relative_bias)
     if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads, or no keys at all: every query returns zeros
         zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
@@ -177,9 +191,9 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
 
                 return cpu.attention(call)
             case "sdpa":
-                from ..backends import sdpa
+                from ..backends import every_key
 
-                return sdpa.attention(call), None, None
+                return every_key.attention(call), None, None
             case "reference":
                 from ..backends import reference
 
@@ -219,6 +233,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
 
 
+def _with_one_batch_axis(tensor: Tensor) -> Tensor:
+    # Even a view that changes nothing takes 3 us.
+    return tensor if tensor.ndim == 4 else tensor.reshape(math.prod(tensor.shape[:-3]), *tensor.shape[-3:])
+
+
 def _show(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
@@ -236,7 +255,10 @@ def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys
         return None
     if isinstance(k, Tensor | np.ndarray):
         k = k.tolist()
-    per_head = list(k) if isinstance(k, list | tuple | range) else [cast(int, k)] * num_heads
+    if not isinstance(k, list | tuple | range):
+        check_k("k", k)
+        return (min(cast(int, k), num_keys),) * num_heads
+    per_head = list(k)
     if len(per_head) != num_heads:
         raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
     for one in per_head:

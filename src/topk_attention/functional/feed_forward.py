@@ -15,6 +15,7 @@ from .checks import (
     check_dropout,
     check_floating,
     check_k,
+    check_no_tangent,
     check_same_dtype_and_device,
     shape_of,
 )
@@ -49,7 +50,8 @@ def topk_feed_forward(
     activation  "relu", "gelu", "gelu_tanh", "silu", "identity" or another name transformers gives to one of them
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises
+                or raises; for k=None "cpu" chunks tokens as "chunked" does: its kernels would save every neuron of
+                every token
     token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
                 (on "cpu" at most 192 a thread, whatever is said here)
 
@@ -57,13 +59,21 @@ def topk_feed_forward(
 
     A plain layer keeps the k largest pre-activations x w_in' + b_in, which for ReLU-like activations are the largest
     activations; a gated one the k largest |activation(gate) * in|. Of tied neurons the one with the lower index is
-    kept. With k >= F this is the ordinary layer. Saved for the backward pass: x, the weights, and for each kept neuron
-    an int32 index and a float pre-activation (two for a gated layer).
+    kept. With k >= F this is the ordinary layer.
+
+    NaN counts as the best neuron of all. A token that holds NaN or inf gets an output that is not finite and spoils no
+    other token's; in the backward pass (not the reference's) it reaches the gradients of the neurons that it keeps and
+    no others. Output weights of a neuron that no token keeps are not read.
+
+    Saved for the backward pass: x, the weights, and for each kept neuron an int32 index and a float pre-activation (two
+    for a gated layer). The gradient itself cannot be differentiated again, and forward-mode derivatives are for
+    backend="reference" alone.
 
     Raises:
         TypeError: k is of the wrong type.
         ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
+        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, for which the backend has no rule.
 
     >>> import torch
     >>> x, w_in, w_out = torch.randn(2, 128, 64), torch.randn(256, 64), torch.randn(64, 256)
@@ -101,6 +111,9 @@ def topk_feed_forward(
 
 def _run(call: FeedForwardCall, backend: str) -> Tensor:
     choice = choose_backend(backend, call)
+    if choice.name != "reference":
+        tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
+        check_no_tangent("topk_feed_forward", choice.name, *tensors)
     with autocast_off(call.x.device.type):
         match choice.name:
             case "cpu":

@@ -314,15 +314,15 @@ def operator_arguments(case, requires_grad, tokens=14):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
 
     x, w_in, w_out = random(tokens, 3), random(40, 3), random(5, 40)
-    w_gate = b_in = b_gate = seed = None
+    w_gate = b_in = b_gate = b_out = seed = None
     if case == "transposed":
         x, w_in, w_out = (y.detach().mT.contiguous().mT.requires_grad_(requires_grad) for y in (x, w_in, w_out))
     if case in ("gated", "all neurons"):
-        w_gate, b_in, b_gate = random(40, 3), random(40), random(40)
+        w_gate, b_in, b_gate, b_out = random(40, 3), random(40), random(40), random(5)
     if case == "dropout":
         seed = torch.tensor(17)
     k = 40 if case == "all neurons" else 9
-    return x, w_in, w_out, w_gate, b_in, b_gate, seed, k, "gelu", 0.3 if seed is not None else 0.0
+    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", 0.3 if seed is not None else 0.0
 
 
 CASES = pytest.mark.parametrize("case", ["plain", "transposed", "gated", "all neurons", "dropout"])
@@ -339,10 +339,10 @@ def test_the_forward_operator_keeps_torchs_rules(case, requires_grad):
 
 @CASES
 def test_the_backward_operator_keeps_torchs_rules(case):
-    *tensors, k, activation, dropout_p = operator_arguments(case, False)
-    output, *selection = cpu_feed_forward.feed_forward_op(*tensors, k, activation, dropout_p, True)
+    *tensors, b_out, seed, k, activation, dropout_p = operator_arguments(case, False)
+    output, *selection = cpu_feed_forward.feed_forward_op(*tensors, b_out, seed, k, activation, dropout_p, True)
     for wanted in ([True, True, True], [False, True, False]):
-        arguments = (torch.randn_like(output), *tensors, *selection, activation, dropout_p, wanted)
+        arguments = (torch.randn_like(output), *tensors, seed, *selection, activation, dropout_p, wanted)
         torch.library.opcheck(cpu_feed_forward.feed_forward_backward_op, arguments)
 
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from topk_attention.experiments.attention_kernel import methods
-from topk_attention.experiments.attention_kernel.methods import check_method, new_inputs, new_operation, why_not
+from topk_attention.experiments.attention_kernel import SUBJECT, methods
+from topk_attention.experiments.attention_kernel.methods import new_inputs, new_operation, why_not
 from topk_attention.experiments.attention_kernel.works import Work
 
 WORK = Work(num_heads=2, length=24, k=5, head_dim=4)
@@ -54,6 +54,6 @@ def test_performer_gets_256_features(monkeypatch):
 
 def test_unknown_methods_and_backends_are_refused():
     with pytest.raises(ValueError, match=r"methods must be topk-BACKEND or among sdpa, .*, got 'flash'"):
-        check_method("flash")
+        SUBJECT.check_method("flash")
     with pytest.raises(ValueError, match="backend must be one of"):
-        check_method("topk-gpu")
+        SUBJECT.check_method("topk-gpu")

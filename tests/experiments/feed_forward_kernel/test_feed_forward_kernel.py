@@ -9,7 +9,7 @@ from topk_attention.experiments.feed_forward_kernel import SUBJECT, make_plan
 from topk_attention.experiments.feed_forward_kernel import check as checking
 from topk_attention.experiments.feed_forward_kernel.check import check
 from topk_attention.experiments.feed_forward_kernel.measure import first_products, measure_memory, time_methods
-from topk_attention.experiments.feed_forward_kernel.methods import Method, check_method, new_inputs, new_method
+from topk_attention.experiments.feed_forward_kernel.methods import Method, new_inputs, new_method
 from topk_attention.experiments.feed_forward_kernel.works import D_FFS, GOALS, PAPER, TABLE, Work
 from topk_attention.experiments.kernel_benchmark import KernelBenchmark, run_and_report, turns
 from topk_attention.experiments.kernel_benchmark.checking import CheckFailedError
@@ -137,7 +137,7 @@ def test_a_plan_that_makes_no_sense_is_refused(choice, words):
 
 def test_unknown_methods_and_works_are_refused():
     with pytest.raises(ValueError, match=r"methods must be topk-BACKEND or among dense, .*, got 'sdpa'"):
-        check_method("sdpa")
+        SUBJECT.check_method("sdpa")
     with pytest.raises(ValueError, match=r"activation must be one of .*, got 'tanh'"):
         replace(WORK, activation="tanh")
     with pytest.raises(ValueError, match="k must be at least 1"):

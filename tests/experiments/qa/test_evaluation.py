@@ -112,14 +112,14 @@ def test_a_calibration_gives_every_head_its_own_k(config, in_this_process, conso
 
 
 def test_a_text_to_text_model_writes_its_answers(reading, in_this_process, console, tmp_path):
-    config = EvaluationConfig([str(reading / "test.jsonl")], model=str(reading / "t5-untrained"), out=tmp_path)
+    config = EvaluationConfig([str(reading / "test.jsonl")], model=str(reading / "small-t5"), out=tmp_path)
     settings = one_at_a_time([2], [8])
     records = run_evaluation(replace(config, settings=settings, limit=5, threads=1), console)
     for record in records:
         assert set(record["scores"]) == {"exact_match", "f1"}
         assert record["protocol"]["reader"] == "text"
     assert records[1]["lengths"]["share_beyond_k"] == 1.0
-    with pytest.raises(ValueError, match="shots must be 0 for t5-untrained, which takes no examples, got 2"):
+    with pytest.raises(ValueError, match="shots must be 0 for small-t5, which takes no examples, got 2"):
         run_evaluation(replace(config, shots=2), console)
 
 

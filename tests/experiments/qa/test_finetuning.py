@@ -15,7 +15,7 @@ from topk_attention.experiments.settings import one_at_a_time
 @pytest.fixture
 def config(reading, tmp_path):
     return FinetuningConfig(
-        model=str(reading / "t5-untrained"),
+        model=str(reading / "small-t5"),
         training=str(reading / "train.jsonl"),
         dataset=str(reading / "test.jsonl"),
         settings=one_at_a_time([2], [8]),
@@ -43,9 +43,13 @@ def test_every_arm_is_trained_on_the_same_questions_scored_and_kept(config, in_t
     assert not list((config.out / "work").iterdir())
     assert run_finetuning(config, console) == records
     assert len(in_this_process) == 3
-    assert sorted(folder.name for folder in config.save.iterdir()) == ["attention-k-2", "feed-forward-k-8", "full"]
+    assert sorted(folder.name for folder in config.save.iterdir()) == [
+        "small-t5-attention-k-2",
+        "small-t5-feed-forward-k-8",
+        "small-t5-full",
+    ]
     # A model that was trained with its k is asked with it.
-    evaluated = EvaluationConfig([str(config.dataset)], model=str(config.save / "attention-k-2"), threads=1)
+    evaluated = EvaluationConfig([str(config.dataset)], model=str(config.save / "small-t5-attention-k-2"), threads=1)
     (record,) = run_evaluation(replace(evaluated, out=config.out), console)
     assert record["scores"] == records[1]["scores"]
 
@@ -115,7 +119,7 @@ def bert(tmp_path, reading):
     """Folder of a random BERT without a span head, with the words of the reading task."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    tokenizer = AutoTokenizer.from_pretrained(reading / "t5-untrained")
+    tokenizer = AutoTokenizer.from_pretrained(reading / "small-t5")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     folder = tmp_path / "bert"
     BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=400, **sizes)).save_pretrained(folder)
@@ -145,7 +149,7 @@ def test_a_span_head_is_trained_on_passages_apart_from_those_it_is_asked_about(
     request = in_this_process[0][1]
     asked, learned = ({q["passage"] for q in request[name]} for name in ("evaluation", "training"))
     assert not asked & learned
-    evaluated = EvaluationConfig([str(path)], model=str(config.save / "full"), threads=1, out=tmp_path / "out")
+    evaluated = EvaluationConfig([str(path)], model=str(config.save / "bert-full"), threads=1, out=tmp_path / "out")
     (record,) = run_evaluation(evaluated, console)
     assert record["protocol"]["reader"] == "spans"
 

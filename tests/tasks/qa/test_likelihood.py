@@ -5,7 +5,7 @@ import torch
 
 from topk_attention import convert
 from topk_attention.tasks.qa import Question
-from topk_attention.tasks.qa.likelihood import choice_log_likelihoods
+from topk_attention.tasks.qa.likelihood import _CALL_TOKENS, choice_log_likelihoods, padded_groups
 from topk_attention.tasks.qa.prompts import Prompt, choice_prompts, share_that_sees_more_keys
 
 VOCABULARY = 40
@@ -85,6 +85,29 @@ def test_a_batch_holds_equal_lengths_and_no_more_than_fits():
         chosen = [prompts()[number] for number in batch]
         assert len({(prompt.prefix, len(prompt.context)) for prompt in chosen}) == 1
         assert len(chosen) == 1 or sum(prompt.num_tokens * len(prompt.choices) for prompt in chosen) <= 60
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [1, 30, 30, 2, 200, 30, 1], [7] * 9, [1, 2, 40, 41, 90], [500, 3, 60]])
+def test_padding_costs_as_little_as_any_other_grouping(lengths):
+    def cost(groups):
+        return sum(_CALL_TOKENS + len(group) * max(lengths[row] for row in group) for group in groups)
+
+    def partitions(rows):
+        if not rows:
+            yield []
+            return
+        first, rest = rows[0], rows[1:]
+        for chosen in range(2 ** len(rest)):
+            group = [first, *(row for place, row in enumerate(rest) if chosen >> place & 1)]
+            for others in partitions([row for row in rest if row not in group]):
+                yield [group, *others]
+
+    groups = padded_groups(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    if len(lengths) < 8:
+        assert cost(groups) == min(map(cost, partitions(list(range(len(lengths))))))
+    else:
+        assert groups == [list(range(9))]
 
 
 class Letters:

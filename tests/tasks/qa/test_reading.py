@@ -131,6 +131,9 @@ def test_an_id_is_read_with_the_datasets_package(monkeypatch):
     some = read_questions("allenai/ai2_arc:ARC-Easy:test")
     assert (some.name, some.questions) == ("allenai/ai2_arc:ARC-Easy:test", (FRUIT,))
     read_questions("google/boolq::validation")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="google/boolq::validation needs the package datasets, which is not installed"):
+        read_questions("google/boolq::validation")
     assert asked == [("allenai/ai2_arc", "ARC-Easy", "test"), ("google/boolq", None, "validation")]
 
 

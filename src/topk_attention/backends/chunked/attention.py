@@ -13,6 +13,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
+from ..gradients import differentiate_attention, save_attention
 from . import full_attention
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
@@ -37,8 +38,7 @@ from .tiles import (
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
     num_keys = call.key.shape[2]
-    keeps_every_key = call.head_k is None or all(k >= num_keys for k in call.head_k)
-    if keeps_every_key and not call.return_selection:
+    if call.keeps_every_key() and not call.return_selection:
         return full_attention.full_attention(call), None, None
     head_k = call.head_k or (num_keys,) * call.query.shape[1]
     value = call.value
@@ -121,7 +121,7 @@ def topk_attention_op(
             weights = chosen.weights
             if seed is not None:
                 rows = row_numbers(step, num_heads, num_queries, query.device)
-                weights = _drop(weights, seed, rows, chosen.indices, dropout_p)
+                weights = _drop(weights, _survivors(seed, rows, chosen.indices, dropout_p), dropout_p)
             result = weighted_sum_of_rows(value_table, _table_indices(chosen.indices, step, inputs.num_keys), weights)
             if chosen.row_is_empty is not None:
                 result.masked_fill_(chosen.row_is_empty, 0)
@@ -154,22 +154,29 @@ def topk_attention_backward_op(
     head_k: Sequence[int],
     scale: float,
     dropout_p: float,
+    query_wanted: bool,
+    key_wanted: bool,
+    value_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, bias and relative_bias.
 
-    An empty shape stands for a bias that needs no gradient; its place holds an empty tensor. The gradients of the
-    biases come in the accumulation dtype.
+    Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors. The gradients
+    of the biases come in the accumulation dtype.
     """
     batch, num_heads, num_queries, _ = query.shape
     num_key_heads, num_keys = key.shape[1:3]
     dtype = weights.dtype
     tables = Tables(key, value, dtype)
-    grad_query = torch.zeros_like(query)
-    grad_key, grad_value = torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
+    grad_query = torch.zeros_like(query) if query_wanted else query.new_empty(0)
+    grad_key, grad_value = (
+        torch.zeros_like(x, dtype=dtype) if is_wanted else x.new_empty(0, dtype=dtype)
+        for x, is_wanted in ((key, key_wanted), (value, value_wanted))
+    )
     grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
     grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
+    needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
     for group in head_groups(head_k, batch, num_key_heads, num_queries) if grad_output.numel() > 0 else ():
         rows_per_step = backward_rows(num_keys, group.k)
         query_chunk = max(1, min(rows_per_step // group.queries_per_key_head, num_queries))
@@ -188,12 +195,18 @@ def topk_attention_backward_op(
                 rows_query = rows_query.masked_fill(row_is_empty, 0)
                 rows_grad = rows_grad.masked_fill(row_is_empty, 0)
 
-            p_dropped = p
-            grad_p = dot_with_rows(rows_grad, value_table, in_table)
+            survivors = None
             if seed is not None:
-                rows = row_numbers(step, num_heads, num_queries, query.device)
-                p_dropped = _drop(p, seed, rows, entries, dropout_p)
-                grad_p = _drop(grad_p, seed, rows, entries, dropout_p)
+                survivors = _survivors(
+                    seed, row_numbers(step, num_heads, num_queries, query.device), entries, dropout_p
+                )
+            by_key = transpose_selection(in_table, key_table.shape[0]) if key_wanted or value_wanted else None
+            if value_wanted and by_key is not None:
+                part = part_of_heads(grad_value, step)
+                part += weighted_sum_by_target(by_key, rows_grad, _drop(p, survivors, dropout_p)).view(part.shape)
+            if not needs_grad_scores:
+                continue
+            grad_p = _drop(dot_with_rows(rows_grad, value_table, in_table), survivors, dropout_p)
             # d softmax: p * (dp - sum_j p_j dp_j)
             grad_scores = p * grad_p
             if empty_slots is not None:
@@ -204,74 +217,33 @@ def topk_attention_backward_op(
 
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores, entries, step, num_queries, num_keys)
             grad_scores *= scale
-            rows_grad_query = weighted_sum_of_rows(key_table, in_table, grad_scores)
-            if empty_slots is not None:
-                rows_grad_query.masked_fill_(row_is_empty, 0)
-            write_rows(grad_query, step, rows_grad_query)
-            by_key = transpose_selection(in_table, key_table.shape[0])
-            for grad, rows, coefficients in ((grad_key, rows_query, grad_scores), (grad_value, rows_grad, p_dropped)):
-                part = part_of_heads(grad, step)
-                part += weighted_sum_by_target(by_key, rows, coefficients).view(part.shape)
+            if query_wanted:
+                rows_grad_query = weighted_sum_of_rows(key_table, in_table, grad_scores)
+                if empty_slots is not None:
+                    rows_grad_query.masked_fill_(row_is_empty, 0)
+                write_rows(grad_query, step, rows_grad_query)
+            if key_wanted and by_key is not None:
+                part = part_of_heads(grad_key, step)
+                part += weighted_sum_by_target(by_key, rows_query, grad_scores).view(part.shape)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
 
 
 @topk_attention_backward_op.register_fake
-def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, bias_shape, relative_shape):
+def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
+    *are_wanted, bias_shape, relative_shape = wanted
     return (
-        torch.empty_like(query),
-        torch.empty_like(key),
-        torch.empty_like(value),
+        *(
+            torch.empty_like(x) if is_wanted else x.new_empty(0)
+            for x, is_wanted in zip((query, key, value), are_wanted, strict=True)
+        ),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
         query.new_empty(relative_shape or (0,), dtype=weights.dtype),
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, _, bias, relative_bias, seed, head_k, _, scale, dropout_p, _, save_selection = inputs
-    _, indices, weights = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, weights)
-    ctx.save_for_backward(query, key, value, seed, indices, weights)
-    ctx.head_k, ctx.scale, ctx.dropout_p, ctx.has_selection = head_k, scale, dropout_p, save_selection
-    # Shapes alone: the biases themselves are not needed again.
-    ctx.bias, ctx.relative_bias = (
-        (tuple(x.shape), x.dtype) if x is not None and x.requires_grad else ((), None) for x in (bias, relative_bias)
-    )
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 13
-    if not ctx.has_selection:
-        raise RuntimeError("chunked_topk_attention needs save_selection=True for a backward pass")
-    query, key, value, seed, indices, weights = ctx.saved_tensors
-    (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
-    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = topk_attention_backward_op(
-        grad_output,
-        query,
-        key,
-        value,
-        seed,
-        indices,
-        weights,
-        ctx.head_k,
-        ctx.scale,
-        ctx.dropout_p,
-        bias_shape,
-        relative_shape,
-    )
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        None,
-        grad_bias.to(bias_dtype) if bias_dtype else None,
-        grad_relative_bias.to(relative_dtype) if relative_dtype else None,
-        *(None,) * 7,
-    )
-
-
-topk_attention_op.register_autograd(_backward, setup_context=_setup_context)
+topk_attention_op.register_autograd(
+    differentiate_attention("chunked_topk_attention", topk_attention_backward_op), setup_context=save_attention
+)
 
 
 class _Chosen(NamedTuple):
@@ -319,9 +291,12 @@ def _stand_ins(indices: Tensor, empty_slots: Tensor) -> Tensor:
     return torch.where(empty_slots, indices[:, :1].masked_fill(empty_slots[:, :1], 0), indices)
 
 
-def _drop(weights: Tensor, seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) -> Tensor:
-    kept = keep_mask(seed, rows.unsqueeze(1), indices.long(), dropout_p)
-    return weights * kept / (1 - dropout_p)  # a product, so that NaN stays NaN
+def _survivors(seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) -> Tensor:
+    return keep_mask(seed, rows.unsqueeze(1), indices.long(), dropout_p)
+
+
+def _drop(weights: Tensor, survivors: Tensor | None, dropout_p: float) -> Tensor:
+    return weights if survivors is None else weights * survivors / (1 - dropout_p)  # a product, so that NaN stays NaN
 
 
 def _entries_of_step(selection: Tensor, group: HeadGroup, step: Step, batch: int, num_queries: int) -> Tensor:

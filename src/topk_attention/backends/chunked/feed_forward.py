@@ -5,7 +5,8 @@ Source: Gupta et al. 2021, section 2, "feed-forward as attention".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from ..activations import activate, activate_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
-from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
+from ..gradients import differentiate_feed_forward, empty_feed_forward_gradients, save_feed_forward
+from .rows import Transposed, dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .selection import select_topk
 from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split
 
@@ -32,8 +34,8 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     """Returns [T, O]."""
     tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    output, *_ = feed_forward_op(
-        *tensors[:-1],
+    output, _, _, _ = feed_forward_op(
+        *tensors,
         call.seed,
         min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
         call.activation,
@@ -41,7 +43,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
         call.token_chunk_size,
         needs_gradient,
     )
-    return output if call.b_out is None else output + call.b_out
+    return output
 
 
 @torch.library.custom_op("topk_attention::chunked_feed_forward", mutates_args=())
@@ -53,6 +55,7 @@ def feed_forward_op(
     w_gate: Tensor | None,
     b_in: Tensor | None,
     b_gate: Tensor | None,
+    b_out: Tensor | None,
     seed: Tensor | None,
     k: int,
     activation: str,
@@ -60,8 +63,8 @@ def feed_forward_op(
     token_chunk_size: int | None,
     save_selection: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns output [T, O] without b_out and the selection: neurons int32 [T, k], their pre-activations [T, k] and
-    their gate pre-activations [T, k].
+    """Returns output [T, O] and the selection: neurons int32 [T, k], their pre-activations [T, k] and their gate
+    pre-activations [T, k].
 
     The selection is empty unless asked for, and always where k keeps every neuron: then the backward pass computes
     the pre-activations again.
@@ -88,15 +91,13 @@ def feed_forward_op(
         hidden = layer.hidden(values, gates, activation)
         if seed is not None:
             hidden = hidden * _dropout_factor(seed, tokens, neurons, dropout_p, hidden)
-        if neurons is None:
-            output[part] = hidden @ layer.w_out_t
-        else:
-            output[part] = weighted_sum_of_rows(layer.w_out_t, neurons, hidden)
+        sums = hidden @ layer.w_out_t if neurons is None else weighted_sum_of_rows(layer.w_out_t, neurons, hidden)
+        output[part] = sums if b_out is None else sums.add_(b_out)
     return output, saved_neurons, saved_values, saved_gates
 
 
 @feed_forward_op.register_fake
-def _(x, w_in, w_out, w_gate, b_in, b_gate, seed, k, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     save_selection = options[-1]
     num_saved = x.shape[0] if save_selection and k < w_in.shape[0] else 0
     dtype = accumulation_dtype(x.dtype)
@@ -122,18 +123,23 @@ def feed_forward_backward_op(
     neurons: Tensor,
     values: Tensor,
     gates: Tensor,
-    k: int,
     activation: str,
     dropout_p: float,
     token_chunk_size: int | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones."""
+    """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones and for
+    weights (not biases) that are not `wanted`, in the order w_in, w_out, w_gate."""
     layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
     num_tokens, num_neurons = x.shape[0], w_in.shape[0]
+    k = neurons.shape[1]
     keeps_every_neuron = k == num_neurons
+    w_in_wanted, w_out_wanted, w_gate_wanted = wanted
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    grad_w_in, grad_w_out_t = torch.zeros_like(layer.w_in), torch.zeros_like(layer.w_out_t)
-    grad_w_gate = torch.zeros_like(layer.w_gate) if layer.w_gate is not None else x.new_zeros(0, dtype=layer.dtype)
+    grad_w_in, grad_w_out_t, grad_w_gate = (
+        x.new_zeros(w.shape if w is not None and is_wanted else 0, dtype=layer.dtype)
+        for w, is_wanted in ((layer.w_in, w_in_wanted), (layer.w_out_t, w_out_wanted), (layer.w_gate, w_gate_wanted))
+    )
     grad_b_in, grad_b_gate = (
         x.new_zeros(num_neurons if b is not None else 0, dtype=layer.dtype) for b in (b_in, b_gate)
     )
@@ -162,14 +168,17 @@ def feed_forward_backward_op(
 
         sums: _DenseSums | _SparseSums = _DenseSums() if kept is None else _SparseSums(kept, num_neurons)
         rows_grad_x = sums.over_neurons(layer.w_in, grad_value)
-        grad_w_in += sums.over_tokens(rows_x, grad_value)
-        grad_w_out_t += sums.over_tokens(rows_grad, hidden)
+        if w_in_wanted:
+            grad_w_in += sums.over_tokens(rows_x, grad_value)
+        if w_out_wanted:
+            grad_w_out_t += sums.over_tokens(rows_grad, hidden)
         if b_in is not None:
             sums.add_per_neuron(grad_b_in, grad_value)
         if grad_gate is not None:
             assert layer.w_gate is not None
             rows_grad_x = rows_grad_x + sums.over_neurons(layer.w_gate, grad_gate)
-            grad_w_gate += sums.over_tokens(rows_x, grad_gate)
+            if w_gate_wanted:
+                grad_w_gate += sums.over_tokens(rows_x, grad_gate)
             if b_gate is not None:
                 sums.add_per_neuron(grad_b_gate, grad_gate)
         grad_x[part] = rows_grad_x
@@ -185,48 +194,13 @@ def feed_forward_backward_op(
 
 
 @feed_forward_backward_op.register_fake
-def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(w_in.shape),
-        x.new_empty(w_out.shape[::-1]),
-        x.new_empty(w_gate.shape if w_gate is not None else 0),
-        x.new_empty(b_in.shape if b_in is not None else 0),
-        x.new_empty(b_gate.shape if b_gate is not None else 0),
-    )
+def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tensor, ...]:
+    return empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1])
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, k, activation, dropout_p, token_chunk_size, save_selection = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = (k, activation, dropout_p, token_chunk_size)
-    ctx.has_selection = save_selection
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 12
-    if not ctx.has_selection:
-        raise RuntimeError("chunked_feed_forward needs save_selection=True for a backward pass")
-    saved = ctx.saved_tensors  # once: under activation checkpointing each read computes them anew
-    _, _, _, w_gate, b_in, b_gate, *_ = saved
-    grad_x, grad_w_in, grad_w_out_t, grad_w_gate, grad_b_in, grad_b_gate = feed_forward_backward_op(
-        grad_output, *saved, *ctx.options
-    )
-    return (
-        grad_x,
-        grad_w_in,
-        grad_w_out_t.t(),
-        grad_w_gate if w_gate is not None else None,
-        grad_b_in if b_in is not None else None,
-        grad_b_gate if b_gate is not None else None,
-        *(None,) * 6,
-    )
-
-
-feed_forward_op.register_autograd(_backward, setup_context=_setup_context)
+feed_forward_op.register_autograd(
+    differentiate_feed_forward("chunked_feed_forward", feed_forward_backward_op), setup_context=save_feed_forward
+)
 
 
 class _Layer(NamedTuple):
@@ -287,13 +261,17 @@ class _SparseSums:
 
     def __init__(self, neurons: Tensor, num_neurons: int) -> None:
         self.neurons = neurons
-        self.by_neuron = transpose_selection(neurons, num_neurons)
+        self._num_neurons = num_neurons
+
+    @functools.cached_property
+    def _by_neuron(self) -> Transposed:  # where all weights are frozen nobody asks for it
+        return transpose_selection(self.neurons, self._num_neurons)
 
     def over_neurons(self, weights: Tensor, coefficients: Tensor) -> Tensor:
         return weighted_sum_of_rows(weights, self.neurons, coefficients)
 
     def over_tokens(self, rows: Tensor, coefficients: Tensor) -> Tensor:
-        return weighted_sum_by_target(self.by_neuron, rows, coefficients)
+        return weighted_sum_by_target(self._by_neuron, rows, coefficients)
 
     def add_per_neuron(self, into: Tensor, coefficients: Tensor) -> None:
         into.scatter_add_(0, self.neurons.flatten().long(), coefficients.flatten())

@@ -116,21 +116,32 @@ def full_attention_backward_op(
     scale: float,
     dropout_p: float,
     query_chunk_size: int | None,
+    query_wanted: bool,
+    key_wanted: bool,
+    value_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, bias and relative_bias; an empty shape stands for no gradient."""
+    """Returns the gradients of query, key, value, bias and relative_bias.
+
+    Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors.
+    """
     _, num_heads, num_queries, _ = query.shape
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
-    grad_query = torch.zeros_like(query)
-    grad_key, grad_value = torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
+    grad_query = torch.zeros_like(query) if query_wanted else query.new_empty(0)
+    grad_key, grad_value = (
+        torch.zeros_like(x, dtype=dtype) if is_wanted else x.new_empty(0, dtype=dtype)
+        for x, is_wanted in ((key, key_wanted), (value, value_wanted))
+    )
     grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
     grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
+    needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
     for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
         key_table, value_table = (_finite_values(table)[0] for table in tables.of(step))
-        step_grad_key, step_grad_value = part_of_heads(grad_key, step), part_of_heads(grad_value, step)
+        step_grad_key = part_of_heads(grad_key, step) if key_wanted else None
+        step_grad_value = part_of_heads(grad_value, step) if value_wanted else None
         shape = query_part.shape[:2]
         rows_grad = rows_of(grad_output, step).to(dtype)
         # sum_j p_j dp_j is output . grad_output, also under dropout (Dao et al. 2022, FlashAttention, appendix B).
@@ -150,31 +161,39 @@ def full_attention_backward_op(
             p.sub_(log_sum).exp_()
             if hidden is not None:  # not even a row that is NaN reaches keys that it does not see
                 p.masked_fill_(hidden, 0)
-            grad_p = rows_grad @ block_of(value_table, step, keys).mT
-            p_dropped = p
+            factor = None
             if seed is not None:
                 factor = _dropout_factor(seed, step, keys, num_heads, num_queries, dropout_p, p)
-                p_dropped = p * factor
+            if step_grad_value is not None:
+                p_dropped = p if factor is None else p * factor
+                _add_to_block(step_grad_value, keys, p_dropped.mT @ rows_grad)
+            if not needs_grad_scores:
+                continue
+            grad_p = rows_grad @ block_of(value_table, step, keys).mT
+            if factor is not None:
                 grad_p *= factor
-            _add_to_block(step_grad_value, keys, p_dropped.mT @ rows_grad)
             grad_scores = grad_p.sub_(mean_grad).mul_(p)
             if hidden is not None:
                 grad_scores.masked_fill_(hidden, 0)
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores.view(tile.shape), step, keys, num_queries)
             grad_scores *= scale
-            rows_grad_query.baddbmm_(grad_scores, block_of(key_table, step, keys))
-            _add_to_block(step_grad_key, keys, grad_scores.mT @ rows_query)
-        write_rows(grad_query, step, rows_grad_query)
+            if query_wanted:
+                rows_grad_query.baddbmm_(grad_scores, block_of(key_table, step, keys))
+            if step_grad_key is not None:
+                _add_to_block(step_grad_key, keys, grad_scores.mT @ rows_query)
+        if query_wanted:
+            write_rows(grad_query, step, rows_grad_query)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
 
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, query, key, value, *options):
-    bias_shape, relative_shape = options[-2:]
+    *wanted, bias_shape, relative_shape = options[-5:]
     return (
-        torch.empty_like(query),
-        torch.empty_like(key),
-        torch.empty_like(value),
+        *(
+            torch.empty_like(x) if is_wanted else x.new_empty(0)
+            for x, is_wanted in zip((query, key, value), wanted, strict=True)
+        ),
         query.new_empty(bias_shape or (0,), dtype=log_sums.dtype),
         query.new_empty(relative_shape or (0,), dtype=log_sums.dtype),
     )
@@ -196,13 +215,12 @@ def _backward(ctx, grad_output, *_):
     bias_shape, relative_shape = (
         tuple(x.shape) if x is not None and x.requires_grad else () for x in (bias, relative_bias)
     )
-    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = full_attention_backward_op(
-        grad_output, output, log_sums, *tensors, *ctx.options, bias_shape, relative_shape
+    wanted = ctx.needs_input_grad[:3]
+    *gradients, grad_bias, grad_relative_bias = full_attention_backward_op(
+        grad_output, output, log_sums, *tensors, *ctx.options, *wanted, bias_shape, relative_shape
     )
     return (
-        grad_query,
-        grad_key,
-        grad_value,
+        *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)),
         None,
         grad_bias.to(bias.dtype) if bias_shape else None,
         grad_relative_bias.to(relative_bias.dtype) if relative_shape else None,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import AttentionCall, accumulation_dtype, empty_output
+from ..gradients import differentiate_attention, save_attention
 
 _FORWARD = "topk_attention::cpu_attention_forward"
 _BACKWARD = "topk_attention::cpu_attention_backward"
@@ -20,7 +21,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights.
 
     For each query and head the kernels hold k entries of 8 bytes for the backward pass, also where k is the number of
-    keys.
+    keys. Calls with k=None do not come here unless they ask for the selection.
     """
     num_keys = call.key.shape[2]
     head_k = call.head_k or (num_keys,) * call.query.shape[1]
@@ -76,58 +77,14 @@ def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, bias_shape, relative_shape):
+def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
+    query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = wanted
     return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape, dtype=weights.dtype),
-        value.new_empty(value.shape, dtype=weights.dtype),
+        query.new_empty(query.shape if query_wanted else (0,)),
+        key.new_empty(key.shape if key_wanted else (0,), dtype=weights.dtype),
+        value.new_empty(value.shape if value_wanted else (0,), dtype=weights.dtype),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
         query.new_empty(relative_shape or (0,), dtype=torch.float64),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, _, bias, relative_bias, seed, head_k, _, scale, dropout_p, save_selection = inputs
-    _, indices, weights = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, weights)
-    ctx.save_for_backward(query, key, value, seed, indices, weights)
-    ctx.head_k, ctx.scale, ctx.dropout_p, ctx.has_selection = head_k, scale, dropout_p, save_selection
-    # Shapes alone: the biases themselves are not needed again.
-    ctx.bias, ctx.relative_bias = (
-        (tuple(x.shape), x.dtype) if x is not None and x.requires_grad else ((), None) for x in (bias, relative_bias)
-    )
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 12
-    if not ctx.has_selection:
-        raise RuntimeError("cpu_attention_forward needs save_selection=True for a backward pass")
-    query, key, value, seed, indices, weights = ctx.saved_tensors
-    (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
-    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = backward_op(
-        grad_output,
-        query,
-        key,
-        value,
-        seed,
-        indices,
-        weights,
-        ctx.head_k,
-        ctx.scale,
-        ctx.dropout_p,
-        bias_shape,
-        relative_shape,
-    )
-    return (
-        grad_query,
-        grad_key.to(key.dtype),
-        grad_value.to(value.dtype),
-        None,
-        grad_bias.to(bias_dtype) if bias_dtype else None,
-        grad_relative_bias.to(relative_dtype) if relative_dtype else None,
-        *(None,) * 6,
     )
 
 
@@ -135,6 +92,8 @@ def _refuse_second_derivatives(ctx, *_):
     raise RuntimeError("the backward pass of topk_attention cannot be differentiated again")
 
 
-torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    _FORWARD, differentiate_attention("cpu_attention_forward", backward_op), setup_context=save_attention
+)
 # Without this torch would warn and take the gradients for constants.
 torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)

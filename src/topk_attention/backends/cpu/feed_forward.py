@@ -14,6 +14,7 @@ from ..activations import activate, activate_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
+from ..gradients import differentiate_feed_forward, empty_feed_forward_gradients, save_feed_forward
 from . import library  # noqa: F401  loads the kernels
 
 _kernels = torch.ops.topk_attention
@@ -53,15 +54,15 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     # Without gradients and outside of compiled code the operator's wrapping does nothing but cost 60 us.
     run = feed_forward_op if needs_gradient or torch.compiler.is_compiling() else _feed_forward
-    output, *_ = run(
-        *tensors[:-1],
+    output, _, _, _ = run(
+        *tensors,
         call.seed,
         min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
         call.activation,
         call.dropout_p,
         needs_gradient,
     )
-    return output if call.b_out is None else output + call.b_out
+    return output
 
 
 @without_autocast
@@ -72,14 +73,15 @@ def _feed_forward(
     w_gate: Tensor | None,
     b_in: Tensor | None,
     b_gate: Tensor | None,
+    b_out: Tensor | None,
     seed: Tensor | None,
     k: int,
     activation: str,
     dropout_p: float,
     save_selection: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns output [T, O] without b_out and, if asked for, the selection: neurons int32 [T, k], their
-    pre-activations [T, k] and their gate pre-activations [T, k]."""
+    """Returns output [T, O] and, if asked for, the selection: neurons int32 [T, k], their pre-activations [T, k] and
+    their gate pre-activations [T, k]."""
     dtype = accumulation_dtype(x.dtype)
     neurons, values, gates = _kernels.cpu_choose_neurons(
         _whole_rows(x),
@@ -96,7 +98,8 @@ def _feed_forward(
         hidden = _hidden(values[part], None if w_gate is None else gates[part], activation)
         if seed is not None:
             hidden *= _dropout_factor(seed, first, neurons[part], dropout_p, dtype)
-        output[part] = _kernels.cpu_sum_neurons(w_out_t, neurons[part], hidden)
+        sums = _kernels.cpu_sum_neurons(w_out_t, neurons[part], hidden)
+        output[part] = sums if b_out is None else sums.add_(b_out)
     if save_selection:
         return output, neurons, values, gates
     return output, neurons[:0].clone(), values[:0].clone(), gates[:0].clone()
@@ -106,7 +109,7 @@ feed_forward_op = torch.library.custom_op("topk_attention::cpu_feed_forward", _f
 
 
 @feed_forward_op.register_fake
-def _(x, w_in, w_out, w_gate, b_in, b_gate, seed, k, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_saved = x.shape[0] if options[-1] else 0
     dtype = accumulation_dtype(x.dtype)
     return (
@@ -177,51 +180,13 @@ def feed_forward_backward_op(
 
 
 @feed_forward_backward_op.register_fake
-def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options):
-    w_in_wanted, w_out_wanted, w_gate_wanted = options[-1]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(w_in.shape if w_in_wanted else 0),
-        x.new_empty(w_out.shape[::-1] if w_out_wanted else 0),
-        x.new_empty(w_gate.shape if w_gate is not None and w_gate_wanted else 0),
-        x.new_empty(b_in.shape if b_in is not None else 0),
-        x.new_empty(b_gate.shape if b_gate is not None else 0),
-    )
+def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tensor, ...]:
+    return empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1])
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, _, activation, dropout_p, save_selection = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = (activation, dropout_p)
-    ctx.has_selection = save_selection
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 11
-    if not ctx.has_selection:
-        raise RuntimeError("cpu_feed_forward needs save_selection=True for a backward pass")
-    saved = ctx.saved_tensors  # once: under activation checkpointing each read computes them anew
-    _, _, _, w_gate, b_in, b_gate, *_ = saved
-    # Frozen weights, as under LoRA, get no [F, D] gradient that would be thrown away.
-    wanted = list(ctx.needs_input_grad[1:4])
-    grad_x, grad_w_in, grad_w_out_t, grad_w_gate, grad_b_in, grad_b_gate = feed_forward_backward_op(
-        grad_output, *saved, *ctx.options, wanted
-    )
-    return (
-        grad_x,
-        grad_w_in if wanted[0] else None,
-        grad_w_out_t.t() if wanted[1] else None,
-        grad_w_gate if w_gate is not None and wanted[2] else None,
-        grad_b_in if b_in is not None else None,
-        grad_b_gate if b_gate is not None else None,
-        *(None,) * 5,
-    )
-
-
-feed_forward_op.register_autograd(_backward, setup_context=_setup_context)
+feed_forward_op.register_autograd(
+    differentiate_feed_forward("cpu_feed_forward", feed_forward_backward_op), setup_context=save_feed_forward
+)
 
 
 def _token_chunks(num_tokens: int, k: int) -> Iterator[tuple[int, slice]]:

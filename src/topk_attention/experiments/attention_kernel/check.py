@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernel_benchmark.checking import NEAR_TIE, largest_error, output_and_gradients
-from .methods import kept_keys, new_inputs, new_operation, run_topk
+from ..kernel_benchmark.methods import kept
+from .methods import new_inputs, new_operation, run_topk
 from .works import Work
 
 _NAMES = ("query", "key", "value", "bias")
@@ -41,7 +42,7 @@ def check(method: str, work: Work, seed: int = 0) -> float | None:
     torch.manual_seed(seed)
     inputs = new_inputs(small)
     exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-    k = kept_keys(method, small)
+    k = kept(method, small.k)
     output_gradient = torch.randn(exact[0].shape, dtype=torch.float64) * _is_clear(small, exact, k)
     torch.manual_seed(seed)
     truth = output_and_gradients(run_topk(small, k, "reference", *exact), exact, _NAMES, output_gradient)

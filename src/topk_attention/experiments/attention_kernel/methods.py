@@ -11,42 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import choose_backend
 from ...functional import RelativeBias, topk_attention
+from ..kernel_benchmark.methods import TOPK
 from .works import Work
 
 # query, key, value [1, H, L, D] and, with a learned bias, its table [H, 2 L - 1] -> output [1, H, L, D]
 Operation = Callable[..., Tensor]
 
 RIVALS = ("sdpa", "topk-chunked", "query-chunks", "performer")
-_TOPK = "topk-"
 _PERFORMER_FEATURES = 256
-
-
-def topk_method(backend: str) -> str:
-    """The method that is top-k attention on this backend.
-
-    >>> topk_method("chunked")
-    'topk-chunked'
-    """
-    return _TOPK + choose_backend(backend).name
-
-
-def kept_keys(method: str, work: Work) -> int | None:
-    """k for top-k attention, None for methods that use every key."""
-    return work.k if method.startswith(_TOPK) else None
-
-
-def check_method(method: str) -> None:
-    """
-    Raises:
-        ValueError: there is no such method.
-        RuntimeError: its backend cannot run here.
-    """
-    if method.startswith(_TOPK):
-        choose_backend(method.removeprefix(_TOPK))
-    elif method not in RIVALS:
-        raise ValueError(f"methods must be topk-BACKEND or among {', '.join(RIVALS)}, got {method!r}")
 
 
 def why_not(method: str, work: Work) -> str | None:
@@ -73,7 +46,7 @@ def new_operation(method: str, work: Work) -> Operation:
             return _fast_attention_class()(work.head_dim, nb_features=_PERFORMER_FEATURES)
         case "query-chunks":
             return functools.partial(run_topk, work, None, "chunked")
-    return functools.partial(run_topk, work, work.k, method.removeprefix(_TOPK))
+    return functools.partial(run_topk, work, work.k, method.removeprefix(TOPK))
 
 
 def new_inputs(work: Work) -> tuple[Tensor, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..kernel_benchmark.benchmark import Result
+from ..kernel_benchmark.methods import check_method, kept
 from ..kernel_benchmark.subject import Subject
 from . import measure
-from .methods import check_method, kept_keys, why_not
+from .methods import RIVALS, why_not
 from .works import GOALS, Work
 
 
@@ -30,9 +31,9 @@ def _title(work: Work, swept: str) -> str:
 SUBJECT = Subject(
     schema="topk_attention/attention-kernel/2",
     measure=measure.__name__,
-    check_method=check_method,
+    check_method=lambda method: check_method(method, RIVALS),
     why_not=why_not,
-    keeps_all=lambda method, work: kept_keys(method, work) is None,
+    keeps_all=lambda method, work: kept(method, work.k) is None,
     size=("length", 2.0),
     rival=("sdpa", "PyTorch's scaled_dot_product_attention"),
     goals=GOALS,

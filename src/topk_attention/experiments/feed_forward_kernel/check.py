@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...backends.activations import activate
 from ..kernel_benchmark.checking import NEAR_TIE, largest_error, output_and_gradients
-from .methods import NAMES, kept_neurons, new_inputs, new_method, run_topk
+from ..kernel_benchmark.methods import kept
+from .methods import NAMES, new_inputs, new_method, run_topk
 from .works import Work
 
 # Odd, so that kernels meet full blocks and leftovers, and k a sixth of the neurons.
@@ -40,7 +41,7 @@ def check(method: str, work: Work, seed: int = 0) -> float:
     torch.manual_seed(seed)
     inputs = new_inputs(small)
     exact = tuple(tensor.double().requires_grad_() for tensor in inputs)
-    k = kept_neurons(method, small)
+    k = kept(method, small.k)
     output_gradient = torch.randn(inputs[0].shape, dtype=torch.float64) * _is_clear(small, exact, k)
     truth = output_and_gradients(run_topk(small, k, "reference", *exact), exact, NAMES, output_gradient)
     candidate = new_method(method, small)

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import choose_backend
 from ...backends.activations import activate
 from ...functional import topk_feed_forward
+from ..kernel_benchmark.methods import TOPK
 from ..kernel_benchmark.turns import Operation
 from .works import Work
 
 RIVALS = ("dense", "topk-chunked", "token-chunks")
 NAMES = ("x", "w_in", "w_out", "w_gate")
-_TOPK = "topk-"
 
 
 class Method(NamedTuple):
@@ -34,32 +33,6 @@ class Method(NamedTuple):
         return tuple(tensor.detach().requires_grad_() for tensor in (x, w_in, w_out, *w_gate))
 
 
-def topk_method(backend: str) -> str:
-    """The method that is top-k on this backend.
-
-    >>> topk_method("chunked")
-    'topk-chunked'
-    """
-    return _TOPK + choose_backend(backend).name
-
-
-def kept_neurons(method: str, work: Work) -> int | None:
-    """k for top-k, None for methods that use every neuron."""
-    return work.k if method.startswith(_TOPK) else None
-
-
-def check_method(method: str) -> None:
-    """
-    Raises:
-        ValueError: there is no such method.
-        RuntimeError: its backend cannot run here.
-    """
-    if method.startswith(_TOPK):
-        choose_backend(method.removeprefix(_TOPK))
-    elif method not in RIVALS:
-        raise ValueError(f"methods must be topk-BACKEND or among {', '.join(RIVALS)}, got {method!r}")
-
-
 def new_method(method: str, work: Work) -> Method:
     """The method, ready for its stored tensors."""
     match method:
@@ -67,7 +40,7 @@ def new_method(method: str, work: Work) -> Method:
             return Method(functools.partial(_dense, work), by_neuron=False)
         case "token-chunks":
             return Method(functools.partial(run_topk, work, None, "chunked"), by_neuron=False)
-    backend = method.removeprefix(_TOPK)
+    backend = method.removeprefix(TOPK)
     return Method(functools.partial(run_topk, work, work.k, backend), by_neuron=True)
 
 

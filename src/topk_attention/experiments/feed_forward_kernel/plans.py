@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .methods import RIVALS, topk_method
+from ..kernel_benchmark.methods import topk_method
+from .methods import RIVALS
 from .works import D_FFS, SWEEP, TABLE, Work
 
 Plan = dict[Work, tuple[str, ...]]

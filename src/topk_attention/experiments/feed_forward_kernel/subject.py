@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..kernel_benchmark.benchmark import Result
+from ..kernel_benchmark.methods import check_method, kept
 from ..kernel_benchmark.subject import Subject
 from . import measure
-from .methods import check_method, kept_neurons
+from .methods import RIVALS
 from .works import GOALS, PAPER, Work
 
 # Less is a matter of whole pages and of what the C library keeps.
@@ -39,9 +40,9 @@ def _title(work: Work, swept: str) -> str:
 SUBJECT = Subject(
     schema="topk_attention/feed-forward-kernel/1",
     measure=measure.__name__,
-    check_method=check_method,
+    check_method=lambda method: check_method(method, RIVALS),
     why_not=lambda method, work: None,
-    keeps_all=lambda method, work: kept_neurons(method, work) is None,
+    keeps_all=lambda method, work: kept(method, work.k) is None,
     size=("d_ff", 1.0),
     rival=("dense", "the dense layer of plain F.linear"),
     goals=GOALS,

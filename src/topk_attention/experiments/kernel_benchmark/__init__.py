@@ -1,6 +1,7 @@
 """What benchmarks of one operation share: tensors in, output and gradients out, against rivals.
 
 subject.py    what such a benchmark is about
+methods.py    their names, and which there are
 benchmark.py  which points are missing, and their records
 turns.py      time, method by method in alternation
 checking.py   whether results are the truth, but for rounding

@@ -105,7 +105,7 @@ def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
     for number, setting in enumerate(config.settings, 1):
         told = f"[{number}/{len(config.settings)}] {evaluation.name}, {setting}"
         wanted = _new_record(config, source, name, training, evaluation, setting, here)
-        record, folder = find_record(before, wanted), _folder(config, setting)
+        record, folder = find_record(before, wanted), _folder(config, source, setting)
         if record is None or (folder is not None and not folder.exists()):
             record = wanted | _train(config, source, setting, wanted, training, evaluation, console, told)
             append_json_line(lines, record)
@@ -250,7 +250,7 @@ def _train(
     checkpoint = _checkpoint(config, record)
     if config.fresh:
         checkpoint.unlink(missing_ok=True)
-    folder = _folder(config, setting)
+    folder = _folder(config, source, setting)
     request = {
         "reader": record["protocol"]["reader"],
         "model": vars(source),
@@ -285,8 +285,9 @@ def _checkpoint(config: FinetuningConfig, record: Json) -> Path:
     return config.out / "work" / f"{key_of(record)}.pt"
 
 
-def _folder(config: FinetuningConfig, setting: Setting) -> Path | None:
-    """Where an arm's model goes: full, attention-k-64 and the like."""
+def _folder(config: FinetuningConfig, source: ModelSource, setting: Setting) -> Path | None:
+    """Where an arm's model goes: MODEL-full, MODEL-attention-k-64 and the like."""
     if config.save is None:
         return None
-    return config.save / str(setting).replace(",", "").replace(" = ", "-").replace(" ", "-")
+    arm = str(setting).replace(",", "").replace(" = ", "-").replace(" ", "-")
+    return config.save / f"{source.name.rpartition('/')[2]}-{arm}"

@@ -139,8 +139,12 @@ def picture(evaluated: Sequence[Group]) -> bytes:
         axes.set_xlabel(label)
         axes.set_title("Mean over the sets [%]; dashed: the full model", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=6.5)
+    # Below the panels: the names are longer than a panel is wide.
+    named = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(list(named.values()), list(named), loc="outside lower center", frameon=False, fontsize=7)
     return png_of(figure)
 
 

@@ -21,7 +21,7 @@ from ..training import check_heads
 
 # Kinds of question of the files: what the model is trained on first, and what it is fine-tuned on.
 FIRST_KINDS, NEW_KINDS = ("what", "where"), ("who",)
-MODEL_FOLDER = "t5-untrained"
+MODEL_FOLDER = "small-t5"
 
 
 @dataclass(frozen=True)

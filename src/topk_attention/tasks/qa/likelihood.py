@@ -9,11 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .prompts import Prompt
 
 # Keys in the cache of a batch, with prefix and a copy for every choice: 16,384 of SmolLM2-135M's take 750 MB.
 _MAX_CACHED_TOKENS = 16_384
+# What a call costs beside its tokens, in tokens: with SmolLM2-135M on one core 0.12 s, where a token takes 2.6 ms.
+_CALL_TOKENS = 48
+_NO_TARGET = -100
 
 
 @torch.no_grad()
@@ -25,9 +29,9 @@ def choice_log_likelihoods(
     model    a causal transformers model
     prompts  number -> prompt, in any order; longest first they are read
 
-    Nothing is padded and nothing is computed twice: a prefix is read once for all its prompts, a question once for all
-    its choices, and only sequences of one length share a batch. What is computed is what the model would compute for
-    each sequence by itself.
+    Nothing is computed twice: a prefix is read once for all its prompts, a question once for all its choices. Only
+    questions of one length share a batch, and choices are padded behind their ends, where a causal model does not look.
+    What is computed is what the model would compute for each sequence by itself.
     """
     for prefix in dict.fromkeys(prompt.prefix for prompt in prompts.values()):
         cache = None
@@ -69,25 +73,45 @@ def _read_batch(model: Any, prefix_cache: Any, prompts: Sequence[Prompt]) -> lis
     output = model(input_ids=contexts, past_key_values=cache, use_cache=True, logits_to_keep=1)
     first = output.logits[:, -1].float().log_softmax(-1)  # [B, V]
     scores = [[first[row, choice[0]].item() for choice in prompt.choices] for row, prompt in enumerate(prompts)]
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for row, prompt in enumerate(prompts):
-        for number, choice in enumerate(prompt.choices):
-            by_length.setdefault(len(choice), []).append((row, number))
-    for length, places in by_length.items():
-        if length == 1:
-            continue
-        choices = torch.tensor([prompts[row].choices[number] for row, number in places])  # [R, length]
-        cache = _rows_of(output.past_key_values, [row for row, _ in places])
-        logits = model(input_ids=choices[:, :-1], past_key_values=cache, use_cache=True).logits
-        rest = _log_likelihood(logits, choices[:, 1:])
-        for (row, number), score in zip(places, rest.tolist(), strict=True):
+    places = [
+        (row, n) for row, prompt in enumerate(prompts) for n, choice in enumerate(prompt.choices) if len(choice) > 1
+    ]
+    choices = [torch.tensor(prompts[row].choices[number]) for row, number in places]
+    for group in padded_groups([len(choice) - 1 for choice in choices]):
+        read = pad_sequence([choices[place][:-1] for place in group], batch_first=True)  # [R, L]
+        targets = pad_sequence([choices[place][1:] for place in group], batch_first=True, padding_value=_NO_TARGET)
+        cache = _rows_of(output.past_key_values, [places[place][0] for place in group])
+        rest = _log_likelihood(model(input_ids=read, past_key_values=cache, use_cache=True).logits, targets)
+        for place, score in zip(group, rest.tolist(), strict=True):
+            row, number = places[place]
             scores[row][number] += score
     return scores
 
 
+def padded_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows of these lengths to read together, each padded to the longest of its group, for the least work.
+
+    >>> padded_groups([1, 9, 2, 400])
+    [[3], [1, 2, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    # (work, first row of the last group) for the first so many rows
+    best = [(0, 0)]
+    for end in range(1, len(order) + 1):
+        best.append(min((best[s][0] + _CALL_TOKENS + (end - s) * lengths[order[s]], s) for s in range(end)))
+    groups = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """[R, L, V] and [R, L] to [R]"""
-    return -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(-1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none")
+    return -losses.view_as(targets).sum(-1)
 
 
 def _rows_of(cache: Any, rows: Sequence[int]) -> Any:

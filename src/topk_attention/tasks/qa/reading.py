@@ -36,8 +36,8 @@ def read_questions(source: str | Path) -> QuestionSet:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a folder without or with several data files, or a file in none of the forms above.
-        ModuleNotFoundError: an id, and the package datasets is not installed.
+        ValueError: a folder without or with several data files, a file in none of the forms above, or an id while the
+            package datasets is not installed.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -179,6 +179,11 @@ def _is_hub_id(source: str) -> bool:
 
 def _from_hub(source: str) -> QuestionSet:
     identifier, configuration, split = source.split(":")
-    datasets = importlib.import_module("datasets")  # optional
+    try:
+        datasets = importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{source} needs the package datasets, which is not installed: pip install datasets, or name a file"
+        ) from error
     rows = datasets.load_dataset(identifier, configuration or None, split=split)
     return QuestionSet(source, tuple(_from_row(dict(row)) for row in rows))

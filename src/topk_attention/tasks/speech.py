@@ -1,0 +1,118 @@
+"""Speech: a recording, what a speech model hears in it, and how far two transcripts lie apart."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+# progress(windows done, windows in all)
+Progress = Callable[[int, int], None]
+
+
+class Recording(NamedTuple):
+    """Mono sound and where it came from; `source` holds no folder names."""
+
+    samples: np.ndarray  # [N] float64
+    sampling_rate: int
+    source: str
+    sha256: str  # of the file
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.sampling_rate
+
+
+def read_recording(path: Path, sampling_rate: int) -> Recording:
+    """The sound of a file that libsndfile reads (WAV, FLAC, Ogg, MP3), its channels mixed, at a sampling rate.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no sound that can be read.
+    """
+    import soundfile
+
+    if not path.is_file():
+        raise FileNotFoundError(f"audio file not found: {path}")
+    try:
+        samples, rate = soundfile.read(path, always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"audio file {path} cannot be read ({error}); convert it to WAV or FLAC") from error
+    if not len(samples):
+        raise ValueError(f"audio file {path} is empty")
+    mono = resample(samples.mean(1), rate, sampling_rate)
+    return Recording(mono, sampling_rate, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """Sound [N] at another rate, [N * new_rate // rate], by its Fourier series, so far as both rates hold it.
+
+    >>> resample(np.sin(np.arange(8) * np.pi / 4), 8, 16)[::2].round(6).tolist()
+    [0.0, 0.707107, 1.0, 0.707107, 0.0, -0.707107, -1.0, -0.707107]
+    """
+    length = max(1, len(samples) * new_rate // rate)
+    spectrum = np.fft.rfft(samples)[: length // 2 + 1]
+    return np.fft.irfft(spectrum, length) * length / len(samples)
+
+
+@torch.no_grad()
+def transcribe(
+    model: Any,
+    tokenizer: Any,
+    feature_extractor: Any,
+    recording: Recording,
+    *,
+    language: str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> str:
+    """What a Whisper model hears, greedily decoded. Long recordings are cut into windows as long as its input.
+
+    language  e.g. "en"; None lets a multilingual model find it out, window by window
+    """
+    size = feature_extractor.n_samples
+    starts = range(0, len(recording.samples), size)
+    options = {"task": "transcribe", "language": language} if _is_multilingual(model) else {}
+    parts = []
+    for number, start in enumerate(starts, 1):
+        features = feature_extractor(
+            recording.samples[start : start + size], sampling_rate=recording.sampling_rate, return_tensors="pt"
+        ).input_features
+        tokens = model.generate(features.to(model.device, model.dtype), do_sample=False, num_beams=1, **options)
+        parts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+        progress(number, len(starts))
+    return " ".join(part for part in parts if part)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation.
+
+    >>> words("Ask not: what YOUR country can't do.")
+    ['ask', 'not', 'what', 'your', 'country', "can't", 'do']
+    """
+    return re.findall(r"\w+(?:'\w+)*", text.lower())
+
+
+def word_errors(heard: Sequence[str], expected: Sequence[str]) -> int:
+    """How many words must be replaced, put in or left out to make one list of words the other.
+
+    >>> word_errors(["ask", "what", "you"], ["ask", "not", "what", "you", "can"])
+    2
+    """
+    distances = np.arange(len(expected) + 1)
+    for number, word in enumerate(heard, 1):
+        changed = distances[:-1] + [word != other for other in expected]
+        left_out = distances[1:] + 1
+        new = np.concatenate([[number], np.minimum(changed, left_out)])
+        # Putting words in costs one each: the least of what stands to the left, further and further away.
+        places = np.arange(len(new))
+        distances = np.minimum.accumulate(new - places) + places
+    return int(distances[-1])
+
+
+def _is_multilingual(model: Any) -> bool:
+    return getattr(model.generation_config, "lang_to_id", None) is not None

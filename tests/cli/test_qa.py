@@ -1,0 +1,59 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from topk_attention.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [
+        {"text": "a query keeps the keys that score", "answers": ["best"], "choices": ["best", "all others"]},
+        {"text": "others", "answers": ["out"], "choices": ["best", "out"]},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_questions_are_answered_and_the_table_is_written_from_start_to_end(tiny_model, questions, tmp_path):
+    arguments = ["--model", str(tiny_model), "--dataset", str(questions), "--attention-k", "2", "--threads", "1"]
+    result = runner.invoke(app, ["qa", "evaluate", *arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["setting"]["attention_k"] for line in lines] == [None, 2]
+    result = runner.invoke(app, ["qa", "table", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "attention k = 2" in (tmp_path / "out" / "qa.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate", "--dataset", "nowhere.jsonl"], "question file not found: nowhere.jsonl"),
+        (["evaluate", "--dataset", "x", "--attention-k", "0"], "attention-k must be at least 1 and below"),
+        (["evaluate", "--dataset", "x", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["finetune", "--model", "x", "--train", "y", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["reading-task", "--words", "0"], "words must be at least 1, got 0"),
+        (["table", "--out", "nowhere"], "nowhere holds neither evaluations.jsonl nor finetuning.jsonl"),
+    ],
+)
+def test_a_wrong_option_ends_with_one_line_and_status_2(arguments, said, tiny_model):
+    if "evaluate" in arguments:
+        arguments = [*arguments, "--model", str(tiny_model)]
+    result = runner.invoke(app, ["qa", *arguments])
+    assert result.exit_code == 2
+    assert f"error: {said}" in result.output
+
+
+def test_a_small_language_model_is_trained_from_start_to_end(text_file, tmp_path):
+    sizes = {"layers": 1, "d-model": 8, "heads": 2, "d-ff": 16, "context": 8, "batch": 2, "steps": 2}
+    arguments = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
+    arguments += ["--text", str(text_file), "--attention-k", "2", "--threads", "1", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, ["train", "language-model", *arguments])
+    assert result.exit_code == 0, result.output
+    (record,) = (tmp_path / "out").glob("*.json")
+    assert [arm["name"] for arm in json.loads(record.read_text())["arms"]] == ["full", "attention k = 2"]

@@ -1,0 +1,48 @@
+import pytest
+
+from topk_attention.experiments.kernel_benchmark.checking import CheckFailedError
+from topk_attention.experiments.model_benchmark import check as checking
+from topk_attention.experiments.model_benchmark.check import check
+
+
+@pytest.mark.parametrize("feed_forward_k", [None, "all", 12])
+@pytest.mark.parametrize("method", ["sdpa", "query-chunks", "topk"])
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_every_method_computes_what_eager_attention_does(point, family, method, feed_forward_k):
+    result = check(point(family, method, feed_forward_k=feed_forward_k))
+    # Eager attention itself is up to 1.0e-4 from float64 (T5's large scores), the reference backend 1.3e-4.
+    assert result["loss_error"] < 1e-5
+    assert result["gradient_error"] < 3e-4
+    if method == "topk":
+        assert result["k"] < result["length"]
+        assert result["loss_error_below_length"] < 1e-4
+
+
+def test_the_compiled_kernels_are_checked_and_not_pytorchs_attention(point, kernels, monkeypatch):
+    used = []
+    use_library = checking.use_library
+
+    def watched(model, attention_k, feed_forward_k, *, backend):
+        used.append((attention_k, backend))
+        use_library(model, attention_k, feed_forward_k, backend=backend)
+
+    monkeypatch.setattr(checking, "use_library", watched)
+    check(point("t5", checkpointing=True, backend="auto"))
+    assert used == [(40, "cpu"), (6, "cpu"), (6, "reference")]
+
+
+@pytest.mark.parametrize(("wrong_at", "words"), [(40, "(loss|gradient)_error is"), (6, "loss_error_below_length is")])
+def test_a_wrong_answer_is_an_error(point, monkeypatch, wrong_at, words):
+    use_library = checking.use_library
+
+    def wrong(model, attention_k, feed_forward_k, *, backend):
+        k = 1 if attention_k == wrong_at and backend == "chunked" else attention_k
+        use_library(model, k, feed_forward_k, backend=backend)
+
+    monkeypatch.setattr(checking, "use_library", wrong)
+    with pytest.raises(CheckFailedError, match=words):
+        check(point("t5"))
+
+
+def test_eager_attention_is_the_truth_itself(point):
+    assert check(point(method="vanilla"))["compared_with"] is None

@@ -1,0 +1,106 @@
+import json
+import math
+
+import pytest
+
+from topk_attention.experiments.qa.evaluation import SCHEMA
+from topk_attention.experiments.qa.published import TABLES, curves
+from topk_attention.experiments.qa.report import write_report
+
+
+def record(setting, name, outcomes, *, share=None, model="tiny", commit="abc"):
+    """A record as evaluations write them."""
+    lengths = {"mean_tokens": 30.0, "most_tokens": 50} | ({} if share is None else {"share_beyond_k": share})
+    return {
+        "schema": SCHEMA,
+        "model": {"name": model, "revision": "1"},
+        "questions": {"name": name, "sha256": name, "number": 9, "asked": len(outcomes), "seed": 0},
+        "protocol": {"reader": "choices", "shots": 5},
+        "setting": {"attention_k": None, "feed_forward_k": None} | setting,
+        "run": {"backend": "cpu", "threads": 1},
+        "scores": {name: {"value": 0.0, "error": 0.0} for name in ("accuracy", "accuracy_by_length")},
+        "outcomes": {"accuracy": outcomes, "accuracy_by_length": outcomes},
+        "lengths": lengths,
+        "elapsed_s": 60.0,
+        "environment": {"topk_attention": "0", "torch": "2", "transformers": "5", "commit": commit, "cpu": "a cpu"},
+    }
+
+
+@pytest.fixture
+def page(tmp_path):
+    def write(records):
+        lines = "".join(f"{json.dumps(some)}\n" for some in records)
+        (tmp_path / "evaluations.jsonl").write_text(lines)
+        write_report(tmp_path, lambda _: None)
+        return (tmp_path / "qa.md").read_text()
+
+    return write
+
+
+def cells(page, title, row):
+    """The cells of a row in the first table under a title."""
+    table = page.split(title, 1)[1].split("\n\n")[1]
+    return next(line for line in table.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")[1:]
+
+
+def test_scores_means_and_paired_changes_stand_in_the_table(page):
+    written = page(
+        [
+            record({}, "one", "1100"),
+            record({"attention_k": 8}, "one", "1000", share=0.25),
+            record({}, "two", "1111"),
+            record({"attention_k": 8}, "two", "1101", share=0.75),
+        ]
+    )
+    half = 100 * math.sqrt(0.25 / 3)  # the error of two right answers of four
+    assert cells(written, "**Accuracy**", "full") == [f"50.0 ± {half:.1f}", "100.0 ± 0.0", f"75.0 ± {half / 2:.1f}"]
+    # -1, 0, 0, 0: the difference question by question, not of two independent shares
+    assert cells(written, "Change of accuracy", "attention k = 8") == ["-25.0 ± 25.0", "-25.0 ± 25.0", "-25.0 ± 17.7"]
+    assert cells(written, "Queries that see more than k keys", "attention k = 8") == ["25", "75"]
+    assert "|  | one (4 of 9) | two (4 of 9) | mean |" in written
+    assert "2 examples" not in written
+    assert "tiny, choices by likelihood, 5 examples before each question" in written
+    assert "4 minutes in all; commits abc" in written
+
+
+def test_a_point_that_is_missing_leaves_a_dash_and_no_mean(page):
+    written = page([record({}, "one", "1100"), record({"attention_k": 8}, "two", "1111")])
+    assert cells(written, "**Accuracy**", "attention k = 8") == ["-", "100.0 ± 0.0", "-"]
+    assert cells(written, "Change of accuracy", "attention k = 8") == ["-", "-", "-"]
+
+
+def test_of_two_records_of_one_point_the_later_counts(page):
+    written = page([record({}, "one", "0000", commit="old"), record({}, "one", "1111", commit="new")])
+    assert cells(written, "**Accuracy**", "full") == ["100.0 ± 0.0"]
+    assert "commits new" in written
+
+
+def test_published_numbers_are_marked_as_quoted_and_stand_apart(page):
+    ours, quoted = page([record({}, "one", "1100")]).split("## Published (quoted)")
+    assert "NarrativeQA" not in ours
+    assert "| BoolQ | 90.7 | 90.8 | 90.8 | 90.7 | 90.4 | 90 | 89.7 | 88.7 |" in quoted
+    assert "| base, d_ff 3,072 | 62.4 | - | 62.4 |" in quoted
+
+
+def test_published_means_are_those_of_their_rows():
+    table = TABLES[0]
+    rows = [values for name, values in table.rows.items() if not name.startswith("mean")]
+    for column in range(len(table.columns)):
+        assert table.rows["mean EM"][column] == pytest.approx(sum(row[column] for row in rows) / len(rows), abs=0.006)
+    for some in TABLES:
+        assert all(len(values) == len(some.columns) for values in some.rows.values())
+    assert curves()["UnifiedQA 3B (quoted)"][16] == 64.35
+
+
+def test_the_picture_is_drawn_from_records(page, tmp_path):
+    full = record({}, "one", "1100")
+    page([full, record({"attention_k": 8}, "one", "1000"), record({"feed_forward_k": 8}, "one", "1001")])
+    before = (tmp_path / "qa.png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+    page([full, record({"attention_k": 8}, "one", "1111")])
+    assert (tmp_path / "qa.png").read_bytes() != before
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither evaluations\.jsonl nor finetuning\.jsonl: make them with"):
+        write_report(tmp_path, print)

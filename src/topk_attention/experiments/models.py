@@ -73,8 +73,8 @@ def find_model(model: str | None, say: Say = print) -> ModelSource:
     return _on_the_hub(model)
 
 
-def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM") -> Any:
-    """The model in float32, ready to evaluate; `auto_class` is the class of transformers that finds the model's own.
+def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
+    """The model, ready to evaluate; `auto_class` is the class of transformers that finds the model's own.
 
     Raises:
         ModelNotFoundError: transformers cannot load it as what it should be.
@@ -90,7 +90,7 @@ def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM") ->
     try:
         with _no_bars(source):
             loader = getattr(transformers, auto_class)
-            return loader.from_pretrained(source.location, dtype=torch.float32, **options).eval()
+            return loader.from_pretrained(source.location, dtype=getattr(torch, dtype), **options).eval()
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"model {source.name} does not load as {_KINDS[auto_class]}: {_first_line(error)}"

@@ -59,10 +59,31 @@ def test_finished_points_are_kept_and_other_questions_are_another_point(config, 
     assert run_evaluation(config, console) == records
     assert len(in_this_process) == 2
     assert "there already" in console.export_text()
-    for change in ({"limit": 9}, {"shots": 0}, {"seed": 1}, {"settings": [Setting(attention_k=5)]}, {"fresh": True}):
+    for change in (
+        {"limit": 9},
+        {"shots": 0},
+        {"seed": 1},
+        {"settings": [Setting(attention_k=5)]},
+        {"dtype": "bfloat16"},
+        {"fresh": True},
+    ):
         before = len(in_this_process)
         run_evaluation(replace(config, **change), console)
         assert len(in_this_process) > before, change
+
+
+def test_in_bfloat16_likelihoods_are_those_of_float32_to_its_rounding(config, in_this_process, console):
+    run_evaluation(config, console)
+    records = run_evaluation(replace(config, dtype="bfloat16"), console)
+    assert [record["run"]["dtype"] for record in records] == ["bfloat16"] * 2
+    exact, _, rounded, _ = (
+        dict(answer for message in messages for answer in message["answers"]) for _, _, messages in in_this_process
+    )
+    for number, expected in exact.items():
+        assert rounded[number] != expected
+        assert rounded[number] == pytest.approx(expected, rel=0.03)
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got 'float16'"):
+        replace(config, dtype="float16")
 
 
 def test_an_interrupted_point_goes_on_with_the_questions_that_are_missing(

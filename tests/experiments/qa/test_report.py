@@ -8,7 +8,7 @@ from topk_attention.experiments.qa.published import TABLES, curves
 from topk_attention.experiments.qa.report import write_report
 
 
-def record(setting, name, outcomes, *, share=None, model="tiny", commit="abc"):
+def record(setting, name, outcomes, *, share=None, model="tiny", commit="abc", dtype="float32"):
     """A record as evaluations write them."""
     lengths = {"mean_tokens": 30.0, "most_tokens": 50} | ({} if share is None else {"share_beyond_k": share})
     return {
@@ -17,7 +17,7 @@ def record(setting, name, outcomes, *, share=None, model="tiny", commit="abc"):
         "questions": {"name": name, "sha256": name, "number": 9, "asked": len(outcomes), "seed": 0},
         "protocol": {"reader": "choices", "shots": 5},
         "setting": {"attention_k": None, "feed_forward_k": None} | setting,
-        "run": {"backend": "cpu", "threads": 1},
+        "run": {"backend": "cpu", "threads": 1, "dtype": dtype},
         "scores": {name: {"value": 0.0, "error": 0.0} for name in ("accuracy", "accuracy_by_length")},
         "outcomes": {"accuracy": outcomes, "accuracy_by_length": outcomes},
         "lengths": lengths,
@@ -73,6 +73,14 @@ def test_of_two_records_of_one_point_the_later_counts(page):
     written = page([record({}, "one", "0000", commit="old"), record({}, "one", "1111", commit="new")])
     assert cells(written, "**Accuracy**", "full") == ["100.0 ± 0.0"]
     assert "commits new" in written
+
+
+def test_points_in_another_dtype_stand_in_a_table_of_their_own(page):
+    written = page([record({}, "one", "1100"), record({"attention_k": 8}, "one", "1111", dtype="bfloat16")])
+    ours, other = written.split("### tiny, choices by likelihood, 5 examples before each question, in bfloat16")
+    assert "attention k = 8" not in ours
+    assert "float32 on a cpu" in ours
+    assert "bfloat16 on a cpu" in other
 
 
 def test_published_numbers_are_marked_as_quoted_and_stand_apart(page):

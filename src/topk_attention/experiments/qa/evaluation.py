@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SCHEMA = "topk_attention/qa-evaluation/1"
 DEFAULT_OUT = Path("results/qa")
 RECORDS = "evaluations.jsonl"
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ class EvaluationConfig:
     out: Path = DEFAULT_OUT
     threads: int | None = None
     backend: str = "auto"
+    dtype: str = "float32"
     fresh: bool = False
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
         check_at_least(1, self, "limit", "threads")
         check_at_least(0, self, "shots")
         for name in ("datasets", "settings"):
@@ -113,7 +117,7 @@ def evaluate_point(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     reader = READERS[request["reader"]]
     source = ModelSource(**request["model"])
-    model, tokenizer = load_model(source, reader.auto_class), load_tokenizer(source)
+    model, tokenizer = load_model(source, reader.auto_class, request["dtype"]), load_tokenizer(source)
     convert_model(model, request["convert"], request["backend"])
     questions = {number: Question.from_json(question) for number, question in request["questions"]}
     examples = [Question.from_json(example) for example in request["examples"]]
@@ -145,7 +149,7 @@ def _new_points(config: EvaluationConfig, source: ModelSource, sets: Sequence[Qu
                 "run": {
                     "backend": choose_backend(config.backend).name,
                     "threads": config.threads or torch.get_num_threads(),
-                    "dtype": "float32",
+                    "dtype": config.dtype,
                 },
                 "environment": here,
             }
@@ -180,6 +184,7 @@ def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, told
         "shots": config.shots,
         "threads": point.record["run"]["threads"],
         "backend": point.record["run"]["backend"],
+        "dtype": config.dtype,
     }
     with progress_bar(console) as bar:
         task = bar.add_task(escape(told), total=len(point.questions), completed=len(done))

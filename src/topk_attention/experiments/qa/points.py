@@ -20,7 +20,7 @@ def identity(record: Json) -> Json:
     return (
         same
         | {name: record["environment"].get(name) for name in _SAME_ENVIRONMENT}
-        | {"backend": record["run"]["backend"]}
+        | {name: record["run"].get(name) for name in ("backend", "dtype")}
     )
 
 

@@ -182,7 +182,9 @@ def _groups(records: Sequence[Json], name_of: Callable[[Json], str]) -> list[Gro
 def _evaluation_name(record: Json) -> str:
     protocol = record["protocol"]
     shots = f", {protocol['shots']} examples before each question" if protocol["reader"] == "choices" else ""
-    return f"{record['model']['name']}, {_HOW[protocol['reader']]}{shots}"
+    dtype = record["run"]["dtype"]
+    in_dtype = "" if dtype == "float32" else f", in {dtype}"
+    return f"{record['model']['name']}, {_HOW[protocol['reader']]}{shots}{in_dtype}"
 
 
 def _training_name(record: Json) -> str:
@@ -245,7 +247,7 @@ def _table(
 def _note(group: Group) -> str:
     records = list(group.records.values())
     versions = sorted({str(record["environment"]["commit"]) for record in records})
-    cpus = sorted({record["environment"]["cpu"] for record in records})
+    cpus = sorted({f"{record['run']['dtype']} on {record['environment']['cpu']}" for record in records})
     lengths = {
         some: next(record["lengths"] for (_, name), record in group.records.items() if name == some)
         for some in group.sets
@@ -255,7 +257,7 @@ def _note(group: Group) -> str:
     )
     seconds = sum(record["elapsed_s"] for record in records)
     return (
-        f"Tokens of a sequence, mean: {told}. float32 on {', '.join(cpus)}; {seconds / 60:.0f} minutes in all; "
+        f"Tokens of a sequence, mean: {told}. {', '.join(cpus)}; {seconds / 60:.0f} minutes in all; "
         f"commits {', '.join(versions)}."
     )
 

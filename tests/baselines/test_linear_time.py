@@ -21,7 +21,7 @@ def bytes_of_a_step(name, length, is_causal):
     return sum(max(event.self_cpu_memory_usage, 0) for event in profiler.events())
 
 
-@pytest.mark.parametrize(("name", "is_causal"), itertools.product(["performer", "rfa"], [False, True]))
+@pytest.mark.parametrize(("name", "is_causal"), list(itertools.product(["performer", "rfa"], [False, True])))
 def test_what_random_features_allocate_is_linear_in_length(name, is_causal):
     short, long = (bytes_of_a_step(name, length, is_causal) for length in (512, 2048))
     assert long < 4.4 * short

@@ -10,7 +10,7 @@ from topk_attention.experiments.model_benchmark.measure import measure_step
 def measured(monkeypatch):
     """Measures in this process, which keeps its memory limit."""
     limits = []
-    monkeypatch.setattr(measure, "limit_memory_to", limits.append)
+    monkeypatch.setattr(measure, "limit_memory_on", lambda device, mib: limits.append(mib))
 
     def run(point, repetitions=2, enough_s=60.0):
         request = {

@@ -115,7 +115,7 @@ def test_the_record_holds_every_point_and_the_page_shows_them(arguments, tmp_pat
     assert record["measurement"]["peak_mib"] >= 0
     page = (tmp_path / "out" / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "http" not in page
+    assert "://" not in page  # "http" alone may be part of a picture
     assert "story &lt;1&gt;.txt" in page
     assert page.count("<tr><td>") == 10
     for run_of_record in record["runs"]:

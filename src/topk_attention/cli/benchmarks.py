@@ -77,7 +77,7 @@ def attention(
         import torch
 
         from ..experiments import attention_layer, attention_layer_report
-        from ..experiments.point_tables import show
+        from ..experiments.point_tables import run_and_show
         from ..experiments.points import Limits, PointBenchmark
 
         settings = {"threads": threads or torch.get_num_threads(), "backend": backend, "seed": seed, "device": device}
@@ -97,14 +97,9 @@ def attention(
                 projections=projections,
                 **settings,
             )
-        console = _console()
-        records = attention_layer.run_attention_benchmark(
-            PointBenchmark(
-                points, out=out, repetitions=repetitions, limits=Limits(time_limit, memory_limit), fresh=fresh
-            ),
-            console,
-        )
-        show(attention_layer_report.pages(records), attention_layer_report.report(out), console)
+        limits = Limits(time_limit, memory_limit)
+        plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
+        run_and_show(attention_layer.run_attention_benchmark, attention_layer_report, plan, _console())
 
 
 @benchmark.command()
@@ -140,7 +135,7 @@ def feed_forward(
         import torch
 
         from ..experiments import feed_forward_layer, feed_forward_layer_report
-        from ..experiments.point_tables import show
+        from ..experiments.point_tables import run_and_show
         from ..experiments.points import Limits, PointBenchmark
 
         points = feed_forward_layer.grid(
@@ -153,14 +148,9 @@ def feed_forward(
             threads=threads or torch.get_num_threads(),
             seed=seed,
         )
-        console = _console()
-        records = feed_forward_layer.run_feed_forward_benchmark(
-            PointBenchmark(
-                points, out=out, repetitions=repetitions, limits=Limits(time_limit, memory_limit), fresh=fresh
-            ),
-            console,
-        )
-        show(feed_forward_layer_report.pages(records), feed_forward_layer_report.report(out), console)
+        limits = Limits(time_limit, memory_limit)
+        plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
+        run_and_show(feed_forward_layer.run_feed_forward_benchmark, feed_forward_layer_report, plan, _console())
 
 
 @benchmark.command()
@@ -198,7 +188,7 @@ def chunk_size(
         import torch
 
         from ..experiments import chunk_size, chunk_size_report
-        from ..experiments.point_tables import show
+        from ..experiments.point_tables import run_and_show
         from ..experiments.points import Limits, PointBenchmark
 
         points = chunk_size.grid(
@@ -213,14 +203,9 @@ def chunk_size(
             threads=threads or torch.get_num_threads(),
             seed=seed,
         )
-        console = _console()
-        records = chunk_size.run_chunk_size_benchmark(
-            PointBenchmark(
-                points, out=out, repetitions=repetitions, limits=Limits(time_limit, memory_limit), fresh=fresh
-            ),
-            console,
-        )
-        show(chunk_size_report.pages(records), chunk_size_report.report(out), console)
+        limits = Limits(time_limit, memory_limit)
+        plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
+        run_and_show(chunk_size.run_chunk_size_benchmark, chunk_size_report, plan, _console())
 
 
 @benchmark.command()

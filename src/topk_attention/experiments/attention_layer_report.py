@@ -19,9 +19,10 @@ from .point_tables import (
     quoted_by_field,
     size_with_most,
     with_several,
+    write_report,
 )
 from .points import newest_records
-from .records import Json, write_whole
+from .records import Json
 
 # implementation -> what the paper calls it. Its query chunking is written out, with all heads at a time.
 _PAPER_NAMES = {"topk": "topk", "vanilla": "vanilla", "vanilla-chunks": "query-chunks", "performer": "performer"}
@@ -36,16 +37,16 @@ _QUOTED = (
 
 def report(out: Path) -> list[Path]:
     """Write `attention.md` with all records on file and a picture for each sweep over length or k among them."""
-    records = newest_records(out / LINES, SCHEMA)
-    if not records:
-        return []
-    written = [out / "attention.md"]
-    write_whole(written[0], "\n".join(page.as_markdown() for page in pages(records)))
-    for number, group in enumerate(by_setting(records, _SETTINGS), 1):
-        suffix = "" if number == 1 else f"-{number}"
-        written += _draw_lengths(group, out / f"attention{suffix}.png")
-        written += _draw_ks(group, out / f"attention-k{suffix}.png")
-    return written
+    return write_report(
+        out / "attention.md",
+        newest_records(out / LINES, SCHEMA),
+        _SETTINGS,
+        _page,
+        lambda group, suffix: [
+            *_draw_lengths(group, out / f"attention{suffix}.png"),
+            *_draw_ks(group, out / f"attention-k{suffix}.png"),
+        ],
+    )
 
 
 def pages(records: Sequence[Json]) -> list[Page]:

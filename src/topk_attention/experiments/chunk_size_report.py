@@ -9,9 +9,18 @@ from .chunk_size import LINES, METHODS, SCHEMA
 from .paper import CHUNK_SIZE as PAPER
 from .paper import CHUNK_SIZE_LENGTH as PAPER_LENGTH
 from .plots import draw_memory_and_time
-from .point_tables import MEASURED, Page, by_setting, curves_over, how_measured, measured_cells, quoted_by_field
+from .point_tables import (
+    MEASURED,
+    Page,
+    by_setting,
+    curves_over,
+    how_measured,
+    measured_cells,
+    quoted_by_field,
+    write_report,
+)
 from .points import newest_records
-from .records import Json, write_whole
+from .records import Json
 
 _PAPER_NAME = f"query chunks, L = {PAPER_LENGTH:,}, Gupta et al. 2021 (quoted, GPU)"
 _SETTINGS = ("length", "num_heads", "head_dim", "is_causal", "device", "threads")
@@ -19,14 +28,13 @@ _SETTINGS = ("length", "num_heads", "head_dim", "is_causal", "device", "threads"
 
 def report(out: Path) -> list[Path]:
     """Write `chunk-size.md` with all records on file and a picture for each length and mask."""
-    records = newest_records(out / LINES, SCHEMA)
-    if not records:
-        return []
-    written = [out / "chunk-size.md"]
-    write_whole(written[0], "\n".join(page.as_markdown() for page in pages(records)))
-    for number, group in enumerate(by_setting(records, _SETTINGS), 1):
-        written += _draw(group, out / f"chunk-size{'' if number == 1 else f'-{number}'}.png")
-    return written
+    return write_report(
+        out / "chunk-size.md",
+        newest_records(out / LINES, SCHEMA),
+        _SETTINGS,
+        _page,
+        lambda group, suffix: _draw(group, out / f"chunk-size{suffix}.png"),
+    )
 
 
 def pages(records: Sequence[Json]) -> list[Page]:

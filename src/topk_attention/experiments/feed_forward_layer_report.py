@@ -20,9 +20,10 @@ from .point_tables import (
     quoted_by_field,
     size_with_most,
     with_several,
+    write_report,
 )
 from .points import newest_records
-from .records import Json, write_whole
+from .records import Json
 
 # The paper's name -> what computes the same here, the first one that is there.
 _COUNTERPARTS = {
@@ -42,16 +43,16 @@ _SETTINGS = ("tokens", "d_model", "device", "threads")
 
 def report(out: Path) -> list[Path]:
     """Write `feed-forward.md` with all records on file and a picture for each sweep over d_ff or k among them."""
-    records = newest_records(out / LINES, SCHEMA)
-    if not records:
-        return []
-    written = [out / "feed-forward.md"]
-    write_whole(written[0], "\n".join(page.as_markdown() for page in pages(records)))
-    for number, group in enumerate(by_setting(records, _SETTINGS), 1):
-        suffix = "" if number == 1 else f"-{number}"
-        written += _draw_neurons(group, out / f"feed-forward{suffix}.png")
-        written += _draw_ks(group, out / f"feed-forward-k{suffix}.png")
-    return written
+    return write_report(
+        out / "feed-forward.md",
+        newest_records(out / LINES, SCHEMA),
+        _SETTINGS,
+        _page,
+        lambda group, suffix: [
+            *_draw_neurons(group, out / f"feed-forward{suffix}.png"),
+            *_draw_ks(group, out / f"feed-forward-k{suffix}.png"),
+        ],
+    )
 
 
 def pages(records: Sequence[Json]) -> list[Page]:

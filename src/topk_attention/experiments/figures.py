@@ -16,7 +16,7 @@ from . import (
     feed_forward_layer_report,
 )
 from .attention_error import ErrorBenchmark, run_error_benchmark
-from .point_tables import show
+from .point_tables import run_and_show
 from .points import Limits, PointBenchmark, say
 from .results_page import write_page
 
@@ -140,8 +140,7 @@ def run_figures(
             for point in attention_layer.grid(lengths, _on(device, names), ks, **shared)
         ]
         benchmark = PointBenchmark(_once(points), out / "attention", **settings)
-        records = attention_layer.run_attention_benchmark(benchmark, console)
-        show(attention_layer_report.pages(records), attention_layer_report.report(benchmark.out), console)
+        run_and_show(attention_layer.run_attention_benchmark, attention_layer_report, benchmark, console)
 
     def feed_forward() -> None:
         points = [
@@ -150,15 +149,13 @@ def run_figures(
             for point in feed_forward_layer.grid(d_ffs, _on(device, names), ks, tokens=sizes.tokens, **shared)
         ]
         benchmark = PointBenchmark(_once(points), out / "feed-forward", **settings)
-        records = feed_forward_layer.run_feed_forward_benchmark(benchmark, console)
-        show(feed_forward_layer_report.pages(records), feed_forward_layer_report.report(benchmark.out), console)
+        run_and_show(feed_forward_layer.run_feed_forward_benchmark, feed_forward_layer_report, benchmark, console)
 
     def chunks() -> None:
         methods = [name for name in chunk_size.METHODS if device == "cpu" or name != "topk-cpu"]
         points = chunk_size.grid(methods, sizes.chunk_sizes, length=sizes.chunk_length, **shared)
         benchmark = PointBenchmark(points, out / "chunk-size", **settings)
-        records = chunk_size.run_chunk_size_benchmark(benchmark, console)
-        show(chunk_size_report.pages(records), chunk_size_report.report(benchmark.out), console)
+        run_and_show(chunk_size.run_chunk_size_benchmark, chunk_size_report, benchmark, console)
 
     def error() -> None:
         for length, k, features, draws in sizes.error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from .points import say
-from .records import Json
+from .points import PointBenchmark, say
+from .records import Json, write_whole
 from .timing import busy_note
 
 if TYPE_CHECKING:
@@ -57,12 +58,47 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
 
 
-def show(pages: Sequence[Page], written: Sequence[Path], console: Console) -> None:
-    """Tables, and the files that hold them."""
-    for page in pages:
+class Reporting(Protocol):
+    """A module that makes tables and pictures of one benchmark's records."""
+
+    def report(self, out: Path) -> list[Path]:
+        """Write those of all records in the folder; returns the files."""
+
+    def pages(self, records: Sequence[Json]) -> list[Page]:
+        """A table for each setting."""
+
+
+def run_and_show(
+    run: Callable[[PointBenchmark, Console], list[Json]],
+    reporting: Reporting,
+    benchmark: PointBenchmark,
+    console: Console,
+) -> None:
+    """Measure what is missing, show the tables of the points asked for, and write the reports of all on file."""
+    records = run(benchmark, console)
+    for page in reporting.pages(records):
         page.show(console)
-    for path in written:
+    for path in reporting.report(benchmark.out):
         say(console, f"Written: {path}")
+
+
+def write_report(
+    path: Path,
+    records: Sequence[Json],
+    settings: Sequence[str],
+    page_of: Callable[[list[Json]], Page],
+    draw: Callable[[list[Json], str], list[Path]],
+) -> list[Path]:
+    """Write the tables of records, one for each setting, and their pictures; nothing where there are no records.
+
+    draw  (records of one setting, what distinguishes its file names) -> pictures written
+    """
+    if not records:
+        return []
+    groups = by_setting(records, settings)
+    write_whole(path, "\n".join(page_of(group).as_markdown() for group in groups))
+    pictures = [draw(group, "" if number == 1 else f"-{number}") for number, group in enumerate(groups, 1)]
+    return [path, *itertools.chain.from_iterable(pictures)]
 
 
 def measured_cells(record: Json) -> tuple[str, str, str]:

@@ -51,12 +51,27 @@ def test_a_network_that_drops_out_by_itself_is_skipped_with_the_reason():
         convert(model, feed_forward_k=6)
 
 
-def test_an_activation_that_is_not_the_configurations_is_noticed():
-    model = tiny_vit()
-    for module in model.modules():
-        if hasattr(module, "activation_fn"):
-            module.activation_fn = nn.Tanh()
-    with pytest.raises(ValueError, match=r"ViTMLP computes something else than fc2\(act\(fc1\)\)"):
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [("t5", nn.GELU()), ("t5", nn.functional.gelu), ("t5", nn.PReLU())]
+    + [(family, other) for family in ("bart", "vit", "bert") for other in (nn.Tanh(), nn.ReLU(), nn.GELU("tanh"))],
+)
+def test_an_activation_that_is_not_the_configurations_is_noticed(family, other):
+    model = FAMILIES[family].build()
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name in ("activation_fn", "act", "intermediate_act_fn")
+        if callable(getattr(module, name, None))
+    ]
+    assert places
+    for module, name in places:
+        if isinstance(getattr(module, name), nn.Module):
+            delattr(module, name)
+        setattr(module, name, other)
+    with pytest.raises(
+        ValueError, match=f"its activation, {type(other).__name__}, is not '.*', which the configuration"
+    ):
         convert(model, feed_forward_k=6)
 
 

@@ -72,7 +72,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         return
     linears = {"intermediate.dense": original_intermediate.dense, "output.dense": original_output.dense}
     activation = activation_of(model, path, module)
-    obstacle = obstacle_of(linears, activation)
+    obstacle = obstacle_of(linears, activation, original_intermediate.intermediate_act_fn)
     if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
         obstacle = f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
 

@@ -96,7 +96,7 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
     else:
         original = _Original(fc1, fc2, layer.activation_fn, getattr(layer, "activation_dropout", None))
     activation = activation_of(model, path, layer)
-    obstacle = obstacle_of({"fc1": original.fc1, "fc2": original.fc2}, activation)
+    obstacle = obstacle_of({"fc1": original.fc1, "fc2": original.fc2}, activation, original.activation_fn)
     if obstacle is None and not _computes_the_network(layer):
         obstacle = f"{type(layer).__name__} computes something else than fc2(activation_fn(fc1(x)))"
 

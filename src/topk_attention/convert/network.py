@@ -33,6 +33,8 @@ _KINDS = (
     _Kind("up_proj", "down_proj"),  # Nemotron
     _Kind("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
 )
+# Of the random inputs that tell whether a network is what its configuration says.
+_PROBE_SCALES = (8.0, 1.0, 0.125)
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 # Where a replaced network keeps the original: in a tuple, so that it is no submodule and its weights count once.
 _ORIGINAL = "_topk_attention_original"
@@ -63,7 +65,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if others and act == "activation_fn":
         return  # a whole layer that computes its network by itself
     activation = activation_of(model, path, original)
-    obstacle = obstacle_of(linears, activation)
+    obstacle = obstacle_of(linears, activation, getattr(original, act))
     if obstacle is None and others:
         obstacle = f"{type(original).__name__} does more than its projections: {', '.join(sorted(others))}"
     if obstacle is None and (own := _own_dropout(original)) is not None:
@@ -127,27 +129,30 @@ def _own_dropout(network: nn.Module) -> str | None:
 
 def _is_plain(network: Any, kind: _Kind, activation: str) -> bool:
     """Whether the network computes out(act(in)) or out(act(gate) * in), tried on a few random tokens: scales and clamps
-    show, and an activation that is not the one its configuration names.
+    show.
 
-    Inputs are large enough to reach a clamp, and drawn without touching the global random state.
+    Large inputs reach a clamp, small ones an offset. They are drawn without touching the global random state.
     """
     linear_in, linear_out = getattr(network, kind.linear_in), getattr(network, kind.linear_out)
     weight = linear_in.weight
     if weight.is_meta:
         return True
     size = weight.numel() // num_neurons(linear_in)
-    x = 8 * torch.randn(1, 4, size, generator=torch.Generator().manual_seed(0))
-    x = x.to(weight.device, weight.dtype)
+    unscaled = torch.randn(1, 4, size, generator=torch.Generator().manual_seed(0))
     training = {module: module.training for module in network.modules()}
     try:
         network.eval()
         with torch.no_grad():
-            if kind.linear_gate is None:
-                hidden = activate(linear_in(x), activation)
-            else:
-                hidden = activate(getattr(network, kind.linear_gate)(x), activation) * linear_in(x)
-            expected = linear_out(hidden.to(linear_out.weight.dtype))
-            return torch.allclose(network(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+            for scale in _PROBE_SCALES:
+                x = (scale * unscaled).to(weight.device, weight.dtype)
+                if kind.linear_gate is None:
+                    hidden = activate(linear_in(x), activation)
+                else:
+                    hidden = activate(getattr(network, kind.linear_gate)(x), activation) * linear_in(x)
+                expected = linear_out(hidden.to(linear_out.weight.dtype))
+                if not torch.allclose(network(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+                    return False
+            return True
     finally:
         for module, was_training in training.items():
             module.training = was_training

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..backends.activations import ACTIVATIONS
+from ..backends.activations import ACTIVATIONS, activate
 from ..nn.feed_forward import is_plain_linear, weight_and_bias
 
 # What families call their activation in their configuration.
@@ -39,14 +40,29 @@ class FeedForwardSite:
     restore: Callable[[], None] | None  # None where it is still the original
 
 
-def obstacle_of(linears: dict[str, nn.Module], activation: Any) -> str | None:
-    """Why these layers cannot become a top-k network, or None."""
+def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str | None:
+    """Why these layers cannot become a top-k network, or None.
+
+    activation  its name in the configuration
+    act         what the model calls in its place
+    """
     for name, linear in linears.items():
         if not is_plain_linear(linear):
             return f"{name} is {type(linear).__name__}, not nn.Linear"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} has no top-k form"
+    if not _is_activation(act, activation):
+        return f"its activation, {type(act).__name__}, is not {activation!r}, which the configuration names"
     return None
+
+
+def _is_activation(act: Any, name: str) -> bool:
+    """Whether a callable is the activation of this name, tried from its bend to its tails."""
+    if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
+        return False
+    with torch.no_grad():
+        x = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
+        return torch.allclose(act(x), activate(x, name), rtol=0, atol=1e-5)
 
 
 def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:

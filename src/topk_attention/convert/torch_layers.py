@@ -170,7 +170,7 @@ def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
         f"{path}.linear1".removeprefix("."),
         layer.linear1,
         num_neurons(layer.linear1),
-        obstacle_of({"linear1": layer.linear1, "linear2": layer.linear2}, activation),
+        obstacle_of({"linear1": layer.linear1, "linear2": layer.linear2}, activation, layer.activation),
         replace,
         restore if is_converted(layer) else None,
     )

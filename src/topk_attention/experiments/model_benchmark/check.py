@@ -14,7 +14,7 @@ from ..kernel_benchmark.checking import CheckFailedError
 from ..records import Json
 from .methods import use_library
 from .points import ALL, Point
-from .shapes import new_inputs, new_model
+from .shapes import is_smoothed, new_inputs, new_model
 
 # Long enough that k leaves most keys out, short enough that the check costs seconds.
 _LENGTH = 96
@@ -46,8 +46,10 @@ def check(point: Point) -> Json:
         dropout_p=0.0,
         dtype="float32",
     )
-    settings = {"length": small.length, "dtype": small.dtype, "dropout_p": small.dropout_p}
-    model = new_model(small, "eager")
+    settings: Json = {"length": small.length, "dtype": small.dtype, "dropout_p": small.dropout_p}
+    model = new_model(small, "eager", smooth=True)
+    if is_smoothed(small):
+        settings["activation"] = "GELU in place of ReLU"
     inputs = new_inputs(small, model)
     loss, gradients = _loss_and_gradients(model, inputs)
     if point.method == "vanilla":  # nothing to compare, but as warm as the others when its steps are timed

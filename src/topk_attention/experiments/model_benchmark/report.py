@@ -132,8 +132,10 @@ def _check_lines(curve: Curve) -> list[str]:
     if not checks:
         return []
     loss, gradient = (max(check[name] for check in checks) for name in ("loss_error", "gradient_error"))
+    activation = f" and with {checks[0]['activation']}" if "activation" in checks[0] else ""
     line = (
-        f"checked at {checks[0]['length']} tokens without dropout against {checks[0]['compared_with']}; largest errors "
+        f"checked at {checks[0]['length']} tokens without dropout{activation} against {checks[0]['compared_with']}; "
+        f"largest errors "
         f"{loss:.0e} and {gradient:.0e} of a gradient's largest entry"
     )
     if "loss_error_below_length" in checks[0]:

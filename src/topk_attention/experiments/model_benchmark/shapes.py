@@ -37,11 +37,26 @@ def new_config(point: Point) -> Any:
     return config
 
 
-def new_model(point: Point, attn_implementation: str) -> Any:
+def is_smoothed(point: Point) -> bool:
+    """Whether `new_model` has an activation to replace where it is asked for a smooth one."""
+    return bool(_names_of_relu(new_config(point)))
+
+
+def _names_of_relu(config: Any) -> list[str]:
+    return [
+        name for name in ("dense_act_fn", "hidden_act", "activation_function") if getattr(config, name, "") == "relu"
+    ]
+
+
+def new_model(point: Point, attn_implementation: str, *, smooth: bool = False) -> Any:
     """A model of a point's shape in training mode, its weights random.
 
     With an encoder and a decoder it generates; otherwise it tells tokens apart (one label of two for each), or, where
     only a language model is to be had, predicts the next. A head over two labels adds nothing to what is compared.
+
+    smooth  put GELU in place of ReLU. Where a neuron's input is zero but for rounding, two right answers differ by all
+            of its gradient: in T5-base's shape at 96 tokens PyTorch's attention is up to 6e-2 of a gradient's largest
+            entry away from float64 for that reason alone.
 
     Raises:
         ValueError: transformers has no such model for the configuration.
@@ -49,6 +64,9 @@ def new_model(point: Point, attn_implementation: str) -> Any:
     import transformers
 
     config = new_config(point)
+    if smooth:
+        for field in _names_of_relu(config):
+            setattr(config, field, "gelu")
     name = _model_class(config)
     try:
         with torch.device(point.device):

@@ -252,6 +252,14 @@ def test_what_cannot_be_made_is_refused(options, words):
         new_attention(**{"head_dim": 6, **options})
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_chunks_give_the_same_without_gradients(is_causal):
+    attention, tensors = new("vanilla-chunks"), inputs(num_queries=11, num_keys=13)
+    expected = attention(*(tensor.requires_grad_() for tensor in tensors), is_causal=is_causal)
+    with torch.no_grad():
+        assert torch.equal(attention(*tensors, is_causal=is_causal), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 try:
-    from . import benchmarks  # noqa: F401 - its commands
-    from .commands import app
-    from .lra import lra
-
-    app.add_typer(lra, name="lra")
+    from . import benchmarks, commands, kernel_benchmarks, lra, questions, training  # noqa: F401 - their commands
+    from .application import app
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
         raise

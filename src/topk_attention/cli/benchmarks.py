@@ -7,21 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .commands import (
-    Backend,
-    Fresh,
-    Heads,
-    Out,
-    Seed,
-    Text,
-    Threads,
-    _console,
-    _errors_in_words,
-    _integers,
-    _names,
-    app,
-    benchmark,
-)
+from .application import benchmark
+from .options import Backend, Fresh, Heads, Out, Seed, Text, Threads, errors_in_words, integers, names, new_console
 
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda".')]
 TimeLimit = Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")]
@@ -73,7 +60,7 @@ def attention(
     Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
     Points are appended to attention.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with _errors_in_words(f"finished points are in {out / 'attention.jsonl'}"):
+    with errors_in_words(f"finished points are in {out / 'attention.jsonl'}"):
         import torch
 
         from ..experiments import attention_layer, attention_layer_report
@@ -81,13 +68,13 @@ def attention(
         from ..experiments.points import Limits, PointBenchmark
 
         settings = {"threads": threads or torch.get_num_threads(), "backend": backend, "seed": seed, "device": device}
-        ks = _integers("k", k)
+        ks = integers("k", k)
         if bias_and_dropout:
             points = attention_layer.bias_and_dropout(k=ks[0], **settings)
         else:
             points = attention_layer.grid(
-                _integers("lengths", lengths),
-                attention_layer.able_to(bias, dropout) if implementations is None else _names(implementations),
+                integers("lengths", lengths),
+                attention_layer.able_to(bias, dropout) if implementations is None else names(implementations),
                 ks,
                 num_heads=heads,
                 head_dim=head_dim,
@@ -99,7 +86,7 @@ def attention(
             )
         limits = Limits(time_limit, memory_limit)
         plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
-        run_and_show(attention_layer.run_attention_benchmark, attention_layer_report, plan, _console())
+        run_and_show(attention_layer.run_attention_benchmark, attention_layer_report, plan, new_console())
 
 
 @benchmark.command()
@@ -131,7 +118,7 @@ def feed_forward(
     Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
     Points are appended to feed-forward.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with _errors_in_words(f"finished points are in {out / 'feed-forward.jsonl'}"):
+    with errors_in_words(f"finished points are in {out / 'feed-forward.jsonl'}"):
         import torch
 
         from ..experiments import feed_forward_layer, feed_forward_layer_report
@@ -139,9 +126,9 @@ def feed_forward(
         from ..experiments.points import Limits, PointBenchmark
 
         points = feed_forward_layer.grid(
-            _integers("d-ff", d_ff),
-            _names(methods),
-            _integers("k", k),
+            integers("d-ff", d_ff),
+            names(methods),
+            integers("k", k),
             tokens=tokens,
             d_model=d_model,
             device=device,
@@ -150,7 +137,7 @@ def feed_forward(
         )
         limits = Limits(time_limit, memory_limit)
         plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
-        run_and_show(feed_forward_layer.run_feed_forward_benchmark, feed_forward_layer_report, plan, _console())
+        run_and_show(feed_forward_layer.run_feed_forward_benchmark, feed_forward_layer_report, plan, new_console())
 
 
 @benchmark.command()
@@ -184,7 +171,7 @@ def chunk_size(
     Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
     Points are appended to chunk-size.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with _errors_in_words(f"finished points are in {out / 'chunk-size.jsonl'}"):
+    with errors_in_words(f"finished points are in {out / 'chunk-size.jsonl'}"):
         import torch
 
         from ..experiments import chunk_size, chunk_size_report
@@ -192,8 +179,8 @@ def chunk_size(
         from ..experiments.points import Limits, PointBenchmark
 
         points = chunk_size.grid(
-            _names(methods),
-            _integers("chunk-sizes", chunk_sizes),
+            names(methods),
+            integers("chunk-sizes", chunk_sizes),
             length=length,
             k=k,
             num_heads=heads,
@@ -205,7 +192,7 @@ def chunk_size(
         )
         limits = Limits(time_limit, memory_limit)
         plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
-        run_and_show(chunk_size.run_chunk_size_benchmark, chunk_size_report, plan, _console())
+        run_and_show(chunk_size.run_chunk_size_benchmark, chunk_size_report, plan, new_console())
 
 
 @benchmark.command()
@@ -243,7 +230,7 @@ def error(
 
     Points are appended to error.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with _errors_in_words(f"finished points are in {out / 'error.jsonl'}"):
+    with errors_in_words(f"finished points are in {out / 'error.jsonl'}"):
         import torch
 
         from ..experiments.attention_error import ErrorBenchmark, run_error_benchmark
@@ -253,11 +240,11 @@ def error(
             ErrorBenchmark(
                 model=model,
                 text=text,
-                lengths=_integers("lengths", lengths),
-                layers=None if layers is None else _integers("layers", layers),
-                methods=_names(methods),
-                k=None if k is None else _integers("k", k),
-                features=None if features is None else _integers("features", features),
+                lengths=integers("lengths", lengths),
+                layers=None if layers is None else integers("layers", layers),
+                methods=names(methods),
+                k=None if k is None else integers("k", k),
+                features=None if features is None else integers("features", features),
                 draws=draws,
                 repetitions=repetitions,
                 limits=Limits(time_limit, memory_limit),
@@ -267,7 +254,7 @@ def error(
                 seed=seed,
                 fresh=fresh,
             ),
-            _console(),
+            new_console(),
         )
 
 
@@ -292,28 +279,17 @@ def figures(
     Interrupted, the same command continues with the points that are missing. The page is what `topk-attention report`
     makes of the records.
     """
-    with _errors_in_words(f"finished points are in {out}"):
+    with errors_in_words(f"finished points are in {out}"):
         import torch
 
         from ..experiments.figures import run_figures
 
         run_figures(
             is_full=full,
-            only=None if only is None else _names(only),
+            only=None if only is None else names(only),
             memory_gib=memory_limit,
             out=out,
             device=device,
             threads=threads or torch.get_num_threads(),
-            console=_console(),
+            console=new_console(),
         )
-
-
-@app.command()
-def report(
-    out: Annotated[Path, typer.Option(help="Folder with the results; the page goes there.")] = Path("results"),
-) -> None:
-    """One HTML page of all records: the paper's figures beside what was measured, with pictures and tables inside."""
-    with _errors_in_words():
-        from ..experiments.results_page import write_page
-
-        _console().print(f"Written: {write_page(out)}", markup=False, highlight=False, soft_wrap=True)

@@ -7,11 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .commands import Out, Seed, Threads, _console, _errors_in_words, _integers, _names
-
-lra = typer.Typer(
-    help="Long Range Arena: data, runs that are kept, and the table of all of them.", no_args_is_help=True
-)
+from .application import lra
+from .options import Out, Seed, Threads, errors_in_words, integers, names, new_console
 
 Config = Annotated[
     str,
@@ -31,11 +28,11 @@ def data(
     data: Data = Path("results/lra/work/data"),
 ) -> None:
     """Make or read a task's data once, in compact files; interrupted, the same command goes on."""
-    with _errors_in_words(f"what is finished is kept in {data}"):
+    with errors_in_words(f"what is finished is kept in {data}"):
         from ..experiments.lra.configuration import read_config
         from ..experiments.lra.runs import LraPlan, prepare_data
 
-        prepare_data(LraPlan(read_config(config), source=source, data=data), _console())
+        prepare_data(LraPlan(read_config(config), source=source, data=data), new_console())
 
 
 @lra.command()
@@ -57,21 +54,21 @@ def train(
     Finished runs are lines of runs.jsonl. Interrupted, the same command goes on from the last point of the curve.
     Started by torchrun or accelerate launch, the processes share every batch.
     """
-    with _errors_in_words(f"finished runs are in {out / 'runs.jsonl'}, checkpoints in {out / 'work'}"):
+    with errors_in_words(f"finished runs are in {out / 'runs.jsonl'}, checkpoints in {out / 'work'}"):
         from ..experiments.lra.configuration import read_config
         from ..experiments.lra.runs import LraPlan, run_plan
 
         plan = LraPlan(
             read_config(config),
-            methods=_names(methods),
-            seeds=_integers("seeds", seeds),
+            methods=names(methods),
+            seeds=integers("seeds", seeds),
             source=source,
             data=data,
             out=out,
             threads=threads,
             device=device,
         )
-        run_plan(plan, _console(), tensorboard=tensorboard)
+        run_plan(plan, new_console(), tensorboard=tensorboard)
 
 
 @lra.command()
@@ -88,20 +85,20 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Loss and accuracy of the weights that a run left, those of its best validation."""
-    with _errors_in_words():
+    with errors_in_words():
         from ..experiments.lra.configuration import read_config
         from ..experiments.lra.runs import LraPlan, evaluate_run
 
         plan = LraPlan(
             read_config(config), [method], [seed], source=source, data=data, out=out, threads=threads, device=device
         )
-        evaluate_run(plan, method, seed, split, _console(), weights=weights)
+        evaluate_run(plan, method, seed, split, new_console(), weights=weights)
 
 
 @lra.command()
 def table(out: Out = Path("results/lra")) -> None:
     """Write table.md and curves.png from the recorded runs, with the published accuracies marked as quoted."""
-    with _errors_in_words():
+    with errors_in_words():
         from ..experiments.lra.table import write_table
 
-        write_table(out, _console())
+        write_table(out, new_console())

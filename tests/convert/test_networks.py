@@ -8,6 +8,7 @@ from convert_models import FAMILIES, inputs_of, output_of, tiny_bart, tiny_gpt2,
 from torch import nn
 
 from topk_attention import convert, unconvert
+from topk_attention.convert.sites import is_activation
 
 
 def test_the_report_gives_a_network_inside_a_layer_the_path_of_its_first_part():
@@ -69,10 +70,19 @@ def test_an_activation_that_is_not_the_configurations_is_noticed(family, other):
         if isinstance(getattr(module, name), nn.Module):
             delattr(module, name)
         setattr(module, name, other)
-    with pytest.raises(
-        ValueError, match=f"its activation, {type(other).__name__}, is not '.*', which the configuration"
-    ):
+    told = getattr(other, "__name__", type(other).__name__)
+    with pytest.raises(ValueError, match=f"its activation, {told}, is not '.*', which the configuration names"):
         convert(model, feed_forward_k=6)
+
+
+@pytest.mark.parametrize("other", [nn.GLU(), lambda x, y: x + y, lambda x: None, nn.PReLU()])
+def test_what_is_no_activation_is_an_obstacle_and_no_crash(other):
+    assert not is_activation(other, "gelu")
+
+
+def test_an_activation_that_works_in_place_is_known():
+    assert is_activation(nn.SiLU(inplace=True), "silu")
+    assert not is_activation(nn.ReLU6(), "relu")
 
 
 def test_a_part_wrapped_after_conversion_is_refused_rather_than_skipped():

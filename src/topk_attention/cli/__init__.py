@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from . import benchmarks, commands, kernel_benchmarks, lra, questions, training  # noqa: F401 - their commands
+    from . import benchmarks, commands, figures, lra, questions, training  # noqa: F401 - their commands
     from .application import app
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):

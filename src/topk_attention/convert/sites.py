@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
 from ..nn.feed_forward import is_plain_linear, weight_and_bias
@@ -51,18 +51,27 @@ def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str
             return f"{name} is {type(linear).__name__}, not nn.Linear"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} has no top-k form"
-    if not _is_activation(act, activation):
-        return f"its activation, {type(act).__name__}, is not {activation!r}, which the configuration names"
+    if not is_activation(act, activation):
+        return f"its activation, {name_of(act)}, is not {activation!r}, which the configuration names"
     return None
 
 
-def _is_activation(act: Any, name: str) -> bool:
+def is_activation(act: Any, name: str) -> bool:
     """Whether a callable is the activation of this name, tried from its bend to its tails."""
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return False
+    x = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        x = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
-        return torch.allclose(act(x), activate(x, name), rtol=0, atol=1e-5)
+        try:
+            values = act(x.clone())  # some work in place
+        except (TypeError, RuntimeError):  # no function of one number each
+            return False
+        return isinstance(values, Tensor) and torch.allclose(values, activate(x, name), rtol=0, atol=1e-5)
+
+
+def name_of(function: Any) -> str:
+    """What a function or a module is called."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:

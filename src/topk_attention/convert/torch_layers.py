@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.activations import ACTIVATIONS, activate
+from ..backends.activations import ACTIVATIONS
 from ..functional import topk_attention, topk_feed_forward
 from ..nn.feed_forward import plain_linear, store_as_usual, store_by_neuron
 from .settings import LayerSettings, layer_settings, set_layer_settings
-from .sites import FeedForwardSite, num_neurons, obstacle_of
+from .sites import FeedForwardSite, is_activation, name_of, num_neurons, obstacle_of
 
 _NETWORK = "_topk_attention_network"
 _NESTED = "_topk_attention_former_use_nested_tensor"
@@ -154,7 +154,7 @@ def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
     former_class = _FORMER_CLASS.get(type(layer), type(layer))
     if former_class not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
         return
-    activation = _name_of(layer.activation)
+    activation = _activation_name(layer.activation)
 
     def replace(k: int | None, backend: str) -> None:
         layer.__class__ = _TOPK_CLASS[former_class]
@@ -192,14 +192,9 @@ def _network_output(layer: Any, x: Tensor) -> Tensor:
     )
 
 
-def _name_of(activation: Any) -> str:
+def _activation_name(activation: Any) -> str:
     """These layers hold a function and no name; equal values tell which it is."""
-    x = torch.linspace(-4, 4, 33)
-    values = activation(x)
-    for name in ACTIVATIONS:
-        if torch.allclose(values, activate(x, name), rtol=0, atol=1e-6):
-            return name
-    return getattr(activation, "__name__", type(activation).__name__)
+    return next((name for name in ACTIVATIONS if is_activation(activation, name)), name_of(activation))
 
 
 def watch_nested_tensors(model: nn.Module) -> None:

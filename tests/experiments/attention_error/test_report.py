@@ -37,6 +37,17 @@ def test_rivals_are_compared_at_no_higher_cost():
     ]
 
 
+def test_variants_of_the_same_work_cost_what_the_cheaper_one_did():
+    slow = record("performer-tuned", 64, 0.6, seconds=2.1, mib=40.0)
+    assert equal_cost([*RECORDS, slow], "forward time")[1][4] == "0.6 (64 features)"
+
+
+def test_all_dates_and_commits_are_named():
+    later = record("topk", 64, 0.1)
+    later["environment"] |= {"date": "2031-01-02T00:00:00+00:00", "commit": "abc1234"}
+    assert " to 2031-01-02, commit abc1234, " in as_markdown([later, *RECORDS])
+
+
 def test_a_point_that_was_given_up_stays_in_the_table(tmp_path):
     lost = record("rfa", 64, 0.0) | {"outcome": "out of memory", "message": "cannot allocate memory"}
     for name in ("relative_error", "forward", "forward_peak_mib"):

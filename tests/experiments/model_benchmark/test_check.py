@@ -3,6 +3,7 @@ import pytest
 from topk_attention.experiments.kernel_benchmark.checking import CheckFailedError
 from topk_attention.experiments.model_benchmark import check as checking
 from topk_attention.experiments.model_benchmark.check import check
+from topk_attention.experiments.model_benchmark.shapes import new_model
 
 
 @pytest.mark.parametrize("feed_forward_k", [None, "all", 12])
@@ -18,10 +19,18 @@ def test_every_method_computes_what_eager_attention_does(point, family, method, 
         assert result["loss_error_below_length"] < 1e-4
 
 
-def test_a_kink_is_smoothed_for_the_check_and_said(point):
+def test_a_kink_is_smoothed_for_the_check_and_said(point, monkeypatch):
     # A ReLU whose input is zero but for rounding makes two right answers differ by a whole gradient.
+    models = []
+
+    def watched(*options, **more):
+        models.append(new_model(*options, **more))
+        return models[-1]
+
+    monkeypatch.setattr(checking, "new_model", watched)
     assert check(point("t5"))["activation"] == "GELU in place of ReLU"
     assert "activation" not in check(point("bert"))
+    assert [getattr(model.config, "dense_act_fn", None) for model in models] == ["gelu", None]
 
 
 def test_the_compiled_kernels_are_checked_and_not_pytorchs_attention(point, kernels, monkeypatch):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from topk_attention.baselines import PerformerAttention, RandomFeatureAttention
+from topk_attention.baselines import PerformerAttention, RandomFeatureAttention, random_feature_weights
 from topk_attention.baselines.random_features import random_directions
 
 HEAD_DIM = 8
@@ -145,6 +145,25 @@ def test_float32_agrees_with_float64_where_scores_are_sharp():
     expected = attention(4 * query.double(), 4 * key.double(), value.double(), is_causal=True)
     output = attention(4 * query, 4 * key, value, is_causal=True)
     torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("new", [performer, lambda: rfa(num_heads=2, sigma=1.2)])
+def test_weights_written_out_give_the_same_output(new, is_causal):
+    attention = new().double()
+    query, key, value = (torch.randn(2, 2, 20, HEAD_DIM, dtype=torch.float64) for _ in range(3))
+    key_mask = torch.rand(2, 20) < 0.7
+    key_mask[:, 0] = True
+    visible = key_mask[:, None, None] & torch.ones(20, 20, dtype=torch.bool).tril(0 if is_causal else 20)
+    weights = random_feature_weights(attention, query, key, visible=visible)
+    assert (weights[~visible.expand_as(weights)] == 0).all()
+    torch.testing.assert_close(weights @ value, attention(query, key, value, key_mask=key_mask, is_causal=is_causal))
+
+
+def test_weights_of_rows_of_any_length_are_not_written_out():
+    rows = torch.randn(1, 1, 3, HEAD_DIM)
+    with pytest.raises(ValueError, match="with normalize=True, got normalize=False"):
+        random_feature_weights(rfa(normalize=False), rows, rows)
 
 
 def test_sigma_is_learned_per_dimension_and_head():

@@ -30,11 +30,26 @@ def test_the_benchmark_runs_from_start_to_end_and_running_out_of_memory_is_a_poi
     assert str(tmp_path) not in page + (tmp_path / "out" / "tiny.jsonl").read_text()
 
 
+def test_random_features_run_from_start_to_end(tmp_path):
+    tiny_bert(num_hidden_layers=1).config.save_pretrained(tmp_path / "tiny")
+    options = ["--lengths", 300, "--methods", "performer,rfa", "--features", 64, "--repetitions", 1, "--threads", 1]
+    result = run("--config", tmp_path / "tiny", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    records = read_json_lines(tmp_path / "out" / "tiny.jsonl")
+    assert [record["point"]["method"] for record in records] == ["performer", "rfa"]
+    assert all(record["point"]["num_features"] == 64 and record["outcome"] == "finished" for record in records)
+    assert all(record["check"]["gradient_error"] < 1e-3 for record in records)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--shape", "bert-huge"], "error: shape must be among bert-base, t5-base"),
         (["--feed-forward-k", "most"], "error: feed_forward_k must be a number of neurons or \"all\", got 'most'"),
+        (
+            ["--shape", "t5-base", "--methods", "performer"],
+            "error: method performer is for encoders such as BERT, and t5 ",
+        ),
         (["--methods", "magic"], "error: methods must be among vanilla"),
     ],
 )

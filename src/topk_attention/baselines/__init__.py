@@ -10,6 +10,7 @@ from .interface import Baseline
 from .performer import PerformerAttention
 from .rfa import RandomFeatureAttention
 from .topk import LibraryAttention
+from .written_out import random_feature_weights
 
 # name -> (what it is, class, which of the shared options it takes)
 _METHODS: dict[str, tuple[str, Callable[..., Baseline], tuple[str, ...]]] = {
@@ -79,4 +80,5 @@ __all__ = [
     "SdpaAttention",
     "VanillaAttention",
     "new_attention",
+    "random_feature_weights",
 ]

@@ -156,13 +156,14 @@ def model(
         str | None, typer.Option(help="Input lengths, separated by commas; doubling from 2,048 to 32,768 by default.")
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Among vanilla, sdpa, query-chunks and topk, separated by commas.")
+        str, typer.Option(help="Among vanilla, sdpa, query-chunks, topk, performer and rfa, separated by commas.")
     ] = "topk,query-chunks,sdpa,vanilla",
     k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 64,
     feed_forward_k: Annotated[
         str | None,
         typer.Option(help='Neurons kept per token (topk); "all": every neuron, in token chunks. Else dense layers.'),
     ] = None,
+    features: Annotated[int, typer.Option(help="Random features (performer, rfa).")] = 256,
     decoder_length: Annotated[int, typer.Option(help="Tokens of the decoder, where there is one.")] = 64,
     dropout: Annotated[float, typer.Option(help="Probability of every dropout that the model has.")] = 0.1,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, layer by layer.")] = False,
@@ -204,6 +205,7 @@ def model(
             shape=shape,
             k=k,
             feed_forward_k=feed_forward_neurons(feed_forward_k),
+            num_features=features,
             decoder_length=decoder_length,
             dropout_p=dropout,
             checkpointing=checkpointing,

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import choose_backend
-from ..baselines import Baseline, PerformerAttention, RandomFeatureAttention, new_attention
+from ..baselines import (
+    Baseline,
+    PerformerAttention,
+    RandomFeatureAttention,
+    new_attention,
+    random_feature_weights,
+)
 from ..functional import RelativeBias, topk_attention
 from ..functional.checks import check_dropout, check_k
 from ..nn import TopKAttention
@@ -391,7 +397,8 @@ def _dense_weights(
     baseline = next((module for module in layer.modules() if isinstance(module, Baseline)), None)
     parameters = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     if isinstance(baseline, PerformerAttention | RandomFeatureAttention):
-        return _dense_random_weights(baseline, query, key, parameters.get("sigma"), is_future), is_clear
+        sigma = parameters.get("sigma")
+        return random_feature_weights(baseline, query, key, visible=~is_future, sigma=sigma), is_clear
     scores = query @ key.mT / point.head_dim**0.5
     if "bias_table" in parameters:
         position = torch.arange(point.length, device=query.device)
@@ -405,25 +412,3 @@ def _dense_weights(
             torch.ones_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], False), -torch.inf
         )
     return scores.softmax(-1), is_clear
-
-
-def _dense_random_weights(
-    baseline: PerformerAttention | RandomFeatureAttention,
-    query: Tensor,
-    key: Tensor,
-    sigma: Tensor | None,
-    is_future: Tensor,
-) -> Tensor:
-    """The same of random features, from their definition."""
-    directions = baseline.directions.double()
-    if isinstance(baseline, PerformerAttention):
-        scaled = (rows * query.shape[3] ** -0.25 for rows in (query, key))
-        features = [(x @ directions.mT - x.square().sum(-1, keepdim=True) / 2).exp() for x in scaled]
-        smallest_share = 0.0
-    else:
-        projected = [F.normalize(rows, dim=-1) @ (directions * cast(Tensor, sigma)).mT for rows in (query, key)]
-        features = [torch.cat([x.sin(), x.cos()], -1) / directions.shape[-2] ** 0.5 for x in projected]
-        smallest_share = baseline.smallest_share
-    weights = (features[0] @ features[1].mT).masked_fill(is_future, 0)
-    smallest = smallest_share * (~is_future).sum(-1, keepdim=True)
-    return weights / torch.maximum(weights.sum(-1, keepdim=True), smallest)

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from topk_attention.experiments.model_benchmark import ModelBenchmark, grid, run_model_benchmark
+from topk_attention.experiments.model_benchmark import ModelBenchmark, grid, report, run_model_benchmark
 from topk_attention.experiments.model_benchmark import benchmark as benchmarking
-from topk_attention.experiments.records import environment, read_json_lines
+from topk_attention.experiments.records import append_json_line, environment, read_json_lines
 from topk_attention.experiments.workers import WorkerError
 
 LENGTHS, METHODS = (64, 128), ("topk", "vanilla")
@@ -71,6 +71,27 @@ def test_finished_points_are_not_measured_again_unless_more_is_asked(benchmark, 
         assert len(points_measured.measured) == count
     run_model_benchmark(replace(benchmark, fresh=True), console)
     assert len(points_measured.measured) == 12
+
+
+def test_records_from_before_there_were_random_features_still_count(benchmark, points_measured, console):
+    names = ("shape", "method", "length", "k", "feed_forward_k", "decoder_length", "dropout_p", "checkpointing")
+    names += ("dtype", "device", "backend", "threads", "seed", "source")
+    run_model_benchmark(benchmark, console)
+    old = [
+        record | {"point": {name: record["point"][name] for name in names}}
+        for record in read_json_lines(benchmark.lines)
+    ]
+    benchmark.lines.write_text("")
+    for record in old:
+        append_json_line(benchmark.lines, record)
+    assert run_model_benchmark(benchmark, console) == old
+    assert len(points_measured.measured) == 4
+    performer = replace(benchmark, points=grid([64], ["performer"], shape="bert-base"))
+    assert run_model_benchmark(performer, console)[0]["point"]["num_features"] == 256
+    assert len(points_measured.measured) == 5
+    assert len(report(performer, console)) == 2
+    page = (benchmark.out / "bert-base.md").read_text()
+    assert page.count("| 64 | ") == 3
 
 
 @pytest.mark.parametrize(("what", "count"), [("cpu", 8), ("torch", 8), ("transformers", 8), ("source_sha256", 6)])

@@ -2,6 +2,7 @@ import pytest
 
 from topk_attention.experiments.kernel_benchmark.checking import CheckFailedError
 from topk_attention.experiments.model_benchmark import check as checking
+from topk_attention.experiments.model_benchmark import random_features
 from topk_attention.experiments.model_benchmark.check import check
 from topk_attention.experiments.model_benchmark.shapes import new_model
 
@@ -17,6 +18,27 @@ def test_every_method_computes_what_eager_attention_does(point, family, method, 
     if method == "topk":
         assert result["k"] < result["length"]
         assert result["loss_error_below_length"] < 1e-4
+
+
+@pytest.mark.parametrize("method", ["performer", "rfa"])
+def test_random_features_compute_what_the_same_features_do_written_out(point, method):
+    result = check(point(method=method, length=200))
+    assert result["length"] == 96
+    assert "random features, every weight written out" in result["compared_with"]
+    assert 0 < result["gradient_error"] < 3e-4
+    assert result["loss_error"] < 1e-5
+
+
+@pytest.mark.parametrize("method", ["performer", "rfa"])
+def test_random_features_that_see_other_keys_are_an_error(point, monkeypatch, method):
+    attend = random_features._attend
+
+    def wrong(module, query, key, *rest, **arguments):
+        return attend(module, query, 1.1 * key.roll(1, 1), *rest, **arguments)
+
+    monkeypatch.setattr(random_features, "_attend", wrong)
+    with pytest.raises(CheckFailedError, match=r"(loss|gradient)_error is"):
+        check(point(method=method))
 
 
 def test_a_kink_is_smoothed_for_the_check_and_said(point, monkeypatch):

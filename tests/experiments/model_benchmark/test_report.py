@@ -70,7 +70,38 @@ def test_other_settings_are_compared_with_nobody(written, settings):
 def test_another_k_has_no_number_of_the_papers(written):
     (point,) = grid([2048], ["topk"], shape="bert-base", k=128, backend="chunked")
     page, _ = written([point], [(point, {})])
-    assert "| 2,048 | top-k, k = 128 (chunked) | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 |" in page
+    assert "| 2,048 | top-k, k = 128 (chunked) | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 |\n" in page
+
+
+def test_another_number_of_features_has_no_number_of_the_papers(written):
+    (point,) = grid([2048], ["performer"], shape="bert-base", num_features=128)
+    page, _ = written([point], [(point, {})])
+    assert "| 2,048 | Performer, 128 features | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 |\n" in page
+
+
+def test_performer_stands_beside_the_papers_and_tells_which_dropout_it_does_without(written, monkeypatch):
+    drawn = {}
+    reporting = importlib.import_module("topk_attention.experiments.model_benchmark.report")
+    monkeypatch.setattr(reporting, "draw_memory_and_time", lambda curves, path, **options: drawn.update(options))
+    points = grid([2048], ["performer", "rfa", "vanilla"], shape="bert-base")
+    page, _ = written(points, [(point, {}) for point in points])
+    assert "| 2,048 | Performer, 256 features | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 | 3.48 | 0.51 |" in page
+    assert (
+        "| 2,048 | Random Feature Attention, 256 features | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 |  |  |" in page
+    )
+    assert (
+        page.count("no dropout of attention weights, which it never forms; every other dropout of the model acts") == 2
+    )
+    assert "vanilla (eager): no dropout" not in page
+    performer = "Performer, Gupta et al. 2021 (quoted, GPU)"
+    assert drawn["quoted"]["peak_mib"][performer][2048] == 3.48
+    assert drawn["quoted_like"][performer] == "Performer, 256 features"
+
+
+def test_without_dropout_there_is_none_to_do_without(written):
+    (point,) = grid([2048], ["performer"], shape="bert-base", dropout_p=0.0)
+    page, _ = written([point], [(point, {})])
+    assert "no dropout of attention weights" not in page
 
 
 def test_what_did_not_finish_is_in_the_table_with_the_reason_below(written):
@@ -112,14 +143,14 @@ def test_the_newest_record_of_a_point_counts_and_other_settings_do_not(written):
     assert "| 3.00 |" in page
 
 
-def test_points_of_other_code_are_left_out_but_for_rivals(written, monkeypatch):
+def test_points_of_other_code_stay_and_are_named_and_those_of_other_packages_go(written, monkeypatch):
     points = points_of()
     reporting = importlib.import_module("topk_attention.experiments.model_benchmark.report")
-    monkeypatch.setattr(
-        reporting,
-        "environment",
-        lambda: environment() | {"source_sha256": "another"},
-    )
-    page, _ = written(points, [(point, {}) for point in points])
-    assert "vanilla" in page
-    assert "top-k" not in page
+    monkeypatch.setattr(reporting, "environment", lambda: environment() | {"source_sha256": "another"})
+    older = environment() | {"commit": "abc1234", "source_sha256": "older"}
+    page, _ = written(points, [(point, {"environment": older}) for point in points])
+    assert "top-k" in page
+    assert "commit abc1234." in page
+    monkeypatch.setattr(reporting, "environment", lambda: environment() | {"torch": "another"})
+    _, files = written(points, [])
+    assert files == []

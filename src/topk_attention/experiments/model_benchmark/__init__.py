@@ -3,6 +3,7 @@
 points.py     what is measured
 shapes.py     the models, from configurations, and their inputs
 methods.py    who computes their attention
+random_features.py  Performer and RFA as such
 check.py      whether the answer is right, at a short length
 measure.py    one step, in a process of its own
 benchmark.py  which points are missing, and their records

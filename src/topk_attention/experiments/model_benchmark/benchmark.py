@@ -14,6 +14,7 @@ from ..records import Json, append_json_line, environment, read_json_lines
 from ..workers import WorkerError, run_in_fresh_process
 from . import measure
 from .points import OURS, Point
+from .random_features import check_family
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,8 +71,11 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
     out, is one of them.
 
     Raises:
+        ValueError: a method does not fit the model; nothing was measured.
         WorkerError: a point's answer is wrong, or its process died; the points before it are kept.
     """
+    for point in {point.method: point for point in benchmark.points}.values():
+        check_family(point)
     on_file = read_json_lines(benchmark.lines)
     before = [] if benchmark.fresh else on_file
     here = environment()
@@ -98,8 +102,13 @@ def in_words(record: Json) -> str:
     return f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.1f} s"
 
 
+def is_comparable(record: Json, here: Json) -> bool:
+    """Whether a record was made with the same packages on the same kind of processor."""
+    return all(record["environment"].get(name) == here[name] for name in _SAME_ENVIRONMENT)
+
+
 def is_current(record: Json, here: Json) -> bool:
-    """Whether a record was made with this software on this processor."""
+    """Whether a record spares a measurement: of a method of the library's own only one of its code as it is."""
     names = _SAME_ENVIRONMENT_OF_OURS if record["point"]["method"] in OURS else _SAME_ENVIRONMENT
     return all(record["environment"].get(name) == here[name] for name in names)
 

@@ -13,7 +13,8 @@ from ...convert import unconvert
 from ..kernel_benchmark.checking import CheckFailedError
 from ..records import Json
 from .methods import use_library
-from .points import ALL, Point
+from .points import ALL, RANDOM, Point
+from .random_features import NAME, WRITTEN_OUT, use_random_features
 from .shapes import is_smoothed, new_inputs, new_model
 
 # Long enough that k leaves most keys out, short enough that the check costs seconds.
@@ -29,6 +30,9 @@ _FLOOR = 1e-2
 
 def check(point: Point) -> Json:
     """Compare loss and gradients of a point's method with those of eager attention, the same weights and input.
+
+    Random features estimate something else: those are compared with the same features written out, all weights in
+    memory.
 
     Top-k attention is compared twice: with k >= L (loss and gradients of the original), and with k < L (loss of the
     reference backend).
@@ -51,6 +55,9 @@ def check(point: Point) -> Json:
     if is_smoothed(small):
         settings["activation"] = "GELU in place of ReLU"
     inputs = new_inputs(small, model)
+    if point.method in RANDOM:
+        use_random_features(model, small)
+        model.set_attn_implementation(WRITTEN_OUT)
     loss, gradients = _loss_and_gradients(model, inputs)
     if point.method == "vanilla":  # nothing to compare, but as warm as the others when its steps are timed
         del model, gradients
@@ -59,6 +66,9 @@ def check(point: Point) -> Json:
     compared: Json = {"compared_with": "eager attention: loss and all gradients"}
     if point.method == "sdpa":
         model.set_attn_implementation("sdpa")
+    elif point.method in RANDOM:
+        model.set_attn_implementation(NAME)
+        compared["compared_with"] = "the same random features, every weight written out: loss and all gradients"
     elif point.method == "query-chunks":
         use_library(model, ALL, None if point.feed_forward_k is None else ALL, backend="chunked")
     else:

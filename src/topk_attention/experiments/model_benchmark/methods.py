@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ...convert import convert
-from .points import ALL, Point
+from .points import ALL, RANDOM, Point
+from .random_features import use_random_features
 from .shapes import new_model
 
 K = int | Literal["all"]
@@ -18,6 +19,8 @@ def prepared_model(point: Point) -> Any:
         use_library(model, ALL, None if point.feed_forward_k is None else ALL, backend="chunked")
     elif point.method == "topk":
         use_library(model, point.k, point.feed_forward_k, backend=point.backend)
+    elif point.method in RANDOM:
+        use_random_features(model, point)
     return model
 
 

@@ -18,9 +18,14 @@ METHODS = {
     "sdpa": "PyTorch's scaled_dot_product_attention",
     "query-chunks": "every key, in query chunks",
     "topk": "top-k attention",
+    "performer": "Performer",
+    "rfa": "Random Feature Attention",
 }
 # Methods that compute with this library: their points belong to one version of its code.
-OURS = ("query-chunks", "topk")
+OURS = ("query-chunks", "topk", "performer", "rfa")
+# Of these, who puts random features in place of attention weights, and who may compute networks in another way too.
+RANDOM = ("performer", "rfa")
+_WITH_NETWORKS = ("query-chunks", "topk")
 SHAPES = ("bert-base", "t5-base")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ALL: Literal["all"] = "all"
@@ -35,10 +40,13 @@ class Point:
     length          tokens of the input; of the encoder's where there are two
     k               keys kept per query; counts for method "topk" alone
     feed_forward_k  neurons kept per token by method "topk"; "all" computes every neuron in token chunks, and "all" or a
-                    number makes method "query-chunks" do so as well; None leaves the networks as they are
+                    number makes method "query-chunks" do so as well; None, and every other method, leaves the
+                    networks as they are
     decoder_length  tokens of the decoder, where there is one
-    dropout_p       for every dropout that the configuration has
+    dropout_p       for every dropout that the configuration has, but for that of attention weights with methods
+                    "performer" and "rfa", which form none
     checkpointing   gradient checkpointing, layer by layer
+    num_features    random features of a head; counts for methods "performer" and "rfa" alone
     source          where a configuration of the user's own is; None for shapes by name
     """
 
@@ -55,6 +63,7 @@ class Point:
     backend: str = "auto"
     threads: int = 1
     seed: int = 0
+    num_features: int = 256
     source: ModelSource | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +75,9 @@ class Point:
         if self.feed_forward_k not in (None, ALL):
             check_k("feed_forward_k", self.feed_forward_k)
         check_dropout(self.dropout_p)
-        check_at_least(1, self, "length", "decoder_length", "threads")
+        check_at_least(1, self, "length", "decoder_length", "threads", "num_features")
+        if self.method == "rfa" and self.num_features % 2:
+            raise ValueError(f"num_features must be even for rfa, half sines and half cosines, got {self.num_features}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be among {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device not in ("cpu", "cuda"):
@@ -85,7 +96,9 @@ class Point:
         record["source"] = None if self.source is None else self.source.revision
         if self.method != "topk":
             record["k"] = None
-        if self.method not in OURS:
+        if self.method not in RANDOM:
+            del record["num_features"]  # as in records made before there were any
+        if self.method not in _WITH_NETWORKS:
             record["feed_forward_k"] = None
         elif self.method == "query-chunks" and self.feed_forward_k is not None:
             record["feed_forward_k"] = ALL
@@ -116,6 +129,8 @@ def curve_name(point: Json) -> str:
             return "PyTorch's SDPA"
         case "query-chunks":
             name = "every key, in query chunks"
+        case "performer" | "rfa" as method:
+            return f"{METHODS[method]}, {point['num_features']} features"
         case _:
             name = f"top-k, k = {point['k']} ({point['backend']})"
     if point["feed_forward_k"] is None:
@@ -130,7 +145,7 @@ def settings(point: Json) -> Json:
     return {
         name: value
         for name, value in point.items()
-        if name not in ("method", "length", "k", "feed_forward_k", "backend", "seed")
+        if name not in ("method", "length", "k", "feed_forward_k", "backend", "seed", "num_features")
     }
 
 

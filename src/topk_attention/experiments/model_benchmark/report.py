@@ -10,8 +10,8 @@ from ..plots import draw_memory_and_time
 from ..records import Json, environment, read_json_lines, write_whole
 from ..timing import busy_note
 from . import paper
-from .benchmark import ModelBenchmark, is_current
-from .points import METHODS, Point, curve_name, settings
+from .benchmark import ModelBenchmark, is_comparable
+from .points import METHODS, RANDOM, Point, curve_name, settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,12 +56,12 @@ def report(benchmark: ModelBenchmark, console: Console) -> list[Path]:
 
 
 def curves_on_file(benchmark: ModelBenchmark) -> list[Curve]:
-    """In the order of METHODS, and of the file within a method."""
+    """In the order of METHODS, and of the file within a method. The page names the commits they are of."""
     here, wanted = environment(), settings(benchmark.points[0].as_record())
     curves: dict[str, Curve] = {}
     for record in read_json_lines(benchmark.lines):
         point = record["point"]
-        if settings(point) != wanted or not is_current(record, here):
+        if settings(point) != wanted or not is_comparable(record, here):
             continue
         name = curve_name(point)
         curves.setdefault(name, Curve(name, point["method"], {})).records[point["length"]] = record
@@ -109,7 +109,7 @@ def notes(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> list[str]:
     lines = [
         "Peak: of the first step, above what the process held before the model was made: weights, their gradients, "
         "activations and all between. Step: median (fastest to slowest) where there were several.",
-        *(f"{curve.name}: {line}" for curve in curves for line in _check_lines(curve)),
+        *(f"{curve.name}: {line}" for curve in curves for line in [*_check_lines(curve), *_dropout_lines(curve)]),
     ]
     if finished:
         weights = sorted({round(record["weights_mib"] / 1024, 2) for record in finished})
@@ -144,6 +144,12 @@ def _check_lines(curve: Curve) -> list[str]:
     return [f"{line}."]
 
 
+def _dropout_lines(curve: Curve) -> list[str]:
+    if curve.method not in RANDOM or all(record["point"]["dropout_p"] == 0 for record in curve.records.values()):
+        return []
+    return ["no dropout of attention weights, which it never forms; every other dropout of the model acts."]
+
+
 def _table(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for length in sorted({length for curve in curves for length in curve.records}):
@@ -158,7 +164,7 @@ def _table(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> tuple[list[str
 def _cells(point: Point, curve: Curve, length: int) -> list[str]:
     record = curve.records[length]
     quoted = [
-        numbers.get(curve.method, {}).get(length) if _is_the_papers(point) and _is_its_k(record) else None
+        numbers.get(curve.method, {}).get(length) if _is_the_papers(point) and _is_its_size(record["point"]) else None
         for numbers in (paper.PEAK_GIB, paper.SECONDS)
     ]
     of_paper = ["" if number is None else f"{number:g}" for number in quoted]
@@ -181,8 +187,9 @@ def _is_the_papers(point: Point) -> bool:
     return (point.shape, point.dropout_p, point.checkpointing, point.dtype) == ("bert-base", 0.1, False, "float32")
 
 
-def _is_its_k(record: Json) -> bool:
-    return record["point"]["method"] != "topk" or record["point"]["k"] == 64
+def _is_its_size(point: Json) -> bool:
+    """Whether a method kept as many keys, or drew as many features, as the paper's."""
+    return {"topk": point["k"] == 64, "performer": point.get("num_features") == 256}.get(point["method"], True)
 
 
 def _show(benchmark: ModelBenchmark, curves: Sequence[Curve], console: Console) -> None:
@@ -202,14 +209,17 @@ def _show(benchmark: ModelBenchmark, curves: Sequence[Curve], console: Console) 
 
 def _draw(benchmark: ModelBenchmark, curves: Sequence[Curve], path: Path) -> None:
     point = benchmark.points[0]
-    quoted = {}
+    quoted, like = {}, {}
     if _is_the_papers(point):
+        names = {method: f"{METHODS[method]}, Gupta et al. 2021 (quoted, GPU)" for method in paper.PEAK_GIB}
         quoted = {
-            field: {
-                f"{METHODS.get(method, method)}, Gupta et al. 2021 (quoted, GPU)": numbers
-                for method, numbers in of_paper.items()
-            }
+            field: {names[method]: numbers for method, numbers in of_paper.items()}
             for field, of_paper in (("peak_mib", paper.PEAK_GIB), ("elapsed_s", paper.SECONDS))
+        }
+        like = {
+            names[curve.method]: curve.name
+            for curve in reversed(curves)
+            if curve.method in names and _is_its_size(next(iter(curve.records.values()))["point"])
         }
     draw_memory_and_time(
         {
@@ -221,6 +231,7 @@ def _draw(benchmark: ModelBenchmark, curves: Sequence[Curve], path: Path) -> Non
         x_label="L, length of the input",
         title=title(point),
         quoted=quoted,
+        quoted_like=like,
     )
 
 

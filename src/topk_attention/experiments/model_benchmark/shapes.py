@@ -67,7 +67,7 @@ def new_model(point: Point, attn_implementation: str, *, smooth: bool = False) -
     if smooth:
         for field in _names_of_relu(config):
             setattr(config, field, "gelu")
-    name = _model_class(config)
+    name = model_class(config)
     try:
         with torch.device(point.device):
             model = getattr(transformers, name).from_config(
@@ -100,7 +100,8 @@ def new_inputs(point: Point, model: Any) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def _model_class(config: Any) -> str:
+def model_class(config: Any) -> str:
+    """Which of transformers' classes makes the model of a configuration."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if config.is_encoder_decoder:

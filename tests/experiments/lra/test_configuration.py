@@ -29,11 +29,10 @@ def test_listops_is_published_with_its_generators_defaults():
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_small_configurations_have_512_to_2048_tokens_and_pathfinder_a_quarter_of_its_pixels(name):
+def test_small_configurations_have_512_to_2048_tokens(name):
     config = read_config(name)
     task = config.new_task("somewhere" if config.needs_source else None)
-    shortest = 256 if config.task == "pathfinder" else 512
-    assert shortest <= task.max_length + (config.model.pooling == "cls") <= 2048
+    assert 512 <= task.max_length + (config.model.pooling == "cls") <= 2048
 
 
 def test_the_published_schedule_rises_and_falls_with_the_square_root():

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -28,11 +29,10 @@ def test_listops_is_published_with_its_generators_defaults():
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_small_configurations_have_512_to_2048_tokens_and_pathfinder_a_quarter_of_its_pixels(name):
+def test_small_configurations_have_512_to_2048_tokens(name):
     config = read_config(name)
     task = config.new_task("somewhere" if config.needs_source else None)
-    shortest = 256 if config.task == "pathfinder" else 512
-    assert shortest <= task.max_length + (config.model.pooling == "cls") <= 2048
+    assert 512 <= task.max_length + (config.model.pooling == "cls") <= 2048
 
 
 def test_the_published_schedule_rises_and_falls_with_the_square_root():
@@ -61,6 +61,7 @@ def test_the_published_schedule_rises_and_falls_with_the_square_root():
         ("d_ff = 24", "d_ff = 0", "d_ff must be at least 1, got 0"),
         ("batch = 8", "batch = 0", "batch must be at least 1, got 0"),
         ("weight_decay = 0.01", "weight_decay = -1", "weight_decay must be at least 0, got -1"),
+        ("batch = 8", "batch = 8\nalike_over = -1", "alike_over must be at least 0, got -1"),
         ("learning_rate = 0.003", "learning_rate = 0.0", "learning_rate must be above 0, got 0.0"),
         ("warmup = 2", 'warmup = 2\nschedule = "flat"', "schedule must be one of cosine, .* got 'flat'"),
         ("warmup = 2", 'warmup = 2\nprecision = "fp8"', "precision must be one of no, bf16, got 'fp8'"),
@@ -92,6 +93,12 @@ def test_a_source_is_asked_for_exactly_where_files_are_read(tiny):
 def test_a_method_that_does_not_exist_is_refused(tiny):
     with pytest.raises(ValueError, match=r"method must be one of vanilla, query-chunks, .* got 'magic'"):
         tiny.attention_options("magic")
+
+
+def test_a_setting_that_older_records_lack_is_left_out_where_it_changes_nothing(tiny):
+    assert "alike_over" not in tiny.as_record()["training"]
+    alike = replace(tiny, training=replace(tiny.training, alike_over=4))
+    assert alike.as_record()["training"] == tiny.as_record()["training"] | {"alike_over": 4}
 
 
 def test_cosine_ends_at_zero_whatever_the_warm_up():

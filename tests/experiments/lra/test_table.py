@@ -8,7 +8,7 @@ from topk_attention.experiments.records import append_json_line
 
 def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="listops", **changes):
     curve = [
-        {"step": 10 * n, "validation_accuracy": accuracy * n / 2, "training_loss": 1.0, "elapsed_s": 1.0}
+        {"step": 10 * n, "validation_accuracy": accuracy * n / 2, "training_loss": 1.0, "validation_loss": 2.0}
         for n in (1, 2)
     ]
     return {
@@ -125,6 +125,43 @@ def test_runs_that_a_guess_without_a_model_beats_are_named():
     assert "Guessing by first operator is right for 35.0% of the test examples, without a model." in table
     assert "These runs do not beat it: topk, k = 128, seed 0 (30.0%)." in table
     assert "do not beat" not in table_in_words([record(accuracy=0.4, baselines=guess)])
+
+
+def test_runs_that_are_not_clearly_above_the_most_frequent_label_are_named():
+    # (0.4 - 0.17) / sqrt(0.4 * 0.6 / 100) = 4.69 and (0.6 - 0.17) / sqrt(0.6 * 0.4 / 100) = 8.78
+    unclear = table_in_words([record(accuracy=0.4), record("vanilla", seed=2, accuracy=0.6)])
+    assert (
+        "standard errors of their test accuracy above the most frequent label: topk, k = 128, seed 0 (4.7)." in unclear
+    )
+    clear = table_in_words([record(accuracy=0.7), record("vanilla", accuracy=0.6)])
+    assert "Every run is at least 8.8 standard errors of its test accuracy above the most frequent label." in clear
+
+
+def test_top_k_is_held_against_vanilla_of_the_same_seed():
+    accuracies = {"vanilla": {0: 0.50, 1: 0.40, 2: 0.45, 3: 0.9}, "topk": {2: 0.46, 0: 0.52, 1: 0.40, 4: 0.1}}
+    runs = [record(method, seed, a) for method, of in accuracies.items() for seed, a in of.items()]
+    table = table_in_words(runs)
+    assert "topk, k = 128 minus vanilla with the same seed, mean and its standard error over 3 seeds: " in table
+    # +2, 0 and +1 points: mean 1, deviation 1, divided by the square root of 3
+    assert (
+        "+1.00 ± 0.58 points at the best validation (+2.00, +0.00, +1.00; 0 is within the 95 % interval, ± 2.48)"
+        in table
+    )
+    apart = [record("vanilla", seed, 0.4) for seed in range(3)]
+    apart += [record("topk", seed, a) for seed, a in enumerate((0.5, 0.51, 0.52))]
+    assert "(+10.00, +11.00, +12.00; 0 is outside the 95 % interval, ± 2.48)" in table_in_words(apart)
+    assert "minus vanilla" not in table_in_words([record("topk"), record("vanilla")])
+
+
+def test_query_chunks_are_held_against_vanilla():
+    vanilla = record("vanilla", accuracy=0.4)
+    same = vanilla | {"method": "query-chunks"}
+    words = "query-chunks, seed 0, against vanilla: the losses of the curve differ by at most "
+    assert f"{words}0.0e+00 of their size, the number of right test answers by 0." in table_in_words([vanilla, same])
+    curve = [point | {"validation_loss": 2.0 + 0.002 * n} for n, point in enumerate(vanilla["curve"])]
+    other = same | {"curve": curve, "best": same["best"] | {"test_accuracy": 0.42}}
+    assert f"{words}1.0e-03 of their size, the number of right test answers by 2." in table_in_words([vanilla, other])
+    assert "against vanilla" not in table_in_words([vanilla, other | {"seed": 1}])
 
 
 def test_busy_cores_are_told():

@@ -1,9 +1,11 @@
+import itertools
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -11,8 +13,9 @@ from rich.console import Console
 from topk_attention.experiments.lra import training as loop
 from topk_attention.experiments.lra.configuration import read_config
 from topk_attention.experiments.lra.runs import LraPlan, evaluate_run, run_plan
-from topk_attention.experiments.lra.training import batch_numbers
+from topk_attention.experiments.lra.training import alike_batch_numbers, batch_numbers
 from topk_attention.experiments.records import read_json_lines
+from topk_attention.tasks.lra import prepare
 
 
 @pytest.fixture
@@ -211,6 +214,69 @@ def test_every_example_is_seen_once_an_epoch_and_orders_differ():
         assert sorted(epoch[:10]) == sorted(epoch[10:]) == list(range(10))
         assert epoch[:10] != epoch[10:]
     assert batch_numbers(10, 4, 1, 3) != batch_numbers(10, 4, 2, 3)
+
+
+def test_alike_batches_have_the_same_examples_over_a_stretch_and_those_of_a_step_differ_little_in_length():
+    lengths = np.random.default_rng(0).integers(10, 500, 200)
+    for stretch in range(12):  # 5 steps of 8 in each, five stretches an epoch
+        steps = range(5 * stretch + 1, 5 * stretch + 6)
+        alike = [alike_batch_numbers(lengths, 8, 3, step, 5) for step in steps]
+        plain = [batch_numbers(200, 8, 3, step) for step in steps]
+        assert sorted(itertools.chain(*alike)) == sorted(itertools.chain(*plain))
+        ranges = sorted((lengths[batch].min(), lengths[batch].max()) for batch in alike)
+        assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(ranges))
+    orders = {
+        tuple(np.argsort([max(lengths[alike_batch_numbers(lengths, 8, 3, 5 * s + n, 5)]) for n in range(1, 6)]))
+        for s in range(12)
+    }
+    assert len(orders) > 6
+    assert alike_batch_numbers(lengths, 8, 3, 1, 5) != alike_batch_numbers(lengths, 8, 4, 1, 5)
+
+
+def test_alike_batches_are_trained_on_and_resumed_to_the_same_losses(plan, steps, tmp_path):
+    alike = replace(plan.config, training=replace(plan.config.training, alike_over=4))
+    plan = replace(plan, config=alike)
+    seen = []
+
+    def batch(self, numbers):
+        seen.append(list(numbers))
+        return plain_batch(self, numbers)
+
+    plain_batch = loop.Examples.batch
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Examples, "batch", batch)
+        (whole,) = train(replace(plan, out=tmp_path / "whole"))
+    lengths = prepare(plan.config.new_task(None), plan.data).splits["train"].lengths()
+    assert seen[0] == alike_batch_numbers(lengths, 8, 0, 1, 4)
+    steps.interrupt_before = 6
+    with pytest.raises(KeyboardInterrupt):
+        train(plan)
+    steps.interrupt_before = None
+    (resumed,) = train(plan)
+    assert answers(resumed) == answers(whole)
+
+
+def test_the_examples_tested_are_all_of_them_sorted_by_length(plan, monkeypatch):
+    train(plan)
+    examples = prepare(plan.config.new_task(None), plan.data).splits["test"]
+    lengths = []
+    plain_batch = loop.Examples.batch
+
+    def batch(self, numbers):
+        lengths.extend(self.lengths()[numbers].tolist())
+        return plain_batch(self, numbers)
+
+    monkeypatch.setattr(loop.Examples, "batch", batch)
+    found = evaluate_run(plan, "topk", 0, "test", Console(quiet=True))
+    assert lengths == sorted(examples.lengths().tolist())
+    assert len(lengths) == 33
+    monkeypatch.undo()
+    shuffled = examples.take(np.random.default_rng(0).permutation(33))
+    accelerator = loop.new_accelerator("cpu", plan.config.training)
+    classifier = loop.new_model(plan.config, plan.config.new_task(None), "topk", 0)
+    classifier.load_state_dict(torch.load(plan.run("topk", 0).model)["weights"])
+    again = loop.evaluate(accelerator.prepare(classifier), shuffled, accelerator, 8)
+    assert again == pytest.approx((found["loss"], found["accuracy"]), rel=1e-6)
 
 
 def test_two_processes_train_to_what_one_trains_to(plan, tiny_file, tmp_path):

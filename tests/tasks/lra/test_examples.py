@@ -23,6 +23,14 @@ def test_a_batch_holds_each_value_plus_one_and_zeros_behind_it():
     assert batch.labels.tolist() == [0, 1]
 
 
+def test_the_length_of_an_example_is_that_of_its_longest_sequence():
+    assert Examples.concatenated([pairs(), pairs()]).take([1, 2]).lengths().tolist() == [3, 3]
+    writer = ExamplesWriter()
+    for count in (5, 2):
+        writer.add([bytes(count)], label=0)
+    assert writer.examples().take([1, 0]).lengths().tolist() == [2, 5]
+
+
 def test_without_padding_there_is_no_mask():
     writer = ExamplesWriter()
     for label in (0, 1):

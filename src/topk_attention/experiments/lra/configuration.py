@@ -45,6 +45,8 @@ class TrainingConfig:
     validation_examples  that such a point looks at; 0 for all
     patience        points without a better validation accuracy after which training stops early; 0 for never
     precision       "no" for float32, "bf16" for bfloat16 autocast
+    alike_over      steps whose examples are sorted by length together and dealt out so that those of one step are about
+                    as long as one another, for less padding; 0 for none
     """
 
     batch: int
@@ -58,10 +60,11 @@ class TrainingConfig:
     validation_examples: int = 0
     patience: int = 0
     precision: str = "no"
+    alike_over: int = 0
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "batch", "steps", "evaluate_every", "warmup")
-        check_at_least(0, self, "weight_decay", "gradient_norm", "validation_examples", "patience")
+        check_at_least(0, self, "weight_decay", "gradient_norm", "validation_examples", "patience", "alike_over")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         check_one_of(SCHEDULES, self, "schedule")
@@ -130,11 +133,14 @@ class LraConfig:
 
     def as_record(self) -> Json:
         """Everything but the name and the options of attention, which belong to a run."""
+        training = asdict(self.training)
+        if not self.training.alike_over:
+            del training["alike_over"]  # as in records from before there was such a setting
         return {
             "task": self.task,
             "settings": dict(self.settings),
             "model": asdict(self.model),
-            "training": asdict(self.training),
+            "training": training,
         }
 
 

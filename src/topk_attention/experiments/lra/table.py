@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ from .runs import RECORDS
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Standard errors of a test accuracy by which it is clearly above a guess.
+_CLEARLY = 5
+# How many standard errors a mean's 95 % interval reaches with so many degrees of freedom (Student's t).
+_T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 TABLE, PICTURE = "table.md", "curves.png"
 _HEADINGS = (
     "attention",
@@ -113,7 +118,10 @@ def _section(records: Sequence[Json]) -> str:
         f"of {training['batch']} examples, {first['num_examples']['train']:,} to train on, "
         f"{first['num_examples']['test']:,} to test on. "
         f"{_where(records)}",
+        *_majority_lines(records),
         *_baseline_lines(records),
+        *_difference_lines(records),
+        *_equality_lines(records),
         *_busy_lines(records),
         "",
         "| " + " | ".join(_HEADINGS) + " |",
@@ -136,13 +144,90 @@ def _baseline_lines(records: Sequence[Json]) -> list[str]:
     lines = []
     for name, shares in known.items():
         beaten = [
-            f"{method_name(record)}, seed {record['seed']} ({record['best']['test_accuracy']:.1%})"
+            f"{_run_name(record)} ({record['best']['test_accuracy']:.1%})"
             for record in records
             if record["best"]["test_accuracy"] <= shares["test"]
         ]
         line = f"Guessing {name} is right for {shares['test']:.1%} of the test examples, without a model."
         lines += ["", line + (f" These runs do not beat it: {'; '.join(beaten)}." if beaten else "")]
     return lines
+
+
+def _majority_lines(records: Sequence[Json]) -> list[str]:
+    """How far above the most frequent label the runs are; those that are not clearly above it are named."""
+    apart = [(_standard_errors_above_majority(record), record) for record in records]
+    lowest = min(errors for errors, _ in apart)
+    unclear = [f"{_run_name(record)} ({errors:.1f})" for errors, record in apart if errors < _CLEARLY]
+    line = f"Every run is at least {lowest:.1f} standard errors of its test accuracy above the most frequent label."
+    if unclear:
+        line = (
+            f"Less than {_CLEARLY} standard errors of their test accuracy above the most frequent label: "
+            f"{'; '.join(unclear)}."
+        )
+    return ["", line]
+
+
+def _standard_errors_above_majority(record: Json) -> float:
+    accuracy, count = record["best"]["test_accuracy"], record["num_examples"]["test"]
+    error = math.sqrt(max(accuracy * (1 - accuracy), 1 / count) / count)
+    return (accuracy - record["majority_share"]["test"]) / error
+
+
+def _difference_lines(records: Sequence[Json]) -> list[str]:
+    """Test accuracy of top-k attention minus vanilla's of the same seed, where there are several seeds of both."""
+    vanilla = {record["seed"]: record for record in records if record["method"] == "vanilla"}
+    lines = []
+    for runs in _same_options([record for record in records if record["method"] == "topk"]):
+        both = {run["seed"]: run for run in runs if run["seed"] in vanilla}
+        if len(both) < 2:
+            continue
+        parts = []
+        for point, words in (("best", "at the best validation"), ("last", "at the last step")):
+            differences = [
+                100 * (run[point]["test_accuracy"] - vanilla[seed][point]["test_accuracy"])
+                for seed, run in sorted(both.items())
+            ]
+            mean = statistics.fmean(differences)
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            reach = _T_95.get(len(differences) - 1, _T_95[max(_T_95)]) * error
+            verdict = "0 is within" if abs(mean) <= reach else "0 is outside"
+            parts.append(
+                f"{mean:+.2f} ± {error:.2f} points {words} ({', '.join(f'{d:+.2f}' for d in differences)}; {verdict} "
+                f"the 95 % interval, ± {reach:.2f})"
+            )
+        lines += [
+            "",
+            f"{method_name(runs[0])} minus vanilla with the same seed, mean and its standard error over "
+            f"{len(both)} seeds: {'; '.join(parts)}.",
+        ]
+    return lines
+
+
+def _equality_lines(records: Sequence[Json]) -> list[str]:
+    """How far query chunks, which compute what vanilla attention does, are from it after a whole training."""
+    vanilla = {record["seed"]: record for record in records if record["method"] == "vanilla"}
+    lines = []
+    for run in records:
+        other = vanilla.get(run["seed"])
+        if run["method"] != "query-chunks" or other is None:
+            continue
+        pairs = list(zip(run["curve"], other["curve"], strict=True))
+        furthest = max(
+            abs(point[name] / expected[name] - 1)
+            for point, expected in pairs
+            for name in ("training_loss", "validation_loss")
+        )
+        hits = round(abs(run["best"]["test_accuracy"] - other["best"]["test_accuracy"]) * run["num_examples"]["test"])
+        lines += [
+            "",
+            f"{_run_name(run)}, against vanilla: the losses of the curve differ by at most {furthest:.1e} of their "
+            f"size, the number of right test answers by {hits}.",
+        ]
+    return lines
+
+
+def _run_name(record: Json) -> str:
+    return f"{method_name(record)}, seed {record['seed']}"
 
 
 def _busy_lines(records: Sequence[Json]) -> list[str]:

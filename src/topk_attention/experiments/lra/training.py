@@ -188,7 +188,7 @@ class _Trainer:
     def _step(self, step: int) -> tuple[float, float]:
         """Loss and accuracy of one step over the whole batch."""
         training, accelerator = self._training, self._accelerator
-        numbers = batch_numbers(self._data.splits["train"].num_examples, training.batch, self._run.seed, step)
+        numbers = self._batch_numbers(step)
         own = numbers[accelerator.process_index :: accelerator.num_processes]
         torch.manual_seed(seed_of(self._run.seed, step * accelerator.num_processes + accelerator.process_index))
         for group in self._optimizer.param_groups:
@@ -205,6 +205,12 @@ class _Trainer:
         hits = (logits.argmax(1) == batch.labels).float().mean()
         both = accelerator.reduce(torch.stack([loss.detach(), hits]), reduction="mean")
         return both[0].item(), both[1].item()
+
+    def _batch_numbers(self, step: int) -> list[int]:
+        training, examples, seed = self._training, self._data.splits["train"], self._run.seed
+        if training.alike_over:
+            return alike_batch_numbers(examples.lengths(), training.batch, seed, step, training.alike_over)
+        return batch_numbers(examples.num_examples, training.batch, seed, step)
 
     def _point(self, step: int, training_loss: float, training_accuracy: float) -> Json:
         examples = self._data.splits["validation"]
@@ -265,7 +271,9 @@ def evaluate(model: nn.Module, examples: Examples, accelerator: Accelerator, bat
     was_training = model.training
     model.eval()
     loss, hits = 0.0, 0
-    own = range(accelerator.process_index, examples.num_examples, accelerator.num_processes)
+    # By length, which leaves little to pad.
+    order = np.argsort(examples.lengths(), kind="stable")
+    own = order[accelerator.process_index :: accelerator.num_processes].tolist()
     own_batch_size = batch_size // accelerator.num_processes
     for first in range(0, len(own), own_batch_size):
         batch = examples.batch(own[first : first + own_batch_size]).to(accelerator.device)
@@ -292,6 +300,23 @@ def batch_numbers(num_examples: int, batch: int, seed: int, step: int) -> list[i
         order = np.random.default_rng([seed, epoch]).permutation(num_examples)
         numbers += order[first : first + batch - len(numbers)].tolist()
     return numbers
+
+
+def alike_batch_numbers(lengths: np.ndarray, batch: int, seed: int, step: int, alike_over: int) -> list[int]:
+    """Like `batch_numbers`, but the examples of every `alike_over` steps are dealt out so that a step's are alike.
+
+    lengths  of all examples
+
+    >>> lengths = np.array([3, 9, 4, 8])
+    >>> sorted(sorted(lengths[alike_batch_numbers(lengths, 2, 0, step, 2)].tolist()) for step in (1, 2))
+    [[3, 4], [8, 9]]
+    """
+    stretch, place = divmod(step - 1, alike_over)
+    numbers = np.array(batch_numbers(len(lengths), batch * alike_over, seed, stretch + 1))
+    numbers = numbers[np.argsort(lengths[numbers], kind="stable")].reshape(alike_over, batch)
+    # Neither short nor long ones first.
+    turn = np.random.default_rng([seed, stretch, alike_over]).permutation(alike_over)[place]
+    return numbers[turn].tolist()
 
 
 def new_accelerator(device: str, training: TrainingConfig) -> Accelerator:

@@ -55,6 +55,10 @@ class Examples(NamedTuple):
         """Values of one sequence, uint8 [L]."""
         return self.values[self.starts[number] : self.starts[number + 1]]
 
+    def lengths(self) -> np.ndarray:
+        """Of the longest sequence of each example, int64 [N]."""
+        return np.diff(self.starts)[self.sequences].max(1)
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The examples with these numbers.
 

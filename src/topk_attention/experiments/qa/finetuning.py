@@ -200,7 +200,8 @@ def _new_model(source: ModelSource, reader: Reader) -> Any:
 
 def _new_optimizer(model: Any, learning_rate: float, request: Json) -> torch.optim.Optimizer:
     """AdamW, with a group of their own for T5's position biases where they are to learn at another rate."""
-    rate, groups = request["position_bias_rate"], [{"params": list(model.parameters())}]
+    rate = request["position_bias_rate"]
+    groups: list[Json] = [{"params": list(model.parameters())}]
     if rate != 1.0:
         named = list(model.named_parameters())
         biases = [parameter for name, parameter in named if _POSITION_BIAS in name]

@@ -37,6 +37,7 @@ def test_questions_are_answered_and_the_table_is_written_from_start_to_end(tiny_
         (["evaluate", "--dataset", "x", "--attention-k", "0"], "attention-k must be at least 1 and below"),
         (["evaluate", "--dataset", "x", "--limit", "0"], "limit must be at least 1, got 0"),
         (["finetune", "--model", "x", "--train", "y", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["finetune", "--model", "x", "--train", "y", "--beta2", "1"], "beta2 must be at least 0 and below 1, got 1.0"),
         (["reading-task", "--words", "0"], "words must be at least 1, got 0"),
         (["table", "--out", "nowhere"], "nowhere holds neither evaluations.jsonl nor finetuning.jsonl"),
     ],
@@ -51,13 +52,14 @@ def test_a_wrong_option_ends_with_one_line_and_status_2(arguments, said, tiny_mo
 
 def test_a_reading_task_is_written_with_an_untrained_t5_of_the_asked_size(text_file, tmp_path):
     sizes = {"layers": 1, "d-model": 8, "heads": 2, "d-ff": 24}
-    counts = {"words": 2, "fewest-facts": 1, "most-facts": 2, "training-questions": 4, "test-questions": 2}
+    counts = {"words": 2, "fewest-facts": 1, "most-facts": 2, "forms": 3, "training-questions": 4, "test-questions": 2}
     arguments = [str(part) for name, size in (sizes | counts).items() for part in (f"--{name}", size)]
     result = runner.invoke(app, ["qa", "reading-task", *arguments, "--text", str(text_file), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "small-t5" / "config.json").read_text())
     assert [config[name] for name in ("num_layers", "d_model", "num_heads", "d_ff")] == [1, 8, 2, 24]
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 4
+    assert json.loads((tmp_path / "about.json").read_text())["forms"] == 3
 
 
 def test_a_small_language_model_is_trained_from_start_to_end(text_file, tmp_path):

@@ -62,6 +62,14 @@ def test_parts_add_up_and_gradients_are_limited(tmp_path):
     assert result["curve"][0]["training_loss"] == sent[0]["loss"]
 
 
+def test_a_group_with_a_rate_learns_that_many_times_as_fast(tmp_path):
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    plan = TrainingPlan(1, 0.1, 1, tmp_path / "x.pt", {}, warm_up_steps=0, falls=False)
+    optimizer = torch.optim.SGD([{"params": [model[0]]}, {"params": [model[1]], "rate": 5.0}])
+    train(model, optimizer, lambda _: [(model[0] + model[1]).sum() / 2], dict, plan, lambda _: None)
+    assert [parameter.item() for parameter in model] == pytest.approx([-0.05, -0.25])
+
+
 @pytest.mark.parametrize(
     ("step", "falls", "share"), [(1, True, 0.1), (10, True, 1.0), (60, True, 0.55), (110, True, 0.1), (110, False, 1.0)]
 )

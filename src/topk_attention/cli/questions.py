@@ -115,6 +115,11 @@ def finetune(
     constant: Annotated[
         bool, typer.Option("--constant", help="Keep the learning rate; by default it falls to a tenth.")
     ] = False,
+    position_bias_rate: Annotated[
+        float,
+        typer.Option(help="How many times as fast as the rest T5's tables of relative position biases learn."),
+    ] = 1.0,
+    beta2: Annotated[float, typer.Option(help="AdamW's memory of squared gradients; 0.98 forgets sooner.")] = 0.999,
     evaluate_every: Annotated[
         int, typer.Option(help="Steps between two points of the curve, with a checkpoint.")
     ] = 200,
@@ -147,6 +152,8 @@ def finetune(
                 learning_rate=learning_rate,
                 warm_up_steps=warm_up_steps,
                 falls=not constant,
+                position_bias_rate=position_bias_rate,
+                beta2=beta2,
                 evaluate_every=evaluate_every,
                 curve_questions=curve_questions,
                 save=save,
@@ -174,15 +181,16 @@ def reading_task(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text whose words are used. Default: Python's own documentation topics.")
     ] = None,
-    words: Annotated[int, typer.Option(help="Words of each of three kinds.")] = 100,
-    fewest_facts: Annotated[int, typer.Option(help="Facts of the shortest paragraph.")] = 4,
-    most_facts: Annotated[int, typer.Option(help="Facts of the longest paragraph.")] = 8,
-    training_questions: Annotated[int, typer.Option(help="Questions of a training file.")] = 30_000,
+    words: Annotated[int, typer.Option(help="Words of each of three kinds.")] = 16,
+    fewest_facts: Annotated[int, typer.Option(help="Facts of the shortest paragraph.")] = 1,
+    most_facts: Annotated[int, typer.Option(help="Facts of the longest paragraph.")] = 3,
+    forms: Annotated[int, typer.Option(help="Forms of sentence that state facts, 1 to 3; one is learnt soonest.")] = 1,
+    training_questions: Annotated[int, typer.Option(help="Questions of a training file.")] = 200_000,
     test_questions: Annotated[int, typer.Option(help="Questions of a test file.")] = 500,
     layers: Layers = 2,
-    d_model: ModelSize = 128,
+    d_model: ModelSize = 64,
     heads: Heads = 4,
-    d_ff: Neurons = 768,
+    d_ff: Neurons = 256,
     out: Out = Path("results/qa/work/reading"),
     seed: Seed = 0,
 ) -> None:
@@ -199,6 +207,7 @@ def reading_task(
                 text=text,
                 words=words,
                 facts=(fewest_facts, most_facts),
+                forms=forms,
                 num_train=training_questions,
                 num_test=test_questions,
                 num_layers=layers,

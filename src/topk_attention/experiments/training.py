@@ -109,6 +109,7 @@ def train(
 ) -> Json:
     """Train to the last step, from the checkpoint on where there is one of the same training.
 
+    optimizer  its groups learn at the plan's learning rate, times their "rate" where they have one
     losses    step -> losses of its parts, each already divided so that their sum is that of the step. Whatever is
               random in them must depend on the step alone; torch's own random numbers do
     evaluate  -> fields of a point of the curve; the model is in evaluation mode meanwhile
@@ -220,7 +221,7 @@ def _step(
 ) -> float:
     torch.manual_seed(seed_of(plan.seed, step))  # dropout after a checkpoint as without one
     for group in optimizer.param_groups:
-        group["lr"] = plan.learning_rate_at(step)
+        group["lr"] = plan.learning_rate_at(step) * group.get("rate", 1.0)
     optimizer.zero_grad()
     total = 0.0
     for loss in losses(step):

@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from topk_attention.experiments.qa import finetuning
 from topk_attention.experiments.qa.evaluation import EvaluationConfig, run_evaluation
@@ -85,6 +87,38 @@ def test_an_interrupted_arm_goes_on_from_its_checkpoint_to_the_same_losses(
     assert record["outcomes"] == expected["outcomes"]
 
 
+def test_position_biases_learn_at_a_rate_of_their_own(config, in_this_process, console, tmp_path):
+    """AdamW's first step is its learning rate, whatever the gradient: after one step the tables tell the rate."""
+    config = replace(config, settings=one_at_a_time([]), steps=1, warm_up_steps=0, falls=False)
+    name, tables = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", {}
+    for rate in (1.0, 5.0):
+        folder = tmp_path / str(rate)
+        (record,) = run_finetuning(replace(config, position_bias_rate=rate, save=folder, out=folder), console)
+        assert record["training"].get("position_bias_rate", 1.0) == rate
+        weights = load_file(folder / "small-t5-full" / "model.safetensors")
+        tables[rate] = weights[name]
+        tables[rate, "others"] = weights["shared.weight"]
+    torch.manual_seed(config.seed)
+    start = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(config.model)).state_dict()[name]
+    slow, fast = (tables[rate] - start for rate in (1.0, 5.0))
+    moved = slow.abs() > 0.5 * config.learning_rate  # no question is long enough for every distance
+    assert moved.any()
+    torch.testing.assert_close(fast[moved], 5 * slow[moved], rtol=1e-2, atol=1e-5)
+    assert torch.equal(tables[1.0, "others"], tables[5.0, "others"])
+
+
+def test_beta2_decides_after_the_first_step_and_is_recorded(config, in_this_process, console, tmp_path):
+    config = replace(config, settings=one_at_a_time([]), warm_up_steps=0, evaluate_every=1, steps=3)
+    (usual,) = run_finetuning(config, console)
+    (other,) = run_finetuning(replace(config, beta2=0.5), console)
+    assert "beta2" not in usual["training"]
+    assert other["training"]["beta2"] == 0.5
+    losses = [[point["training_loss"] for point in record["curve"]] for record in (usual, other)]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-6)  # AdamW's first step is the same for any
+    assert losses[0][2] != pytest.approx(losses[1][2], rel=1e-4)
+
+
 def test_training_lowers_the_loss_of_a_small_t5(config, in_this_process, console):
     settings = one_at_a_time([], [16], full=False)
     (record,) = run_finetuning(replace(config, settings=settings, steps=60, evaluate_every=30, batch=8), console)
@@ -152,6 +186,8 @@ def test_a_span_head_is_trained_on_passages_apart_from_those_it_is_asked_about(
     evaluated = EvaluationConfig([str(path)], model=str(config.save / "bert-full"), threads=1, out=tmp_path / "out")
     (record,) = run_evaluation(evaluated, console)
     assert record["protocol"]["reader"] == "spans"
+    with pytest.raises(ValueError, match="position_bias_rate is for models with relative position biases"):
+        run_finetuning(replace(config, position_bias_rate=5.0), console)
 
 
 def test_a_decoder_is_refused(config, decoder, console):
@@ -165,6 +201,8 @@ def test_a_decoder_is_refused(config, decoder, console):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"parts": 7}, "parts must be at most the batch of 6, got 7"),
         ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0\.0"),
+        ({"position_bias_rate": 0.0}, r"position_bias_rate must be above 0, got 0\.0"),
+        ({"beta2": 1.0}, r"beta2 must be at least 0 and below 1, got 1\.0"),
         ({"settings": []}, "there is nothing to train"),
     ],
 )

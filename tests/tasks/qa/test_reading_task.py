@@ -18,11 +18,18 @@ def fact_about(question):
 
 @pytest.mark.parametrize(("kind", "answer"), [("what", "thing"), ("where", "place"), ("who", "who")])
 def test_the_answer_stands_in_the_one_fact_that_is_asked_about(kind, answer):
-    for question in make_questions(WORDS, 40, kinds=[kind], facts=(3, 6), seed=1):
+    for question in make_questions(WORDS, 40, kinds=[kind], facts=(3, 6), forms=3, seed=1):
         assert question.answers[0].startswith(answer)
         assert question.answers[0] in fact_about(question).split()
         assert question.answers[0] not in question.text
         assert 3 <= question.passage.count(".") <= 6
+
+
+@pytest.mark.parametrize("forms", [1, 2, 3])
+def test_facts_are_stated_in_as_many_forms_as_asked_for(forms):
+    questions = make_questions(WORDS, 40, kinds=KINDS, facts=(2, 4), forms=forms, seed=1)
+    facts = {fact for question in questions for fact in question.passage.split(".")[:-1]}
+    assert len({re.sub(r"(who|thing|place)[a-h]", r"\1", fact).strip() for fact in facts}) == forms
 
 
 def test_questions_depend_on_the_seed_alone_and_kinds_take_turns():
@@ -44,6 +51,8 @@ def test_words_are_the_most_frequent_long_ones_and_none_of_the_templates():
     [
         ({"kinds": ["why"]}, "kinds must be among what, where, who, got 'why'"),
         ({"facts": (3, 9)}, r"facts must be two numbers from 1 to the 8 words of a kind, got \(3, 9\)"),
+        ({"forms": 0}, "forms must be from 1 to 3, got 0"),
+        ({"forms": 4}, "forms must be from 1 to 3, got 4"),
     ],
 )
 def test_a_task_that_cannot_be_made_is_refused(change, words):

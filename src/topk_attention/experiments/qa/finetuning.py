@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "topk_attention/qa-finetuning/1"
 RECORDS = "finetuning.jsonl"
+_POSITION_BIAS = "relative_attention_bias"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class FinetuningConfig:
     dataset     what to evaluate on; None: `hold_out` of the passages of the training set, which are then left out of it
     from_scratch  begin with random weights of the model's configuration
     batch, parts  questions of a step, and into how many parts it is cut to save memory
+    position_bias_rate  how many times as fast as the rest T5's tables of relative position biases learn
+    beta2       AdamW's, how long it remembers squared gradients
     evaluate_every, curve_questions  steps between two points of the curve, and on how many questions they are taken
     save        folder for the trained models, one folder an arm; None: they are not kept
     """
@@ -58,6 +61,8 @@ class FinetuningConfig:
     learning_rate: float = 5e-5
     warm_up_steps: int = 40
     falls: bool = True
+    position_bias_rate: float = 1.0
+    beta2: float = 0.999
     evaluate_every: int = 200
     curve_questions: int = 100
     save: Path | None = None
@@ -71,15 +76,21 @@ class FinetuningConfig:
         check_at_least(1, self, "steps", "batch", "parts", "evaluate_every", "curve_questions", "threads")
         if self.batch < self.parts:
             raise ValueError(f"parts must be at most the batch of {self.batch}, got {self.parts}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("learning_rate", "position_bias_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if not self.settings:
             raise ValueError("there is nothing to train: give at least one of settings")
         choose_backend(self.backend)
 
     def describe_training(self) -> Json:
         names = ("from_scratch", "steps", "batch", "learning_rate", "warm_up_steps", "falls", "seed")
-        return {name: getattr(self, name) for name in names}
+        # Only where they are not as usual, so that records of before they could be chosen keep their identity.
+        unusual = {"position_bias_rate": 1.0, "beta2": 0.999}
+        chosen = {name: getattr(self, name) for name, usual in unusual.items() if getattr(self, name) != usual}
+        return {name: getattr(self, name) for name in names} | chosen
 
 
 def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
@@ -134,7 +145,7 @@ def train_arm(request: Json, send: Send) -> Json:
     training, evaluation = (list(map(Question.from_json, request[name])) for name in ("training", "evaluation"))
     result = train(
         model,
-        torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=request["weight_decay"]),
+        _new_optimizer(model, plan.learning_rate, request),
         Batches(reader.training(model, tokenizer, training), request["batch"], request["parts"], plan.seed),
         lambda: _point(reader, model, tokenizer, evaluation[: request["curve_questions"]]),
         plan,
@@ -185,6 +196,21 @@ def _new_model(source: ModelSource, reader: Reader) -> Any:
     import transformers
 
     return getattr(transformers, reader.auto_class).from_config(load_config(source), dtype=torch.float32)
+
+
+def _new_optimizer(model: Any, learning_rate: float, request: Json) -> torch.optim.Optimizer:
+    """AdamW, with a group of their own for T5's position biases where they are to learn at another rate."""
+    rate = request["position_bias_rate"]
+    groups: list[Json] = [{"params": list(model.parameters())}]
+    if rate != 1.0:
+        named = list(model.named_parameters())
+        biases = [parameter for name, parameter in named if _POSITION_BIAS in name]
+        if not biases:
+            raise ValueError("position_bias_rate is for models with relative position biases, as T5 has them")
+        others = [parameter for name, parameter in named if _POSITION_BIAS not in name]
+        groups = [{"params": others}, {"params": biases, "rate": rate}]
+    betas = (0.9, request["beta2"])
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=request["weight_decay"])
 
 
 def _outcomes(reader: Reader, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
@@ -262,6 +288,8 @@ def _train(
         "batch": config.batch,
         "parts": config.parts,
         "weight_decay": 0.0,
+        "position_bias_rate": config.position_bias_rate,
+        "beta2": config.beta2,
         "curve_questions": config.curve_questions,
         "save": None if folder is None else str(folder),
         "threads": record["run"]["threads"],

@@ -29,16 +29,18 @@ class SmallReaderConfig:
     """
     words      of each of three kinds, taken from the text
     facts      fewest and most in a paragraph
+    forms      of sentence that state facts
     num_train, num_test  questions of a file
     """
 
     text: Path | None = None
-    words: int = 100
-    facts: tuple[int, int] = (4, 8)
-    num_train: int = 30_000
+    words: int = 16
+    facts: tuple[int, int] = (1, 3)
+    forms: int = 1
+    num_train: int = 200_000
     num_test: int = 500
-    d_model: int = 128
-    d_ff: int = 768
+    d_model: int = 64
+    d_ff: int = 256
     num_layers: int = 2
     num_heads: int = 4
     seed: int = 0
@@ -66,7 +68,9 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
         ("new-kind-test.jsonl", config.num_test, NEW_KINDS),
     )
     for turn, (name, number, kinds) in enumerate(files):
-        questions = make_questions(words, number, kinds=kinds, facts=config.facts, seed=4 * config.seed + turn)
+        questions = make_questions(
+            words, number, kinds=kinds, facts=config.facts, forms=config.forms, seed=4 * config.seed + turn
+        )
         rows = (json.dumps({name: value for name, value in asdict(q).items() if value}) for q in questions)
         write_whole(config.out / name, "".join(f"{row}\n" for row in rows))
         everything += questions
@@ -74,8 +78,8 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
     tokenizer = _new_tokenizer(everything)
     _new_t5(config, len(tokenizer)).save_pretrained(config.out / MODEL_FOLDER)
     tokenizer.save_pretrained(config.out / MODEL_FOLDER)
-    about = {"text": text.source, "text_sha256": text.sha256, "facts": config.facts, "words": asdict(words)}
-    write_json(config.out / "about.json", about | {"kinds": KINDS, "seed": config.seed})
+    about = {"text": text.source, "text_sha256": text.sha256, "facts": config.facts, "forms": config.forms}
+    write_json(config.out / "about.json", about | {"words": asdict(words), "kinds": KINDS, "seed": config.seed})
     say(f"Written: {config.out / MODEL_FOLDER} ({len(tokenizer)} words)")
 
 

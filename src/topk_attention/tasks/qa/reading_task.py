@@ -1,6 +1,6 @@
 r"""A generated reading task: a paragraph of facts in words of a real text, and a question about one of them.
 
-    where is the anchor? \n queequeg keeps the anchor in the cabin. the whale of ahab is in the ...	cabin
+    where is the anchor? \n the anchor of queequeg is in the cabin. the whale of ahab is in the ...	cabin
 
 Three kinds of question, "what", "where" and "who"; a model trained on two of them can be fine-tuned on the third.
 Whoever answers must find the right sentence and take a word from it: no word says what another is about.
@@ -23,10 +23,11 @@ _ASKED = {
     "who": ("who has the {thing}?", "holder"),
 }
 _FACTS = (
-    "{holder} keeps the {thing} in the {place}.",
     "the {thing} of {holder} is in the {place}.",
+    "{holder} keeps the {thing} in the {place}.",
     "in the {place} {holder} has the {thing}.",
 )
+NUM_FORMS = len(_FACTS)
 _WORD = re.compile(r"[a-z]+")
 _OWN_WORDS = frozenset(_WORD.findall(" ".join([*_FACTS, *(asked for asked, _ in _ASKED.values())])))
 _LEAST_LETTERS = 4
@@ -55,17 +56,18 @@ class Words:
 
 
 def make_questions(
-    words: Words, number: int, *, kinds: Sequence[str], facts: tuple[int, int], seed: int
+    words: Words, number: int, *, kinds: Sequence[str], facts: tuple[int, int], forms: int = 1, seed: int
 ) -> list[Question]:
     """So many questions, each with a paragraph of its own.
 
     kinds  of question, in equal parts
     facts  fewest and most of a paragraph; no holder, thing or place occurs twice in it
+    forms  of sentence that state facts, 1 to NUM_FORMS: with several, the words of a fact come in several orders
 
     >>> words = Words(("ahab", "bildad"), ("whale", "anchor"), ("cabin", "hold"))
-    >>> (question,) = make_questions(words, 1, kinds=["where"], facts=(2, 2), seed=1)
+    >>> (question,) = make_questions(words, 1, kinds=["where"], facts=(2, 2), forms=3, seed=1)
     >>> print(question.text, question.passage, question.answers[0], sep=" | ")
-    where is the whale? | in the hold ahab has the whale. the anchor of bildad is in the cabin. | hold
+    where is the whale? | in the hold ahab has the whale. bildad keeps the anchor in the cabin. | hold
     """
     for kind in kinds:
         if kind not in _ASKED:
@@ -74,14 +76,18 @@ def make_questions(
     least_words = min(map(len, (words.holders, words.things, words.places)))
     if not 1 <= fewest <= most <= least_words:
         raise ValueError(f"facts must be two numbers from 1 to the {least_words} words of a kind, got {facts}")
+    if not 1 <= forms <= NUM_FORMS:
+        raise ValueError(f"forms must be from 1 to {NUM_FORMS}, got {forms}")
     draw = random.Random(seed)
-    return [_question(words, kinds[turn % len(kinds)], draw.randint(fewest, most), draw) for turn in range(number)]
+    return [
+        _question(words, kinds[turn % len(kinds)], draw.randint(fewest, most), forms, draw) for turn in range(number)
+    ]
 
 
-def _question(words: Words, kind: str, num_facts: int, draw: random.Random) -> Question:
+def _question(words: Words, kind: str, num_facts: int, forms: int, draw: random.Random) -> Question:
     columns = (draw.sample(some, num_facts) for some in (words.holders, words.things, words.places))
     facts = [dict(zip(("holder", "thing", "place"), parts, strict=True)) for parts in zip(*columns, strict=True)]
-    passage = " ".join(draw.choice(_FACTS).format(**fact) for fact in facts)
+    passage = " ".join(draw.choice(_FACTS[:forms]).format(**fact) for fact in facts)
     text, answer = _ASKED[kind]
     asked_about = draw.choice(facts)
     return Question(text.format(**asked_about), (asked_about[answer],), passage=passage)

@@ -161,7 +161,10 @@ def test_query_chunks_are_held_against_vanilla():
     curve = [point | {"validation_loss": 2.0 + 0.002 * n} for n, point in enumerate(vanilla["curve"])]
     other = same | {"curve": curve, "best": same["best"] | {"test_accuracy": 0.42}}
     assert f"{words}1.0e-03 of their size, the number of right test answers by 2." in table_in_words([vanilla, other])
+    stopped = other | {"curve": curve[:1]}  # before the losses part
+    assert f"{words}0.0e+00 of their size, the number" in table_in_words([vanilla, stopped])
     assert "against vanilla" not in table_in_words([vanilla, other | {"seed": 1}])
+    assert "against vanilla" not in table_in_words([vanilla, other | {"curve": [curve[0] | {"step": 7}]}])
 
 
 def test_busy_cores_are_told():

@@ -211,7 +211,11 @@ def _equality_lines(records: Sequence[Json]) -> list[str]:
         other = vanilla.get(run["seed"])
         if run["method"] != "query-chunks" or other is None:
             continue
-        pairs = list(zip(run["curve"], other["curve"], strict=True))
+        by_step = {point["step"]: point for point in other["curve"]}
+        # Early stops may differ.
+        pairs = [(point, by_step[point["step"]]) for point in run["curve"] if point["step"] in by_step]
+        if not pairs:
+            continue
         furthest = max(
             abs(point[name] / expected[name] - 1)
             for point, expected in pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .points import PointBenchmark, say
-from .records import Json, write_whole
+from .records import Json, days_and_commits, write_whole
 from .timing import busy_note
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ def how_measured(records: Sequence[Json]) -> list[str]:
     """Computer, software and limits of records of one setting, and whether others were busy meanwhile."""
     point, here = records[-1]["point"], records[-1]["environment"]
     computer = f"{here['cpu']}, {point['threads']} threads" if point["device"] == "cpu" else point["device"]
-    dates = sorted({record["environment"]["date"][:10] for record in records})
-    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    commits = ", ".join(dict.fromkeys(record["environment"]["commit"] or "unknown" for record in records))
-    lines = [f"{computer}, PyTorch {here['torch']}, {days}, commit {commits}."]
+    lines = [f"{computer}, PyTorch {here['torch']}, {days_and_commits(records)}."]
     given_up = [record for record in records if record["outcome"] == "out of memory"]
     limits = sorted({record["memory_limit_gib"] for record in given_up if record["memory_limit_gib"] is not None})
     if limits:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,19 @@ def environment() -> Json:
         "source_sha256": source_sha256(),
         "date": now(),
     }
+
+
+def days_and_commits(records: Sequence[Json]) -> str:
+    """The days on which records were made, first to last, and the commits they are of, for the head of a table.
+
+    >>> made = [{"date": "2026-11-29T10:00:00", "commit": "abc1234"}, {"date": "2026-11-24T10:00:00", "commit": None}]
+    >>> days_and_commits([{"environment": environment} for environment in made])
+    '2026-11-24 to 2026-11-29, commit abc1234, unknown'
+    """
+    dates = sorted({record["environment"]["date"][:10] for record in records})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    commits = dict.fromkeys(record["environment"]["commit"] or "unknown" for record in records)
+    return f"{days}, commit {', '.join(commits)}"
 
 
 def differences(old: Json, new: Json) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..plots import COLOURS, MARKERS, QUOTED, new_figure, plain_numbers, save
 from ..point_tables import Page, by_setting, markdown_table
 from ..points import newest_records, say
-from ..records import Json, write_whole
+from ..records import Json, days_and_commits, write_whole
 from ..timing import busy_note
 from .methods import METHODS
 from .settings import LINES, SCHEMA
@@ -149,14 +149,12 @@ def notes(records: Sequence[Json]) -> list[str]:
     """How the numbers came about."""
     point, here = records[0]["point"], records[0]["environment"]
     numbers = ", ".join(map(str, point["layers"]))
-    dates = sorted(record["environment"]["date"][:10] for record in records)
-    commits = dict.fromkeys(str(record["environment"]["commit"]) for record in records)
     watched = [record["forward_backward"].get("other_cores") for record in records if record["outcome"] == "finished"]
     busy = busy_note(watched, here["num_cpus"])
     draws = max((record["point"]["draws"] or 1 for record in records), default=1)
     return [
         f"{here['cpu'] if point['device'] == 'cpu' else point['device']}, {point['threads']} threads, float32, PyTorch "
-        f"{here['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}.",
+        f"{here['torch']}, {days_and_commits(records)}.",
         "",
         f"Causal attention of all heads of layers {numbers}; keys and values repeated for the query heads that share "
         "them. Relative error: |output - dense| / |dense| of a head (Euclidean norms; dense attention in float64), "

@@ -101,6 +101,7 @@ class _Trainer:
         self._peak_mib = peak_mib  # of this process so far; `state` has the largest of all that worked on the run
         self._training = run.config.training
         self._data = data
+        self._lengths = data.splits["train"].lengths()
         self._accelerator = accelerator
         model = new_model(run.config, task, run.method, run.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -207,10 +208,10 @@ class _Trainer:
         return both[0].item(), both[1].item()
 
     def _batch_numbers(self, step: int) -> list[int]:
-        training, examples, seed = self._training, self._data.splits["train"], self._run.seed
+        training, seed = self._training, self._run.seed
         if training.alike_over:
-            return alike_batch_numbers(examples.lengths(), training.batch, seed, step, training.alike_over)
-        return batch_numbers(examples.num_examples, training.batch, seed, step)
+            return alike_batch_numbers(self._lengths, training.batch, seed, step, training.alike_over)
+        return batch_numbers(len(self._lengths), training.batch, seed, step)
 
     def _point(self, step: int, training_loss: float, training_accuracy: float) -> Json:
         examples = self._data.splits["validation"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..plots import draw_memory_and_time
-from ..records import Json, environment, read_json_lines, write_whole
+from ..records import Json, days_and_commits, environment, read_json_lines, write_whole
 from ..timing import busy_note
 from . import paper
 from .benchmark import ModelBenchmark, is_comparable
@@ -72,14 +72,11 @@ def as_markdown(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> str:
     """Heading, table, and how its numbers came about."""
     records = _records(curves)
     here = records[-1]["environment"]
-    dates = sorted({record["environment"]["date"][:10] for record in records})
     headings, rows = _table(benchmark, curves)
     lines = [
         f"**{title(benchmark.points[0])}**",
         "",
-        f"{here['cpu']}, PyTorch {here['torch']}, transformers {here['transformers']}, {dates[0]}"
-        + (f" to {dates[-1]}" if len(dates) > 1 else "")
-        + f", commit {', '.join(dict.fromkeys(record['environment']['commit'] or 'unknown' for record in records))}.",
+        f"{here['cpu']}, PyTorch {here['torch']}, transformers {here['transformers']}, {days_and_commits(records)}.",
         "",
         _row(headings),
         _row(["---"] * len(headings)),

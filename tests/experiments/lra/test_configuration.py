@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from topk_attention.experiments.lra.configuration import METHODS, TrainingConfig, read_config, shipped_configs
+from topk_attention.experiments.lra.training import new_model
 from topk_attention.tasks.lra import ListOps
 
 PUBLISHED = {"listops", "text", "retrieval", "image", "pathfinder32", "pathfinder128"}
@@ -21,7 +22,7 @@ def test_every_configuration_has_a_task_that_takes_its_settings(name):
     assert config.name == name
     assert task.num_classes > 1
     for method in METHODS:
-        assert set(config.attention_options(method)) == set(METHODS[method])
+        assert set(replace(config, sigma=2.0).attention_options(method)) == set(METHODS[method])
 
 
 def test_listops_is_published_with_its_generators_defaults():
@@ -66,6 +67,8 @@ def test_the_published_schedule_rises_and_falls_with_the_square_root():
         ("warmup = 2", 'warmup = 2\nschedule = "flat"', "schedule must be one of cosine, .* got 'flat'"),
         ("warmup = 2", 'warmup = 2\nprecision = "fp8"', "precision must be one of no, bf16, got 'fp8'"),
         ("k = 4", "", "attention of configuration tiny must have k, num_features, got num_features"),
+        ("k = 4", "k = 4\nsigmas = 2.0", "attention of configuration tiny must have k, num_features, got k, sigmas"),
+        ("k = 4", "k = 4\nsigma = 0.0", "sigma of configuration tiny must be above 0, got 0.0"),
         ("[attention]", "[attentions]", "configuration tiny must have the sections data, model, training, attention"),
         ("[attention]", "[attention", "configuration tiny is not TOML"),
     ],
@@ -105,3 +108,15 @@ def test_cosine_ends_at_zero_whatever_the_warm_up():
     training = TrainingConfig(batch=1, steps=50, learning_rate=2.0, warmup=50, evaluate_every=1)
     assert training.learning_rate_at(50) == 2.0
     assert TrainingConfig(batch=1, steps=60, learning_rate=2.0, warmup=50, evaluate_every=1).learning_rate_at(60) == 0.0
+
+
+def test_sigma_is_an_option_of_rfa_alone_and_named_where_it_is_not_as_usual(tiny, tiny_file):
+    assert tiny.attention_options("rfa") == {"num_features": 16}
+    tiny_file.write_text(tiny_file.read_text() + "sigma = 3.0\n")
+    sharper = read_config(str(tiny_file))
+    assert sharper.attention_options("rfa") == {"num_features": 16, "sigma": 3.0}
+    assert sharper.attention_options("performer") == {"num_features": 16}
+    model = new_model(sharper, sharper.new_task(None), "rfa", 0)
+    sigmas = [value for name, value in model.named_parameters() if name.endswith("attention.sigma")]
+    assert len(sigmas) == 2
+    assert all((sigma == 3.0).all() for sigma in sigmas)

@@ -279,12 +279,29 @@ def test_the_examples_tested_are_all_of_them_sorted_by_length(plan, monkeypatch)
     assert again == pytest.approx((found["loss"], found["accuracy"]), rel=1e-6)
 
 
-def test_two_processes_train_to_what_one_trains_to(plan, tiny_file, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"],
+        # What tells it that the processes are to run on CPUs would have it look for MPI.
+        [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            "--no_python",
+        ],
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_two_processes_train_to_what_one_trains_to(plan, tiny_file, tmp_path, launcher):
     """Of the 33 test examples the first process tests 17, in five batches, and the second 16, in four."""
     (alone,) = train(plan)
     out = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command += [sys.executable, "-c", "from topk_attention.cli import app; app()", "lra", "train", str(tiny_file)]
+    command = [sys.executable, "-m", *launcher, sys.executable, "-c", "from topk_attention.cli import app; app()"]
+    command += ["lra", "train", str(tiny_file)]
     command += ["--methods", "topk", "--device", "cpu", "--threads", "1"]
     command += ["--data", str(tmp_path / "data"), "--out", str(out)]
     done = subprocess.run(

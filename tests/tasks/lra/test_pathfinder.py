@@ -6,6 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from topk_attention.experiments.lra.configuration import read_config
 from topk_attention.tasks.lra import Pathfinder
 
 KINDS = {
@@ -134,22 +135,30 @@ def test_both_labels_and_both_curves_come_up():
     assert 0.4 < np.mean(firsts) < 0.6
 
 
+def best_share_by_distance(drawn, width=1.0):
+    """Accuracy of choosing the more frequent label of each interval of distance, on the drawings it is counted on."""
+    counts = {}
+    for drawing in drawn:
+        counts.setdefault(int(math.dist(*drawing.circles) / width), [0, 0])[drawing.label] += 1
+    return sum(map(max, counts.values())) / len(drawn)
+
+
 def test_the_distance_of_the_circles_does_not_tell_the_label():
     task = KINDS["easy, 32"]
-
-    def best_share_by_distance(drawn, width=1.0):
-        """Accuracy of choosing the more frequent label of each pixel of distance, on the drawings it is counted on."""
-        counts = {}
-        for drawing in drawn:
-            counts.setdefault(int(math.dist(*drawing.circles) / width), [0, 0])[drawing.label] += 1
-        return sum(map(max, counts.values())) / len(drawn)
-
     random = Random(8)
     assert best_share_by_distance([task.draw_one(random) for _ in range(400)]) > 0.6
     # One more of a label than of the other in each of about 25 intervals is what cutting distances at other places
     # than the generator does leaves.
     assert best_share_by_distance(list(itertools.islice(task.draw(random), 400))) < 0.54
     assert best_share_by_distance(list(itertools.islice(task.draw(random), 400)), width=0.5) == 0.5
+
+
+def test_the_distance_does_not_tell_the_label_of_short_curves_either():
+    """With two dashes the distances of label 1 crowd where the curve is straight: within a pixel labels differ."""
+    task = read_config("pathfinder-small").new_task(None)
+    random = Random(9)
+    assert best_share_by_distance([task.draw_one(random) for _ in range(300)], width=0.3) > 0.7
+    assert best_share_by_distance(list(itertools.islice(task.draw(random), 1200)), width=0.3) < 0.54
 
 
 def test_distractors_come_as_often_as_there_is_room():

@@ -78,6 +78,14 @@ def test_other_settings_and_other_seeds_are_other_data(tmp_path):
         assert all(others[name] != first[name] for name in first)
 
 
+def test_data_that_another_version_drew_is_not_taken(tmp_path, monkeypatch, shards):
+    prepare(TASK, tmp_path)
+    monkeypatch.setattr(type(TASK), "version", 2, raising=False)
+    shards.sizes.clear()
+    prepare(TASK, tmp_path)
+    assert sum(shards.sizes) == TASK.num_train + TASK.num_validation + TASK.num_test
+
+
 def test_a_changed_file_deep_in_the_source_is_noticed(tmp_path, monkeypatch):
     folder = tmp_path / "texts" / "deep" / "deeper"
     folder.mkdir(parents=True)

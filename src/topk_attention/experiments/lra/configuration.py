@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -25,8 +25,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "query-chunks": (),
     "topk": ("k",),
     "performer": ("num_features",),
-    "rfa": ("num_features",),
+    "rfa": ("num_features", "sigma"),
 }
+# Options of [attention] that may be left out.
+_USUAL = {"sigma": 1.0}
 SCHEDULES = ("cosine", "inverse-square-root")
 PRECISIONS = ("no", "bf16")
 Section = TypeVar("Section")
@@ -92,6 +94,7 @@ class LraConfig:
     task      its name in TASKS
     settings  of the task, without the source of its data
     k, num_features  of the kinds of attention that have them
+    sigma     where RFA's begins: its weights are exp(sigma^2 cos), cos that of the angle between query and key
     """
 
     name: str
@@ -101,6 +104,7 @@ class LraConfig:
     training: TrainingConfig
     k: int
     num_features: int
+    sigma: float = _USUAL["sigma"]
 
     def new_task(self, source: str | None) -> Task:
         """The task with its settings.
@@ -129,7 +133,9 @@ class LraConfig:
         """
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        return {name: getattr(self, name) for name in METHODS[method]}
+        options = {name: getattr(self, name) for name in METHODS[method]}
+        # As in records from before they could be chosen.
+        return {name: value for name, value in options.items() if value != _USUAL.get(name)}
 
     def as_record(self) -> Json:
         """Everything but the name and the options of attention, which belong to a run."""
@@ -186,7 +192,10 @@ def _from_sections(name: str, sections: dict[str, Any]) -> LraConfig:
         raise ValueError(f"task of configuration {name} must be one of {', '.join(TASKS)}, got {task!r}")
     _check_names(f"data of configuration {name}", data, [f.name for f in fields(TASKS[task]) if f.name != "source"])
     attention = sections["attention"]
-    _check_names(f"attention of configuration {name}", attention, ["k", "num_features"], all_needed=True)
+    words = f"attention of configuration {name}"
+    _check_names(words, attention, ["k", "num_features"], all_needed=True, optional=list(_USUAL))
+    if not attention.get("sigma", 1.0) > 0:
+        raise ValueError(f"sigma of configuration {name} must be above 0, got {attention['sigma']}")
     return LraConfig(
         name=name,
         task=task,
@@ -209,9 +218,14 @@ def _section(name: str, section: str, kind: type[Section], sections: dict[str, A
     return kind(**sections[section])
 
 
-def _check_names(words: str, given: dict[str, Any], known: list[str], *, all_needed: bool = False) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown or (all_needed and sorted(given) != sorted(known)):
+def _check_names(
+    words: str, given: dict[str, Any], known: list[str], *, all_needed: bool = False, optional: Sequence[str] = ()
+) -> None:
+    """
+    optional  names that may be given or left out even where all others are needed
+    """
+    others = [name for name in given if name not in optional]
+    if any(name not in known for name in others) or (all_needed and sorted(others) != sorted(known)):
         raise ValueError(f"{words} must have {', '.join(known)}, got {', '.join(given)}")
 
 

@@ -29,8 +29,9 @@ _DISTRACTOR_TRIES = 8
 _SEED_TRIES = 50
 # Distance of the points, in pixels, that stand for a curve where closeness is checked.
 _SPACING = 0.5
-# Two images are counterparts when the distances of their circles fall into the same interval; so many per dash.
-_INTERVALS_PER_STEP = 7
+# Two images are counterparts when the distances of their circles fall into the same interval; so many per dash. With 7,
+# distances within an interval still told the label of 56 to 59 % of images whose curves have two dashes.
+_INTERVALS_PER_STEP = 70
 
 
 class Drawing(NamedTuple):
@@ -90,6 +91,7 @@ class Pathfinder:
     seed: int = 0
 
     name = "pathfinder"
+    version = 2
     num_classes = 2
     vocabulary = 256
     parts = 1

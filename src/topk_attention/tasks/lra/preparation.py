@@ -155,6 +155,9 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
 
 def _settings(task: Task) -> dict[str, Any]:
     settings: dict[str, Any] = {"task": task.name} | dataclasses.asdict(task)  # type: ignore[call-overload]
+    # Data that an earlier version drew otherwise from the same settings is not taken for this one's.
+    version = getattr(task, "version", 1)
+    settings |= {} if version == 1 else {"version": version}
     source = settings.get("source")
     if source is not None and (place := Path(source).expanduser()).exists():
         settings["source"] = [str(place.resolve()), describe_source(place)]

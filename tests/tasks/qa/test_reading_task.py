@@ -39,6 +39,18 @@ def test_questions_depend_on_the_seed_alone_and_kinds_take_turns():
     assert [question.text.split()[0] for question in questions] == ["what", "where", "who"] * 2
 
 
+def test_questions_to_leave_out_are_not_asked_again():
+    settings = {"kinds": ["who"], "facts": (1, 2)}
+    first = make_questions(WORDS, 300, **settings, seed=1)
+    assert set(first) & set(make_questions(WORDS, 300, **settings, seed=2))
+    others = make_questions(WORDS, 300, **settings, seed=2, without=first)
+    assert len(others) == 300
+    assert not set(first) & set(others)
+    every = make_questions(WORDS, 20_000, kinds=["who"], facts=(1, 1), seed=1)
+    with pytest.raises(ValueError, match=r"facts must be more, got \(1, 1\): nearly every question is among those"):
+        make_questions(WORDS, 1, kinds=["who"], facts=(1, 1), seed=2, without=every)
+
+
 def test_words_are_the_most_frequent_long_ones_and_none_of_the_templates():
     text = "whale whale whale Anchor anchor has have keeps keeps the sea Harbor"
     assert Words.of(text, 1) == Words(("whale",), ("anchor",), ("harbor",))

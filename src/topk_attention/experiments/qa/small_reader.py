@@ -61,6 +61,7 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
     text = read_text(config.text)
     words = Words.of(text.content, config.words)
     everything: list[Question] = []
+    questions: list[Question] = []
     files = (
         ("train.jsonl", config.num_train, FIRST_KINDS),
         ("test.jsonl", config.num_test, FIRST_KINDS),
@@ -68,8 +69,16 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
         ("new-kind-test.jsonl", config.num_test, NEW_KINDS),
     )
     for turn, (name, number, kinds) in enumerate(files):
+        # No question is tested that was trained on.
+        trained_on = questions if turn % 2 else []
         questions = make_questions(
-            words, number, kinds=kinds, facts=config.facts, forms=config.forms, seed=4 * config.seed + turn
+            words,
+            number,
+            kinds=kinds,
+            facts=config.facts,
+            forms=config.forms,
+            seed=4 * config.seed + turn,
+            without=trained_on,
         )
         rows = (json.dumps({name: value for name, value in asdict(q).items() if value}) for q in questions)
         write_whole(config.out / name, "".join(f"{row}\n" for row in rows))

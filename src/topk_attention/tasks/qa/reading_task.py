@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .questions import Question
@@ -31,6 +31,7 @@ NUM_FORMS = len(_FACTS)
 _WORD = re.compile(r"[a-z]+")
 _OWN_WORDS = frozenset(_WORD.findall(" ".join([*_FACTS, *(asked for asked, _ in _ASKED.values())])))
 _LEAST_LETTERS = 4
+_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,24 @@ class Words:
 
 
 def make_questions(
-    words: Words, number: int, *, kinds: Sequence[str], facts: tuple[int, int], forms: int = 1, seed: int
+    words: Words,
+    number: int,
+    *,
+    kinds: Sequence[str],
+    facts: tuple[int, int],
+    forms: int = 1,
+    seed: int,
+    without: Collection[Question] = (),
 ) -> list[Question]:
     """So many questions, each with a paragraph of its own.
 
     kinds  of question, in equal parts
     facts  fewest and most of a paragraph; no holder, thing or place occurs twice in it
     forms  of sentence that state facts, 1 to NUM_FORMS: with several, the words of a fact come in several orders
+    without  questions that are not asked again with the same paragraph
+
+    Raises:
+        ValueError: kinds, facts or forms do not fit, or there are hardly any questions beside those to leave out.
 
     >>> words = Words(("ahab", "bildad"), ("whale", "anchor"), ("cabin", "hold"))
     >>> (question,) = make_questions(words, 1, kinds=["where"], facts=(2, 2), forms=3, seed=1)
@@ -79,9 +91,17 @@ def make_questions(
     if not 1 <= forms <= NUM_FORMS:
         raise ValueError(f"forms must be from 1 to {NUM_FORMS}, got {forms}")
     draw = random.Random(seed)
-    return [
-        _question(words, kinds[turn % len(kinds)], draw.randint(fewest, most), forms, draw) for turn in range(number)
-    ]
+    seen = frozenset(without)
+    questions = []
+    for turn in range(number):
+        for _ in range(_TRIES):
+            question = _question(words, kinds[turn % len(kinds)], draw.randint(fewest, most), forms, draw)
+            if question not in seen:
+                break
+        else:
+            raise ValueError(f"facts must be more, got {facts}: nearly every question is among those to leave out")
+        questions.append(question)
+    return questions
 
 
 def _question(words: Words, kind: str, num_facts: int, forms: int, draw: random.Random) -> Question:

@@ -67,8 +67,16 @@ def test_methods_stand_in_one_order_and_other_options_in_another_row():
 
 def test_runs_on_other_data_stand_apart():
     table = table_in_words([record(seed=0), record(seed=1, data={"train": "b"})])
-    assert table.count("## listops-small") == 2
+    first, second = (line for line in table.splitlines() if line.startswith("## "))
+    assert (first, second) == ("## listops-small (earlier settings or data, 1)", "## listops-small")
+    assert "| accuracy, % | listops-small (earlier settings or data, 1) | listops-small |" in table
     assert "±" not in table
+
+
+def test_several_options_of_a_method_are_told_apart_in_the_overview():
+    runs = [record("rfa", options={"num_features": 8}), record("rfa", options={"num_features": 8, "sigma": 3.0})]
+    overview = table_in_words(runs).split("\n## ")[0]
+    assert "| rfa | num_features = 8: 40.00 (1 seed); num_features = 8, sigma = 3.0: 40.00 (1 seed) |" in overview
 
 
 def test_what_was_published_is_marked_as_quoted():
@@ -119,11 +127,13 @@ def test_pathfinder_is_quoted_at_the_published_resolution_alone():
         assert ("distance of the circles" in table) == quoted
 
 
-def test_runs_that_a_guess_without_a_model_beats_are_named():
+def test_runs_that_are_not_clearly_above_a_guess_without_a_model_are_named():
     guess = {"by first operator": {"train": 0.36, "validation": 0.34, "test": 0.35}}
-    table = table_in_words([record(accuracy=0.3, baselines=guess), record("vanilla", accuracy=0.4)])
+    runs = [record(accuracy=0.3, baselines=guess), record("vanilla", accuracy=0.4), record("rfa", accuracy=0.6)]
+    table = table_in_words(runs)  # a standard error of 100 answers is 4.9 points
     assert "Guessing by first operator is right for 35.0% of the test examples, without a model." in table
-    assert "These runs do not beat it: topk, k = 128, seed 0 (30.0%)." in table
+    named = "topk, k = 128, seed 0 (30.0%); vanilla, seed 0 (40.0%)."
+    assert f"Less than 5 standard errors above it: {named}" in table
     assert "do not beat" not in table_in_words([record(accuracy=0.4, baselines=guess)])
 
 

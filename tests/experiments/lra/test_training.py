@@ -353,12 +353,37 @@ def test_without_tensorboard_training_says_so_and_goes_on(plan, console, monkeyp
     assert "TensorBoard is not installed; its files are not written." in console.export_text()
 
 
-def test_shipped_configurations_train_a_step(tmp_path):
-    """The smallest of them, from the published sizes of the model down to a handful of examples."""
-    config = read_config("pathfinder32")
-    settings = {"num_train": 4, "num_validation": 2, "num_test": 2}
+def reviews(folder):
+    for split, word in (("train", "seen"), ("test", "new")):
+        lines = [json.dumps({"text": f"{word} {n} " * 30, "label": n % 2}) for n in range(4)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def pairs_of_papers(folder):
+    lines = [f"{n % 2}\tP{n}\tQ{n}\t{'one paper ' * 20}{n}\t{'another ' * 30}{n}" for n in range(4)]
+    for name in ("train", "eval", "test"):
+        (folder / f"new_aan_pairs.{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def grey_images(folder):
+    random = np.random.default_rng(0)
+    arrays = {f"x_{split}": random.integers(256, size=(6, 32, 32), dtype=np.uint8) for split in ("train", "test")}
+    np.savez(folder / "grey.npz", **arrays, **{f"y_{split}": np.arange(6) for split in ("train", "test")})
+    return folder / "grey.npz"
+
+
+@pytest.mark.parametrize("name", ["listops", "text", "retrieval", "image", "pathfinder32", "pathfinder128"])
+def test_published_configurations_train_a_step(name, tmp_path):
+    """The model in its published size, on a handful of examples."""
+    config = read_config(name)
+    sources = {"text": reviews, "retrieval": pairs_of_papers, "image": grey_images}
+    source = str(sources[name](tmp_path)) if name in sources else None
+    few = {} if name == "retrieval" else {"num_validation": 2}
+    few |= {} if name in sources else {"num_train": 4, "num_test": 2}
     training = replace(config.training, batch=2, steps=1)
-    config = replace(config, settings=settings, training=training)
-    (record,) = train(LraPlan(config, ["topk"], data=tmp_path, out=tmp_path, threads=1, device="cpu"))
+    config = replace(config, settings={**config.settings, **few}, training=training)
+    (record,) = train(LraPlan(config, ["topk"], source=source, data=tmp_path, out=tmp_path, threads=1, device="cpu"))
     assert record["steps"] == 1
     assert torch.isfinite(torch.tensor(record["curve"][0]["training_loss"]))

@@ -1,7 +1,9 @@
 from dataclasses import replace
+from random import Random
 
 import pytest
 
+from topk_attention.experiments.lra.configuration import read_config
 from topk_attention.tasks.lra import ListOps, SameDocument, prepare
 from topk_attention.tasks.lra import preparation as making
 
@@ -110,6 +112,17 @@ def test_guessing_by_the_first_operator_is_learnt_from_training_and_tested(tmp_p
     hits = [guesses.get(int(test.sequence(number)[0]), 0) == test.labels[number] for number in range(test.num_examples)]
     assert data.description["baselines"]["by first operator"]["test"] == sum(hits) / 3
     assert data.description["baselines"]["by first operator"]["train"] > data.splits["train"].majority_share(10)
+
+
+def test_guessing_by_where_circles_lie_sees_nothing_but_circles(tmp_path):
+    task = replace(read_config("pathfinder-small").new_task(None), num_train=300, num_validation=20, num_test=100)
+    shares = prepare(task, tmp_path).description["baselines"]["by where the circles lie"]
+    assert 0.55 < shares["train"] < 0.8
+    assert 0.5 < shares["test"] < 0.8
+    drawing = task.draw_one(Random(1))
+    assert task.render(drawing, circles=False).max() == 170
+    assert task.render(drawing).max() == 255
+    assert replace(task, contrast=1.5).baselines({}) == {}
 
 
 def test_a_changed_file_is_noticed(tmp_path):

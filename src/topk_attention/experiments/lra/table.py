@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,16 +65,32 @@ def table_in_words(records: Sequence[Json]) -> str:
         "of the benchmark's own data at full size. Configurations that end in -small have less and shorter data and "
         "smaller models, and do not compare with them.",
     ]
-    # One after another as the benchmark names its tasks; configurations of one task as they were first recorded.
-    setups = sorted(_grouped(records, ("name", "config", "data")), key=lambda setup: list(TASKS).index(_task(setup)))
-    return "\n\n".join([*parts, _overview(setups), *map(_section, setups)]) + "\n"
+    by_name = _setups(records)
+    return "\n\n".join([*parts, _overview(by_name), *itertools.starmap(_section, by_name.items())]) + "\n"
 
 
-def _overview(setups: Sequence[Sequence[Json]]) -> str:
+def _setups(records: Sequence[Json]) -> dict[str, list[Json]]:
+    """Runs of one configuration on one state of the data, by name; those that a later state replaced say so.
+
+    One after another as the benchmark names its tasks; configurations of one task as they were first recorded.
+    """
+    groups = sorted(_grouped(records, ("name", "config", "data")), key=lambda group: list(TASKS).index(_task(group)))
+    of_name: dict[str, list[list[Json]]] = {}
+    for group in groups:
+        of_name.setdefault(group[0]["name"], []).append(group)
+    named = {}
+    for name, states in of_name.items():
+        for number, state in enumerate(states, 1):
+            earlier = "" if number == len(states) else f" (earlier settings or data, {number})"
+            named[name + earlier] = state
+    return named
+
+
+def _overview(by_name: Mapping[str, Sequence[Json]]) -> str:
     """Test accuracy at the best validation: a column for each setup, a row for each method and each published model."""
-    names = [setup[0]["name"] for setup in setups]
+    setups = list(by_name.values())
     majorities = [f"{100 * setup[0]['majority_share']['test']:.2f}" for setup in setups]
-    rows = [["accuracy, %", *names], ["---"] * (len(names) + 1), ["most frequent label", *majorities]]
+    rows = [["accuracy, %", *by_name], ["---"] * (len(setups) + 1), ["most frequent label", *majorities]]
     for method in METHODS:
         cells = [_accuracies([record for record in setup if record["method"] == method]) for setup in setups]
         if any(cells):
@@ -97,21 +114,23 @@ def _quoted(setup: Sequence[Json]) -> list[tuple[str, float, str]]:
 def _accuracies(runs: Sequence[Json]) -> str:
     """Of each k or number of features, with the number of seeds."""
     cells = []
-    for group in _same_options(runs):
+    groups = _same_options(runs)
+    for group in groups:
         accuracies = [100 * run["best"]["test_accuracy"] for run in group]
-        cells.append(f"{_spread(accuracies)} ({_counted(len(group), 'seed')})")
-    return ", ".join(cells)
+        options = f"{method_name(group[0]).partition(', ')[2]}: " if len(groups) > 1 else ""
+        cells.append(f"{options}{_spread(accuracies)} ({_counted(len(group), 'seed')})")
+    return "; ".join(cells)
 
 
 def _task(setup: Sequence[Json]) -> str:
     return setup[0]["config"]["task"]
 
 
-def _section(records: Sequence[Json]) -> str:
+def _section(name: str, records: Sequence[Json]) -> str:
     first = records[0]
     model, training = first["config"]["model"], first["config"]["training"]
     lines = [
-        f"## {first['name']}",
+        f"## {name}",
         "",
         f"{_counted(model['num_layers'], 'layer')} of d_model {model['d_model']} with "
         f"{_counted(model['num_heads'], 'head')}, {first['num_parameters']:,} parameters, {training['steps']:,} steps "
@@ -143,19 +162,20 @@ def _baseline_lines(records: Sequence[Json]) -> list[str]:
     known: Json = next((record["baselines"] for record in records if record.get("baselines")), {})
     lines = []
     for name, shares in known.items():
-        beaten = [
+        unclear = [
             f"{_run_name(record)} ({record['best']['test_accuracy']:.1%})"
             for record in records
-            if record["best"]["test_accuracy"] <= shares["test"]
+            if _standard_errors_above(shares["test"], record) < _CLEARLY
         ]
         line = f"Guessing {name} is right for {shares['test']:.1%} of the test examples, without a model."
-        lines += ["", line + (f" These runs do not beat it: {'; '.join(beaten)}." if beaten else "")]
+        told = f" Less than {_CLEARLY} standard errors above it: {'; '.join(unclear)}."
+        lines += ["", line + (told if unclear else "")]
     return lines
 
 
 def _majority_lines(records: Sequence[Json]) -> list[str]:
     """How far above the most frequent label the runs are; those that are not clearly above it are named."""
-    apart = [(_standard_errors_above_majority(record), record) for record in records]
+    apart = [(_standard_errors_above(record["majority_share"]["test"], record), record) for record in records]
     lowest = min(errors for errors, _ in apart)
     unclear = [f"{_run_name(record)} ({errors:.1f})" for errors, record in apart if errors < _CLEARLY]
     line = f"Every run is at least {lowest:.1f} standard errors of its test accuracy above the most frequent label."
@@ -167,10 +187,10 @@ def _majority_lines(records: Sequence[Json]) -> list[str]:
     return ["", line]
 
 
-def _standard_errors_above_majority(record: Json) -> float:
+def _standard_errors_above(share: float, record: Json) -> float:
     accuracy, count = record["best"]["test_accuracy"], record["num_examples"]["test"]
     error = math.sqrt(max(accuracy * (1 - accuracy), 1 / count) / count)
-    return (accuracy - record["majority_share"]["test"]) / error
+    return (accuracy - share) / error
 
 
 def _difference_lines(records: Sequence[Json]) -> list[str]:
@@ -289,23 +309,25 @@ def _where(records: Sequence[Json]) -> str:
 
 def draw_curves(records: Sequence[Json]) -> bytes:
     """PNG: validation accuracy against steps, a panel for each configuration, a line for each run."""
-    names = _in_order([record["name"] for record in records])
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
+    by_name = _setups(records)
+    columns = min(2, len(by_name))
+    rows = -(-len(by_name) // columns)
     figure = new_figure(width=5.5 * columns, height=3.6 * rows)
-    for number, name in enumerate(names, 1):
+    for number, (name, shown) in enumerate(by_name.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
-        shown = [record for record in records if record["name"] == name]
         for colour, method in zip(COLOURS[: len(METHODS)], METHODS, strict=True):
-            for first, record in enumerate(record for record in shown if record["method"] == method):
-                axes.plot(
-                    [point["step"] for point in record["curve"]],
-                    [100 * point["validation_accuracy"] for point in record["curve"]],
-                    color=colour,
-                    linewidth=1,
-                    alpha=0.8,
-                    label=None if first else method_name(record),
-                )
+            of_method = [record for record in shown if record["method"] == method]
+            for runs, style in zip(_same_options(of_method), itertools.cycle(("-", "--", "-.", ":")), strict=False):
+                for first, record in enumerate(runs):
+                    axes.plot(
+                        [point["step"] for point in record["curve"]],
+                        [100 * point["validation_accuracy"] for point in record["curve"]],
+                        color=colour,
+                        linestyle=style,
+                        linewidth=1,
+                        alpha=0.8,
+                        label=None if first else method_name(record),
+                    )
         majority = 100 * shown[0]["majority_share"]["validation"]
         axes.axhline(majority, color=QUOTED, linestyle=":", linewidth=1, label="most frequent label")
         axes.set_xlabel("step")

@@ -3,38 +3,78 @@ import math
 
 import pytest
 
-from topk_attention.experiments.qa.evaluation import SCHEMA
+from topk_attention.experiments.qa import evaluation, finetuning
 from topk_attention.experiments.qa.published import TABLES, curves
 from topk_attention.experiments.qa.report import write_report
 
 
-def record(setting, name, outcomes, *, share=None, model="tiny", commit="abc", dtype="float32"):
+def record(
+    setting,
+    name,
+    outcomes,
+    *,
+    share=None,
+    model="tiny",
+    revision="1",
+    commit="abc",
+    dtype="float32",
+    torch="2",
+    **questions,
+):
     """A record as evaluations write them."""
+    environment = {"topk_attention": "0", "torch": torch, "transformers": "5", "commit": commit}
     lengths = {"mean_tokens": 30.0, "most_tokens": 50} | ({} if share is None else {"share_beyond_k": share})
     return {
-        "schema": SCHEMA,
-        "model": {"name": model, "revision": "1"},
-        "questions": {"name": name, "sha256": name, "number": 9, "asked": len(outcomes), "seed": 0},
-        "protocol": {"reader": "choices", "shots": 5},
+        "schema": evaluation.SCHEMA,
+        "model": {"name": model, "revision": revision},
+        "questions": {"name": name, "sha256": name, "number": 9, "asked": len(outcomes), "seed": 0} | questions,
+        "protocol": {"prompt": 1, "reader": "choices", "shots": 5},
         "setting": {"attention_k": None, "feed_forward_k": None} | setting,
         "run": {"backend": "cpu", "threads": 1, "dtype": dtype},
         "scores": {name: {"value": 0.0, "error": 0.0} for name in ("accuracy", "accuracy_by_length")},
         "outcomes": {"accuracy": outcomes, "accuracy_by_length": outcomes},
         "lengths": lengths,
         "elapsed_s": 60.0,
-        "environment": {"topk_attention": "0", "torch": "2", "transformers": "5", "commit": commit, "cpu": "a cpu"},
+        "environment": environment | {"cpu": "a cpu", "num_cpus": 2, "date": "2026-11-24T17:02:59+00:00"},
+    }
+
+
+def as_text(record, f1=None):
+    """The same of a text-to-text model."""
+    exact = record["outcomes"]["accuracy"]
+    return record | {
+        "protocol": {"prompt": "UnifiedQA's", "reader": "text"},
+        "scores": dict.fromkeys(("exact_match", "f1")),
+        "outcomes": {"exact_match": exact, "f1": exact if f1 is None else f1},
+    }
+
+
+def trained(setting, outcomes, *, points=(60, 120, 180), other_cores=0.0, commit="abc", questions="train", **training):
+    """A record as trainings write them, a point of the curve every 100 steps."""
+    usual = {"from_scratch": True, "steps": 100 * len(points), "batch": 64, "learning_rate": 0.01, "falls": True}
+    return as_text(record(setting, "test", outcomes, commit=commit)) | {
+        "schema": finetuning.SCHEMA,
+        "training": usual | {"seed": 0} | training | {"questions": {"name": "t", "sha256": questions, "number": 1000}},
+        "questions": {"name": "test", "sha256": "test", "number": len(outcomes)},
+        "curve": [{"step": 100 * number, "elapsed_s": seconds} for number, seconds in enumerate(points, 1)],
+        "elapsed_s": points[-1],
+        "other_cores": other_cores,
     }
 
 
 @pytest.fixture
 def page(tmp_path):
-    def write(records):
-        lines = "".join(f"{json.dumps(some)}\n" for some in records)
-        (tmp_path / "evaluations.jsonl").write_text(lines)
+    def write(evaluations=(), trainings=()):
+        for name, records in ((evaluation.RECORDS, evaluations), (finetuning.RECORDS, trainings)):
+            (tmp_path / name).write_text("".join(f"{json.dumps(some)}\n" for some in records))
         write_report(tmp_path, lambda _: None)
         return (tmp_path / "qa.md").read_text()
 
     return write
+
+
+def headings(page):
+    return [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")]
 
 
 def cells(page, title, row):
@@ -73,6 +113,52 @@ def test_of_two_records_of_one_point_the_later_counts(page):
     written = page([record({}, "one", "0000", commit="old"), record({}, "one", "1111", commit="new")])
     assert cells(written, "**Accuracy**", "full") == ["100.0 ± 0.0"]
     assert "commits new" in written
+
+
+def test_questions_of_one_name_and_another_content_or_draw_stand_in_columns_of_their_own(page):
+    written = page(
+        [
+            record({}, "one", "1100"),
+            record({}, "one", "1000", seed=1),
+            record({}, "one", "1111", sha256="0420b54464f41432"),
+            record({"attention_k": 8}, "one", "0000", seed=1),
+        ]
+    )
+    # All three of 4 of 9 questions, so that a change of one against another could be taken.
+    sets = ["sha256 one, seed 0", "sha256 one, seed 1", "sha256 0420b544, seed 0"]
+    assert f"|  | {' | '.join(f'one (4 of 9), {some}' for some in sets)} | mean |" in written
+    values = [cell.split(" ")[0] for cell in cells(written, "**Accuracy**", "full")]
+    assert values[:3] == ["50.0", "25.0", "100.0"]
+    assert cells(written, "Change of accuracy", "attention k = 8")[:3] == ["-", "-25.0 ± 25.0", "-"]
+
+
+def test_evaluations_of_other_models_prompts_and_versions_stand_in_tables_named_after_what_differs(page):
+    first, prompt = record({}, "one", "1100"), record({}, "one", "1010")
+    prompt["protocol"] = prompt["protocol"] | {"prompt": 2}
+    other, newer = record({}, "one", "1000", revision="02212c2976ba7423"), record({}, "one", "0000", torch="3")
+    usual = "tiny, choices by likelihood, 5 examples before each question"
+    assert headings(page([first])) == [usual]
+    assert headings(page([first, prompt])) == [f"{usual}, prompt 1", f"{usual}, prompt 2"]
+    assert headings(page([first, other])) == [f"{usual}, revision 1", f"{usual}, revision 02212c29"]
+    assert headings(page([first, newer])) == [f"{usual}, torch 2", f"{usual}, torch 3"]
+
+
+def test_trainings_stand_in_tables_named_after_what_differs(page):
+    usual = "tiny, trained from scratch: 300 steps of 64 questions from t (1,000)"
+    first, limited = trained({}, "1100"), trained({"attention_k": 8}, "1000")
+    assert headings(page([], [first, limited])) == [usual]
+    for other, told in (
+        ({"seed": 1}, ("seed 0", "seed 1")),
+        ({"learning_rate": 0.001}, ("learning rate 0.01", "learning rate 0.001")),
+        ({"falls": False}, ("learning rate falling", "learning rate constant")),
+        ({"questions": "72f9bf6526c0"}, ("questions sha256 train", "questions sha256 72f9bf65")),
+    ):
+        assert headings(page([], [first, trained({}, "0000", **other)])) == [f"{usual}, {some}" for some in told]
+    # Not said where it is as usual.
+    written = page([], [first, limited, trained({}, "0000", beta2=0.98, seed=1)])
+    assert headings(written) == [f"{usual}, seed 0", f"{usual}, seed 1, beta2 0.98"]
+    assert cells(written, "Change of exact match", "attention k = 8") == ["-25.0 ± 25.0"]
+    assert cells(written.split("beta2 0.98")[1], "**Exact match**", "full") == ["0.0 ± 0.0"]
 
 
 def test_points_in_another_dtype_stand_in_a_table_of_their_own(page):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ _HOW = {"choices": "choices by likelihood", "text": "in its own words", "spans":
 class Group:
     """Records that stand in one table: of one model, asked in one way.
 
-    records  by setting and question set, as they are named
+    records  by setting and question set, by names that stand for one setting and one set alone
     """
 
     name: str
@@ -57,7 +59,10 @@ class Group:
         return None if record is None else _per_cent(unpack(record["outcomes"][metric]))
 
     def change(self, setting: str, some: str, metric: str) -> Mean | None:
-        """Against the full model on the same questions, with the standard error of the paired difference."""
+        """Against the full model, with the standard error of the difference question by question.
+
+        One name stands for one content, drawn with one seed: the questions and their order are the same.
+        """
         pair = [self.records.get((name, some)) for name in (setting, "full")]
         if None in pair:
             return None
@@ -71,8 +76,7 @@ def write_report(out: Path, say: Say) -> None:
     Raises:
         ValueError: there are none.
     """
-    evaluations = _newest(read_json_lines(out / evaluation.RECORDS))
-    trainings = _newest(read_json_lines(out / finetuning.RECORDS))
+    evaluations, trainings = (read_json_lines(out / name) for name in (evaluation.RECORDS, finetuning.RECORDS))
     if not evaluations and not trainings:
         raise ValueError(
             f"{out} holds neither {evaluation.RECORDS} nor {finetuning.RECORDS}: make them with "
@@ -164,34 +168,76 @@ def _points(group: Group, field: str, metric: str) -> list[tuple[float, float, f
     return points
 
 
-def _newest(records: Sequence[Json]) -> list[Json]:
-    """One record for each identity, the last one written."""
-    by_identity = {repr(identity(record)): record for record in records}
-    return list(by_identity.values())
-
-
 def _groups(records: Sequence[Json], name_of: Callable[[Json], str]) -> list[Group]:
+    """Of records of the same identity the last one counts; no other replaces another."""
+    names = _names(map(_circumstances, records), name_of)
+    settings = _names((record["setting"] for record in records), setting_name)
+    sets = _names((record["questions"] for record in records), _set_name)
     groups: dict[str, Group] = {}
     for record in records:
-        name = name_of(record)
-        group = groups.setdefault(name, Group(name, {}))
-        group.records[setting_name(record["setting"]), _set_name(record["questions"])] = record
+        key = _key(_circumstances(record))
+        group = groups.setdefault(key, Group(names[key], {}))
+        group.records[settings[_key(record["setting"])], sets[_key(record["questions"])]] = record
     return list(groups.values())
 
 
-def _evaluation_name(record: Json) -> str:
-    protocol = record["protocol"]
+def _circumstances(record: Json) -> Json:
+    """What has to agree for records to stand in one table."""
+    return {name: value for name, value in identity(record).items() if name not in ("setting", "questions")}
+
+
+def _names(described: Iterable[Json], name_of: Callable[[Json], str]) -> dict[str, str]:
+    """`_key` of a description -> its name, with what differs appended where others would be called the same."""
+    distinct = {_key(some): some for some in described}
+    details = {key: dict(_details(some)) for key, some in distinct.items()}
+    names = {}
+    for key, some in distinct.items():
+        alike = [details[other] for other in distinct if name_of(distinct[other]) == name_of(some)]
+        differing = [
+            in_words for in_words, value in details[key].items() if any(other.get(in_words) != value for other in alike)
+        ]
+        names[key] = ", ".join([name_of(some), *(_in_words(words, details[key][words]) for words in differing)])
+    return names
+
+
+def _key(described: Json) -> str:
+    return json.dumps(described, sort_keys=True)
+
+
+def _details(described: Json, within: str = "") -> Iterator[tuple[str, Any]]:
+    """All that a description says, with names in words; what is None is left out."""
+    for name, value in described.items():
+        words = f"{within}{name.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _details(value, "" if name in ("model", "protocol", "training") else f"{words} ")
+        elif value is not None:
+            yield words, value
+
+
+def _in_words(words: str, value: Any) -> str:
+    """
+    >>> _in_words("learning rate", 0.001), _in_words("sha256", "0420b54464f41432"), _in_words("falls", False)
+    ('learning rate 0.001', 'sha256 0420b544', 'learning rate constant')
+    """
+    if words == "falls":
+        return "learning rate falling" if value else "learning rate constant"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{12,}", value):
+        value = value[:8]
+    return f"{words} {value}"
+
+
+def _evaluation_name(circumstances: Json) -> str:
+    protocol, dtype = circumstances["protocol"], circumstances["dtype"]
     shots = f", {protocol['shots']} examples before each question" if protocol["reader"] == "choices" else ""
-    dtype = record["run"]["dtype"]
     in_dtype = "" if dtype == "float32" else f", in {dtype}"
-    return f"{record['model']['name']}, {_HOW[protocol['reader']]}{shots}{in_dtype}"
+    return f"{circumstances['model']['name']}, {_HOW[protocol['reader']]}{shots}{in_dtype}"
 
 
-def _training_name(record: Json) -> str:
-    training = record["training"]
+def _training_name(circumstances: Json) -> str:
+    training = circumstances["training"]
     how = "trained from scratch" if training["from_scratch"] else "fine-tuned"
     return (
-        f"{record['model']['name']}, {how}: {training['steps']:,} steps of {training['batch']} questions from "
+        f"{circumstances['model']['name']}, {how}: {training['steps']:,} steps of {training['batch']} questions from "
         f"{training['questions']['name']} ({training['questions']['number']:,})"
     )
 

@@ -132,6 +132,21 @@ def test_questions_of_one_name_and_another_content_or_draw_stand_in_columns_of_t
     assert cells(written, "Change of accuracy", "attention k = 8")[:3] == ["-", "-25.0 ± 25.0", "-"]
 
 
+def test_calibrations_are_told_apart_by_their_files(page):
+    def calibrated(file, sha256, mean_k=767.933):
+        return record({"feed_forward_k": {"file": file, "sha256": sha256, "mean_k": mean_k}}, "one", "1000")
+
+    written = page(
+        [calibrated("novel.json", "a"), calibrated("science.json", "b"), calibrated("wide.json", "c", 1024.0)]
+    )
+    for name in ("novel, mean k = 767.9", "science, mean k = 767.9", "wide, mean k = 1024"):
+        assert cells(written, "**Accuracy**", f"feed-forward calibrated by {name}") == ["25.0 ± 25.0"]
+    written = page([calibrated("novel.json", "a"), calibrated("novel.json", "b")])
+    for some in "ab":
+        name = f"feed-forward calibrated by novel, mean k = 767.9, feed forward k sha256 {some}"
+        assert cells(written, "**Accuracy**", name) == ["25.0 ± 25.0"]
+
+
 def test_evaluations_of_other_models_prompts_and_versions_stand_in_tables_named_after_what_differs(page):
     first, prompt = record({}, "one", "1100"), record({}, "one", "1010")
     prompt["protocol"] = prompt["protocol"] | {"prompt": 2}

@@ -100,19 +100,32 @@ def test_scores_means_and_paired_changes_stand_in_the_table(page):
     assert "|  | one (4 of 9) | two (4 of 9) | mean |" in written
     assert "2 examples" not in written
     assert "tiny, choices by likelihood, 5 examples before each question" in written
-    assert "4 minutes in all; commits abc" in written
+    assert "4 minutes in all; 2026-11-24, commit abc." in written
 
 
-def test_a_point_that_is_missing_leaves_a_dash_and_no_mean(page):
-    written = page([record({}, "one", "1100"), record({"attention_k": 8}, "two", "1111")])
-    assert cells(written, "**Accuracy**", "attention k = 8") == ["-", "100.0 ± 0.0", "-"]
-    assert cells(written, "Change of accuracy", "attention k = 8") == ["-", "-", "-"]
+def test_a_mean_is_over_the_sets_that_a_setting_has_and_says_over_how_many(page):
+    written = page(
+        [
+            *(record({}, name, outcomes) for name, outcomes in (("one", "1100"), ("two", "1111"), ("three", "1111"))),
+            record({"attention_k": 8}, "one", "1000"),
+            record({"attention_k": 8}, "two", "1111"),
+            record({"attention_k": 4}, "four", "1111"),
+        ]
+    )
+    half = 100 * math.sqrt(0.25 / 3)
+    quarter = ["25.0 ± 25.0", "100.0 ± 0.0", "-", "-", "62.5 ± 12.5 (2 sets)"]
+    assert cells(written, "**Accuracy**", "attention k = 8") == quarter
+    assert cells(written, "**Accuracy**", "full")[3:] == ["-", f"83.3 ± {half / 3:.1f} (3 sets)"]
+    assert cells(written, "**Accuracy**", "attention k = 4")[3:] == ["100.0 ± 0.0", "100.0 ± 0.0 (1 set)"]
+    # Against the full model on the same two sets, not on all three.
+    assert cells(written, "Change of accuracy", "attention k = 8")[-1] == "-12.5 ± 12.5 (2 sets)"
+    assert cells(written, "Change of accuracy", "attention k = 4") == ["-"] * 5
 
 
 def test_of_two_records_of_one_point_the_later_counts(page):
     written = page([record({}, "one", "0000", commit="old"), record({}, "one", "1111", commit="new")])
     assert cells(written, "**Accuracy**", "full") == ["100.0 ± 0.0"]
-    assert "commits new" in written
+    assert "commit new" in written
 
 
 def test_questions_of_one_name_and_another_content_or_draw_stand_in_columns_of_their_own(page):
@@ -174,6 +187,49 @@ def test_trainings_stand_in_tables_named_after_what_differs(page):
     assert headings(written) == [f"{usual}, seed 0", f"{usual}, seed 1, beta2 0.98"]
     assert cells(written, "Change of exact match", "attention k = 8") == ["-25.0 ± 25.0"]
     assert cells(written.split("beta2 0.98")[1], "**Exact match**", "full") == ["0.0 ± 0.0"]
+
+
+def test_a_training_says_what_its_errors_leave_out(page):
+    sentence = "Errors are over the questions, of one training each; another seed may differ by more."
+    written = page([record({}, "one", "1100")], [trained({}, "1100"), trained({"attention_k": 8}, "1000")])
+    before, after = written.split("## Trained")
+    assert sentence in after
+    assert sentence not in before
+    assert cells(after, "**Exact match**", "full") == ["50.0 ± 28.9"]
+    assert cells(after, "Change of F1", "attention k = 8") == ["-25.0 ± 25.0"]
+    assert sentence not in page([record({}, "one", "1100")])
+
+
+def test_the_time_of_a_training_leaves_out_stalls_and_tells_of_busy_machines(page):
+    # 60 s each, but for one stretch in which the machine stood still for an hour
+    stalled = trained({}, "1100", points=(60, 3720, 3780, 3840))
+    written = page([], [stalled, trained({"attention_k": 8}, "1000", points=(60, 120, 180, 240))])
+    assert "on a cpu; 8 minutes of training in all, by the median step; 2026-11-24, commit abc." in written
+    assert "Other processes" not in written
+    written = page([], [trained({}, "1100", commit=None), trained({"attention_k": 8}, "1000", other_cores=1.5)])
+    assert "commit unknown, abc. Other processes kept up to 1.5 of 2 cores busy meanwhile" in written
+    assert "None" not in written
+
+
+def test_the_last_stretch_of_a_training_may_be_shorter(page):
+    arm = trained({}, "1100", points=(60, 120, 135))
+    arm["curve"][-1]["step"] = 225
+    assert "; 2 minutes of training in all" in page([], [arm])
+
+
+def test_shares_of_queries_say_what_is_counted_and_tell_few_from_none(page):
+    points = [record({}, name, "1100") for name in ("one", "two", "three", "four")]
+    shares = (0.004, 0.996, 1.0, 0.0)
+    points += [
+        record({"attention_k": 8}, name, "1100", share=share)
+        for name, share in zip(("one", "two", "three", "four"), shares, strict=True)
+    ]
+    written = page(points)
+    assert cells(written, "Queries that see more than k keys", "attention k = 8") == ["0.4", "99.6", "100", "0"]
+    assert "Counted are the tokens of the question and its choices, not those of solved examples before it" in written
+    written = page([as_text(point) for point in points])
+    assert "Counted is the encoder's input alone" in written
+    assert "solved examples" not in written
 
 
 def test_points_in_another_dtype_stand_in_a_table_of_their_own(page):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ...tasks.qa.scores import Mean, mean_and_error
 from ..models import Say
 from ..plots import COLOURS, QUOTED, new_figure, only_ticks_at, png_of
-from ..records import Json, read_json_lines, write_whole
+from ..records import Json, days_and_commits, read_json_lines, write_whole
 from ..settings import mean_k, setting_name
+from ..timing import busy_note
 from . import evaluation, finetuning
 from .points import identity, unpack
 from .published import TABLES, PublishedTable, curves
@@ -29,6 +32,11 @@ _METRICS = {
 # How each is drawn; of accuracies one is enough.
 _SHOWN_IN_PICTURE = {"accuracy_by_length": "-", "exact_match": "-", "f1": "--"}
 _HOW = {"choices": "choices by likelihood", "text": "in its own words", "spans": "by marking the passage"}
+# Of which tokens the share is that sees more than k keys.
+_COUNTED = {
+    "choices": ". Counted are the tokens of the question and its choices, not those of solved examples before it",
+    "text": ". Counted is the encoder's input alone",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ class Group:
     @property
     def metrics(self) -> list[str]:
         return list(next(iter(self.records.values()))["scores"])
+
+    @property
+    def reader(self) -> str:
+        return str(next(iter(self.records.values()))["protocol"]["reader"])
 
     def score(self, setting: str, some: str, metric: str) -> Mean | None:
         """In per cent; None where there is no record."""
@@ -94,12 +106,15 @@ def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
     parts = [
         "# Question answering with the k best keys and neurons",
         "Per cent, with the standard error over the questions. A change is against the full model on the same "
-        "questions, with the standard error of the difference question by question. Made by `topk-attention qa table` "
-        "from the records beside it.",
+        "questions, with the standard error of the difference question by question. A mean is over the sets that a "
+        "setting has; where some are missing, it says over how many, and is not to be held against a mean over others. "
+        "Made by `topk-attention qa table` from the records beside it.",
     ]
     for heading, groups in (("Without training", evaluated), ("Trained", trained)):
         if groups:
             parts.append(f"## {heading}")
+        if groups and groups is trained:
+            parts.append("Errors are over the questions, of one training each; another seed may differ by more.")
         for group in groups:
             parts += [f"### {group.name}", *_tables(group)]
     parts += [
@@ -264,7 +279,7 @@ def _tables(group: Group) -> list[str]:
         rows = [[setting, *row] for setting, row in shares.items() if any(row)]
         tables.append(
             "Queries that see more than k keys, per cent; all others have full attention whatever k (for a calibrated "
-            "k: more than its mean)\n\n" + _markdown_table(["", *group.sets], rows)
+            f"k: more than its mean){_COUNTED.get(group.reader, '')}\n\n" + _markdown_table(["", *group.sets], rows)
         )
     notes = [_note(group)]
     return [*tables, *notes]
@@ -282,17 +297,18 @@ def _table(
     rows = []
     for setting in settings:
         means = [cell(setting, some, metric) for some in group.sets]
+        number = sum(mean is not None for mean in means)
+        cells = ["-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}" for mean in means]
         if "mean" in columns:
-            means.append(_mean_of(means))
-        rows.append(
-            [setting, *("-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}" for mean in means)]
-        )
+            mean = _mean_of(means)
+            of = "" if number == len(means) else f" ({_counted(number, 'set')})"
+            cells.append("-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}{of}")
+        rows.append([setting, *cells])
     return f"{title}\n\n{_markdown_table(['', *columns], rows)}"
 
 
 def _note(group: Group) -> str:
     records = list(group.records.values())
-    versions = sorted({str(record["environment"]["commit"]) for record in records})
     cpus = sorted({f"{record['run']['dtype']} on {record['environment']['cpu']}" for record in records})
     lengths = {
         some: next(record["lengths"] for (_, name), record in group.records.items() if name == some)
@@ -301,16 +317,44 @@ def _note(group: Group) -> str:
     told = "; ".join(
         f"{some}: {length['mean_tokens']:.0f} (most {length['most_tokens']})" for some, length in lengths.items()
     )
-    seconds = sum(record["elapsed_s"] for record in records)
+    in_all = _minutes(sum(map(_seconds, records)))
+    if "curve" in records[0]:
+        in_all += " of training in all, by the median step"
+    else:
+        in_all += " in all"
+    busy = busy_note([record.get("other_cores") for record in records], records[0]["environment"].get("num_cpus"))
     return (
-        f"Tokens of a sequence, mean: {told}. {', '.join(cpus)}; {seconds / 60:.0f} minutes in all; "
-        f"commits {', '.join(versions)}."
+        f"Tokens of a sequence, mean: {told}. {', '.join(cpus)}; {in_all}; {days_and_commits(records)}."
+        f"{'' if busy is None else f' {busy}'}"
     )
+
+
+def _seconds(record: Json) -> float:
+    """How long a point took; a training without the stretches in which it stood still."""
+    if "curve" not in record:
+        return float(record["elapsed_s"])
+    points = [{"step": 0, "elapsed_s": 0.0}, *record["curve"]]
+    a_step = [
+        (point["elapsed_s"] - before["elapsed_s"]) / (point["step"] - before["step"])
+        for before, point in pairwise(points)
+    ]
+    return float(statistics.median(a_step) * points[-1]["step"])
+
+
+def _minutes(seconds: float) -> str:
+    """
+    >>> _minutes(29), _minutes(60), _minutes(4380)
+    ('less than a minute', '1 minute', '73 minutes')
+    """
+    return "less than a minute" if seconds < 30 else _counted(max(1, round(seconds / 60)), "minute")
 
 
 def _share(record: Json | None) -> str:
     share = None if record is None else record["lengths"].get("share_beyond_k")
-    return "" if share is None else f"{100 * share:.0f}"
+    if share is None:
+        return ""
+    # Few and almost all are neither none nor all.
+    return f"{100 * share:.1f}" if 0 < share < 0.01 or 0.99 < share < 1 else f"{100 * share:.0f}"
 
 
 def _published(table: PublishedTable) -> str:
@@ -330,10 +374,18 @@ def _per_cent(values: Sequence[float]) -> Mean:
     return Mean(100 * mean.value, 100 * mean.error)
 
 
-def _mean_of(means: Sequence[Any]) -> Mean | None:
-    """The mean of independent means; None where one is missing."""
+def _mean_of(means: Sequence[Mean | None]) -> Mean | None:
+    """The mean of the independent means that are there; None where there are none."""
     known = [mean for mean in means if mean is not None]
-    if not known or len(known) < len(means):
+    if not known:
         return None
     error = math.sqrt(sum(mean.error**2 for mean in known)) / len(known)
     return Mean(sum(mean.value for mean in known) / len(known), error)
+
+
+def _counted(number: int, noun: str) -> str:
+    """
+    >>> _counted(1, "set"), _counted(3, "set")
+    ('1 set', '3 sets')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from topk_attention.experiments.qa import evaluation, finetuning
+from topk_attention.experiments.qa import evaluation, finetuning, report
 from topk_attention.experiments.qa.published import TABLES, curves
 from topk_attention.experiments.qa.report import write_report
 
@@ -254,16 +254,117 @@ def test_published_means_are_those_of_their_rows():
         assert table.rows["mean EM"][column] == pytest.approx(sum(row[column] for row in rows) / len(rows), abs=0.006)
     for some in TABLES:
         assert all(len(values) == len(some.columns) for values in some.rows.values())
-    assert curves()["UnifiedQA 3B (quoted)"][16] == 64.35
+    assert curves()["UnifiedQA 3B, 10 sets (quoted)"][16] == 64.35
 
 
-def test_the_picture_is_drawn_from_records(page, tmp_path):
-    full = record({}, "one", "1100")
-    page([full, record({"attention_k": 8}, "one", "1000"), record({"feed_forward_k": 8}, "one", "1001")])
-    before = (tmp_path / "qa.png").read_bytes()
-    assert before.startswith(b"\x89PNG")
-    page([full, record({"attention_k": 8}, "one", "1111")])
-    assert (tmp_path / "qa.png").read_bytes() != before
+@pytest.fixture
+def drawn(page, monkeypatch):
+    """-> the figure of these evaluations, as it is saved, and the page."""
+
+    def draw(evaluations):
+        figures = []
+        monkeypatch.setattr(report, "png_of", lambda figure: figures.append(figure) or b"")
+        written = page(evaluations)
+        return figures[0], written
+
+    return draw
+
+
+def points_of(axes):
+    """Label -> (k, score) of what is drawn with error bars."""
+    return {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axes.containers}
+
+
+def levels_of(axes):
+    return [line.get_ydata()[0] for line in axes.lines if line.get_label() == "full model"]
+
+
+def legend_of(figure):
+    return [text.get_text() for text in figure.axes[-2].get_legend().get_texts()]
+
+
+CALIBRATED = {"file": "novel.json", "sha256": "a", "mean_k": 7.96}
+BY_LENGTH = "accuracy, likelihoods divided by the choice's characters"
+
+
+def test_the_picture_has_a_row_of_panels_for_each_model_with_a_y_axis_of_its_own(drawn):
+    decoder = [
+        record({}, "one", "1100"),
+        record({"attention_k": 8}, "one", "1000"),
+        record({"attention_k": 4}, "one", "0000"),
+        record({"attention_k": CALIBRATED}, "one", "1100"),
+        record({"feed_forward_k": 16}, "one", "1110"),
+    ]
+    high = "1" * 99 + "0"
+    other = [as_text(record(setting, "one", high, model="t5")) for setting in ({}, {"feed_forward_k": 32})]
+    figure, _ = drawn([*decoder, *other, record({}, "one", "1111", model="full alone")])
+    attention, neurons, no_attention, text, legend, published = figure.axes
+    assert points_of(attention) == {BY_LENGTH: [[4, 0], [8, 25]], "calibrated, at its mean k": [[7.96, 50]]}
+    assert points_of(neurons) == {BY_LENGTH: [[16, 75]]}
+    assert levels_of(attention) == levels_of(neurons) == [50]
+    assert points_of(text) == {"exact match": [[32, 99]]}
+    assert not no_attention.containers
+    assert not no_attention.axison
+    assert attention.get_ylim() == neurons.get_ylim()
+    assert text.get_ylim()[0] > 90
+    assert published.get_ylim()[1] < 90
+    assert attention.containers[1].lines[0].get_markerfacecolor() == "none"
+    assert [label.get_text() for label in attention.get_xticklabels()] == ["4", "8"]
+    assert not legend.axison
+    assert sorted(legend_of(figure)) == sorted([BY_LENGTH, "calibrated, at its mean k", "exact match", "full model"])
+    assert [part.get_suptitle() for part in figure.subfigs] == [
+        "tiny, choices by likelihood, 5 examples before each question: one (4 of 9)",
+        "t5, in its own words: one (100 of 9); F1 is within 0.3 of exact match",
+        "Published (quoted): other models, whole development sets",
+    ]
+
+
+def test_the_picture_draws_f1_where_it_differs_from_exact_match(drawn):
+    points = [record({}, "one", "1100"), record({"attention_k": 8}, "one", "1000")]
+    figure, _ = drawn([as_text(points[0]), as_text(points[1], [1.0, 0.5, 0.0, 0.0])])
+    assert points_of(figure.axes[0]) == {"exact match": [[8, 25]], "F1": [[8, 37.5]]}
+    assert "F1" in legend_of(figure)
+    exact, other = (bars.lines[0] for bars in figure.axes[0].containers)
+    assert exact.get_color() == other.get_color()
+    assert exact.get_linestyle() != other.get_linestyle()
+    assert "F1" not in figure.subfigs[0].get_suptitle()
+
+
+def test_the_picture_draws_what_has_all_sets_and_the_page_names_what_it_lacks(drawn):
+    figure, written = drawn(
+        [
+            *(record({}, name, outcomes) for name, outcomes in (("one", "1100"), ("two", "1111"), ("alone", "0000"))),
+            *(record({"attention_k": 8}, name, "1000") for name in ("one", "two", "another")),
+            record({"attention_k": 4}, "two", "1111"),
+            *(record({"attention_k": 8, "feed_forward_k": 8}, name, "1000") for name in ("one", "two")),
+        ]
+    )
+    # Over the two sets that the full model shares with others: a set that it alone answered compares nothing.
+    assert points_of(figure.axes[0]) == {BY_LENGTH: [[8, 25]]}
+    assert levels_of(figure.axes[0]) == [75]
+    assert figure.subfigs[0].get_suptitle().endswith("before each question: mean over 2 sets")
+    assert (
+        "Not in the picture: attention k = 4 (1 of 2 sets); attention k = 8, feed-forward k = 8 (limits both)."
+        in written
+    )
+    assert "Not in the picture" not in drawn([record({}, "one", "1"), record({"attention_k": 8}, "one", "1")])[1]
+
+
+def test_published_curves_stand_in_a_panel_of_their_own_with_their_number_of_sets(drawn):
+    figure, _ = drawn([as_text(record({}, "one", "1100")), as_text(record({"feed_forward_k": 8}, "one", "1000"))])
+    own, published = figure.axes[1], figure.axes[-1]
+    assert [text.get_text() for text in published.texts] == [
+        "UnifiedQA 11B, 12 sets (quoted)",
+        "UnifiedQA 3B, 10 sets (quoted)",
+        "UnifiedQA base, 10 sets (quoted)",
+    ]
+    assert [64, 77.07] in published.lines[0].get_xydata().tolist()
+    assert not own.texts
+
+
+def test_the_picture_is_saved_beside_the_page(page, tmp_path):
+    page([record({}, "one", "1100"), record({"attention_k": 8}, "one", "1000")])
+    assert (tmp_path / "qa.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

@@ -77,14 +77,14 @@ def convert_model(model: Any, ks: Json, backend: str) -> None:
 
 def setting_name(described: Json) -> str:
     """
-    >>> setting_name({"attention_k": {"file": "k.json", "sha256": "", "mean_k": 64.0}, "feed_forward_k": 384})
-    'attention calibrated, mean k = 64, feed-forward k = 384'
+    >>> setting_name({"attention_k": {"file": "novel.json", "sha256": "", "mean_k": 63.96}, "feed_forward_k": 384})
+    'attention calibrated by novel, mean k = 64, feed-forward k = 384'
     """
     parts = []
     for name, kind in (("attention_k", "attention"), ("feed_forward_k", "feed-forward")):
         k = described[name]
         if isinstance(k, dict):
-            parts.append(f"{kind} calibrated, mean k = {k['mean_k']:g}")
+            parts.append(f"{kind} calibrated by {Path(k['file']).stem}, mean k = {round(k['mean_k'], 1):g}")
         elif k is not None:
             parts.append(f"{kind} k = {k}")
     return ", ".join(parts) or "full"

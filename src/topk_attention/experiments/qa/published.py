@@ -71,13 +71,13 @@ TABLES = (UNIFIEDQA_11B, UNIFIEDQA_SMALLER, T5_BASE_FINETUNED)
 def curves() -> dict[str, dict[int, float]]:
     """name -> {feed-forward k: mean EM}
 
-    >>> curves()["UnifiedQA base (quoted)"][64]
+    >>> curves()["UnifiedQA base, 10 sets (quoted)"][64]
     62.38
     """
     rows = {
-        "UnifiedQA 11B (quoted)": (UNIFIEDQA_11B.columns, UNIFIEDQA_11B.rows["mean EM"]),
-        "UnifiedQA 3B (quoted)": (_SIZES, UNIFIEDQA_SMALLER.rows["3B, d_ff 16,384"]),
-        "UnifiedQA base (quoted)": (_SIZES, UNIFIEDQA_SMALLER.rows["base, d_ff 3,072"]),
+        "UnifiedQA 11B, 12 sets (quoted)": (UNIFIEDQA_11B.columns, UNIFIEDQA_11B.rows["mean EM"]),
+        "UnifiedQA 3B, 10 sets (quoted)": (_SIZES, UNIFIEDQA_SMALLER.rows["3B, d_ff 16,384"]),
+        "UnifiedQA base, 10 sets (quoted)": (_SIZES, UNIFIEDQA_SMALLER.rows["base, d_ff 3,072"]),
     }
     return {
         name: {int(k): value for k, value in zip(ks, values, strict=True) if k != "all" and value is not None}

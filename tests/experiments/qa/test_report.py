@@ -103,22 +103,25 @@ def test_scores_means_and_paired_changes_stand_in_the_table(page):
     assert "4 minutes in all; 2026-11-24, commit abc." in written
 
 
-def test_a_mean_is_over_the_sets_that_a_setting_has_and_says_over_how_many(page):
+def test_a_mean_is_over_the_sets_that_are_compared_and_says_how_many_a_setting_has(page):
     written = page(
         [
             *(record({}, name, outcomes) for name, outcomes in (("one", "1100"), ("two", "1111"), ("three", "1111"))),
             record({"attention_k": 8}, "one", "1000"),
             record({"attention_k": 8}, "two", "1111"),
+            record({"attention_k": 2}, "two", "1111"),
             record({"attention_k": 4}, "four", "1111"),
         ]
     )
     half = 100 * math.sqrt(0.25 / 3)
-    quarter = ["25.0 ± 25.0", "100.0 ± 0.0", "-", "-", "62.5 ± 12.5 (2 sets)"]
+    quarter = ["25.0 ± 25.0", "100.0 ± 0.0", "-", "-", "62.5 ± 12.5"]
     assert cells(written, "**Accuracy**", "attention k = 8") == quarter
-    assert cells(written, "**Accuracy**", "full")[3:] == ["-", f"83.3 ± {half / 3:.1f} (3 sets)"]
-    assert cells(written, "**Accuracy**", "attention k = 4")[3:] == ["100.0 ± 0.0", "100.0 ± 0.0 (1 set)"]
-    # Against the full model on the same two sets, not on all three.
-    assert cells(written, "Change of accuracy", "attention k = 8")[-1] == "-12.5 ± 12.5 (2 sets)"
+    # Not over the third, which the full model alone has answered.
+    assert cells(written, "**Accuracy**", "full")[2:] == ["100.0 ± 0.0", "-", f"75.0 ± {half / 2:.1f}"]
+    assert cells(written, "**Accuracy**", "attention k = 2")[-1] == "100.0 ± 0.0 (1 set)"
+    assert cells(written, "**Accuracy**", "attention k = 4")[3:] == ["100.0 ± 0.0", "-"]
+    assert cells(written, "Change of accuracy", "attention k = 8")[-1] == "-12.5 ± 12.5"
+    assert cells(written, "Change of accuracy", "attention k = 2")[-1] == "+0.0 ± 0.0 (1 set)"
     assert cells(written, "Change of accuracy", "attention k = 4") == ["-"] * 5
 
 
@@ -139,7 +142,7 @@ def test_questions_of_one_name_and_another_content_or_draw_stand_in_columns_of_t
     )
     # All three of 4 of 9 questions, so that a change of one against another could be taken.
     sets = ["sha256 one, seed 0", "sha256 one, seed 1", "sha256 0420b544, seed 0"]
-    assert f"|  | {' | '.join(f'one (4 of 9), {some}' for some in sets)} | mean |" in written
+    assert f"|  | {' | '.join(f'one (4 of 9), {some}' for some in sets)} |" in written
     values = [cell.split(" ")[0] for cell in cells(written, "**Accuracy**", "full")]
     assert values[:3] == ["50.0", "25.0", "100.0"]
     assert cells(written, "Change of accuracy", "attention k = 8")[:3] == ["-", "-25.0 ± 25.0", "-"]

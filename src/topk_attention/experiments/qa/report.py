@@ -1,107 +1,28 @@
-"""The table and the picture, made from records alone."""
+"""The table, made from records alone, and the picture beside it."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
 import statistics
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from ...tasks.qa.scores import Mean, mean_and_error
+from ...tasks.qa.scores import Mean
 from ..models import Say
-from ..plots import COLOURS, QUOTED, new_figure, only_ticks_at, png_of
+from ..plots import png_of
 from ..records import Json, days_and_commits, read_json_lines, write_whole
-from ..settings import mean_k, setting_name
 from ..timing import busy_note
 from . import evaluation, finetuning
-from .points import identity, unpack
-from .published import TABLES, PublishedTable, curves
+from .groups import Group, counted, evaluation_name, grouped, mean_of, training_name
+from .picture import METRICS, is_drawn, picture
+from .published import TABLES, PublishedTable
 
 TABLE, PICTURE = "qa.md", "qa.png"
-_METRICS = {
-    "accuracy": "accuracy",
-    "accuracy_by_length": "accuracy, likelihoods divided by the choice's characters",
-    "exact_match": "exact match",
-    "f1": "F1",
-}
-_PANELS = {"attention_k": "k, keys kept per query", "feed_forward_k": "k, neurons kept per token"}
-_ROW_TITLE = {"x": 0.01, "ha": "left", "fontsize": 9.5}
-_BARS = "Bars: standard error of each score over its questions.\nChanges, taken question by question, are in the table."
-# Points by which F1 may differ from exact match and still needs no line of its own.
-_SAME = 0.3
-# How each is drawn; of accuracies one is enough.
-_SHOWN_IN_PICTURE = {"accuracy_by_length": "-", "exact_match": "-", "f1": "--"}
-_HOW = {"choices": "choices by likelihood", "text": "in its own words", "spans": "by marking the passage"}
 # Of which tokens the share is that sees more than k keys.
 _COUNTED = {
     "choices": ". Counted are the tokens of the question and its choices, not those of solved examples before it",
     "text": ". Counted is the encoder's input alone",
 }
-
-
-@dataclass(frozen=True)
-class Group:
-    """Records that stand in one table: of one model, asked in one way.
-
-    records  by setting and question set, by names that stand for one setting and one set alone
-    """
-
-    name: str
-    records: dict[tuple[str, str], Json]
-
-    @property
-    def settings(self) -> list[str]:
-        return list(dict.fromkeys(setting for setting, _ in self.records))
-
-    @property
-    def sets(self) -> list[str]:
-        return list(dict.fromkeys(name for _, name in self.records))
-
-    @property
-    def metrics(self) -> list[str]:
-        return list(next(iter(self.records.values()))["scores"])
-
-    @property
-    def compared(self) -> list[str]:
-        """Sets that the full model and at least one other setting have answered; all sets where there are none such."""
-        shared = {some for name, some in self.records if name != "full" and ("full", some) in self.records}
-        return [some for some in self.sets if some in shared or not shared]
-
-    @property
-    def reader(self) -> str:
-        return str(next(iter(self.records.values()))["protocol"]["reader"])
-
-    def described(self, setting: str) -> Json:
-        """What a setting's name stands for."""
-        return next(dict(record["setting"]) for (name, _), record in self.records.items() if name == setting)
-
-    def score(self, setting: str, some: str, metric: str) -> Mean | None:
-        """In per cent; None where there is no record."""
-        record = self.records.get((setting, some))
-        return None if record is None else _per_cent(unpack(record["outcomes"][metric]))
-
-    def mean(self, setting: str, metric: str) -> Mean:
-        """In per cent, over the sets that are compared, of a setting that has at least one of them."""
-        mean = _mean_of([self.score(setting, some, metric) for some in self.compared])
-        assert mean is not None
-        return mean
-
-    def change(self, setting: str, some: str, metric: str) -> Mean | None:
-        """Against the full model, with the standard error of the difference question by question.
-
-        One name stands for one content, drawn with one seed: the questions and their order are the same.
-        """
-        pair = [self.records.get((name, some)) for name in (setting, "full")]
-        if None in pair:
-            return None
-        ours, full = (unpack(record["outcomes"][metric]) for record in pair if record is not None)
-        return _per_cent([a - b for a, b in zip(ours, full, strict=True)])
 
 
 def write_report(out: Path, say: Say) -> None:
@@ -116,7 +37,7 @@ def write_report(out: Path, say: Say) -> None:
             f"{out} holds neither {evaluation.RECORDS} nor {finetuning.RECORDS}: make them with "
             "topk-attention qa evaluate or finetune"
         )
-    evaluated, trained = _groups(evaluations, _evaluation_name), _groups(trainings, _training_name)
+    evaluated, trained = grouped(evaluations, evaluation_name), grouped(trainings, training_name)
     write_whole(out / TABLE, markdown(evaluated, trained))
     write_whole(out / PICTURE, png_of(picture(evaluated)))
     for name in (TABLE, PICTURE):
@@ -128,9 +49,9 @@ def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
     parts = [
         "# Question answering with the k best keys and neurons",
         "Per cent, with the standard error over the questions. A change is against the full model on the same "
-        "questions, with the standard error of the difference question by question. A mean is over the sets that a "
-        "setting has; where some are missing, it says over how many, and is not to be held against a mean over others. "
-        "Made by `topk-attention qa table` from the records beside it.",
+        "questions, with the standard error of the difference question by question. A mean is over the sets that the "
+        "full model and another setting have answered; where a setting lacks some, it says over how many, and is not "
+        "to be held against a mean over others. Made by `topk-attention qa table` from the records beside it.",
     ]
     for heading, groups in (("Without training", evaluated), ("Trained", trained)):
         if groups:
@@ -148,222 +69,25 @@ def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def picture(evaluated: Sequence[Group]) -> Any:
-    """A figure: mean score against attention k and against feed-forward k, one row a group, each with its own y axis.
-
-    The published curves, of other models on other sets, have a panel of their own beside the legend.
-    """
-    rows = [group for group in evaluated if any(_is_drawn(group, setting) for setting in group.settings)]
-    figure = new_figure(width=11, height=2.9 * len(rows) + 3.2)
-    *parts, last = figure.subfigures(len(rows) + 1, 1, squeeze=False)[:, 0]
-    for part, group in zip(parts, rows, strict=True):
-        _draw_group(part, group)
-    labelled: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            labelled.setdefault(name, handle)
-    last.suptitle("Published (quoted): other models, whole development sets", **_ROW_TITLE)
-    beside, axes = last.subplots(1, 2)
-    beside.set_axis_off()
-    if labelled:
-        beside.legend(labelled.values(), labelled, loc="center left", frameon=False, fontsize=9, title=_BARS)
-    _draw_published(axes)
-    return figure
-
-
-def _draw_group(part: Any, group: Group) -> None:
-    sets = group.compared
-    drawn = {metric: line for metric, line in _SHOWN_IN_PICTURE.items() if metric in group.metrics}
-    over = sets[0] if len(sets) == 1 else f"mean over {_counted(len(sets), 'set')}"
-    title = f"{group.name}: {over}"
-    if "f1" in drawn and _is_nearly_exact_match(group):
-        del drawn["f1"]
-        title += f"; F1 is within {_SAME} of exact match"
-    part.suptitle(textwrap.fill(title, 130), **_ROW_TITLE)
-    panels = part.subplots(1, len(_PANELS), sharey=True)
-    for axes, (field, label) in zip(panels, _PANELS.items(), strict=True):
-        settings = {setting: k for setting, k in _limiting(group, field).items() if _is_drawn(group, setting)}
-        if not settings:
-            axes.set_axis_off()
-            continue
-        for metric, line in drawn.items():
-            _draw_points(axes, group, settings, metric, line)
-        _finish_panel(axes, label, settings.values())
-        axes.set_ylabel("per cent", fontsize=9)
-
-
-def _draw_points(axes: Any, group: Group, settings: Mapping[str, float], metric: str, line: str) -> None:
-    """Uniform k as a curve, calibrated ones as hollow markers, the full model as a level line."""
-    style = {"marker": "s" if metric == "f1" else "o", "elinewidth": 0.8}
-    hollow = {"color": COLOURS[1], "linestyle": "", "markersize": 9, "markerfacecolor": "none", "capsize": 5}
-    calibrated = [setting for setting in settings if _is_calibrated(group, setting)]
-    uniform = sorted((setting for setting in settings if setting not in calibrated), key=lambda name: settings[name])
-    for some, label, more in (
-        (uniform, _METRICS[metric], {"color": COLOURS[0], "linestyle": line, "markersize": 4, "capsize": 2}),
-        (calibrated, "calibrated, at its mean k", hollow),
-    ):
-        means = [group.mean(setting, metric) for setting in some]
-        if means:
-            ks, values, errors = [settings[setting] for setting in some], *zip(*means, strict=True)
-            axes.errorbar(ks, values, yerr=errors, label=label, **style | more)
-    if "full" in group.settings:
-        full = group.mean("full", metric).value
-        axes.axhline(full, label="full model", color=QUOTED, linestyle=line, linewidth=1)
-
-
-def _draw_published(axes: Any) -> None:
-    ks: set[int] = set()
-    for name, curve in curves().items():
-        axes.plot(list(curve), list(curve.values()), color=QUOTED, linestyle=":", marker=".")
-        k, value = max(curve.items())
-        axes.annotate(name, (k, value + 0.8), fontsize=8, color=QUOTED, ha="right", va="bottom")
-        ks |= set(curve)
-    _finish_panel(axes, _PANELS["feed_forward_k"], ks)
-    axes.margins(y=0.15)
-    axes.set_ylabel("exact match, per cent", fontsize=9)
-
-
-def _finish_panel(axes: Any, label: str, ks: Iterable[float]) -> None:
-    """A logarithmic axis with ticks at these k, but for those that would be written over one another."""
-    axes.set_xscale("log", base=2)
-    ticks: list[int] = []
-    rounded = sorted(map(round, ks))
-    axes.set_xlim(rounded[0] / 1.3, rounded[-1] * 1.3)
-    for k in rounded:
-        if not ticks or k > 1.15 * ticks[-1]:
-            ticks.append(k)
-    only_ticks_at(axes.xaxis, ticks)
-    axes.tick_params(labelsize=8, labelleft=True)
-    axes.set_xlabel(label, fontsize=9)
-    axes.grid(alpha=0.25)
-
-
-def _limiting(group: Group, field: str) -> dict[str, float]:
-    """Settings that limit this field alone -> their mean k."""
-    result = {}
-    for setting in group.settings:
-        limited = [name for name, k in group.described(setting).items() if k is not None]
-        k = mean_k(group.described(setting)[field])
-        if k is not None and limited == [field]:
-            result[setting] = k
-    return result
-
-
-def _is_calibrated(group: Group, setting: str) -> bool:
-    return any(isinstance(k, dict) for k in group.described(setting).values())
-
-
-def _is_drawn(group: Group, setting: str) -> bool:
-    limits_one = any(setting in _limiting(group, field) for field in _PANELS)
-    return limits_one and all((setting, some) in group.records for some in group.compared)
-
-
-def _is_nearly_exact_match(group: Group) -> bool:
-    settings = [setting for setting in group.settings if setting == "full" or _is_drawn(group, setting)]
-    return all(
-        abs(group.mean(setting, "f1").value - group.mean(setting, "exact_match").value) <= _SAME for setting in settings
-    )
-
-
 def _left_out(group: Group) -> list[str]:
     """Which points the picture lacks and why, as at most one paragraph."""
     reasons = []
     for setting in group.settings:
         there = sum((setting, some) in group.records for some in group.compared)
-        if setting == "full" or _is_drawn(group, setting):
+        if setting == "full" or is_drawn(group, setting):
             continue
         if there < len(group.compared):
-            reasons.append(f"{setting} ({there} of {_counted(len(group.compared), 'set')})")
+            reasons.append(f"{setting} ({there} of {counted(len(group.compared), 'set')})")
         else:
             reasons.append(f"{setting} (limits both)")
     return [f"Not in the picture: {'; '.join(reasons)}."] if reasons else []
 
 
-def _groups(records: Sequence[Json], name_of: Callable[[Json], str]) -> list[Group]:
-    """Of records of the same identity the last one counts; no other replaces another."""
-    names = _names(map(_circumstances, records), name_of)
-    settings = _names((record["setting"] for record in records), setting_name)
-    sets = _names((record["questions"] for record in records), _set_name)
-    groups: dict[str, Group] = {}
-    for record in records:
-        key = _key(_circumstances(record))
-        group = groups.setdefault(key, Group(names[key], {}))
-        group.records[settings[_key(record["setting"])], sets[_key(record["questions"])]] = record
-    return list(groups.values())
-
-
-def _circumstances(record: Json) -> Json:
-    """What has to agree for records to stand in one table."""
-    return {name: value for name, value in identity(record).items() if name not in ("setting", "questions")}
-
-
-def _names(described: Iterable[Json], name_of: Callable[[Json], str]) -> dict[str, str]:
-    """`_key` of a description -> its name, with what differs appended where others would be called the same."""
-    distinct = {_key(some): some for some in described}
-    details = {key: dict(_details(some)) for key, some in distinct.items()}
-    names = {}
-    for key, some in distinct.items():
-        alike = [details[other] for other in distinct if name_of(distinct[other]) == name_of(some)]
-        differing = [
-            in_words for in_words, value in details[key].items() if any(other.get(in_words) != value for other in alike)
-        ]
-        names[key] = ", ".join([name_of(some), *(_in_words(words, details[key][words]) for words in differing)])
-    return names
-
-
-def _key(described: Json) -> str:
-    return json.dumps(described, sort_keys=True)
-
-
-def _details(described: Json, within: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a description says, with names in words; what is None is left out."""
-    for name, value in described.items():
-        words = f"{within}{name.replace('_', ' ')}"
-        if isinstance(value, dict):
-            yield from _details(value, "" if name in ("model", "protocol", "training") else f"{words} ")
-        elif value is not None:
-            yield words, value
-
-
-def _in_words(words: str, value: Any) -> str:
-    """
-    >>> _in_words("learning rate", 0.001), _in_words("sha256", "0420b54464f41432"), _in_words("falls", False)
-    ('learning rate 0.001', 'sha256 0420b544', 'learning rate constant')
-    """
-    if words == "falls":
-        return "learning rate falling" if value else "learning rate constant"
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{12,}", value):
-        value = value[:8]
-    return f"{words} {value}"
-
-
-def _evaluation_name(circumstances: Json) -> str:
-    protocol, dtype = circumstances["protocol"], circumstances["dtype"]
-    shots = f", {protocol['shots']} examples before each question" if protocol["reader"] == "choices" else ""
-    in_dtype = "" if dtype == "float32" else f", in {dtype}"
-    return f"{circumstances['model']['name']}, {_HOW[protocol['reader']]}{shots}{in_dtype}"
-
-
-def _training_name(circumstances: Json) -> str:
-    training = circumstances["training"]
-    how = "trained from scratch" if training["from_scratch"] else "fine-tuned"
-    return (
-        f"{circumstances['model']['name']}, {how}: {training['steps']:,} steps of {training['batch']} questions from "
-        f"{training['questions']['name']} ({training['questions']['number']:,})"
-    )
-
-
-def _set_name(questions: Json) -> str:
-    asked = questions.get("asked", questions["number"])
-    of = "" if asked == questions["number"] else f" of {questions['number']:,}"
-    return f"{questions['name']} ({asked:,}{of})"
-
-
 def _tables(group: Group) -> list[str]:
     tables = []
-    columns = group.sets + ([] if len(group.sets) == 1 else ["mean"])
+    columns = group.sets + ([] if len(group.compared) == 1 else ["mean"])
     for metric in group.metrics:
-        title = _METRICS[metric]
+        title = METRICS[metric]
         tables.append(_table(f"**{title[0].upper()}{title[1:]}**", columns, group, group.settings, group.score, metric))
         limited = [setting for setting in group.settings if setting != "full"]
         if limited and "full" in group.settings:
@@ -392,15 +116,19 @@ def _table(
 ) -> str:
     rows = []
     for setting in settings:
-        means = [cell(setting, some, metric) for some in group.sets]
-        number = sum(mean is not None for mean in means)
-        cells = ["-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}" for mean in means]
+        means = {some: cell(setting, some, metric) for some in group.sets}
+        cells = [_in_cell(mean, sign) for mean in means.values()]
         if "mean" in columns:
-            mean = _mean_of(means)
-            of = "" if number == len(means) else f" ({_counted(number, 'set')})"
-            cells.append("-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}{of}")
+            compared = [means[some] for some in group.compared]
+            number = sum(mean is not None for mean in compared)
+            of = "" if number in (0, len(compared)) else f" ({counted(number, 'set')})"
+            cells.append(_in_cell(mean_of(compared), sign) + of)
         rows.append([setting, *cells])
     return f"{title}\n\n{_markdown_table(['', *columns], rows)}"
+
+
+def _in_cell(mean: Mean | None, sign: str) -> str:
+    return "-" if mean is None else f"{mean.value:{sign}.1f} ± {mean.error:.1f}"
 
 
 def _note(group: Group) -> str:
@@ -442,7 +170,7 @@ def _minutes(seconds: float) -> str:
     >>> _minutes(29), _minutes(60), _minutes(4380)
     ('less than a minute', '1 minute', '73 minutes')
     """
-    return "less than a minute" if seconds < 30 else _counted(max(1, round(seconds / 60)), "minute")
+    return "less than a minute" if seconds < 30 else counted(max(1, round(seconds / 60)), "minute")
 
 
 def _share(record: Json | None) -> str:
@@ -463,25 +191,3 @@ def _published(table: PublishedTable) -> str:
 def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] + ["--:"] * (len(headings) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _per_cent(values: Sequence[float]) -> Mean:
-    mean = mean_and_error(values)
-    return Mean(100 * mean.value, 100 * mean.error)
-
-
-def _mean_of(means: Sequence[Mean | None]) -> Mean | None:
-    """The mean of the independent means that are there; None where there are none."""
-    known = [mean for mean in means if mean is not None]
-    if not known:
-        return None
-    error = math.sqrt(sum(mean.error**2 for mean in known)) / len(known)
-    return Mean(sum(mean.value for mean in known) / len(known), error)
-
-
-def _counted(number: int, noun: str) -> str:
-    """
-    >>> _counted(1, "set"), _counted(3, "set")
-    ('1 set', '3 sets')
-    """
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

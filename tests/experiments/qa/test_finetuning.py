@@ -6,11 +6,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from topk_attention.experiments.qa import finetuning
+from topk_attention.experiments.models import load_model
+from topk_attention.experiments.qa import evaluation, finetuning
 from topk_attention.experiments.qa.evaluation import EvaluationConfig, run_evaluation
 from topk_attention.experiments.qa.finetuning import Batches, FinetuningConfig, run_finetuning
 from topk_attention.experiments.qa.readers import TrainingExamples
-from topk_attention.experiments.records import read_json_lines
+from topk_attention.experiments.records import read_json, read_json_lines
 from topk_attention.experiments.settings import one_at_a_time
 
 
@@ -50,10 +51,33 @@ def test_every_arm_is_trained_on_the_same_questions_scored_and_kept(config, in_t
         "small-t5-feed-forward-k-8",
         "small-t5-full",
     ]
-    # A model that was trained with its k is asked with it.
-    evaluated = EvaluationConfig([str(config.dataset)], model=str(config.save / "small-t5-attention-k-2"), threads=1)
-    (record,) = run_evaluation(replace(evaluated, out=config.out), console)
-    assert record["scores"] == records[1]["scores"]
+
+
+def test_a_model_saved_with_k_is_asked_and_trained_as_the_records_say(
+    config, in_this_process, console, tmp_path, monkeypatch
+):
+    config = replace(config, settings=one_at_a_time([2], full=False), save=tmp_path / "models")
+    (trained,) = run_finetuning(config, console)
+    models = []
+
+    def load(*arguments):
+        models.append(load_model(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(evaluation, "load_model", load)
+    saved = str(config.save / "small-t5-attention-k-2")
+    asked = EvaluationConfig(
+        [str(config.dataset)], one_at_a_time([2], [8]), model=saved, threads=1, out=tmp_path / "asked"
+    )
+    full, keys, neurons = run_evaluation(asked, console)
+    assert keys["scores"] == trained["scores"]
+    for record, model in zip((full, keys, neurons), models, strict=True):
+        remembered = getattr(model.config, "topk_attention", {"attention_k": {}, "feed_forward_k": {}})
+        for name, k in record["setting"].items():
+            assert set(remembered[name].values()) == (set() if k is None else {k})
+    again = replace(config, model=saved, settings=one_at_a_time([]), from_scratch=False, out=tmp_path / "again")
+    run_finetuning(again, console)
+    assert "topk_attention" not in read_json(config.save / "small-t5-attention-k-2-full" / "config.json")
 
 
 def test_with_every_key_and_neuron_training_is_that_of_the_full_model(config, in_this_process, console):

@@ -62,6 +62,42 @@ def test_a_reading_task_is_written_with_an_untrained_t5_of_the_asked_size(text_f
     assert json.loads((tmp_path / "about.json").read_text())["forms"] == 3
 
 
+def test_a_small_t5_is_trained_saved_asked_and_set_in_the_table_from_start_to_end(text_file, tmp_path):
+    def run(command, *switches, **options):
+        named = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+        result = runner.invoke(app, ["qa", command, *named, *switches])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    task, out, models = tmp_path / "task", tmp_path / "out", tmp_path / "models"
+    sizes = {"words": 2, "fewest_facts": 2, "most_facts": 2, "layers": 1, "d_model": 8, "heads": 2, "d_ff": 16}
+    run("reading-task", text=text_file, training_questions=20, test_questions=4, **sizes, out=task)
+    files = {"train": task / "train.jsonl", "dataset": task / "test.jsonl"}
+    training = {"steps": 3, "batch": 4, "learning_rate": 0.002, "beta2": 0.5, "position_bias_rate": 3, "seed": 5}
+    run(
+        "finetune", "--from-scratch", "--constant", model=task / "small-t5", **files, attention_k=3, **training,
+        evaluate_every=2, curve_questions=2, save=models, out=out, threads=1,
+    )  # fmt: skip
+    full, topk = map(json.loads, (out / "finetuning.jsonl").read_text().splitlines())
+    assert [record["setting"]["attention_k"] for record in (full, topk)] == [None, 3]
+    asked_for = training | {"from_scratch": True, "falls": False}
+    for record in (full, topk):
+        assert {name: record["training"][name] for name in asked_for} == asked_for
+        assert [point["step"] for point in record["curve"]] == [2, 3]
+    saved = models / "small-t5-attention-k-3"
+    run("evaluate", "--no-full", model=saved, dataset=files["dataset"], attention_k=3, out=out, threads=1)
+    (asked,) = map(json.loads, (out / "evaluations.jsonl").read_text().splitlines())
+    assert asked["model"]["name"] == saved.name
+    assert asked["setting"] == topk["setting"]
+    assert len(asked["outcomes"]["f1"]) == 4
+    run("table", out=out)
+    sections = (out / "qa.md").read_text().split("\n### ")
+    (trained,) = [section for section in sections if "trained from scratch" in section]
+    for arm in ("full", "attention k = 3"):
+        assert f"\n| {arm} | " in trained
+    assert any(section.startswith(saved.name) for section in sections)
+
+
 def test_a_small_language_model_is_trained_from_start_to_end(text_file, tmp_path):
     sizes = {"layers": 1, "d-model": 8, "heads": 2, "d-ff": 16, "context": 8, "batch": 2, "steps": 2}
     arguments = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]

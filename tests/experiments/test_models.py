@@ -5,6 +5,8 @@ import sys
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers.utils.import_utils
+from tiny_models import write_published_t5
 
 from topk_attention.experiments import models
 from topk_attention.experiments.models import (
@@ -83,6 +85,18 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         load_tokenizer(source)
     with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} has no configuration that loads"):
         load_config(source)
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "protobuf"])
+def test_a_tokenizer_that_needs_sentencepiece_says_what_to_install(missing, tmp_path, monkeypatch):
+    pytest.importorskip("sentencepiece")
+    source = find_model(str(write_published_t5(tmp_path / "published", ["a hat is red", "another hat is blue"] * 4)))
+    monkeypatch.setitem(transformers.utils.import_utils.BACKENDS_MAPPING, missing, (lambda: False, "{0} needs it"))
+    monkeypatch.setattr(models, "package_version", lambda name: None if name == missing else "1")
+    with pytest.raises(
+        ModelNotFoundError, match=f"model published has a tokenizer that needs {missing}: pip install {missing}$"
+    ):
+        load_tokenizer(source)
 
 
 def test_a_model_that_is_not_packed_is_not_copied(folder, tmp_path):

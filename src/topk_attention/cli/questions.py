@@ -47,7 +47,7 @@ def evaluate(
     feed_forward_k: Annotated[
         str, typer.Option(help="Neurons kept per token, separated by commas; a calibration file is one of them.")
     ] = "",
-    full: Annotated[bool, typer.Option(help="The full model too.")] = True,
+    full: Annotated[bool, typer.Option(help="The full model too; full also where it was saved with a k.")] = True,
     shots: Annotated[
         int, typer.Option(help="Solved examples before each question, from the same set (decoder models).")
     ] = 0,
@@ -103,7 +103,7 @@ def finetune(
     feed_forward_k: Annotated[
         str, typer.Option(help="Neurons kept per token, separated by commas; one arm each. Calibration files too.")
     ] = "",
-    full: Annotated[bool, typer.Option(help="The full model too.")] = True,
+    full: Annotated[bool, typer.Option(help="The full model too; full also where it was saved with a k.")] = True,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with random weights of the model's configuration.")
     ] = False,

@@ -32,6 +32,8 @@ _KINDS = {
     "AutoModelForSpeechSeq2Seq": "a speech recognition model",
     "AutoModel": "an encoder",
 }
+# What T5's tokenizers need where they were published as spiece.model alone.
+_SENTENCEPIECE = ("sentencepiece", "protobuf")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
@@ -110,6 +112,13 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.location, **options)
     except (OSError, ValueError) as error:
+        missing = [name for name in _SENTENCEPIECE if package_version(name) is None]
+        # Without them transformers takes a sentencepiece file for one of tiktoken's, and asks for that.
+        if missing and any(word in str(error) for word in ("sentencepiece", "tiktoken")):
+            raise ModelNotFoundError(
+                f"model {source.name} has a tokenizer that needs {' and '.join(missing)}: "
+                f"pip install {' '.join(missing)}"
+            ) from error
         raise ModelNotFoundError(f"model {source.name} has no tokenizer that loads: {_first_line(error)}") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibrate import Calibration
-from ..convert import convert
+from ..convert import convert, unconvert
 from ..convert.settings import CONFIG_ATTRIBUTE
 from ..functional.checks import check_k
 from .records import Json
@@ -67,12 +67,12 @@ def one_at_a_time(
 def convert_model(model: Any, ks: Json, backend: str) -> None:
     """Convert a model as `Setting.for_convert` says.
 
-    Without a k a model that was saved with its own gets those back, and any other stays as it is.
+    None is all keys or neurons, also where the model was saved with a k: records name what ran.
     """
+    if hasattr(model.config, CONFIG_ATTRIBUTE):
+        unconvert(model)
     if any(k is not None for k in ks.values()):
         convert(model, **ks, backend=backend)
-    elif hasattr(model.config, CONFIG_ATTRIBUTE):
-        convert(model)
 
 
 def setting_name(described: Json) -> str:

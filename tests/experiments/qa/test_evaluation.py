@@ -1,16 +1,21 @@
 import json
 from dataclasses import replace
 
+import huggingface_hub.constants
 import pytest
 import torch
+from tiny_models import write_published_t5
 
 from topk_attention.calibrate import Calibration
+from topk_attention.experiments.models import find_model, load_tokenizer
 from topk_attention.experiments.qa import evaluation
 from topk_attention.experiments.qa.evaluation import EvaluationConfig, run_evaluation
 from topk_attention.experiments.qa.points import unpack
 from topk_attention.experiments.records import read_json_lines
 from topk_attention.experiments.settings import Setting, one_at_a_time
 from topk_attention.experiments.workers import WorkerError
+from topk_attention.tasks.qa import read_questions
+from topk_attention.tasks.qa.unifiedqa import input_text, target_text
 
 
 @pytest.fixture
@@ -142,6 +147,22 @@ def test_a_text_to_text_model_writes_its_answers(reading, in_this_process, conso
     assert records[1]["lengths"]["share_beyond_k"] == 1.0
     with pytest.raises(ValueError, match="shots must be 0 for small-t5, which takes no examples, got 2"):
         run_evaluation(replace(config, shots=2), console)
+
+
+def test_a_t5_whose_tokenizer_is_a_sentencepiece_file_answers(reading, in_this_process, console, tmp_path, monkeypatch):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    questions = read_questions(reading / "test.jsonl").questions[:3]
+    folder = write_published_t5(tmp_path / "published", [f"{input_text(q)} {target_text(q)}" for q in questions])
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "pytorch_model.bin", "spiece.model"]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    tokenizer = load_tokenizer(find_model(str(folder)))
+    for question in questions:
+        assert tokenizer(question.passage)["input_ids"] == [*pieces.encode(question.passage), pieces.eos_id()]
+    config = EvaluationConfig([str(reading / "test.jsonl")], one_at_a_time([4]), model=str(folder), limit=3, threads=1)
+    records = run_evaluation(replace(config, out=tmp_path / "out"), console)
+    assert [len(record["outcomes"]["exact_match"]) for record in records] == [3, 3]
+    assert records[0]["protocol"]["reader"] == "text"
 
 
 def test_a_question_longer_than_the_model_is_refused(config, in_this_process, console):

@@ -6,11 +6,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from topk_attention.experiments.qa import finetuning
+from topk_attention.calibrate import Calibration
+from topk_attention.experiments.models import load_model
+from topk_attention.experiments.qa import evaluation, finetuning
 from topk_attention.experiments.qa.evaluation import EvaluationConfig, run_evaluation
 from topk_attention.experiments.qa.finetuning import Batches, FinetuningConfig, run_finetuning
 from topk_attention.experiments.qa.readers import TrainingExamples
-from topk_attention.experiments.records import read_json_lines
+from topk_attention.experiments.records import read_json, read_json_lines
 from topk_attention.experiments.settings import one_at_a_time
 
 
@@ -50,10 +52,70 @@ def test_every_arm_is_trained_on_the_same_questions_scored_and_kept(config, in_t
         "small-t5-feed-forward-k-8",
         "small-t5-full",
     ]
-    # A model that was trained with its k is asked with it.
-    evaluated = EvaluationConfig([str(config.dataset)], model=str(config.save / "small-t5-attention-k-2"), threads=1)
-    (record,) = run_evaluation(replace(evaluated, out=config.out), console)
-    assert record["scores"] == records[1]["scores"]
+
+
+def test_a_model_saved_with_k_is_asked_and_trained_as_the_records_say(
+    config, in_this_process, console, tmp_path, monkeypatch
+):
+    config = replace(config, settings=one_at_a_time([2], full=False), save=tmp_path / "models")
+    (trained,) = run_finetuning(config, console)
+    models = []
+
+    def load(*arguments):
+        models.append(load_model(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(evaluation, "load_model", load)
+    saved = str(config.save / "small-t5-attention-k-2")
+    asked = EvaluationConfig(
+        [str(config.dataset)], one_at_a_time([2], [8]), model=saved, threads=1, out=tmp_path / "asked"
+    )
+    full, keys, neurons = run_evaluation(asked, console)
+    assert keys["scores"] == trained["scores"]
+    for record, model in zip((full, keys, neurons), models, strict=True):
+        remembered = getattr(model.config, "topk_attention", {"attention_k": {}, "feed_forward_k": {}})
+        for name, k in record["setting"].items():
+            assert set(remembered[name].values()) == (set() if k is None else {k})
+    again = replace(config, model=saved, settings=one_at_a_time([]), from_scratch=False, out=tmp_path / "again")
+    run_finetuning(again, console)
+    assert "topk_attention" not in read_json(config.save / "small-t5-attention-k-2-full" / "config.json")
+
+
+def test_a_folder_with_the_model_of_another_training_is_never_replaced(config, in_this_process, console, tmp_path):
+    config = replace(config, settings=one_at_a_time([2]), save=tmp_path / "models")
+    records = run_finetuning(config, console)
+    folder = config.save / "small-t5-full"
+    weights = (folder / "model.safetensors").read_bytes()
+    # A refusal comes before any training, also where the first arm's folder would be free.
+    (config.save / "small-t5-attention-k-2").rename(tmp_path / "apart")
+    for change in ({"seed": 1}, {"steps": 2}, {"fresh": True, "seed": 1}):
+        other = replace(config, settings=config.settings[::-1], **change)
+        with pytest.raises(ValueError, match="small-t5-full holds the model of another training; give another --save"):
+            run_finetuning(other, console)
+    assert len(in_this_process) == 2
+    assert (folder / "model.safetensors").read_bytes() == weights
+    (tmp_path / "apart").rename(config.save / "small-t5-attention-k-2")
+    assert run_finetuning(config, console) == records
+    run_finetuning(replace(config, fresh=True), console)  # the same training may be done again
+    assert len(in_this_process) == 4
+
+
+def test_a_folder_of_before_there_were_keys_is_that_of_the_record(config, in_this_process, console, tmp_path):
+    config = replace(config, settings=one_at_a_time([]), save=tmp_path / "models")
+    records = run_finetuning(config, console)
+    (config.save / "small-t5-full" / "training.json").unlink()
+    assert run_finetuning(config, console) == records
+    with pytest.raises(ValueError, match="holds the model of another training"):
+        run_finetuning(replace(config, out=tmp_path / "without-record"), console)
+
+
+def test_two_arms_with_one_folder_are_refused(config, console, tmp_path):
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, ks in zip(paths, [(3, 5), (4, 4)], strict=True):
+        Calibration({"encoder.block.0.layer.0.SelfAttention": ks}).save(path)
+    config = replace(config, settings=one_at_a_time(paths, full=False), save=tmp_path / "models")
+    with pytest.raises(ValueError, match=r"two arms would be saved in .*calibrated-mean-k-4; train them in two runs"):
+        run_finetuning(config, console)
 
 
 def test_with_every_key_and_neuron_training_is_that_of_the_full_model(config, in_this_process, console):
@@ -187,7 +249,7 @@ def test_a_span_head_is_trained_on_passages_apart_from_those_it_is_asked_about(
     (record,) = run_evaluation(evaluated, console)
     assert record["protocol"]["reader"] == "spans"
     with pytest.raises(ValueError, match="position_bias_rate is for models with relative position biases"):
-        run_finetuning(replace(config, position_bias_rate=5.0), console)
+        run_finetuning(replace(config, position_bias_rate=5.0, save=None), console)
 
 
 def test_a_decoder_is_refused(config, decoder, console):

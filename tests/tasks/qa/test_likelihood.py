@@ -1,5 +1,7 @@
 """Reading a prefix once for all, a question once for all its choices: the same numbers as each sequence by itself."""
 
+import re
+
 import pytest
 import torch
 
@@ -146,6 +148,31 @@ def test_what_cannot_be_asked_is_named():
         choice_prompts([free], [], 0, Letters())
     with pytest.raises(ValueError, match="examples must be at least 4, twice the shots, got 1"):
         choice_prompts([free], [free], 2, Letters())
+
+
+class EndedLetters(Letters):
+    """Ends every text with 1, as T5's tokenizer does."""
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = super().__call__(text, add_special_tokens)["input_ids"]
+        return {"input_ids": [[*one, 1] for one in ids] if isinstance(text, list) else [*ids, 1]}
+
+
+class JoinedLetters(Letters):
+    """Has one token for a colon with the space and letter after it."""
+
+    def __call__(self, text, add_special_tokens=True):
+        if isinstance(text, str):
+            text = re.sub(": ([a-z])", lambda found: chr(0x1000 + ord(found[1])), text)
+        return super().__call__(text, add_special_tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [EndedLetters(), JoinedLetters()], ids=lambda tokenizer: type(tokenizer).__name__)
+def test_a_tokenizer_that_gives_choices_no_tokens_of_their_own_is_refused(tokenizer):
+    with pytest.raises(
+        ValueError, match=r"must begin with those of the question 'Question: Hot\?\\nAnswer:'; this token"
+    ):
+        choice_prompts([Question("Hot?", ("no",), ("yes", "no"))], [], 0, tokenizer)
 
 
 def test_the_share_of_queries_beyond_k_counts_what_each_token_sees():

@@ -19,7 +19,7 @@ from ...tasks.qa import Question, QuestionSet, read_questions
 from ...tasks.qa.questions import split_by_passage
 from ..checks import check_at_least
 from ..models import ModelSource, Say, find_model, load_config, load_model, load_tokenizer
-from ..records import Json, append_json_line, environment, read_json_lines
+from ..records import Json, append_json_line, environment, read_json, read_json_lines, write_json
 from ..settings import Setting, convert_model
 from ..training import TrainingPlan, seed_of, train, train_in_fresh_process
 from ..workers import Send
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "topk_attention/qa-finetuning/1"
 RECORDS = "finetuning.jsonl"
+# In the folder of a saved model: which training it is of.
+_TRAINING = "training.json"
 _POSITION_BIAS = "relative_attention_bias"
 
 
@@ -97,7 +99,7 @@ def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
     """Train every arm that is not there yet, append each to `finetuning.jsonl`, and return those asked for.
 
     Raises:
-        ValueError: the model, a set or a k does not fit; the message says how.
+        ValueError: the model, a set or a k does not fit, or a folder holds another model; the message says how.
         FileNotFoundError: there is no such file.
         WorkerError: an arm failed; arms before it and its last checkpoint are kept.
     """
@@ -111,11 +113,13 @@ def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
     evaluation = None if config.dataset is None else read_questions(config.dataset)
     if evaluation is None:
         training, evaluation = split_by_passage(training, config.hold_out, config.seed)
-    before = [] if config.fresh else read_json_lines(lines)
+    recorded = read_json_lines(lines)
+    before = [] if config.fresh else recorded
     here, records = environment(), []
-    for number, setting in enumerate(config.settings, 1):
+    arms = [_new_record(config, source, name, training, evaluation, setting, here) for setting in config.settings]
+    _check_folders([_folder(config, source, setting) for setting in config.settings], arms, recorded)
+    for number, (setting, wanted) in enumerate(zip(config.settings, arms, strict=True), 1):
         told = f"[{number}/{len(config.settings)}] {evaluation.name}, {setting}"
-        wanted = _new_record(config, source, name, training, evaluation, setting, here)
         record, folder = find_record(before, wanted), _folder(config, source, setting)
         if record is None or (folder is not None and not folder.exists()):
             record = wanted | _train(config, source, setting, wanted, training, evaluation, console, told)
@@ -153,7 +157,7 @@ def train_arm(request: Json, send: Send) -> Json:
     )
     outcomes = _outcomes(reader, model, tokenizer, evaluation)
     if request["save"] is not None:
-        _save(model, tokenizer, Path(request["save"]))
+        _save(model, tokenizer, Path(request["save"]), request["key"])
     return result | {
         "scores": scores(outcomes),
         "outcomes": {name: packed(values) for name, values in outcomes.items()},
@@ -225,12 +229,29 @@ def _point(reader: Reader, model: Any, tokenizer: Any, questions: Sequence[Quest
     return {name: 100 * sum(values) / len(values) for name, values in outcomes.items()}
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the model with its tokenizer; the folder appears when all of it is there."""
+def _check_folders(folders: Sequence[Path | None], arms: Sequence[Json], recorded: Sequence[Json]) -> None:
+    """Raise before anything is trained if an arm's model would replace another's."""
+    taken: set[Path] = set()
+    for folder, arm in zip(folders, arms, strict=True):
+        if folder is None:
+            continue
+        if folder in taken:
+            raise ValueError(f"two arms would be saved in {folder}; train them in two runs, each with its own --save")
+        taken.add(folder)
+        training = read_json(folder / _TRAINING)
+        # Folders that hold no key are of before there were keys.
+        same = find_record(recorded, arm) is not None if training is None else training.get("key") == key_of(arm)
+        if folder.exists() and not same:
+            raise ValueError(f"{folder} holds the model of another training; give another --save or move it away")
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, key: str) -> None:
+    """Write the model with its tokenizer and its training's key; the folder appears when all of it is there."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    write_json(partial / _TRAINING, {"key": key})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -292,6 +313,7 @@ def _train(
         "beta2": config.beta2,
         "curve_questions": config.curve_questions,
         "save": None if folder is None else str(folder),
+        "key": key_of(record),
         "threads": record["run"]["threads"],
         "backend": record["run"]["backend"],
         "plan": {

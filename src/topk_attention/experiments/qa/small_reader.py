@@ -12,7 +12,7 @@ from typing import Any
 
 from ...tasks.language_modelling import read_text
 from ...tasks.qa import Question
-from ...tasks.qa.reading_task import KINDS, Words, make_questions
+from ...tasks.qa.reading_task import KINDS, Words, make_questions, share_right_at_random
 from ...tasks.qa.unifiedqa import input_text, target_text
 from ..checks import check_at_least
 from ..models import Say
@@ -83,7 +83,10 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
         rows = (json.dumps({name: value for name, value in asdict(q).items() if value}) for q in questions)
         write_whole(config.out / name, "".join(f"{row}\n" for row in rows))
         everything += questions
-        say(f"Written: {config.out / name} ({number:,} questions: {', '.join(kinds)})")
+        say(
+            f"Written: {config.out / name} ({number:,} questions: {', '.join(kinds)}; "
+            f"a fact at random is right for {100 * share_right_at_random(questions):.1f} %)"
+        )
     tokenizer = _new_tokenizer(everything)
     _new_t5(config, len(tokenizer)).save_pretrained(config.out / MODEL_FOLDER)
     tokenizer.save_pretrained(config.out / MODEL_FOLDER)

@@ -62,7 +62,7 @@ def choice_prompts(
     A choice's tokens are those that it adds to the tokens of the question.
 
     Raises:
-        ValueError: a question has no choices, or too few examples.
+        ValueError: a question has no choices, there are too few examples, or choices have no tokens of their own.
     """
     if len(examples) < 2 * num_shots:
         raise ValueError(f"examples must be at least {2 * num_shots}, twice the shots, got {len(examples)}")
@@ -79,6 +79,11 @@ def choice_prompts(
         asked = question_text(question)
         context = tokenizer(asked, **settings)["input_ids"]
         whole = tokenizer([f"{asked} {choice}" for choice in question.choices], **settings)["input_ids"]
+        if any(ids[: len(context)] != context for ids in whole):
+            raise ValueError(
+                f"the tokens of a question with a choice must begin with those of the question {asked!r}; this "
+                "tokenizer joins the two or ends every text with a token, so that choices have no tokens of their own"
+            )
         choices = tuple(tuple(ids[len(context) :]) for ids in whole)
         if not all(choices):
             raise ValueError(f"every choice must add a token to {asked!r}, got {question.choices}")

@@ -104,6 +104,15 @@ def make_questions(
     return questions
 
 
+def share_right_at_random(questions: Sequence[Question]) -> float:
+    """How many of these questions one gets right who picks a fact of the paragraph at random, and the right word of it.
+
+    >>> share_right_at_random([Question("who?", ("x",), passage=passage) for passage in ("One.", "One. Another.")])
+    0.75
+    """
+    return sum(1 / question.passage.count(".") for question in questions) / len(questions)
+
+
 def _question(words: Words, kind: str, num_facts: int, forms: int, draw: random.Random) -> Question:
     columns = (draw.sample(some, num_facts) for some in (words.holders, words.things, words.places))
     facts = [dict(zip(("holder", "thing", "place"), parts, strict=True)) for parts in zip(*columns, strict=True)]

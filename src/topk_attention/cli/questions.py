@@ -109,7 +109,9 @@ def finetune(
     ] = False,
     steps: Steps = 1000,
     batch: Annotated[int, typer.Option(help="Questions of a step.")] = 16,
-    parts: Annotated[int, typer.Option(help="Parts that a batch is cut into, to save memory.")] = 1,
+    parts: Annotated[
+        int, typer.Option(help="Parts of like length that a batch is cut into, for less memory and padding.")
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 5e-5,
     warm_up_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 40,
     constant: Annotated[

@@ -190,7 +190,7 @@ def test_training_lowers_the_loss_of_a_small_t5(config, in_this_process, console
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     weight = torch.ones((), requires_grad=True)
-    examples = TrainingExamples(10, lambda numbers: weight * torch.tensor(numbers, dtype=torch.float32).mean())
+    examples = TrainingExamples(range(10), lambda numbers: weight * torch.tensor(numbers, dtype=torch.float32).mean())
     gradients = []
     for parts in (1, 3):
         weight.grad = None
@@ -200,8 +200,17 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     assert gradients[0] == pytest.approx(gradients[1])
 
 
+def test_parts_are_of_like_length_and_differ_in_size_by_one_at_most():
+    lengths = [5, 90, 6, 80, 7, 70, 8, 60]
+    parts = []
+    examples = TrainingExamples(lengths, lambda numbers: parts.append([lengths[n] for n in numbers]) or torch.ones(()))
+    weights = [loss.item() for loss in Batches(examples, 8, 3, seed=0)(1)]
+    assert parts == [[5, 6], [7, 8, 60], [70, 80, 90]]
+    assert weights == pytest.approx([2 / 8, 3 / 8, 3 / 8])
+
+
 def test_an_epoch_holds_every_example_once_and_any_step_can_be_made_at_once():
-    examples = TrainingExamples(10, lambda numbers: torch.zeros(()))
+    examples = TrainingExamples(range(10), lambda numbers: torch.zeros(()))
     batches = Batches(examples, 4, 1, seed=0)
     numbers = [number for step in range(1, 6) for number in batches.numbers(step)]
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))

@@ -47,9 +47,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """What a model is trained on: `loss(numbers)` is the mean loss of these examples, from 0 to `number` - 1."""
+    """What a model is trained on.
 
-    number: int
+    lengths  tokens of the input of every example
+    loss     numbers of examples, from 0 -> the mean of their losses
+    """
+
+    lengths: Sequence[int]
     loss: Callable[[Sequence[int]], Tensor]
 
 
@@ -154,7 +158,7 @@ def _text_training(model: Any, tokenizer: Any, questions: Sequence[Question]) ->
             labels=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
         ).loss
 
-    return TrainingExamples(len(questions), loss)
+    return TrainingExamples([len(ids) for ids in inputs], loss)
 
 
 def _mark(model: Any, tokenizer: Any, questions: Mapping[int, Question], *_: object) -> Batches:
@@ -178,7 +182,7 @@ def _span_training(model: Any, tokenizer: Any, questions: Sequence[Question]) ->
             end_positions=torch.tensor(ends),
         ).loss
 
-    return TrainingExamples(len(windows), loss)
+    return TrainingExamples([window.num_tokens for window in windows], loss)
 
 
 def _match(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[float]]:

@@ -4,16 +4,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from topk_attention.calibrate import Calibration
 from topk_attention.experiments.models import load_model
 from topk_attention.experiments.qa import evaluation, finetuning
 from topk_attention.experiments.qa.evaluation import EvaluationConfig, run_evaluation
 from topk_attention.experiments.qa.finetuning import Batches, FinetuningConfig, run_finetuning
-from topk_attention.experiments.qa.readers import TrainingExamples
+from topk_attention.experiments.qa.readers import READERS, TrainingExamples
 from topk_attention.experiments.records import read_json, read_json_lines
 from topk_attention.experiments.settings import one_at_a_time
+from topk_attention.tasks.qa import Question
 
 
 @pytest.fixture
@@ -110,11 +111,12 @@ def test_a_folder_of_before_there_were_keys_is_that_of_the_record(config, in_thi
 
 
 def test_two_arms_with_one_folder_are_refused(config, console, tmp_path):
-    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    paths = [tmp_path / name / "novel.json" for name in ("first", "second")]
     for path, ks in zip(paths, [(3, 5), (4, 4)], strict=True):
+        path.parent.mkdir()
         Calibration({"encoder.block.0.layer.0.SelfAttention": ks}).save(path)
     config = replace(config, settings=one_at_a_time(paths, full=False), save=tmp_path / "models")
-    with pytest.raises(ValueError, match=r"two arms would be saved in .*calibrated-mean-k-4; train them in two runs"):
+    with pytest.raises(ValueError, match=r"two arms would be saved in .*calibrated-by-novel-mean-k-4; train them"):
         run_finetuning(config, console)
 
 
@@ -188,29 +190,37 @@ def test_training_lowers_the_loss_of_a_small_t5(config, in_this_process, console
     assert last < 0.9 * first
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole():
-    weight = torch.ones((), requires_grad=True)
-    examples = TrainingExamples(range(10), lambda numbers: weight * torch.tensor(numbers, dtype=torch.float32).mean())
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(reading):
+    """Answers of several lengths: the loss is a mean over all their tokens."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(reading / "small-t5")
+    tokenizer = AutoTokenizer.from_pretrained(reading / "small-t5")
+    words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    questions = [Question("where?", (" ".join(words[: 1 + n]),), passage=" ".join(words[: 7 - n])) for n in range(5)]
+    examples = READERS["text"].training(model, tokenizer, questions)
+    assert examples.weights == [2, 3, 4, 5, 6]  # </s> is a token too
     gradients = []
     for parts in (1, 3):
-        weight.grad = None
+        model.zero_grad()
         for loss in Batches(examples, 5, parts, seed=0)(2):
             loss.backward()
-        gradients.append(weight.grad.item())
-    assert gradients[0] == pytest.approx(gradients[1])
+        gradients.append(model.shared.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
 
 
 def test_parts_are_of_like_length_and_differ_in_size_by_one_at_most():
     lengths = [5, 90, 6, 80, 7, 70, 8, 60]
     parts = []
-    examples = TrainingExamples(lengths, lambda numbers: parts.append([lengths[n] for n in numbers]) or torch.ones(()))
+    examples = TrainingExamples(
+        lengths, [1] * 8, lambda numbers: parts.append([lengths[n] for n in numbers]) or torch.ones(())
+    )
     weights = [loss.item() for loss in Batches(examples, 8, 3, seed=0)(1)]
     assert parts == [[5, 6], [7, 8, 60], [70, 80, 90]]
     assert weights == pytest.approx([2 / 8, 3 / 8, 3 / 8])
 
 
 def test_an_epoch_holds_every_example_once_and_any_step_can_be_made_at_once():
-    examples = TrainingExamples(range(10), lambda numbers: torch.zeros(()))
+    examples = TrainingExamples(range(10), [1] * 10, lambda numbers: torch.zeros(()))
     batches = Batches(examples, 4, 1, seed=0)
     numbers = [number for step in range(1, 6) for number in batches.numbers(step)]
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))

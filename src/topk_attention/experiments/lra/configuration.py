@@ -194,8 +194,9 @@ def _from_sections(name: str, sections: dict[str, Any]) -> LraConfig:
     attention = sections["attention"]
     words = f"attention of configuration {name}"
     _check_names(words, attention, ["k", "num_features"], all_needed=True, optional=list(_USUAL))
-    if not attention.get("sigma", 1.0) > 0:
-        raise ValueError(f"sigma of configuration {name} must be above 0, got {attention['sigma']}")
+    sigma = attention.get("sigma", _USUAL["sigma"])
+    if not (isinstance(sigma, int | float) and sigma > 0):
+        raise ValueError(f"sigma of configuration {name} must be a number above 0, got {sigma!r}")
     return LraConfig(
         name=name,
         task=task,
@@ -226,7 +227,8 @@ def _check_names(
     """
     others = [name for name in given if name not in optional]
     if any(name not in known for name in others) or (all_needed and sorted(others) != sorted(known)):
-        raise ValueError(f"{words} must have {', '.join(known)}, got {', '.join(given)}")
+        may = f" and may have {', '.join(optional)}" if optional else ""
+        raise ValueError(f"{words} must have {', '.join(known)}{may}, got {', '.join(given)}")
 
 
 def _source_words(kind: type) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..plots import COLOURS, QUOTED, new_figure, png_of
 from ..records import Json, read_json_lines, write_whole
 from ..timing import busy_note
+from ..words import counted
 from .configuration import METHODS, TASKS
 from .quoted import NOTES, quoted_accuracies
 from .runs import RECORDS
@@ -118,7 +119,7 @@ def _accuracies(runs: Sequence[Json]) -> str:
     for group in groups:
         accuracies = [100 * run["best"]["test_accuracy"] for run in group]
         options = f"{method_name(group[0]).partition(', ')[2]}: " if len(groups) > 1 else ""
-        cells.append(f"{options}{_spread(accuracies)} ({_counted(len(group), 'seed')})")
+        cells.append(f"{options}{_spread(accuracies)} ({counted(len(group), 'seed')})")
     return "; ".join(cells)
 
 
@@ -132,8 +133,8 @@ def _section(name: str, records: Sequence[Json]) -> str:
     lines = [
         f"## {name}",
         "",
-        f"{_counted(model['num_layers'], 'layer')} of d_model {model['d_model']} with "
-        f"{_counted(model['num_heads'], 'head')}, {first['num_parameters']:,} parameters, {training['steps']:,} steps "
+        f"{counted(model['num_layers'], 'layer')} of d_model {model['d_model']} with "
+        f"{counted(model['num_heads'], 'head')}, {first['num_parameters']:,} parameters, {training['steps']:,} steps "
         f"of {training['batch']} examples, {first['num_examples']['train']:,} to train on, "
         f"{first['num_examples']['test']:,} to test on. "
         f"{_where(records)}",
@@ -158,7 +159,7 @@ def _resolution(config: Json) -> dict[str, int]:
 
 
 def _baseline_lines(records: Sequence[Json]) -> list[str]:
-    """What needs no model, and which runs do no better on the same test examples."""
+    """What needs no model, and which runs are not clearly above it on the same test examples."""
     known: Json = next((record["baselines"] for record in records if record.get("baselines")), {})
     lines = []
     for name, shares in known.items():
@@ -284,14 +285,6 @@ def method_name(record: Json) -> str:
     return ", ".join([record["method"], *(f"{name} = {value}" for name, value in record["options"].items())])
 
 
-def _counted(number: int, word: str, plural: str = "s") -> str:
-    """
-    >>> _counted(1, "layer"), _counted(2, "process", "es")
-    ('1 layer', '2 processes')
-    """
-    return f"{number} {word}{plural if number > 1 else ''}"
-
-
 def _spread(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
@@ -300,7 +293,7 @@ def _spread(values: Sequence[float]) -> str:
 def _where(records: Sequence[Json]) -> str:
     places = [
         f"{record['environment']['cpu'] if record['device'] == 'cpu' else record['device']}, "
-        f"{_counted(record['threads'], 'thread')}, {_counted(record['num_processes'], 'process', 'es')}, torch "
+        f"{counted(record['threads'], 'thread')}, {counted(record['num_processes'], 'process', 'es')}, torch "
         f"{record['environment']['torch']}"
         for record in records
     ]
@@ -308,7 +301,7 @@ def _where(records: Sequence[Json]) -> str:
 
 
 def draw_curves(records: Sequence[Json]) -> bytes:
-    """PNG: validation accuracy against steps, a panel for each configuration, a line for each run."""
+    """PNG: validation accuracy against steps, a panel for each configuration and its data, a line for each run."""
     by_name = _setups(records)
     columns = min(2, len(by_name))
     rows = -(-len(by_name) // columns)

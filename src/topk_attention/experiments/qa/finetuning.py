@@ -178,9 +178,13 @@ class Batches:
 
     def __call__(self, step: int) -> Any:
         numbers = sorted(self.numbers(step), key=lambda number: self._examples.lengths[number])
+        whole = self._weight(numbers)
         for part in range(self._parts):
             some = numbers[part * len(numbers) // self._parts : (part + 1) * len(numbers) // self._parts]
-            yield self._examples.loss(some) * (len(some) / len(numbers))
+            yield self._examples.loss(some) * (self._weight(some) / whole)
+
+    def _weight(self, numbers: Sequence[int]) -> int:
+        return sum(self._examples.weights[number] for number in numbers)
 
     def numbers(self, step: int) -> list[int]:
         """Which examples a step, counted from 1, is made of."""
@@ -237,11 +241,17 @@ def _check_folders(folders: Sequence[Path | None], arms: Sequence[Json], recorde
         if folder in taken:
             raise ValueError(f"two arms would be saved in {folder}; train them in two runs, each with its own --save")
         taken.add(folder)
-        training = read_json(folder / _TRAINING)
-        # Folders that hold no key are of before there were keys.
-        same = find_record(recorded, arm) is not None if training is None else training.get("key") == key_of(arm)
-        if folder.exists() and not same:
+        if folder.exists() and not _is_of(folder, arm, recorded):
             raise ValueError(f"{folder} holds the model of another training; give another --save or move it away")
+
+
+def _is_of(folder: Path, arm: Json, recorded: Sequence[Json]) -> bool:
+    """Whether a saved model is this arm's. Folders that hold no key are of before there were keys."""
+    try:
+        training = read_json(folder / _TRAINING)
+    except ValueError:
+        return False
+    return find_record(recorded, arm) is not None if training is None else training.get("key") == key_of(arm)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, key: str) -> None:

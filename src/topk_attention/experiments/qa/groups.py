@@ -168,11 +168,3 @@ def mean_of(means: Sequence[Mean | None]) -> Mean | None:
         return None
     error = math.sqrt(sum(mean.error**2 for mean in known)) / len(known)
     return Mean(sum(mean.value for mean in known) / len(known), error)
-
-
-def counted(number: int, noun: str) -> str:
-    """
-    >>> counted(1, "set"), counted(3, "set")
-    ('1 set', '3 sets')
-    """
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..plots import COLOURS, QUOTED, new_figure, only_ticks_at
 from ..settings import mean_k
-from .groups import Group, counted
+from ..words import counted
+from .groups import Group
 from .published import curves
 
 METRICS = {

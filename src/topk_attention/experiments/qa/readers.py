@@ -50,10 +50,12 @@ class TrainingExamples:
     """What a model is trained on.
 
     lengths  tokens of the input of every example
-    loss     numbers of examples, from 0 -> the mean of their losses
+    weights  how much every example counts in a mean: its tokens to predict, or 1
+    loss     numbers of examples, from 0 -> the mean of their losses, by weight
     """
 
     lengths: Sequence[int]
+    weights: Sequence[int]
     loss: Callable[[Sequence[int]], Tensor]
 
 
@@ -158,7 +160,7 @@ def _text_training(model: Any, tokenizer: Any, questions: Sequence[Question]) ->
             labels=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
         ).loss
 
-    return TrainingExamples([len(ids) for ids in inputs], loss)
+    return TrainingExamples([len(ids) for ids in inputs], [len(ids) for ids in targets], loss)
 
 
 def _mark(model: Any, tokenizer: Any, questions: Mapping[int, Question], *_: object) -> Batches:
@@ -182,7 +184,7 @@ def _span_training(model: Any, tokenizer: Any, questions: Sequence[Question]) ->
             end_positions=torch.tensor(ends),
         ).loss
 
-    return TrainingExamples([window.num_tokens for window in windows], loss)
+    return TrainingExamples([window.num_tokens for window in windows], [1] * len(windows), loss)
 
 
 def _match(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[float]]:

@@ -12,8 +12,9 @@ from ..models import Say
 from ..plots import png_of
 from ..records import Json, days_and_commits, read_json_lines, write_whole
 from ..timing import busy_note
+from ..words import counted
 from . import evaluation, finetuning
-from .groups import Group, counted, evaluation_name, grouped, mean_of, training_name
+from .groups import Group, evaluation_name, grouped, mean_of, training_name
 from .picture import METRICS, is_drawn, picture
 from .published import TABLES, PublishedTable
 
@@ -50,8 +51,9 @@ def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
         "# Question answering with the k best keys and neurons",
         "Per cent, with the standard error over the questions. A change is against the full model on the same "
         "questions, with the standard error of the difference question by question. A mean is over the sets that the "
-        "full model and another setting have answered; where a setting lacks some, it says over how many, and is not "
-        "to be held against a mean over others. Made by `topk-attention qa table` from the records beside it.",
+        "full model and another setting have answered, or over all if there are none; where a setting lacks some, it "
+        "says over how many, and is not to be held against a mean over others. Made by `topk-attention qa table` from "
+        "the records beside it.",
     ]
     for heading, groups in (("Without training", evaluated), ("Trained", trained)):
         if groups:

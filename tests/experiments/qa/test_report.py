@@ -125,6 +125,11 @@ def test_a_mean_is_over_the_sets_that_are_compared_and_says_how_many_a_setting_h
     assert cells(written, "Change of accuracy", "attention k = 4") == ["-"] * 5
 
 
+def test_the_full_model_stands_first_whenever_it_was_recorded(page):
+    written = page([record({"attention_k": 8}, "one", "1000"), record({}, "one", "1100")])
+    assert written.index("| full |") < written.index("| attention k = 8 |")
+
+
 def test_of_two_records_of_one_point_the_later_counts(page):
     written = page([record({}, "one", "0000", commit="old"), record({}, "one", "1111", commit="new")])
     assert cells(written, "**Accuracy**", "full") == ["100.0 ± 0.0"]

@@ -29,7 +29,8 @@ class Group:
 
     @property
     def settings(self) -> list[str]:
-        return list(dict.fromkeys(setting for setting, _ in self.records))
+        """The full model first, the others as they were first recorded."""
+        return sorted(dict.fromkeys(setting for setting, _ in self.records), key=lambda setting: setting != "full")
 
     @property
     def sets(self) -> list[str]:

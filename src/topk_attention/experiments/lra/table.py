@@ -118,7 +118,7 @@ def _accuracies(runs: Sequence[Json]) -> str:
     groups = _same_options(runs)
     for group in groups:
         accuracies = [100 * run["best"]["test_accuracy"] for run in group]
-        options = f"{method_name(group[0]).partition(', ')[2]}: " if len(groups) > 1 else ""
+        options = f"{', '.join(_options(group[0]))}: " if len(groups) > 1 else ""
         cells.append(f"{options}{_spread(accuracies)} ({counted(len(group), 'seed')})")
     return "; ".join(cells)
 
@@ -282,7 +282,11 @@ def method_name(record: Json) -> str:
     >>> method_name({"method": "topk", "options": {"k": 128}})
     'topk, k = 128'
     """
-    return ", ".join([record["method"], *(f"{name} = {value}" for name, value in record["options"].items())])
+    return ", ".join([record["method"], *_options(record)])
+
+
+def _options(record: Json) -> list[str]:
+    return [f"{name} = {value}" for name, value in record["options"].items()]
 
 
 def _spread(values: Sequence[float]) -> str:

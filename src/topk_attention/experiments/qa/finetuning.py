@@ -117,10 +117,11 @@ def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
     before = [] if config.fresh else recorded
     here, records = environment(), []
     arms = [_new_record(config, source, name, training, evaluation, setting, here) for setting in config.settings]
-    _check_folders([_folder(config, source, setting) for setting in config.settings], arms, recorded)
-    for number, (setting, wanted) in enumerate(zip(config.settings, arms, strict=True), 1):
+    folders = [_folder(config, source, setting) for setting in config.settings]
+    _check_folders(folders, arms, recorded)
+    for number, (setting, wanted, folder) in enumerate(zip(config.settings, arms, folders, strict=True), 1):
         told = f"[{number}/{len(config.settings)}] {evaluation.name}, {setting}"
-        record, folder = find_record(before, wanted), _folder(config, source, setting)
+        record = find_record(before, wanted)
         if record is None or (folder is not None and not folder.exists()):
             record = wanted | _train(config, source, setting, wanted, training, evaluation, console, told)
             append_json_line(lines, record)

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from .examples import Examples, ExamplesWriter
-from .preparation import Progress, Splits, make_in_shards
+from .preparation import Progress, Splits, make_in_shards, shares_right_by
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 # Values 0 to 9 are the digits.
@@ -71,15 +71,7 @@ class ListOps:
         """Accuracies of what needs no model. "by first operator": the value most frequent in training after the first
         symbol, which leaves the arguments unread.
         """
-        counts = np.zeros((self.vocabulary, self.num_classes), dtype=np.int64)
-        np.add.at(counts, (_first_symbols(splits["train"]), splits["train"].labels), 1)
-        guesses = counts.argmax(1)
-        return {
-            "by first operator": {
-                name: float((guesses[_first_symbols(examples)] == examples.labels).mean())
-                for name, examples in splits.items()
-            }
-        }
+        return {"by first operator": shares_right_by(_first_symbols, self.vocabulary, self.num_classes, splits)}
 
     def _add_shard(self, random: Random, count: int, writer: ExamplesWriter) -> None:
         expressions = self.draw(random)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .examples import Examples, ExamplesWriter
-from .preparation import Progress, Splits, make_in_shards
+from .preparation import Progress, Splits, make_in_shards, shares_right_by
 
 Point = tuple[float, float]
 
@@ -132,11 +132,7 @@ class Pathfinder:
         levels = self.grey_levels - 1
         if round(levels * self.contrast) >= levels or self.circle_radius < 0.5 + math.sqrt(0.5):
             return {}
-        zones = {name: self._zones_of_circles(examples) for name, examples in splits.items()}
-        counts = np.zeros((_ZONES, self.num_classes), dtype=np.int64)
-        np.add.at(counts, (zones["train"], splits["train"].labels), 1)
-        guesses = counts.argmax(1)
-        shares = {name: float((guesses[zones[name]] == splits[name].labels).mean()) for name in splits}
+        shares = shares_right_by(self._zones_of_circles, _ZONES, self.num_classes, splits)
         return {"by where the circles lie": shares}
 
     def _zones_of_circles(self, examples: Examples) -> np.ndarray:

@@ -10,6 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from .examples import SPLITS, Examples, ExamplesWriter
 
 Splits = dict[str, Examples]
@@ -153,11 +155,25 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
     return examples.take(sorted(numbers[count:])), examples.take(sorted(numbers[:count]))
 
 
+def shares_right_by(
+    seen: Callable[[Examples], np.ndarray], num_values: int, num_classes: int, splits: Splits
+) -> dict[str, float]:
+    """Split -> accuracy of guessing the label that is most frequent in training where the same value is seen.
+
+    seen  of N examples, one of `num_values` values each, int [N]
+    """
+    values = {name: seen(examples) for name, examples in splits.items()}
+    counts = np.zeros((num_values, num_classes), dtype=np.int64)
+    np.add.at(counts, (values["train"], splits["train"].labels), 1)
+    guesses = counts.argmax(1)
+    return {name: float((guesses[values[name]] == splits[name].labels).mean()) for name in splits}
+
+
 def _settings(task: Task) -> dict[str, Any]:
     settings: dict[str, Any] = {"task": task.name} | dataclasses.asdict(task)  # type: ignore[call-overload]
     # Data that an earlier version drew otherwise from the same settings is not taken for this one's.
-    version = getattr(task, "version", 1)
-    settings |= {} if version == 1 else {"version": version}
+    if hasattr(task, "version"):
+        settings["version"] = task.version
     source = settings.get("source")
     if source is not None and (place := Path(source).expanduser()).exists():
         settings["source"] = [str(place.resolve()), describe_source(place)]

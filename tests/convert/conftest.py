@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from convert_models import VOCABULARY, topk_eager
 
 

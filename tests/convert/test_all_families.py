@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of, topk_eager
 
+from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of, topk_eager
 from topk_attention import convert, is_cross_attention, is_self_attention, topk_attention, unconvert
 
 GENERATING = ("t5", "flan_t5", "gpt2", "llama", "mistral", "qwen2", "bart", "whisper")

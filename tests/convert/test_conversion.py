@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert_models import LargestTensor, tiny_bert, tiny_llama
 from torch import nn
 
+from convert_models import LargestTensor, tiny_bert, tiny_llama
 from topk_attention import convert, unconvert
 from topk_attention.convert.settings import layer_settings
 

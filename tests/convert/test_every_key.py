@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
-from convert_models import FAMILIES, LargestTensor, inputs_of, output_and_gradients, output_of, tiny_bert, tiny_t5
 
+from convert_models import FAMILIES, LargestTensor, inputs_of, output_and_gradients, output_of, tiny_bert, tiny_t5
 from topk_attention import convert, unconvert
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import convert_models
 import pytest
 import torch
-from convert_models import VOCABULARY, tiny_bert, tiny_llama, tiny_mistral, topk_eager
 
+import convert_models
+from convert_models import VOCABULARY, tiny_bert, tiny_llama, tiny_mistral, topk_eager
 from topk_attention import convert, unconvert
 
 FAMILIES = {"llama": tiny_llama, "bert": tiny_bert}

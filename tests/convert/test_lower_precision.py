@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of
 
+from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of
 from topk_attention import convert
 
 

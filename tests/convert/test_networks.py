@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert_models import FAMILIES, inputs_of, output_of, tiny_bart, tiny_gpt2, tiny_vit
 from torch import nn
 
+from convert_models import FAMILIES, inputs_of, output_of, tiny_bart, tiny_gpt2, tiny_vit
 from topk_attention import convert, unconvert
 from topk_attention.convert.sites import is_activation
 

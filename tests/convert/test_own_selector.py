@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
-from convert_models import VOCABULARY, LargestTensor, output_and_gradients, output_of
 
+from convert_models import VOCABULARY, LargestTensor, output_and_gradients, output_of
 from topk_attention import convert, topk_attention
 from topk_attention.convert.settings import LayerSettings, set_layer_settings
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from convert_models import FAMILIES, NEURONS, inputs_of, output_and_gradients
 
+from convert_models import FAMILIES, NEURONS, inputs_of, output_and_gradients
 from topk_attention import convert
 
 # flan-T5 is T5's gated kind; Llama's networks are always gated, BERT's and Whisper's never.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_models import output_and_gradients, topk_eager
-from whisper_base import PROMPT, speech_file, whisper_base
 
+from convert_models import output_and_gradients, topk_eager
 from topk_attention import convert, unconvert
-from topk_attention.tasks.speech import read_recording
+from topk_experiments.models.speech import read_recording
+from whisper_base import PROMPT, speech_file, whisper_base
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
-from convert_models import FAMILIES, LargestTensor, inputs_of, output_and_gradients, output_of, tiny_flan_t5, tiny_t5
 
+from convert_models import FAMILIES, LargestTensor, inputs_of, output_and_gradients, output_of, tiny_flan_t5, tiny_t5
 from topk_attention import convert, unconvert
 from topk_attention.convert.t5 import TableBias, _bias_of
 

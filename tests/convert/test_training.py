@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from convert_models import FAMILIES, VOCABULARY, inputs_of, output_of
 from torch.utils.data import Dataset
 
+from convert_models import FAMILIES, VOCABULARY, inputs_of, output_of
 from topk_attention import convert, unconvert
 
 pytest.importorskip("accelerate")

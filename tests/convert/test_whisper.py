@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from whisper_base import speech_file, transcribe, whisper_base
 
 from topk_attention import convert, unconvert
-from topk_attention.tasks.speech import read_recording, words
+from topk_experiments.models.speech import read_recording, words
+from whisper_base import speech_file, transcribe, whisper_base
 
 SPOKEN = "And so my fellow Americans ask not what your country can do for you, ask what you can do for your country."
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from comparison import (
     CALL_NAMES,
     SIZES,
@@ -16,7 +17,6 @@ from comparison import (
     named_call,
     output_and_gradients,
 )
-
 from topk_attention import topk_attention
 from topk_attention.backends.chunked import tiles
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from comparison import CALL_NAMES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
 
+from comparison import CALL_NAMES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
 from topk_attention import topk_attention
 
 K_OR_NONE = pytest.mark.parametrize("options", [{}, {"k": None}], ids=["some", "all"])

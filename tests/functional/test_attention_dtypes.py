@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from comparison import (
     CALL_NAMES,
     Call,
@@ -13,7 +14,6 @@ from comparison import (
     largest_errors,
     named_call,
 )
-
 from topk_attention import RelativeBias, topk_attention
 from topk_attention.backends.chunked import tiles
 

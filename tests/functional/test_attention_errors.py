@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from comparison import SIZES, attention_inputs
 
+from comparison import SIZES, attention_inputs
 from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention
 
 

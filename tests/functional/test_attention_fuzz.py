@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from comparison import assert_same, output_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comparison import assert_same, output_and_gradients
 from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention
 from topk_attention.backends import cpu
 from topk_attention.backends.chunked import tiles

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from comparison import CALL_NAMES, SIZES, TINY, assert_same, attention_inputs, named_call, output_and_gradients
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from comparison import CALL_NAMES, SIZES, TINY, assert_same, attention_inputs, named_call, output_and_gradients
 from topk_attention import topk_attention
 
 K_OR_NONE = pytest.mark.parametrize("options", [{}, {"k": None}], ids=["some", "all"])

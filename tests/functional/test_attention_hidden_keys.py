@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from comparison import (
     SIZES,
     assert_same,
@@ -14,7 +15,6 @@ from comparison import (
     dense_attention,
     output_and_gradients,
 )
-
 from topk_attention import RelativeBias, topk_attention
 
 SCORES_SHAPE = (SIZES.batch, SIZES.heads, SIZES.queries, SIZES.keys)

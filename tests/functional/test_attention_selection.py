@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comparison import CALL_NAMES, assert_same, attention_inputs, named_call, small_integers
 
+from comparison import CALL_NAMES, assert_same, attention_inputs, named_call, small_integers
 from topk_attention import Selection, topk_attention
 
 OPTIONS = pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": 1000}, {"k": None}], ids=str)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from comparison import (
     Sizes,
     assert_same,
@@ -13,7 +14,6 @@ from comparison import (
     output_and_gradients,
     small_integers,
 )
-
 from topk_attention import topk_attention
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from comparison import (
     SIZES,
     assert_same,
@@ -13,7 +14,6 @@ from comparison import (
     dense_attention,
     output_and_gradients,
 )
-
 from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention
 
 SCORES_SHAPE = (SIZES.batch, SIZES.heads, SIZES.queries, SIZES.keys)

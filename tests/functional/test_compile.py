@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from comparison import SIZES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from comparison import SIZES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
 from topk_attention import RelativeBias, topk_attention, topk_feed_forward
 
 pytestmark = [

@@ -6,6 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
 from comparison import (
     ACTIVATION_FORMULAS,
     assert_same,
@@ -16,10 +20,6 @@ from comparison import (
     small_integers,
 )
 from feed_forward_layers import MODEL, NEURONS, OUTPUTS, TOKENS, Layer, apply, random_layer, rank_gaps
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
-
 from topk_attention import topk_feed_forward
 from topk_attention.backends import choose_backend
 

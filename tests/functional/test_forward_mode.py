@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from comparison import SIZES, attention_inputs, named_call
-from feed_forward_layers import apply, random_layer
 from torch.autograd import forward_ad
 
+from comparison import SIZES, attention_inputs, named_call
+from feed_forward_layers import apply, random_layer
 from topk_attention import topk_attention
 
 # torch's own: its rules for forward mode use what newer torch calls deprecated.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from . import benchmarks, commands, figures, lra, questions, training  # noqa: F401 - their commands
+    from . import commands  # noqa: F401 - its commands
     from .application import app
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich"):
@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
 
     def app() -> None:  # type: ignore[misc]
         """Stands in for the command line where the packages it needs are missing."""
-        raise SystemExit(f"error: {_missing} is not installed; pip install 'topk-attention[experiments]'")
+        raise SystemExit(f"error: {_missing} is not installed; pip install 'topk-attention[cli]'")
 
 
 __all__ = ["app"]

@@ -5,6 +5,8 @@ import importlib
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from comparison import (
     assert_same,
     largest_errors,
@@ -12,8 +14,6 @@ from comparison import (
     small_integers,
 )
 from feed_forward_layers import Layer, apply, random_layer, rank_gaps
-from torch.utils.checkpoint import checkpoint
-
 from topk_attention.backends import cpu
 from topk_attention.backends.activations import ACTIVATIONS
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from large_calls import (
     assert_equals_the_reference,
     assert_keeps_what_the_reference_keeps,
@@ -13,7 +14,6 @@ from large_calls import (
     integers,
     select,
 )
-
 from topk_attention import topk_attention
 from topk_attention.backends import cpu
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from comparison import (
     CALL_NAMES,
     Sizes,
@@ -13,7 +14,6 @@ from comparison import (
     output_and_gradients,
 )
 from large_calls import assert_equals_the_reference, assert_keeps_what_the_reference_keeps, integer_inputs
-
 from topk_attention import topk_attention
 from topk_attention.backends import cpu
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comparison import Sizes, attention_inputs, output_and_gradients
 
+from comparison import Sizes, attention_inputs, output_and_gradients
 from topk_attention import RelativeBias, topk_attention
 
 

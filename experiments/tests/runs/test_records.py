@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from topk_experiments.runs.records import append_json_line, read_json, read_json_lines, write_json
+
+
+def test_a_record_is_written_whole_and_read_back(tmp_path):
+    path = tmp_path / "new folder" / "record.json"
+    write_json(path, {"k": 3, "name": "Größe"})
+    assert read_json(path) == {"k": 3, "name": "Größe"}
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+def test_a_record_that_fails_to_serialise_leaves_the_old_one(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, {"k": 3})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"k": object()})
+    assert read_json(path) == {"k": 3}
+
+
+def test_no_file_is_no_record(tmp_path):
+    assert read_json(tmp_path / "nothing.json") is None
+    assert read_json_lines(tmp_path / "nothing.jsonl") == []
+
+
+def test_a_file_that_holds_something_else_is_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text("{half")
+    with pytest.raises(ValueError, match=r"record\.json is not JSON .*; move it away or give another --out"):
+        read_json(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"record\.json is not a record"):
+        read_json(path)
+
+
+def test_a_line_that_was_cut_short_costs_only_itself(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_json_line(path, {"number": 1})
+    path.write_text(path.read_text() + '{"number": 2, "cut')
+    append_json_line(path, {"number": 3})
+    assert read_json_lines(path) == [{"number": 1}, {"number": 3}]
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines() if line.endswith("}")] == [1, 3]

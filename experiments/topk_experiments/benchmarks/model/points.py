@@ -1,0 +1,160 @@
+"""What is measured: one training step of a model of some shape, with some attention, at some length."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from topk_attention.backends import choose_backend
+from topk_attention.functional.checks import check_dropout, check_k
+
+from ...models.pretrained import ModelSource
+from ...runs.checks import check_at_least
+from ...runs.records import Json
+
+METHODS = {
+    "vanilla": "eager attention",
+    "sdpa": "PyTorch's scaled_dot_product_attention",
+    "query-chunks": "every key, in query chunks",
+    "topk": "top-k attention",
+    "performer": "Performer",
+    "rfa": "Random Feature Attention",
+}
+# Methods that compute with this library: their points belong to one version of its code.
+OURS = ("query-chunks", "topk", "performer", "rfa")
+# Of these, who puts random features in place of attention weights, and who may compute networks in another way too.
+RANDOM = ("performer", "rfa")
+_WITH_NETWORKS = ("query-chunks", "topk")
+SHAPES = ("bert-base", "t5-base")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+ALL: Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    shape           one of SHAPES, or the name of the configuration in `source`
+    method          one of METHODS
+    length          tokens of the input; of the encoder's where there are two
+    k               keys kept per query; counts for method "topk" alone
+    feed_forward_k  neurons kept per token by method "topk"; "all" computes every neuron in token chunks, and "all" or a
+                    number makes method "query-chunks" do so as well; None, and every other method, leaves the
+                    networks as they are
+    decoder_length  tokens of the decoder, where there is one
+    dropout_p       for every dropout that the configuration has, but for that of attention weights with methods
+                    "performer" and "rfa", which form none
+    checkpointing   gradient checkpointing, layer by layer
+    num_features    random features of a head; counts for methods "performer" and "rfa" alone
+    source          where a configuration of the user's own is; None for shapes by name
+    """
+
+    shape: str
+    method: str
+    length: int
+    k: int = 64
+    feed_forward_k: int | Literal["all"] | None = None
+    decoder_length: int = 64
+    dropout_p: float = 0.1
+    checkpointing: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    backend: str = "auto"
+    threads: int = 1
+    seed: int = 0
+    num_features: int = 256
+    source: ModelSource | None = None
+
+    def __post_init__(self) -> None:
+        if self.source is None and self.shape not in SHAPES:
+            raise ValueError(f"shape must be among {', '.join(SHAPES)}, got {self.shape!r}; or give --config")
+        if self.method not in METHODS:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {self.method!r}")
+        check_k("k", self.k)
+        if self.feed_forward_k not in (None, ALL):
+            check_k("feed_forward_k", self.feed_forward_k)
+        check_dropout(self.dropout_p)
+        check_at_least(1, self, "length", "decoder_length", "threads", "num_features")
+        if self.method == "rfa" and self.num_features % 2:
+            raise ValueError(f"num_features must be even for rfa, half sines and half cosines, got {self.num_features}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be among {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f'device must be "cpu" or "cuda", got {self.device!r}')
+        choose_backend(self.backend)
+
+    @staticmethod
+    def of(request: Json) -> Point:
+        """From `asdict`, by way of JSON."""
+        source = request["source"]
+        return Point(**request | {"source": None if source is None else ModelSource(**source)})
+
+    def as_record(self) -> Json:
+        """What tells this point from others: no folder names, and no settings that its method does not look at."""
+        record = asdict(self)
+        record["source"] = None if self.source is None else self.source.revision
+        if self.method != "topk":
+            record["k"] = None
+        if self.method not in RANDOM:
+            del record["num_features"]  # as in records made before there were any
+        if self.method not in _WITH_NETWORKS:
+            record["feed_forward_k"] = None
+        elif self.method == "query-chunks" and self.feed_forward_k is not None:
+            record["feed_forward_k"] = ALL
+        record["backend"] = self.backend_name
+        return record
+
+    @property
+    def backend_name(self) -> str | None:
+        """Which of the library's backends computes this point's attention."""
+        if self.method == "topk":
+            return "chunked" if self.backend == "auto" and self.device != "cpu" else choose_backend(self.backend).name
+        return "chunked" if self.method == "query-chunks" else None
+
+    def __str__(self) -> str:
+        return f"L = {self.length:,}, {curve_name(self.as_record())}"
+
+
+def curve_name(point: Json) -> str:
+    """What a table or a picture calls a method with its settings; `point` is a record of one.
+
+    >>> curve_name(Point("bert-base", "topk", 2048, k=64, feed_forward_k="all", backend="chunked").as_record())
+    'top-k, k = 64 (chunked), every neuron in token chunks'
+    """
+    match point["method"]:
+        case "vanilla":
+            return "vanilla (eager)"
+        case "sdpa":
+            return "PyTorch's SDPA"
+        case "query-chunks":
+            name = "every key, in query chunks"
+        case "performer" | "rfa" as method:
+            return f"{METHODS[method]}, {point['num_features']} features"
+        case _:
+            name = f"top-k, k = {point['k']} ({point['backend']})"
+    if point["feed_forward_k"] is None:
+        return name
+    if point["feed_forward_k"] == ALL:
+        return f"{name}, every neuron in token chunks"
+    return f"{name}, {point['feed_forward_k']} neurons"
+
+
+def settings(point: Json) -> Json:
+    """What has to agree for two points to stand in one table: everything but length and method."""
+    return {
+        name: value
+        for name, value in point.items()
+        if name not in ("method", "length", "k", "feed_forward_k", "backend", "seed", "num_features")
+    }
+
+
+def grid(lengths: Iterable[int], methods: Iterable[str], **settings: object) -> list[Point]:
+    """One point for each length and method, shortest first.
+
+    >>> [(point.length, point.method) for point in grid([512, 1024], ["topk"], shape="t5-base")]
+    [(512, 'topk'), (1024, 'topk')]
+    """
+    pairs = itertools.product(sorted(set(lengths)), dict.fromkeys(methods))
+    return [Point(method=method, length=length, **settings) for length, method in pairs]  # type: ignore[arg-type]

@@ -1,0 +1,231 @@
+"""Benchmarks of the operations beside their rivals, and of whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import benchmark
+from .options import (
+    Backend,
+    Fresh,
+    Out,
+    Seed,
+    Threads,
+    errors_in_words,
+    feed_forward_neurons,
+    integers,
+    names,
+    new_console,
+)
+
+
+@benchmark.command()
+def attention_kernel(
+    sweep: Annotated[
+        str | None, typer.Option(help='Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).')
+    ] = None,
+    works: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the table, separated by commas: plain, long, causal, short, large-k, learned-bias, dropout."
+        ),
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="For the sweep over length, instead of its own.")] = None,
+    rivals: Annotated[
+        str | None,
+        typer.Option(help="Among sdpa, topk-chunked, query-chunks and performer, separated by commas."),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
+    step_limit: Annotated[
+        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
+    ] = 120,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    out: Out = Path("results/attention-kernel"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Annotated[str, typer.Option(help="Backend of top-k attention that is held against the rivals.")] = "cpu",
+    fresh: Fresh = False,
+) -> None:
+    """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
+
+    Methods are checked against the reference first. Points are appended to table.jsonl, length.jsonl or k.jsonl;
+    interrupted, the same command continues with those that are missing.
+    """
+    with errors_in_words(f"finished points are in {out}"):
+        from ..benchmarks import attention_kernel, kernel_benchmark
+
+        name, plan = attention_kernel.make_plan(
+            backend,
+            sweep=sweep,
+            works=None if works is None else names(works),
+            lengths=None if lengths is None else integers("lengths", lengths),
+            rivals=None if rivals is None else names(rivals),
+        )
+        kernel_benchmark.run_and_report(
+            kernel_benchmark.KernelBenchmark(
+                attention_kernel.SUBJECT,
+                name,
+                plan,
+                out=out,
+                threads=threads,
+                seed=seed,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                with_memory=memory,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@benchmark.command()
+def feed_forward_kernel(
+    sweep: Annotated[
+        str | None, typer.Option(help='Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).')
+    ] = None,
+    works: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the table, separated by commas: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N "
+            "= 1, 2, 4 and 8 tokens."
+        ),
+    ] = None,
+    d_ff: Annotated[str | None, typer.Option(help="For the sweep, instead of its own.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.")] = None,
+    rivals: Annotated[
+        str | None, typer.Option(help="Among dense, topk-chunked and token-chunks, separated by commas.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
+    step_limit: Annotated[
+        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
+    ] = 120,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    out: Out = Path("results/feed-forward-kernel"),
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    backend: Annotated[str, typer.Option(help="Backend of top-k that is held against the rivals.")] = "cpu",
+    fresh: Fresh = False,
+) -> None:
+    """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
+
+    Methods are checked against the reference first. Points are appended to table.jsonl or d_ff.jsonl; interrupted, the
+    same command continues with those that are missing.
+    """
+    with errors_in_words(f"finished points are in {out}"):
+        from ..benchmarks import feed_forward_kernel, kernel_benchmark
+
+        name, plan = feed_forward_kernel.make_plan(
+            backend,
+            sweep=sweep,
+            works=None if works is None else names(works),
+            d_ffs=None if d_ff is None else integers("d_ff", d_ff),
+            tokens=tokens,
+            rivals=None if rivals is None else names(rivals),
+        )
+        kernel_benchmark.run_and_report(
+            kernel_benchmark.KernelBenchmark(
+                feed_forward_kernel.SUBJECT,
+                name,
+                plan,
+                out=out,
+                threads=threads,
+                seed=seed,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                with_memory=memory,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@benchmark.command()
+def model(
+    shape: Annotated[str, typer.Option(help="Random weights in the shape of bert-base or t5-base.")] = "bert-base",
+    config: Annotated[
+        str | None, typer.Option(help="Instead: local folder or Hugging Face id whose configuration to use.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Input lengths, separated by commas; doubling from 2,048 to 32,768 by default.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Among vanilla, sdpa, query-chunks, topk, performer and rfa, separated by commas.")
+    ] = "topk,query-chunks,sdpa,vanilla",
+    k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 64,
+    feed_forward_k: Annotated[
+        str | None,
+        typer.Option(help='Neurons kept per token (topk); "all": every neuron, in token chunks. Else dense layers.'),
+    ] = None,
+    features: Annotated[int, typer.Option(help="Random features (performer, rfa).")] = 256,
+    decoder_length: Annotated[int, typer.Option(help="Tokens of the decoder, where there is one.")] = 64,
+    dropout: Annotated[float, typer.Option(help="Probability of every dropout that the model has.")] = 0.1,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, layer by layer.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repetitions: Annotated[int, typer.Option(help="Timed steps of a point; long ones get fewer.")] = 3,
+    step_limit: Annotated[float, typer.Option(help="Leave a point out whose step should take more seconds.")] = 600,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")] = 3600,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="GiB beyond which a point is recorded as out of memory. Default: most of what is free."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the files; default: the shape. Other settings, other name.")] = (
+        None
+    ),
+    out: Out = Path("results/model"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Fresh = False,
+) -> None:
+    """One training step of a whole model (forward, loss, backward): peak memory and time against length.
+
+    Every point has a process of its own, in which its answer is checked first. Points are appended to NAME.jsonl, those
+    that ran out of memory among them; interrupted, the same command continues with those that are missing.
+    """
+    with errors_in_words(f"finished points are in {out}"):
+        import torch
+
+        from ..benchmarks import model as model_benchmark
+        from ..models.pretrained import find_model
+
+        source = None if config is None else find_model(config)
+        if source is not None:
+            shape = source.name
+        points = model_benchmark.grid(
+            [2048, 4096, 8192, 16384, 32768] if lengths is None else integers("lengths", lengths),
+            names(methods),
+            shape=shape,
+            k=k,
+            feed_forward_k=feed_forward_neurons(feed_forward_k),
+            num_features=features,
+            decoder_length=decoder_length,
+            dropout_p=dropout,
+            checkpointing=checkpointing,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            threads=threads or torch.get_num_threads(),
+            seed=seed,
+            source=source,
+        )
+        model_benchmark.run_and_report(
+            model_benchmark.ModelBenchmark(
+                name or shape.replace("/", "--"),
+                points,
+                out=out,
+                repetitions=repetitions,
+                step_limit_s=step_limit,
+                time_limit_s=time_limit,
+                memory_limit_gib=memory_limit,
+                fresh=fresh,
+            ),
+            new_console(),
+        )

@@ -1,0 +1,104 @@
+"""The commands of the Long Range Arena."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import lra
+from .options import Out, Seed, Threads, errors_in_words, integers, names, new_console
+
+Config = Annotated[
+    str,
+    typer.Argument(help="A configuration that comes with the library, or a TOML file of your own.", metavar="CONFIG"),
+]
+Source = Annotated[
+    str | None, typer.Option(help="Files the task reads; what they must be is said where it is missing.")
+]
+Data = Annotated[Path, typer.Option(help="Folder for prepared data.")]
+Device = Annotated[str, typer.Option(help='"auto" (a GPU where there is one) or "cpu".')]
+
+
+@lra.command()
+def data(
+    config: Config,
+    source: Source = None,
+    data: Data = Path("results/lra/work/data"),
+) -> None:
+    """Make or read a task's data once, in compact files; interrupted, the same command goes on."""
+    with errors_in_words(f"what is finished is kept in {data}"):
+        from ..lra.configuration import read_config
+        from ..lra.runs import LraPlan, prepare_data
+
+        prepare_data(LraPlan(read_config(config), source=source, data=data), new_console())
+
+
+@lra.command()
+def train(
+    config: Config,
+    methods: Annotated[
+        str, typer.Option(help="Among vanilla, query-chunks, topk, performer and rfa, separated by commas.")
+    ] = "vanilla,topk",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    source: Source = None,
+    data: Data = Path("results/lra/work/data"),
+    out: Out = Path("results/lra"),
+    threads: Threads = None,
+    device: Device = "auto",
+    tensorboard: Annotated[bool, typer.Option(help="Write files for TensorBoard where it is installed.")] = True,
+) -> None:
+    """Train every method with every seed; a run that is recorded already is not trained again.
+
+    Finished runs are lines of runs.jsonl. Interrupted, the same command goes on from the last point of the curve.
+    Started by torchrun or accelerate launch, the processes share every batch.
+    """
+    with errors_in_words(f"finished runs are in {out / 'runs.jsonl'}, checkpoints in {out / 'work'}"):
+        from ..lra.configuration import read_config
+        from ..lra.runs import LraPlan, run_plan
+
+        plan = LraPlan(
+            read_config(config),
+            methods=names(methods),
+            seeds=integers("seeds", seeds),
+            source=source,
+            data=data,
+            out=out,
+            threads=threads,
+            device=device,
+        )
+        run_plan(plan, new_console(), tensorboard=tensorboard)
+
+
+@lra.command()
+def evaluate(
+    config: Config,
+    method: Annotated[str, typer.Option(help="Kind of attention of the run.")] = "topk",
+    seed: Seed = 0,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    weights: Annotated[Path | None, typer.Option(help="File of weights; by default the one that the run left.")] = None,
+    source: Source = None,
+    data: Data = Path("results/lra/work/data"),
+    out: Out = Path("results/lra"),
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Loss and accuracy of the weights that a run left, those of its best validation."""
+    with errors_in_words():
+        from ..lra.configuration import read_config
+        from ..lra.runs import LraPlan, evaluate_run
+
+        plan = LraPlan(
+            read_config(config), [method], [seed], source=source, data=data, out=out, threads=threads, device=device
+        )
+        evaluate_run(plan, method, seed, split, new_console(), weights=weights)
+
+
+@lra.command()
+def table(out: Out = Path("results/lra")) -> None:
+    """Write table.md and curves.png from the recorded runs, with the published accuracies marked as quoted."""
+    with errors_in_words():
+        from ..lra.table import write_table
+
+        write_table(out, new_console())

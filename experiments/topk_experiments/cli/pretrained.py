@@ -1,0 +1,205 @@
+"""Commands about pretrained models, and the page of all results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import app
+from .options import Backend, Out, Seed, Text, Threads, errors_in_words, integers, names, new_console
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,32,64,128,256",
+    out: Out = Path("build/demo"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make all runs again.")] = False,
+) -> None:
+    """Read a text with full attention and with several k; compare perplexity, time and memory.
+
+    Writes demo.json, demo.png and demo.html. Interrupted, the same command continues with the runs that are missing.
+    """
+    with errors_in_words(f"finished runs are in {out / 'demo.json'}"):
+        from topk_experiments.pretrained.demo import DemoConfig, run_demo
+
+        run_demo(
+            DemoConfig(
+                model=model,
+                text=text,
+                num_tokens=tokens,
+                k=integers("k", k),
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Local folder or Hugging Face id of a causal model, or of an encoder such as MiniLM. Default: "
+            "SmolLM2-135M from a package."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file to measure on. Default: Python's own documentation topics.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of a window: that of later use, a head's need grows with it. Default: 2,048, or the model's "
+            "longest input where that is shorter."
+        ),
+    ] = None,
+    start: Annotated[int, typer.Option(help="Character of the text at which the first window begins.")] = 0,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="Windows to measure on, one after the other. Default: 1, for an encoder 16."),
+    ] = None,
+    mean_k: Annotated[
+        float | None, typer.Option(help="Budget: keys per query, mean of all heads. 64 unless another target is given.")
+    ] = None,
+    lost_mass: Annotated[
+        float | None, typer.Option(help="Instead: softmax weight that no head may exceed losing, e.g. 0.05.")
+    ] = None,
+    loss_increase: Annotated[
+        float | None, typer.Option(help="Instead: nats per token by which the loss may rise, e.g. 0.01; searched.")
+    ] = None,
+    feed_forward_mean_k: Annotated[
+        float | None, typer.Option(help="Choose neurons too: their number per token, mean of all layers.")
+    ] = None,
+    uniform: Annotated[
+        str | None, typer.Option(help="k for every head to compare with, separated by commas. Default: the mean k.")
+    ] = None,
+    also_mean_k: Annotated[
+        str | None, typer.Option(help="Other budgets to try, separated by commas. Default: half and twice the mean k.")
+    ] = None,
+    evaluate_text: Annotated[
+        Path | None, typer.Option(help="Text to evaluate on. Default: what follows the measured windows.")
+    ] = None,
+    evaluate_start: Annotated[int | None, typer.Option(help="Character at which evaluation begins.")] = None,
+    evaluate_tokens: Annotated[
+        int | None, typer.Option(help="Length of a window to evaluate on. Default: that of --tokens.")
+    ] = None,
+    evaluate_windows: Annotated[
+        int | None, typer.Option(help="Windows to evaluate on. Default: 1, for an encoder 16.")
+    ] = None,
+    report: Annotated[Path, typer.Option(help="Page with pictures and what they say.")] = Path(
+        "results/calibration/calibration.html"
+    ),
+    out: Annotated[Path, typer.Option(help="The calibration, for convert(model, attention_k=...).")] = Path(
+        "results/calibration/calibration.json"
+    ),
+    records: Annotated[Path, typer.Option(help="Folder for the record, called after --out.")] = Path(
+        "results/calibration"
+    ),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure and evaluate again.")] = False,
+) -> None:
+    """Find out how large k must be: measure every head on a text, give each its k, and try them on other text.
+
+    Writes a calibration, a record and a report. Interrupted, the same command continues with what is missing.
+    """
+    with errors_in_words(f"what is finished is kept beside {out} and in {records}"):
+        from topk_attention.calibrate import LossIncrease, LostMass, MeanK
+        from topk_experiments.pretrained.calibration import CalibrationConfig, run_calibration
+
+        kinds = ((MeanK, mean_k), (LostMass, lost_mass), (LossIncrease, loss_increase))
+        targets = [kind(number) for kind, number in kinds if number is not None]
+        if len(targets) > 1:
+            raise ValueError("give one of --mean-k, --lost-mass and --loss-increase, got several")
+        run_calibration(
+            CalibrationConfig(
+                model=model,
+                text=text,
+                start=start,
+                num_tokens=tokens,
+                windows=windows,
+                target=targets[0] if targets else MeanK(64.0),
+                feed_forward_mean_k=feed_forward_mean_k,
+                uniform=None if uniform is None else integers("uniform", uniform),
+                mean_ks=None if also_mean_k is None else integers("also-mean-k", also_mean_k),
+                evaluate_text=evaluate_text,
+                evaluate_start=evaluate_start,
+                evaluate_tokens=evaluate_tokens,
+                evaluate_windows=evaluate_windows,
+                report=report,
+                out=out,
+                records=records,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
+def transcribe(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a Whisper model.")],
+    audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "32,64,128",
+    layers: Annotated[
+        str, typer.Option(help="Attention that keeps k keys: among encoder, cross and decoder, separated by commas.")
+    ] = "encoder,cross",
+    language: Annotated[str | None, typer.Option(help='Spoken language, e.g. "en". Default: found out.')] = None,
+    out: Out = Path("results/whisper"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Transcribe again.")] = False,
+) -> None:
+    """Transcribe a recording with full attention and with several k; count the words that differ.
+
+    Appends to transcripts.jsonl and writes transcripts.md. Interrupted, the same command continues with what is
+    missing.
+    """
+    with errors_in_words(f"finished transcripts are in {out / 'transcripts.jsonl'}"):
+        from topk_experiments.pretrained.transcription import TranscriptionConfig, run_transcription
+
+        run_transcription(
+            TranscriptionConfig(
+                model=model,
+                audio=audio,
+                k=integers("k", k),
+                layers=names(layers),
+                language=language,
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder with the results; the page goes there.")] = Path("results"),
+) -> None:
+    """One HTML page of all records: the paper's figures beside what was measured, with pictures and tables inside."""
+    with errors_in_words():
+        from topk_experiments.results_page import write_page
+
+        new_console().print(f"Written: {write_page(out)}", markup=False, highlight=False, soft_wrap=True)

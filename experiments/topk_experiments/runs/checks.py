@@ -1,0 +1,57 @@
+"""Checks that configurations of several experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from topk_attention.backends import choose_backend
+from topk_attention.functional.checks import check_k
+
+
+def check_at_least(least: int, config: object, *names: str) -> None:
+    """Look at the numbers of these names; None, where a field may be None, passes.
+
+    Raises:
+        ValueError: one is smaller; the message names it.
+
+    >>> check_at_least(1, slice(1, None, 0), "start", "stop", "step")
+    Traceback (most recent call last):
+    ValueError: step must be at least 1, got 0
+    """
+    for name in names:
+        number = getattr(config, name)
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
+    """Look at the word of this name.
+
+    Raises:
+        ValueError: it is none of those allowed.
+
+    >>> check_one_of(("up", "down"), slice("left", None), "start")
+    Traceback (most recent call last):
+    ValueError: start must be one of up, down, got 'left'
+    """
+    word = getattr(config, name)
+    if word not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
+
+
+def check_runs(ks: Sequence[int], backend: str) -> None:
+    """One run for each k, no two the same, on a backend that runs here.
+
+    Raises:
+        ValueError: the message names the option.
+        RuntimeError: the backend cannot run here.
+
+    >>> check_runs([16, 32, 16], "auto")
+    Traceback (most recent call last):
+    ValueError: k must not hold a number twice, got 16, 32, 16
+    """
+    for k in ks:
+        check_k("k", k)
+    if len(set(ks)) != len(ks):
+        raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, ks))}")
+    choose_backend(backend)

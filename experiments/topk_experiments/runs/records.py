@@ -1,0 +1,84 @@
+"""Records of experiments: where they were made, and files that are whole whenever one looks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from topk_attention.files import append_json_line, write_whole
+
+__all__ = [
+    "Json",
+    "append_json_line",
+    "days_and_commits",
+    "differences",
+    "read_json",
+    "read_json_lines",
+    "write_json",
+    "write_whole",
+]
+
+Json = dict[str, Any]
+
+# What of `environment()` has to agree: runs on another processor, or of other code, do not belong in one table.
+SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "transformers", "python", "cpu")
+# The same where transformers takes no part. Not the commit: that changes as soon as the records are committed.
+SAME_NUMBERS = ("topk_attention", "source_sha256", "torch", "cpu")
+
+
+def days_and_commits(records: Sequence[Json]) -> str:
+    """The days on which records were made, first to last, and the commits they are of, for the head of a table.
+
+    >>> made = [{"date": "2026-11-29T10:00:00", "commit": "abc1234"}, {"date": "2026-11-24T10:00:00", "commit": None}]
+    >>> days_and_commits([{"environment": environment} for environment in made])
+    '2026-11-24 to 2026-11-29, commit abc1234, unknown'
+    """
+    dates = sorted({record["environment"]["date"][:10] for record in records})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    commits = dict.fromkeys(record["environment"]["commit"] or "unknown" for record in records)
+    return f"{days}, commit {', '.join(commits)}"
+
+
+def differences(old: Json, new: Json) -> list[str]:
+    """What differs between two descriptions, in words."""
+    names = [*old, *(name for name in new if name not in old)]
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def write_json(path: Path, record: Json) -> None:
+    """Write a record for people and programs to read."""
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Json | None:
+    """The record in a file; None where there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); move it away or give another --out") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is not a record; move it away or give another --out")
+    return record
+
+
+def read_json_lines(path: Path) -> list[Json]:
+    """All whole records of a file, oldest first; none where there is no file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut short
+        if isinstance(record, dict):
+            records.append(record)
+    return records

@@ -1,0 +1,140 @@
+"""`topk-attention calibrate`: load a model, cut a text into windows, calibrate, and write the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibrate import LossIncrease, LostMass, MeanK
+from ..calibrate import calibrate as measure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+_DEFAULT_TOKENS = 2048
+_DEFAULT_MEAN_K = 64.0
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate on what, and for which target. At most one of the three targets is given.
+
+    Raises:
+        ValueError: several targets, or fewer than one window or two tokens.
+    """
+
+    model: str
+    text: Path
+    out: Path
+    gguf_file: str | None = None
+    num_tokens: int | None = None
+    windows: int = 3
+    mean_k: float | None = None
+    lost_mass: float | None = None
+    loss_increase: float | None = None
+    feed_forward_mean_k: float | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("mean_k", "lost_mass", "loss_increase") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError("give one of --mean-k, --lost-mass and --loss-increase, got several")
+        if self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
+        if self.num_tokens is not None and self.num_tokens < 2:
+            raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
+        _ = self.target  # a target checks its own number
+
+    @property
+    def target(self) -> MeanK | LostMass | LossIncrease:
+        if self.lost_mass is not None:
+            return LostMass(self.lost_mass)
+        if self.loss_increase is not None:
+            return LossIncrease(self.loss_increase)
+        return MeanK(_DEFAULT_MEAN_K if self.mean_k is None else self.mean_k)
+
+
+def run_calibration(request: CalibrationRequest, console: Console) -> None:
+    """Calibrate and write the file.
+
+    Raises:
+        FileNotFoundError: there is no such text file.
+        OSError: transformers finds no such model.
+        ValueError: the text is not UTF-8, or it is too short for the windows.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    content = _read(request.text)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    options: dict[str, Any] = {} if request.gguf_file is None else {"gguf_file": request.gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(request.model, **options)
+    config = AutoConfig.from_pretrained(request.model, **options)
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    model = loader.from_pretrained(request.model, dtype=torch.float32, **options).eval()
+    batches = _windows(tokenizer, content, _window_length(request, config), request)
+    with console.status("") as status:
+        calibration = measure(
+            model,
+            batches,
+            target=request.target,
+            feed_forward_target=None if request.feed_forward_mean_k is None else MeanK(request.feed_forward_mean_k),
+            progress=lambda step, done, total: status.update(f"{step}: {done} of {total}"),
+        )
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    calibration.save(request.out)
+    lines = [
+        f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
+        f"mean k = {calibration.mean_k:.1f}; per head from {_smallest(calibration)} to {_largest(calibration)}",
+        f"Written: {request.out}",
+        "Use it with convert(model, attention_k=Calibration.load(FILE))",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"text file not found: {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"
+        ) from error
+
+
+def _window_length(request: CalibrationRequest, config: Any) -> int:
+    longest = getattr(config, "max_position_embeddings", None)
+    if request.num_tokens is None:
+        return min(_DEFAULT_TOKENS, longest or _DEFAULT_TOKENS)
+    if longest is not None and request.num_tokens > longest:
+        raise ValueError(
+            f"tokens must be at most {longest}, the longest input of {request.model}, got {request.num_tokens}"
+        )
+    return request.num_tokens
+
+
+def _windows(tokenizer: Any, content: str, length: int, request: CalibrationRequest) -> list[Tensor]:
+    """Token ids [1, length] of each window."""
+    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids
+    needed = request.windows * length
+    if ids.shape[1] < needed:
+        raise ValueError(
+            f"{request.text} has {ids.shape[1]:,} tokens, {request.windows} windows of {length:,} need {needed:,}; "
+            "give a longer text, or fewer --windows or --tokens"
+        )
+    return list(ids[:, :needed].split(length, dim=1))
+
+
+def _smallest(calibration: Any) -> int:
+    return min(min(ks) for ks in calibration.values())
+
+
+def _largest(calibration: Any) -> int:
+    return max(max(ks) for ks in calibration.values())

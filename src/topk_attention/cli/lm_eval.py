@@ -1,0 +1,134 @@
+"""EleutherAI's lm-evaluation-harness with top-k attention: its own command in a process that knows the name "topk", a
+model "hf-topk" for it, and a record of what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..calibrate import Calibration
+from ..convert import convert
+from ..convert.settings import K_VARIABLE
+from ..environment import environment, package_version
+from ..files import append_json_line
+
+SCHEMA = "topk_attention/lm-eval/1"
+MODEL = "hf-topk"
+
+
+def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
+    """Run the command `lm_eval` with these arguments; with `record`, append its results to that file as a line.
+
+    Where that fails, the harness's own file of results is kept, and it is said where.
+
+    Raises:
+        ValueError: the arguments name an output path of their own beside a record.
+        ModuleNotFoundError: lm-eval is not installed.
+    """
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    if record is None:
+        sys.argv = ["lm_eval", *arguments]
+        cli_evaluate()
+        return
+    if any(argument.partition("=")[0] in ("--output_path", "-o") for argument in arguments):
+        raise ValueError("--record writes the results to a file of its own; leave --output_path out")
+    folder = tempfile.mkdtemp()
+    try:
+        sys.argv = ["lm_eval", *arguments, "--output_path", folder]
+        cli_evaluate()
+        found = _results_in(folder)
+        if not found:
+            raise ValueError("lm_eval wrote no results; run it without --record to see why")
+        append_json_line(record, as_record(json.loads(found[-1].read_text(encoding="utf-8"))))
+    except BaseException:
+        # An evaluation can take hours: what it found is not thrown away because it could not be written down.
+        if kept := _results_in(folder):
+            print(f"the results were not recorded; they are kept in {kept[-1]}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def _results_in(folder: str) -> list[Path]:
+    return sorted(Path(folder).rglob("results_*.json"))
+
+
+def as_record(results: dict[str, Any]) -> dict[str, Any]:
+    """What the harness's results say, without folders and the machine's name."""
+    config = results["config"]
+    options = {name: _without_folder(value) for name, value in config["model_args"].items()}
+    return {
+        "schema": SCHEMA,
+        "model": options.pop("pretrained"),
+        "model_type": config["model"],
+        "model_args": options,
+        K_VARIABLE: os.environ.get(K_VARIABLE),
+        "limit": config["limit"],
+        "tasks": {
+            task: {
+                "num_fewshot": results["n-shot"].get(task),
+                "num_samples": results["n-samples"].get(task, {}).get("effective"),  # a group has none
+                "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
+            }
+            for task, metrics in results["results"].items()
+        },
+        "lm_eval": package_version("lm_eval"),
+        "environment": environment(),
+    }
+
+
+def _without_folder(value: Any) -> Any:
+    """A file's or folder's own name; anything else as it is, the id of a model on the hub too."""
+    if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
+        return Path(value).name
+    return value
+
+
+@cache
+def register() -> type:
+    """Let the harness know a model "hf-topk": its own "hf", converted after loading.
+
+    Two arguments beside those of "hf": attention_k (a number, or the file of a calibration) and feed_forward_k. Without
+    either, the model must be a checkpoint that remembers its k. topk_backend is the backend of `convert`.
+
+    Returns the model's class.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+    """
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+    @register_model(MODEL)
+    class TopKModel(HFLM):
+        def __init__(
+            self,
+            pretrained: Any,
+            attention_k: Any = None,
+            feed_forward_k: Any = None,
+            topk_backend: str | None = None,
+            **options: Any,
+        ) -> None:
+            super().__init__(pretrained, **options)
+            if isinstance(attention_k, str):
+                attention_k = Calibration.load(attention_k)
+            report = convert(self.model, attention_k=attention_k, feed_forward_k=feed_forward_k, backend=topk_backend)
+            logging.getLogger(__name__).info("%s", report)
+
+    return TopKModel
+
+
+if __name__ == "__main__":
+    run_harness(sys.argv[1:])

@@ -1,7 +1,9 @@
 import subprocess
 
+import pytest
+
 from topk_attention import environment as module_under_test
-from topk_attention.environment import environment, package_version, source_sha256
+from topk_attention.environment import code_sha256, environment, package_version, product_sha256
 
 
 def test_the_environment_tells_versions_and_processor():
@@ -26,12 +28,28 @@ def test_a_library_inside_somebody_elses_repository_has_no_commit(tmp_path, monk
     assert module_under_test.git_commit() is None
 
 
-def test_the_hash_of_the_source_changes_with_the_source(tmp_path, monkeypatch):
-    module = tmp_path / "topk_attention" / "environment.py"
-    module.parent.mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("content", "changes"),
+    [("a = 2", True), ("a = 1  # a comment", False), ('"""A docstring."""\na = 1', False), ("a  =  1", False)],
+)
+def test_the_hash_changes_with_what_computes_and_not_with_comments(tmp_path, content, changes):
+    module = tmp_path / "module.py"
     module.write_text("a = 1")
-    monkeypatch.setattr(module_under_test, "__file__", str(module))
-    before = source_sha256()
-    assert source_sha256() == before
-    module.write_text("a = 2")
-    assert source_sha256() != before
+    before = code_sha256(tmp_path, [module])
+    module.write_text(content)
+    assert (code_sha256(tmp_path, [module]) != before) == changes
+
+
+def test_the_hash_covers_names_and_binaries_but_not_the_command_line(tmp_path, monkeypatch):
+    for name in ("environment.py", "backends/kernels.so", "cli/commands.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1")
+    monkeypatch.setattr(module_under_test, "__file__", str(tmp_path / "environment.py"))
+    hashes = [product_sha256()]
+    (tmp_path / "cli" / "commands.py").write_text("a = 2")
+    assert product_sha256() == hashes[0]
+    (tmp_path / "backends" / "kernels.so").write_text("a = 2")
+    hashes.append(product_sha256())
+    (tmp_path / "environment.py").rename(tmp_path / "another.py")
+    hashes.append(product_sha256())
+    assert len(set(hashes)) == 3

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +28,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_model(),
         "num_cpus": os.cpu_count(),
         "commit": git_commit(),
-        "source_sha256": source_sha256(),
+        "product_sha256": product_sha256(),
         "date": now(),
     }
 
@@ -72,13 +74,31 @@ def git_commit() -> str | None:
     return f"{commit}+dirty" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def source_sha256() -> str:
+def product_sha256() -> str:
     """Start of the hash of everything in this package that computes: a commit does not tell uncommitted edits apart."""
     package = Path(__file__).parent
-    files = sorted(file for pattern in ("*.py", "*.so", "*.pyd") for file in package.rglob(pattern))
+    files = [file for pattern in ("*.py", "*.so", "*.pyd") for file in package.rglob(pattern)]
+    return code_sha256(package, (file for file in files if file.relative_to(package).parts[0] != "cli"))
+
+
+def code_sha256(folder: Path, files: Iterable[Path]) -> str:
+    """Start of the hash of code. Comments, docstrings and layout of Python files do not count; other files count whole.
+
+    files  below the folder
+    """
     whole = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(package).as_posix()
-        if not name.startswith("cli/"):
-            whole.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in sorted(files):
+        content = _code_of(file.read_text(encoding="utf-8")).encode() if file.suffix == ".py" else file.read_bytes()
+        whole.update(file.relative_to(folder).as_posix().encode() + b"\0" + content + b"\0")
     return whole.hexdigest()[:16]
+
+
+def _code_of(source: str) -> str:
+    """A text that is the same for sources that differ in comments, docstrings and layout alone."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            del node.body[0]
+    return ast.dump(tree)

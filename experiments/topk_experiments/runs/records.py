@@ -23,9 +23,9 @@ __all__ = [
 Json = dict[str, Any]
 
 # What of `environment()` has to agree: runs on another processor, or of other code, do not belong in one table.
-SAME_ENVIRONMENT = ("topk_attention", "source_sha256", "torch", "transformers", "python", "cpu")
+SAME_ENVIRONMENT = ("topk_attention", "product_sha256", "torch", "transformers", "python", "cpu")
 # The same where transformers takes no part. Not the commit: that changes as soon as the records are committed.
-SAME_NUMBERS = ("topk_attention", "source_sha256", "torch", "cpu")
+SAME_NUMBERS = ("topk_attention", "product_sha256", "torch", "cpu")
 
 
 def days_and_commits(records: Sequence[Json]) -> str:

@@ -39,7 +39,7 @@ def test_finished_points_are_not_measured_again(benchmark, measurements, console
     assert len(read_json_lines(benchmark.out / "table.jsonl")) == 9
 
 
-@pytest.mark.parametrize("what", ["cpu", "torch", "source_sha256"])
+@pytest.mark.parametrize("what", ["cpu", "torch", "product_sha256"])
 def test_points_of_another_processor_torch_or_source_are_measured_again(
     benchmark, measurements, console, monkeypatch, what
 ):

@@ -95,7 +95,7 @@ def test_records_from_before_there_were_random_features_still_count(benchmark, p
     assert page.count("| 64 | ") == 3
 
 
-@pytest.mark.parametrize(("what", "count"), [("cpu", 8), ("torch", 8), ("transformers", 8), ("source_sha256", 6)])
+@pytest.mark.parametrize(("what", "count"), [("cpu", 8), ("torch", 8), ("transformers", 8), ("product_sha256", 6)])
 def test_other_software_is_measured_again_and_rivals_whatever_our_code(
     benchmark, points_measured, console, monkeypatch, what, count
 ):

@@ -147,8 +147,8 @@ def test_the_newest_record_of_a_point_counts_and_other_settings_do_not(written):
 def test_points_of_other_code_stay_and_are_named_and_those_of_other_packages_go(written, monkeypatch):
     points = points_of()
     reporting = importlib.import_module("topk_experiments.benchmarks.model.report")
-    monkeypatch.setattr(reporting, "environment", lambda: environment() | {"source_sha256": "another"})
-    older = environment() | {"commit": "abc1234", "source_sha256": "older"}
+    monkeypatch.setattr(reporting, "environment", lambda: environment() | {"product_sha256": "another"})
+    older = environment() | {"commit": "abc1234", "product_sha256": "older"}
     page, _ = written(points, [(point, {"environment": older}) for point in points])
     assert "top-k" in page
     assert "commit abc1234." in page

@@ -30,7 +30,7 @@ _NOTICEABLY_MORE = 1.05
 # Points of other software, or of another processor, do not belong in one table. The library's code matters for its own
 # methods alone.
 _SAME_ENVIRONMENT = ("torch", "transformers", "cpu")
-_SAME_ENVIRONMENT_OF_OURS = ("topk_attention", "source_sha256", *_SAME_ENVIRONMENT)
+_SAME_ENVIRONMENT_OF_OURS = ("topk_attention", "product_sha256", *_SAME_ENVIRONMENT)
 
 
 @dataclass(frozen=True)

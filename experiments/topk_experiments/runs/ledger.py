@@ -1,0 +1,121 @@
+"""What is on file, and the one rule that says whether a record spares a run.
+
+A record spares a run of the same configuration if it was made in the same environment and by the same code:
+
+configuration  the fields of the record that say what was run, such as its point, model or seed
+environment    torch, transformers, Python and the processor
+code           a hash of the product, and a hash of the experiment's own folder. Comments, docstrings and the files that
+               only draw (`DRAWING`) do not count
+
+Records made before these hashes existed hold neither. For them the configuration and the environment decide; the note
+on a cache hit says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from topk_attention.environment import code_sha256, environment
+
+from .records import Json, append_json_line, differences, read_json_lines
+
+# Modules of an experiment that turn records into tables and pictures: a change to them leaves every number as it is.
+DRAWING = ("captions", "groups", "picture", "pictures", "report", "table")
+_ENVIRONMENT = ("torch", "transformers", "python", "cpu")
+_CODE = ("product_sha256", "experiment_sha256")
+
+
+def experiment_environment(folder: Path) -> Json:
+    """`environment()` with the hash of the code of an experiment, `experiment_sha256`.
+
+    folder  of the experiment: `Path(__file__).parent` of one of its modules
+    """
+    files = (file for file in folder.rglob("*.py") if not any(file.stem.endswith(name) for name in DRAWING))
+    return environment() | {"experiment_sha256": code_sha256(folder, files)}
+
+
+def what_differs(record: Json, configuration: Mapping[str, object], here: Json) -> list[str]:
+    """Why a record does not stand for a run of this configuration here, in words; empty where it does.
+
+    configuration  field of the record -> what it must hold
+    here           of `experiment_environment`
+
+    >>> here = {"torch": "2.13.0", "product_sha256": "b"}
+    >>> what_differs({"k": 8, "environment": {"torch": "2.12.0", "product_sha256": "a"}}, {"k": 8}, here)
+    ['torch: 2.12.0 -> 2.13.0', 'product_sha256: a -> b']
+    """
+    there = record.get("environment", {})
+    fields = [*_ENVIRONMENT, *(name for name in _CODE if there.get(name) is not None)]
+    old = {name: record.get(name) for name in configuration} | {name: there.get(name) for name in fields}
+    new = dict(configuration) | {name: here.get(name) for name in fields}
+    return differences(old, new)
+
+
+def is_finished(record: Json) -> bool:
+    """Whether a run came to its end; records without an outcome are of runs that did."""
+    return record.get("outcome", "finished") == "finished"
+
+
+def made_when(record: Json) -> str:
+    """Note on a cache hit: the date and the commit of the record."""
+    there = record["environment"]
+    older = "" if there.get("product_sha256") else ", before code was hashed"
+    return f"on file, of {there['date']}, commit {there['commit']}{older}"
+
+
+class Ledger:
+    """The records of an experiment, one a line.
+
+    path    file of JSON lines
+    schema  of its records; lines of another schema are skipped
+    folder  of the experiment's code
+    fresh   whether to run everything again: what was on file before spares no run then
+    """
+
+    def __init__(self, path: Path, *, schema: str, folder: Path, fresh: bool = False) -> None:
+        self.path = path
+        self.here = experiment_environment(folder)
+        self._schema = schema
+        self.records = [record for record in read_json_lines(path) if record.get("schema") == schema]
+        self._sparing = [] if fresh else list(self.records)
+
+    def find(self, configuration: Mapping[str, object], *, spares: Callable[[Json], bool] = is_finished) -> Json | None:
+        """The newest record that spares a run of this configuration; None where there is none.
+
+        spares  whether a record of the same run is good enough, for example has enough repetitions
+        """
+        return next(
+            (
+                record
+                for record in reversed(self._sparing)
+                if not what_differs(record, configuration, self.here) and spares(record)
+            ),
+            None,
+        )
+
+    def new_record(self, configuration: Mapping[str, object]) -> Json:
+        """The beginning of a record: schema, configuration and environment."""
+        return {"schema": self._schema, **configuration, "environment": self.here}
+
+    def append(self, record: Json) -> None:
+        """Write a record as the last line of the file."""
+        append_json_line(self.path, record)
+        self.records.append(record)
+        self._sparing.append(record)
+
+
+def newest(records: Iterable[Json], configuration: Callable[[Json], str]) -> list[Json]:
+    """Records for one table: the newest of each configuration, in the order in which configurations first appear.
+
+    Only records of the environment of the last one: numbers of different machines do not belong in one table.
+
+    configuration  record -> text that is equal for records of the same configuration
+    """
+    records = list(records)
+    by_configuration: dict[str, Json] = {}
+    for record in records:
+        there, last = record["environment"], records[-1]["environment"]
+        if all(there.get(name) == last.get(name) for name in _ENVIRONMENT):
+            by_configuration[configuration(record)] = record
+    return list(by_configuration.values())

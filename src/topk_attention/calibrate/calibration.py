@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.calls import AttentionCall, FeedForwardCall
 from ..convert import convert, unconvert
-from ..convert.sites import attention_sites, feed_forward_sites
+from ..convert.search import attention_sites, feed_forward_sites
 from ..functional.observation import observed
 from .allocation import Allocation, LossIncrease, LostMass, MeanK, Target, mean_of, with_mean_k, within_lost_mass
 from .statistics import Collector, Curves

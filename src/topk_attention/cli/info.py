@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..backends import BACKENDS, choose_backend, cpu
-from ..convert import registration
+from ..convert.settings import NAME
 from ..environment import environment, package_version
 
 
@@ -29,7 +29,7 @@ def describe_environment() -> str:
         "  a mask or values of another kind, or a NaN that would spread forbids it)",
         f"  kernels: {_kernels()}",
         "",
-        f'attn_implementation="{registration.NAME}"  {_registration()}',
+        f'attn_implementation="{NAME}"  {_registration()}',
     ]
     return "\n".join(lines)
 
@@ -54,5 +54,5 @@ def _registration() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     names = (("attention", AttentionInterface()), ("mask", AttentionMaskInterface()))
-    missing = [name for name, interface in names if registration.NAME not in interface]
+    missing = [name for name, interface in names if NAME not in interface]
     return "is registered with transformers" if not missing else f"is NOT registered: {', '.join(missing)} missing"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..functional import topk_attention
-from . import t5
 from .masks import CompactMask
+from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
 from .settings import LayerSettings, layer_settings
 
 # Arguments that change what attention computes. Leaving one out would change results without a word.
@@ -27,7 +27,7 @@ _UNSUPPORTED = {
 # Queries per mask tile for mask patterns that are neither causal nor full.
 _MASK_CHUNK = 512
 
-PositionBias = Tensor | t5.TableBias | None
+PositionBias = Tensor | TableBias | None
 
 
 def topk_attention_forward(
@@ -40,7 +40,7 @@ def topk_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_bias: PositionBias | t5.NoBias = None,
+    position_bias: PositionBias | NoBias = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers v5 hands it over.
@@ -55,9 +55,9 @@ def topk_attention_forward(
             raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
     if kwargs.get("output_attentions"):
         warnings.warn('attn_implementation="topk" returns no attention weights; use "eager" for them', stacklevel=2)
-    if isinstance(position_bias, t5.NoBias):
+    if isinstance(position_bias, NoBias):
         position_bias = None
-    if isinstance(position_bias, Tensor) and t5.is_attention(module) and not t5.keeps_bias_small(module):
+    if isinstance(position_bias, Tensor) and computes_bias(module) and not keeps_bias_small(module):
         warnings.warn(
             f"{type(module).__name__} computes its position bias in full, {list(position_bias.shape)} numbers; "
             "topk_attention.convert(model, attention_k=...) reads it from its table instead",
@@ -100,8 +100,8 @@ def _attend(
 ) -> Tensor:
     if query.shape[0] != key.shape[0]:  # queries that the whole batch shares
         query = query.expand(key.shape[0], -1, -1, -1)
-    if isinstance(position_bias, t5.TableBias):
-        bias: Tensor | t5.Bias | None = position_bias.at(query.shape[2], key.shape[2])
+    if isinstance(position_bias, TableBias):
+        bias: Tensor | Bias | None = position_bias.at(query.shape[2], key.shape[2])
     else:
         bias = position_bias
     return topk_attention(
@@ -216,7 +216,7 @@ def _attend_in_mask_chunks(
         queries = range(start, min(start + _MASK_CHUNK, num_queries))
         part = slice(queries.start, queries.stop)
         bias = position_bias
-        if isinstance(bias, t5.TableBias):
+        if isinstance(bias, TableBias):
             bias = bias.from_query(start)
         elif bias is not None and bias.shape[2] != 1:
             bias = bias[:, :, part]

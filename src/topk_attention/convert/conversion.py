@@ -10,11 +10,12 @@ from torch import nn
 
 from ..backends import choose_backend
 from ..functional.checks import check_k
-from . import t5, torch_layers
-from .registration import NAME, register
+from . import position_bias, torch_layers
+from .registration import register
 from .report import ConversionReport, ReportEntry
-from .settings import ALL, CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
-from .sites import AttentionSite, FeedForwardSite, attention_sites, feed_forward_sites
+from .search import attention_sites, feed_forward_sites
+from .settings import ALL, CONFIG_ATTRIBUTE, NAME, K, LayerSettings, ModelSettings, set_layer_settings
+from .sites import AttentionSite, FeedForwardSite
 
 Where = Callable[[str, nn.Module], bool]
 AnyK = K | Sequence[K | Sequence[int]] | Mapping[str, K | Sequence[int]]
@@ -109,7 +110,7 @@ def convert(
             torch_layers.use_topk_attention(site.module, settings)
         elif config is not None and config._attn_implementation == NAME:
             set_layer_settings(site.module, settings)
-            t5.keep_bias_small(site.module)
+            position_bias.keep_bias_small(site.module)
     for feed_forward_site, entry in feed_forward_plan:
         if isinstance(entry.k, int) or entry.k == ALL:
             feed_forward_site.replace(None if entry.k == ALL else entry.k, feed_forward_backend)
@@ -151,7 +152,7 @@ def unconvert(model: Any) -> None:
     for site in attention:
         if site.reads_interface:
             set_layer_settings(site.module, None)
-            t5.give_bias_back(site.module)
+            position_bias.give_bias_back(site.module)
         elif torch_layers.is_converted(site.module):
             torch_layers.restore_attention(site.module)
     for feed_forward_site in feed_forward:
@@ -207,7 +208,7 @@ def _plan_attention(
                     f"got {len(layer_k)}"
                 )
             reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
-            if t5.builds_bias_in_full(site.module):
+            if position_bias.builds_bias_in_full(site.module):
                 reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
         plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
     return plan

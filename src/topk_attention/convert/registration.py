@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-NAME = "topk"
+from .attention_function import topk_attention_forward
+from .masks import compact_mask
+from .settings import NAME
+
 _MODELING_UTILS = "transformers.modeling_utils"
 
 
 def register() -> None:
     """Register the attention and its mask under one name: with one alone, padding or causality would be lost."""
     from transformers import AttentionInterface, AttentionMaskInterface
-
-    from .attention_function import topk_attention_forward
-    from .masks import compact_mask
 
     AttentionInterface.register(NAME, topk_attention_forward)
     AttentionMaskInterface.register(NAME, compact_mask)

@@ -11,6 +11,8 @@ from torch import nn
 
 from ..functional.checks import check_k
 
+# transformers knows this library's attention by this name: attn_implementation="topk".
+NAME = "topk"
 # What a model loaded with attn_implementation="topk" uses when nothing else was said: the k of the paper's
 # attention-layer and Long Range Arena settings.
 DEFAULT_ATTENTION_K = 128

@@ -1,9 +1,8 @@
-"""The places in a model that a conversion can change. One file per way in which families differ finds them."""
+"""The places in a model that a conversion can change, and what every finder of feed-forward networks checks."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,51 +97,3 @@ def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds the one at this path, and its name there."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
-
-
-def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
-    from . import torch_layers
-
-    for path, module in model.named_modules():
-        if reads_attention_interface(module):
-            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module), True)
-        elif torch_layers.is_attention(module):
-            yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
-
-
-def reads_attention_interface(module: nn.Module) -> bool:
-    """Whether the module looks its attention function up in transformers' table, as its code shows.
-
-    Families differ in what they call their projections, and nothing else that is seen from outside tells a layer that
-    does from one that does not.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
-    from . import bert, inline, network, torch_layers
-
-    # A network that several layers share is replaced in each of them; its weights stay shared.
-    for path, module in model.named_modules(remove_duplicate=False):
-        yield from network.feed_forward_sites(model, path, module)
-    for path, module in model.named_modules():
-        yield from bert.feed_forward_sites(model, path, module)
-        yield from inline.feed_forward_sites(model, path, module)
-        yield from torch_layers.feed_forward_sites(path, module)
-
-
-def _attention_obstacle(module: nn.Module) -> str | None:
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "its scores have a soft cap"
-    if getattr(module, "sinks", None) is not None:
-        return "it has attention sinks"
-    return None
-
-
-def _num_heads(module: nn.Module) -> int | None:
-    for holder in (module, getattr(module, "config", None)):
-        for name in ("num_attention_heads", "num_heads", "n_heads"):
-            if isinstance(num_heads := getattr(holder, name, None), int):
-                return num_heads
-    return None

@@ -1,7 +1,7 @@
 """PyTorch's own layers: nn.MultiheadAttention, and the networks of nn.TransformerEncoderLayer and ...DecoderLayer.
 
-A converted layer stays the module it was, with its weights, hooks and names; only its class changes, to a subclass that
-computes with top-k. That subclass also keeps PyTorch's fused inference path, which would read the weights past it, out.
+A converted layer remains the same module, with its weights, hooks and names. Only its class changes, to a subclass that
+computes with top-k. PyTorch's fused inference path would read the weights directly; the subclass switches it off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A feed-forward network that is a module of its own: two linear layers, or three where it is gated."""
+"""Networks that are a module of their own (Llama, Mistral, T5, GPT-2, DistilBERT, ViT, ...).
+
+Such a module has two linear layers, or three where the network is gated.
+"""
 
 from __future__ import annotations
 

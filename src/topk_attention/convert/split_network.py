@@ -1,5 +1,8 @@
-"""The BERT kind (BERT, RoBERTa, MiniLM, ...): separate query, key and value layers, and a network whose two halves sit
-in two modules, the second of which also adds the residual and normalises."""
+"""Networks that are split over two modules (BERT, RoBERTa, MiniLM, ...).
+
+The first module holds the first linear layer and the activation. The second one holds the second linear layer; it also
+adds the residual and normalises.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .sites import FeedForwardSite, activation_of, num_neurons, obstacle_of
 
 
 class TopKIntermediate(nn.Module):
-    """Stands where the first half was and passes its input on: the second half computes both."""
+    """Takes the place of the first half and returns its input unchanged: the second half computes both."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()

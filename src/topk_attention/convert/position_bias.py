@@ -1,7 +1,8 @@
-"""The T5 kind (T5, UnifiedQA, flan-T5, mT5, ...): the first layer of a stack computes a bias of relative positions and
-hands it to the others, [1, H, N, M] numbers; cross-attention computes as many zeros.
+"""Biases of relative positions that one layer computes for all others (T5, UnifiedQA, flan-T5, mT5, ...).
 
-A converted layer hands on the table that the bias is made of, from which attention reads what it needs.
+The first layer of a stack computes the bias, [1, H, N, M] numbers, and passes it to the other layers. Cross-attention
+computes as many zeros. A converted layer passes on the small table that the bias is made from. Attention then reads
+from the table what it needs.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import BucketedBias, RelativeBias
-from .registration import NAME
+from .settings import NAME
 
 _HOOK = "_topk_attention_hook"
-
 
 Bias = BucketedBias | RelativeBias
 
 
 @dataclass(frozen=True, eq=False)
 class TableBias:
-    """A bias of relative positions for queries that begin at a position in the whole sequence, keys at 0."""
+    """A bias of relative positions. The keys begin at position 0, the queries at `first_position`."""
 
     table: BucketedBias
     first_position: int | Tensor
@@ -34,23 +34,24 @@ class TableBias:
         first = self.first_position
         if isinstance(first, int) and first + num_queries == num_keys:
             return self.table
-        # A chunk of the queries, or a static cache with room for keys to come.
+        # A chunk of the queries, or a static cache that has room for future keys.
         length = num_keys if isinstance(first, Tensor) else max(num_keys, first + num_queries)
         every_distance = self.table.relative_values(length, length)  # column: key - query + length - 1
         columns = torch.arange(num_queries + num_keys - 1, device=every_distance.device)
         return RelativeBias(every_distance.index_select(1, columns + (length - num_queries) - first))
 
     def from_query(self, index: int) -> TableBias:
+        """The bias for the queries from this index on."""
         return TableBias(self.table, self.first_position + index)
 
 
 @dataclass(frozen=True)
 class NoBias:
-    """In place of zeros; None would make a layer compute them."""
+    """Stands for a bias of zeros. With None a layer would compute the zeros."""
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether this layer computes a bias where it is handed none."""
+def computes_bias(module: nn.Module) -> bool:
+    """Whether this layer computes a bias if it is given none."""
     return (
         hasattr(module, "has_relative_attention_bias")
         and hasattr(module, "relative_attention_max_distance")
@@ -59,27 +60,29 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def builds_bias_in_full(module: nn.Module) -> bool:
-    """Whether this layer (umT5's) takes no bias that it could be handed."""
-    return hasattr(module, "has_relative_attention_bias") and not is_attention(module)
+    """Whether this layer (umT5's) always computes its own bias and takes none as an argument."""
+    return hasattr(module, "has_relative_attention_bias") and not computes_bias(module)
 
 
 def keeps_bias_small(module: nn.Module) -> bool:
+    """Whether `keep_bias_small` is in force for this layer."""
     return hasattr(module, _HOOK)
 
 
 def keep_bias_small(module: nn.Module) -> None:
-    """Let a T5 layer hand its table on, as long as it runs top-k attention."""
-    if is_attention(module) and not keeps_bias_small(module):
-        setattr(module, _HOOK, module.register_forward_pre_hook(_hand_over_bias, with_kwargs=True))
+    """Let a T5 layer pass its table on while it runs top-k attention."""
+    if computes_bias(module) and not keeps_bias_small(module):
+        setattr(module, _HOOK, module.register_forward_pre_hook(_pass_table, with_kwargs=True))
 
 
 def give_bias_back(module: nn.Module) -> None:
+    """Undo `keep_bias_small`: the layer computes its bias in full again."""
     if keeps_bias_small(module):
         getattr(module, _HOOK).remove()
         delattr(module, _HOOK)
 
 
-def _hand_over_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+def _pass_table(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     if module.config._attn_implementation != NAME or kwargs.get("position_bias") is not None:
         return None
     return args, kwargs | {"position_bias": _bias_of(module, kwargs.get("past_key_values"))}
@@ -94,5 +97,5 @@ def _bias_of(module: Any, cache: Any) -> TableBias | NoBias:
         max_distance=module.relative_attention_max_distance,
     )
     first_position = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-    # A static cache counts on in this very tensor before attention reads it.
+    # A static cache increases this same tensor before attention reads it, so keep a copy.
     return TableBias(table, first_position.clone() if isinstance(first_position, Tensor) else first_position)

@@ -1,6 +1,8 @@
-"""Layers that compute their network by themselves, fc2(dropout(activation(fc1(x)))) in the midst of their own forward
-(BART, Whisper, OPT, ...): of its parts all but the last pass their input on, and the
-last computes them all."""
+"""Networks that are computed inside the forward method of a whole layer (BART, Whisper, OPT, ...).
+
+The layer itself calls fc2(dropout(activation(fc1(x)))). After conversion the last part computes the whole network, and
+all other parts return their input unchanged.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ class _Original(NamedTuple):
 
 
 class TopKFirst(nn.Module):
-    """Stands where the first linear layer was, with its weights, and passes its input on."""
+    """Takes the place of the first linear layer, holds its weights, and returns its input unchanged."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class TopKFirst(nn.Module):
 
 
 class TopKSecond(nn.Module):
-    """Stands where the second linear layer was, with its weights, and computes the whole network."""
+    """Takes the place of the second linear layer, holds its weights, and computes the whole network."""
 
     def __init__(self, layer: nn.Module, original: _Original, k: int | None, activation: str, backend: str) -> None:
         super().__init__()

@@ -44,11 +44,11 @@ def test_a_network_with_parts_of_unknown_use_is_skipped_with_the_reason():
         convert(model, feed_forward_k=6)
 
 
-def test_a_network_that_drops_out_by_itself_is_skipped_with_the_reason():
+def test_a_network_with_dropout_in_its_own_code_is_skipped_with_the_reason():
     model = tiny_vit()
     for layer in model.layers:
         layer.mlp.hidden_dropout = 0.1
-    with pytest.raises(ValueError, match=r"ViTMLP drops out by itself \(hidden_dropout\)"):
+    with pytest.raises(ValueError, match=r"ViTMLP applies dropout in its own code \(hidden_dropout\)"):
         convert(model, feed_forward_k=6)
 
 

@@ -18,7 +18,7 @@ from .sites import FeedForwardSite, activation_of, attribute_owner, num_neurons,
 
 
 class _Kind(NamedTuple):
-    """What a network's layers are called, and what its dropout acts on."""
+    """The names of a network's layers, and what its dropout acts on."""
 
     linear_in: str
     linear_out: str
@@ -36,15 +36,16 @@ _KINDS = (
     _Kind("up_proj", "down_proj"),  # Nemotron
     _Kind("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
 )
-# Of the random inputs that tell whether a network is what its configuration says.
+# Scales of the random inputs that show whether a network computes what its configuration says.
 _PROBE_SCALES = (8.0, 1.0, 0.125)
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
-# Where a replaced network keeps the original: in a tuple, so that it is no submodule and its weights count once.
+# A replaced network keeps the original in this attribute: in a tuple, so that it is no submodule and its weights count
+# once.
 _ORIGINAL = "_topk_attention_original"
 
 
 class TopKNetwork(TopKFeedForward):
-    """With the dropout that some networks end in."""
+    """TopKFeedForward followed by dropout, for networks that end with one."""
 
     output_dropout_p = 0.0
 
@@ -66,13 +67,13 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     known = {*names, act, "dropout"} if isinstance(dropout, nn.Dropout) else {*names, act}
     others = set(dict(original.named_children())) - known
     if others and act == "activation_fn":
-        return  # a whole layer that computes its network by itself
+        return  # a whole layer that computes its network inside its own forward method
     activation = activation_of(model, path, original)
     obstacle = obstacle_of(linears, activation, getattr(original, act))
     if obstacle is None and others:
         obstacle = f"{type(original).__name__} does more than its projections: {', '.join(sorted(others))}"
     if obstacle is None and (own := _own_dropout(original)) is not None:
-        obstacle = f"{type(original).__name__} drops out by itself ({own}), at a place that only its code knows"
+        obstacle = f"{type(original).__name__} applies dropout in its own code ({own}), at an unknown place"
     if obstacle is None and not _is_plain(original, kind, str(activation)):
         formula = f"{kind.linear_out}(act({kind.linear_in}))"
         if kind.linear_gate is not None:
@@ -124,17 +125,16 @@ def _activation_name(module: nn.Module) -> str | None:
 
 
 def _own_dropout(network: nn.Module) -> str | None:
-    """A dropout that is a number and no module: without gradients it does not show."""
+    """The name of a dropout that is a number and no module. A trial in evaluation mode does not show it."""
     return next(
         (name for name, p in vars(network).items() if "dropout" in name and isinstance(p, float) and p > 0), None
     )
 
 
 def _is_plain(network: Any, kind: _Kind, activation: str) -> bool:
-    """Whether the network computes out(act(in)) or out(act(gate) * in), tried on a few random tokens: scales and clamps
-    show.
+    """Whether the network computes out(act(in)) or out(act(gate) * in). A few random tokens decide.
 
-    Large inputs reach a clamp, small ones an offset. They are drawn without touching the global random state.
+    Large inputs reveal a clamp, small ones an offset. Drawing them does not change the global random state.
     """
     linear_in, linear_out = getattr(network, kind.linear_in), getattr(network, kind.linear_out)
     weight = linear_in.weight

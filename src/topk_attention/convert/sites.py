@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..backends.activations import ACTIVATIONS, activate
 from ..nn.feed_forward import is_plain_linear, weight_and_bias
 
-# What families call their activation in their configuration.
+# The names that model families use for the activation in their configurations.
 _ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention layer: one that reads its function from transformers' attention interface, or PyTorch's own."""
+    """An attention layer: PyTorch's own, or one that reads its function from transformers' attention interface."""
 
     path: str
     module: nn.Module
@@ -35,15 +35,16 @@ class FeedForwardSite:
     module: nn.Module
     num_neurons: int
     obstacle: str | None  # why it cannot be replaced
-    replace: Callable[[int | None, str], None]  # with k (None: all) and a backend; again with another k to change it
-    restore: Callable[[], None] | None  # None where it is still the original
+    replace: Callable[[int | None, str], None]  # takes k (None: all) and a backend; a second call changes them
+    restore: Callable[[], None] | None  # None where the network is still the original
 
 
 def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str | None:
-    """Why these layers cannot become a top-k network, or None.
+    """Why these layers cannot become a top-k network; None where they can.
 
-    activation  its name in the configuration
-    act         what the model calls in its place
+    linears     the network's linear layers by name
+    activation  the activation's name in the configuration
+    act         the function or module that the model calls
     """
     for name, linear in linears.items():
         if not is_plain_linear(linear):
@@ -56,25 +57,25 @@ def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str
 
 
 def is_activation(act: Any, name: str) -> bool:
-    """Whether a callable is the activation of this name, tried from its bend to its tails."""
+    """Whether a callable is the activation of this name. Its values between -8 and 8 decide."""
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return False
     x = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         try:
             values = act(x.clone())  # some work in place
-        except (TypeError, RuntimeError):  # no function of one number each
+        except (TypeError, RuntimeError):  # it does not map one tensor to another, element by element
             return False
         return isinstance(values, Tensor) and torch.allclose(values, activate(x, name), rtol=0, atol=1e-5)
 
 
 def name_of(function: Any) -> str:
-    """What a function or a module is called."""
+    """The name of a function, or of the class of a module."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:
-    """The activation's name in the configuration of a module, of what surrounds it or of a part of it."""
+    """The activation's name in the configuration of a module, of a module around it or of one of its parts."""
     parts = path.split(".")
     holders = [
         module,

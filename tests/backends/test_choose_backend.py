@@ -105,7 +105,7 @@ def test_auto_takes_the_attention_of_pytorch_where_every_head_keeps_all_keys(opt
     }[option](attention_call(head_k=head_k))
     choice = choose_backend("auto", call)
     assert choice.name == "sdpa"
-    assert "every visible key is kept" in choice.reason
+    assert "full attention, over every visible key" in choice.reason
 
 
 OBSTACLES = {
@@ -139,7 +139,7 @@ def test_what_stands_in_the_way_of_pytorchs_attention_sends_auto_elsewhere(words
 
 @pytest.fixture
 def chunked_calls(monkeypatch):
-    """A list that receives the arguments of each call that the chunked backend computes over every key."""
+    """A list that receives the arguments of each call of full attention that the chunked backend computes."""
     calls = []
     module = importlib.import_module("topk_attention.backends.chunked.full_attention")
     run = module.full_attention_op

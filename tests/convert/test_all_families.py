@@ -202,7 +202,7 @@ def test_a_deep_copy_of_a_converted_model_shares_nothing_with_it(model, inputs):
         assert not torch.equal(output_of(twin, inputs), expected)
 
 
-def test_layers_that_where_leaves_out_run_ordinary_attention(family, model, inputs):
+def test_layers_that_where_does_not_pick_run_full_attention(family, model, inputs):
     expected = output_and_gradients(model, inputs)
     report = convert(model, attention_k=1000, where=lambda path, module: "1" in path.split("."))
     assert 0 < len(report.replaced) < family.num_attention

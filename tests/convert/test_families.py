@@ -333,7 +333,7 @@ def test_a_keys_hidden_by_the_lowest_float_is_not_chosen(tokens):
         torch.testing.assert_close(model(tokens, attention_mask=lowest).logits, model(tokens).logits)
 
 
-def test_layers_that_where_leaves_out_run_ordinary_attention(model, tokens, right_padding):
+def test_layers_that_where_does_not_pick_run_full_attention(model, tokens, right_padding):
     with torch.no_grad():
         expected = hidden_states(model, tokens, attention_mask=right_padding)
         report = convert(model, attention_k={first_attention(model): 1000})

@@ -45,12 +45,14 @@ def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
 
 
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
-    if isinstance(call, AttentionCall) and call.keeps_every_key():
+    if isinstance(call, AttentionCall) and call.is_full_attention():
         obstacle = sdpa.obstacle(call)
         if obstacle is None:
-            return Choice("sdpa", "every visible key is kept: PyTorch's attention computes the same, and faster")
+            return Choice("sdpa", "full attention, over every visible key: PyTorch's own computes the same, and faster")
         if not call.return_selection:
-            return Choice("chunked", f"every visible key is kept, which selects nothing; not PyTorch's: {obstacle}")
+            return Choice(
+                "chunked", f"full attention, over every visible key, selects nothing; not PyTorch's: {obstacle}"
+            )
     if isinstance(call, FeedForwardCall) and (call.k is None or call.k >= call.w_in.shape[0]):
         return Choice("chunked", "every neuron is kept: dense products")
     if _device(call) != "cpu":

@@ -55,8 +55,8 @@ class AttentionCall:
     query_chunk_size: int | None
     return_selection: bool
 
-    def keeps_every_key(self) -> bool:
-        """Whether every head keeps all keys that its queries see."""
+    def is_full_attention(self) -> bool:
+        """Whether every head keeps all keys that its queries see, so that nothing is selected."""
         return self.head_k is None or all(k >= self.key.shape[2] for k in self.head_k)
 
 

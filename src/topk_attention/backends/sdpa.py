@@ -1,8 +1,8 @@
-"""PyTorch's own attention, for calls that keep every visible key: there it computes the same, and faster.
+"""PyTorch's own attention, for calls of full attention: it computes the same there, and faster.
 
-Only "auto" comes here, by way of `every_key`, which sees to the last difference: PyTorch's lets NaN and inf spread out
-of hidden keys. A mask that differs from query to query is written out for some queries at a time, so memory stays
-linear in length.
+Only "auto" chooses it. The calls pass through `full_attention`, which takes care of the one difference: PyTorch's lets
+NaN and inf spread out of hidden keys. A mask that differs from query to query is written out for a few queries at a
+time, so memory stays linear in length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FEWEST_QUERIES = 256
 
 def obstacle(call: AttentionCall) -> str | None:
     """Why PyTorch's attention would not do for this call, None where it does."""
-    if not call.keeps_every_key():
+    if not call.is_full_attention():
         return "k is smaller than the number of keys"
     if call.return_selection:
         return "it returns no selection"

@@ -25,8 +25,8 @@ Progress = Callable[[str, int, int], None]
 Batch = Tensor | Mapping[str, Any]
 # objective(the model's output, the arguments it was called with)
 Objective = Callable[[Any, Mapping[str, Any]], Tensor]
-# Above any sequence: such a k keeps every key.
-_EVERY_KEY = 2**31 - 1
+# Longer than any sequence: with this k attention is full attention.
+_FULL_K = 2**31 - 1
 _SEARCH_STEPS = 6
 _VERSION = 2
 
@@ -245,7 +245,7 @@ def measure(
 
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
-        stack.enter_context(_converted(model, _EVERY_KEY, neurons if with_feed_forward else None))
+        stack.enter_context(_converted(model, _FULL_K, neurons if with_feed_forward else None))
         stack.enter_context(_without_weight_gradients(model))
         stack.enter_context(torch.enable_grad())
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}

@@ -121,7 +121,7 @@ def topk_attention(
 
     Returns [B, H, N, E] in the dtype of query, or with return_selection that and a `Selection`.
 
-    The softmax runs over the kept scores alone. With k >= M this is ordinary attention. Of tied keys the one with the
+    The softmax runs over the kept scores alone. With k >= M this is full attention. Of tied keys the one with the
     lower index is kept, on every backend. A query that may attend to nothing returns zeros and gets zero gradient;
     one that may attend to fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden
     key or value never reaches the output; in a key that a query sees it makes the query's output NaN.
@@ -191,9 +191,9 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
 
                 return cpu.attention(call)
             case "sdpa":
-                from ..backends import every_key
+                from ..backends import full_attention
 
-                return every_key.attention(call), None, None
+                return full_attention.attention(call), None, None
             case "reference":
                 from ..backends import reference
 

@@ -1,5 +1,4 @@
-"""Top-k attention as two operators, forward and backward, and the entry point that picks between them and full
-attention."""
+"""Top-k attention as two operators, forward and backward. The entry point chooses between them and full attention."""
 
 from __future__ import annotations
 
@@ -13,7 +12,12 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
-from ..gradients import differentiate_attention, save_attention
+from ..operators import (
+    differentiate_topk_attention,
+    empty_attention_gradients,
+    run_topk_attention,
+    save_topk_attention,
+)
 from . import full_attention
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
@@ -37,34 +41,9 @@ from .tiles import (
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
-    num_keys = call.key.shape[2]
-    if call.keeps_every_key() and not call.return_selection:
+    if call.is_full_attention() and not call.return_selection:
         return full_attention.full_attention(call), None, None
-    head_k = call.head_k or (num_keys,) * call.query.shape[1]
-    value = call.value
-    if value.shape[3] == 0:  # the selection is wanted all the same
-        value = F.pad(value, (0, 1))
-    inputs = (call.query, call.key, call.value, call.bias, call.relative_bias)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    output, indices, weights = topk_attention_op(
-        call.query,
-        call.key,
-        value,
-        call.attn_mask,
-        call.bias,
-        call.relative_bias,
-        call.seed,
-        head_k,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.query_chunk_size,
-        needs_gradient or call.return_selection,
-    )
-    output = output[..., : call.value.shape[3]]
-    if not call.return_selection:
-        return output, None, None
-    return output, _padded(indices, call, head_k, -1), _padded(weights, call, head_k, 0)
+    return run_topk_attention(call, topk_attention_op, _padded, call.query_chunk_size)
 
 
 def _padded(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
@@ -231,18 +210,12 @@ def topk_attention_backward_op(
 @topk_attention_backward_op.register_fake
 def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
     *are_wanted, bias_shape, relative_shape = wanted
-    return (
-        *(
-            torch.empty_like(x) if is_wanted else x.new_empty(0)
-            for x, is_wanted in zip((query, key, value), are_wanted, strict=True)
-        ),
-        query.new_empty(bias_shape or (0,), dtype=weights.dtype),
-        query.new_empty(relative_shape or (0,), dtype=weights.dtype),
-    )
+    return tuple(empty_attention_gradients(query, key, value, are_wanted, bias_shape, relative_shape, weights.dtype))
 
 
 topk_attention_op.register_autograd(
-    differentiate_attention("chunked_topk_attention", topk_attention_backward_op), setup_context=save_attention
+    differentiate_topk_attention("chunked_topk_attention", topk_attention_backward_op),
+    setup_context=save_topk_attention,
 )
 
 

@@ -17,7 +17,12 @@ from ..activations import activate, activate_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
-from ..gradients import differentiate_feed_forward, empty_feed_forward_gradients, save_feed_forward
+from ..operators import (
+    differentiate_feed_forward,
+    empty_feed_forward_gradients,
+    needs_gradient,
+    save_feed_forward,
+)
 from .rows import Transposed, dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .selection import select_topk
 from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split
@@ -33,7 +38,7 @@ _ENTRIES_PER_NEURON = 8
 def feed_forward(call: FeedForwardCall) -> Tensor:
     """Returns [T, O]."""
     tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    save_selection = needs_gradient(*tensors)
     output, _, _, _ = feed_forward_op(
         *tensors,
         call.seed,
@@ -41,7 +46,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
         call.activation,
         call.dropout_p,
         call.token_chunk_size,
-        needs_gradient,
+        save_selection,
     )
     return output
 
@@ -195,7 +200,7 @@ def feed_forward_backward_op(
 
 @feed_forward_backward_op.register_fake
 def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tensor, ...]:
-    return empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1])
+    return tuple(empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1]))
 
 
 feed_forward_op.register_autograd(

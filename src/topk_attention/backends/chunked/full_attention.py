@@ -1,6 +1,7 @@
-"""Ordinary attention over every visible key, in query chunks and key blocks (Gupta et al. 2021, section 2: query
-chunking; the running softmax is that of Milakov and Gimelshein 2018). What top-k attention is when k reaches the
-number of keys."""
+"""Full attention, over every visible key, in query chunks and key blocks. Top-k attention with k at the number of keys.
+
+Sources: Gupta et al. 2021, section 2 (query chunking); Milakov and Gimelshein 2018 (the running softmax).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
+from ..operators import FullInputs, differentiate_full_attention, empty_attention_gradients, save_full_attention
 from .scores import ScoreInputs, block_of, query_rows, score_tile
 from .tables import Tables, part_of_heads
 from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
@@ -20,19 +22,7 @@ from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, 
 
 def full_attention(call: AttentionCall) -> Tensor:
     """Returns [B, H, N, E]."""
-    output, _ = full_attention_op(
-        call.query,
-        call.key,
-        call.value,
-        call.attn_mask,
-        call.bias,
-        call.relative_bias,
-        call.seed,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.query_chunk_size,
-    )
+    output, _ = full_attention_op(*FullInputs.of(call))
     return output
 
 
@@ -188,47 +178,14 @@ def full_attention_backward_op(
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, query, key, value, *options):
-    *wanted, bias_shape, relative_shape = options[-5:]
-    return (
-        *(
-            torch.empty_like(x) if is_wanted else x.new_empty(0)
-            for x, is_wanted in zip((query, key, value), wanted, strict=True)
-        ),
-        query.new_empty(bias_shape or (0,), dtype=log_sums.dtype),
-        query.new_empty(relative_shape or (0,), dtype=log_sums.dtype),
-    )
+    *_, query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = options
+    wanted = (query_wanted, key_wanted, value_wanted)
+    return tuple(empty_attention_gradients(query, key, value, wanted, bias_shape, relative_shape, log_sums.dtype))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, is_causal, scale, dropout_p, query_chunk_size = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *tensors)
-    ctx.options = (is_causal, scale, dropout_p, query_chunk_size)
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 11
-    output, log_sums, *tensors = ctx.saved_tensors
-    bias, relative_bias = tensors[4:6]
-    bias_shape, relative_shape = (
-        tuple(x.shape) if x is not None and x.requires_grad else () for x in (bias, relative_bias)
-    )
-    wanted = ctx.needs_input_grad[:3]
-    *gradients, grad_bias, grad_relative_bias = full_attention_backward_op(
-        grad_output, output, log_sums, *tensors, *ctx.options, *wanted, bias_shape, relative_shape
-    )
-    return (
-        *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)),
-        None,
-        grad_bias.to(bias.dtype) if bias_shape else None,
-        grad_relative_bias.to(relative_bias.dtype) if relative_shape else None,
-        *(None,) * 5,
-    )
-
-
-full_attention_op.register_autograd(_backward, setup_context=_setup_context)
+full_attention_op.register_autograd(
+    differentiate_full_attention(full_attention_backward_op), setup_context=save_full_attention
+)
 
 
 def _tiles(

@@ -14,7 +14,12 @@ from ..activations import activate, activate_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
-from ..gradients import differentiate_feed_forward, empty_feed_forward_gradients, save_feed_forward
+from ..operators import (
+    differentiate_feed_forward,
+    empty_feed_forward_gradients,
+    needs_gradient,
+    save_feed_forward,
+)
 from . import library  # noqa: F401  loads the kernels
 
 _kernels = torch.ops.topk_attention
@@ -51,16 +56,16 @@ def _(table, neurons, coefficients):
 def feed_forward(call: FeedForwardCall) -> Tensor:
     """Returns [T, O]."""
     tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    save_selection = needs_gradient(*tensors)
     # Without gradients and outside of compiled code the operator's wrapping does nothing but cost 60 us.
-    run = feed_forward_op if needs_gradient or torch.compiler.is_compiling() else _feed_forward
+    run = feed_forward_op if save_selection or torch.compiler.is_compiling() else _feed_forward
     output, _, _, _ = run(
         *tensors,
         call.seed,
         min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
         call.activation,
         call.dropout_p,
-        needs_gradient,
+        save_selection,
     )
     return output
 
@@ -181,7 +186,7 @@ def feed_forward_backward_op(
 
 @feed_forward_backward_op.register_fake
 def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tensor, ...]:
-    return empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1])
+    return tuple(empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1]))
 
 
 feed_forward_op.register_autograd(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..backends import choose_backend
-from ..functional.checks import check_k
+from ..functional.checks import check_count
 from . import position_bias, torch_layers
 from .registration import register
 from .report import ConversionReport, ReportEntry
@@ -307,7 +307,7 @@ def _as_k(name: str, entry: Any) -> K:
     if entry == ALL:
         return ALL
     for k in entry if isinstance(entry, list | tuple) else [entry]:
-        check_k(name, k)
+        check_count(name, k)
     return tuple(entry) if isinstance(entry, list | tuple) else int(entry)
 
 

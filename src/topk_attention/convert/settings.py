@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..functional.checks import check_k
+from ..functional.checks import check_count
 
 # transformers knows this library's attention by this name: attn_implementation="topk".
 NAME = "topk"
@@ -148,5 +148,5 @@ def _k_of_the_environment() -> int | None:
         return None
     if not value.isdecimal():
         raise ValueError(f"the environment variable {K_VARIABLE} must be a whole number, got {value!r}")
-    check_k(K_VARIABLE, int(value))
+    check_count(K_VARIABLE, int(value))
     return int(value)

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
-from ..backends.autocast import autocast_off
+from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
 from .checks import (
-    autocast,
+    check_count,
     check_dropout,
     check_floating,
-    check_k,
     check_no_tangent,
     check_same_dtype_and_device,
     shape_of,
 )
-from .observation import show
+from .observation import notify_observer
 
 _BIAS_TYPES = Bias.__args__
 
@@ -142,13 +141,13 @@ def topk_attention(
     >>> topk_attention(q, key, v, k=32).shape
     torch.Size([2, 8, 128, 64])
     """
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = in_autocast_dtype(query), in_autocast_dtype(key), in_autocast_dtype(value)
     _check_shapes(query, key, value, enable_gqa)
     *batch, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[-2]
     check_dropout(dropout_p)
     if query_chunk_size is not None:
-        check_k("query_chunk_size", query_chunk_size)
+        check_count("query_chunk_size", query_chunk_size)
     full_shape = (*batch, num_heads, num_queries, num_keys)
     dense_bias, relative_bias = _lower_bias(bias, query, full_shape)
     call = AttentionCall(
@@ -167,7 +166,7 @@ def topk_attention(
         return_selection=return_selection,
     )
     output, indices, weights = _run(call, backend)
-    show(call, output)
+    notify_observer(call, output)
     if len(batch) != 1:
         output = output.view(*batch, *output.shape[1:])
     if indices is None or weights is None:
@@ -224,11 +223,13 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             else ""
         )
         wanted: list[int | str] = [*batch, "heads", "M", head_dim] if enable_gqa else expected
-        raise ValueError(f"key must have shape {_show(wanted)} to match query, got {shape_of(key)}{hint}")
+        raise ValueError(f"key must have shape {_shape_text(wanted)} to match query, got {shape_of(key)}{hint}")
     if num_heads % max(key_heads, 1) != 0 or (key_heads == 0) != (num_heads == 0):
         raise ValueError(f"query heads must be a multiple of key heads, got {num_heads} and {key_heads}")
     if list(value.shape[:-1]) != list(key.shape[:-1]):
-        raise ValueError(f"value must have shape {_show([*key.shape[:-1], 'E'])} to match key, got {shape_of(value)}")
+        raise ValueError(
+            f"value must have shape {_shape_text([*key.shape[:-1], 'E'])} to match key, got {shape_of(value)}"
+        )
     if key.shape[-2] >= 2**31:
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
 
@@ -238,7 +239,7 @@ def _with_one_batch_axis(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 4 else tensor.reshape(math.prod(tensor.shape[:-3]), *tensor.shape[-3:])
 
 
-def _show(shape: Sequence[int | str]) -> str:
+def _shape_text(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
@@ -256,13 +257,13 @@ def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys
     if isinstance(k, Tensor | np.ndarray):
         k = k.tolist()
     if not isinstance(k, list | tuple | range):
-        check_k("k", k)
+        check_count("k", k)
         return (min(cast(int, k), num_keys),) * num_heads
     per_head = list(k)
     if len(per_head) != num_heads:
         raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
     for one in per_head:
-        check_k("k", one)
+        check_count("k", one)
     return tuple(min(one, num_keys) for one in per_head)
 
 
@@ -312,7 +313,7 @@ def _broadcastable(name: str, tensor: Tensor, query: Tensor, full_shape: tuple[i
         for size, full in zip(aligned, full_shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name} must broadcast to {_show(full_shape)}, got {shape_of(tensor)}")
+        raise ValueError(f"{name} must broadcast to {_shape_text(full_shape)}, got {shape_of(tensor)}")
     tensor = tensor.view(aligned) if tensor.ndim != len(aligned) else tensor
     batch = full_shape[:-3]
     if all(size == 1 for size in aligned[:-3]):

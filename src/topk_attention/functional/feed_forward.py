@@ -6,20 +6,18 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..backends.activations import ACTIVATIONS
-from ..backends.autocast import autocast_off
+from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import FeedForwardCall
 from ..backends.dropout import draw_seed
 from .checks import (
-    autocast,
-    autocast_optional,
+    check_count,
     check_dropout,
     check_floating,
-    check_k,
     check_no_tangent,
     check_same_dtype_and_device,
     shape_of,
 )
-from .observation import show
+from .observation import notify_observer
 
 
 def topk_feed_forward(
@@ -81,13 +79,14 @@ def topk_feed_forward(
     >>> topk_feed_forward(x, w_in, w_out, k=32).shape
     torch.Size([2, 128, 64])
     """
-    x, w_in, w_out = autocast(x), autocast(w_in), autocast(w_out)
-    w_gate, b_in, b_out, b_gate = map(autocast_optional, (w_gate, b_in, b_out, b_gate))
+    x, w_in, w_out = in_autocast_dtype(x), in_autocast_dtype(w_in), in_autocast_dtype(w_out)
+    w_gate, b_in = in_autocast_dtype(w_gate), in_autocast_dtype(b_in)
+    b_out, b_gate = in_autocast_dtype(b_out), in_autocast_dtype(b_gate)
     _check_shapes(x, w_in, w_out, w_gate, b_in, b_out, b_gate)
     if k is not None:
-        check_k("k", k)
+        check_count("k", k)
     if token_chunk_size is not None:
-        check_k("token_chunk_size", token_chunk_size)
+        check_count("token_chunk_size", token_chunk_size)
     check_dropout(dropout_p)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -106,7 +105,7 @@ def topk_feed_forward(
         token_chunk_size=token_chunk_size,
     )
     output = _run(call, backend)
-    show(call, output)
+    notify_observer(call, output)
     return output.view(*x.shape[:-1], w_out.shape[0])
 
 

@@ -1,4 +1,4 @@
-#include "targets.h"
+#include "dispatch.h"
 
 namespace topk {
 

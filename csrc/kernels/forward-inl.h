@@ -1,18 +1,19 @@
 // Top-k attention, forward: scores, selection, softmax and the weighted sum of values, block of rows by block of rows.
 //
-// How a block of rows finds its k best keys (exact whatever the data; only the speed depends on the guess):
-//   1. Scores of a sample of key panels, spread over all keys the block may see, give each row a threshold that all but
-//      certainly more than k keys reach, by the rank that k has in the sample plus a margin.
-//   2. All other panels: a score is compared while it is in a register, and only what reaches the threshold is stored.
-//      A row whose store fills up keeps its k best and raises its threshold to the worst of them.
-//   3. The k best of what was stored. A row where fewer than k keys reached a guessed threshold is done again without.
+// How a block of rows finds its k best keys (exact for all data; only the speed depends on the guess):
+//   1. Score a sample of key panels that are spread over all keys the block may see. It gives each row a threshold that
+//      more than k keys almost certainly reach: the rank that k has in the sample, plus a margin.
+//   2. Score all other panels. Compare each score while it is in a register, and store only what reaches the threshold.
+//      A row whose store is full keeps its k best and raises its threshold to the worst of them.
+//   3. Take the k best of what was stored. If fewer than k keys reached a guessed threshold, compute the row again
+//      without a guess.
 
 // Rows of one head group that are worked on together.
 struct RowBlock {
   int64_t batch, key_head, first_row, num_rows;
 };
 
-// Bytes that a thread's stored candidates and packed keys should take, so that they stay in the second-level cache.
+// Bytes for a thread's stored candidates and packed keys, so that they stay in the second-level cache.
 constexpr int64_t kCandidateBytes = 640 << 10, kPackedKeyBytes = 384 << 10;
 constexpr int64_t kManyKeys = 16384;
 // Below this many visible keys the sample is all of them.
@@ -29,7 +30,7 @@ template <class A>
 int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads) {
   const int64_t total = sizes.batch * sizes.num_heads * sizes.num_queries;
   const int64_t row_bytes = slots_for<A>(largest_k, sizes.num_keys) * int64_t(sizeof(A) + sizeof(int32_t));
-  // Every block packs all keys anew: with many of them larger blocks win, though their candidates leave the cache.
+  // Every block packs all keys again. With many keys larger blocks are faster, although their candidates leave the cache.
   const int64_t bytes = sizes.num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes;
   const int64_t that_fit = larger<int64_t>(bytes / row_bytes, 8 * kTileRows);
   const int64_t for_balance = larger<int64_t>(ceil_div(total, 4 * num_threads), 4 * kTileRows);
@@ -48,27 +49,24 @@ class Forward {
     key_panels_ = larger<int64_t>(key_panels_, ceil_div<int64_t>(kSampleAll, kPanel<A>));
     key_panels_ = smaller(key_panels_, all_panels);
     const int64_t tiles = ceil_div<int64_t>(max_rows, kTileRows);
-    Arena size;
-    Arena* const passes[] = {&size, &arena_};
-    for (Arena* arena : passes) {
-      if (arena == &arena_ && !arena_.allocate(size)) return;
-      query_ = arena->take<A>(tiles * kTileRows * s_.head_dim);
-      keys_ = arena->take<A>(key_panels_ * kPanel<A> * s_.head_dim);
-      scores_ = arena->take<A>(kTileRows * key_panels_ * kPanel<A>);
-      additive_ = arena->take<A>(kPanel<A>);
-      thresholds_ = arena->take<A>(tiles * kTileRows);
-      rows_ = arena->take<Row>(max_rows);
-      candidate_scores_ = arena->take<A>(max_rows * slots_);
-      candidate_indices_ = arena->take<int32_t>(max_rows * slots_);
-      spare_scores_ = arena->take<A>(slots_);
-      spare_indices_ = arena->take<int32_t>(slots_);
-      weights_ = arena->take<A>(slots_);
-      sums_ = arena->take<A>(s_.value_dim);
-      spare_row_ = arena->take<A>(s_.value_dim);
-      spare_rows_ = arena->take<A>(kLanes<A> * s_.head_dim);
-      panels_ = arena->take<int32_t>(all_panels);
-      sampled_ = arena->take<int32_t>(all_panels);
-    }
+    arena_.allocate([&](Arena& arena) {
+      query_ = arena.take<A>(tiles * kTileRows * s_.head_dim);
+      keys_ = arena.take<A>(key_panels_ * kPanel<A> * s_.head_dim);
+      scores_ = arena.take<A>(kTileRows * key_panels_ * kPanel<A>);
+      additive_ = arena.take<A>(kPanel<A>);
+      thresholds_ = arena.take<A>(tiles * kTileRows);
+      rows_ = arena.take<Row>(max_rows);
+      candidate_scores_ = arena.take<A>(max_rows * slots_);
+      candidate_indices_ = arena.take<int32_t>(max_rows * slots_);
+      spare_scores_ = arena.take<A>(slots_);
+      spare_indices_ = arena.take<int32_t>(slots_);
+      weights_ = arena.take<A>(slots_);
+      sums_ = arena.take<A>(s_.value_dim);
+      spare_row_ = arena.take<A>(s_.value_dim);
+      spare_rows_ = arena.take<A>(kLanes<A> * s_.head_dim);
+      panels_ = arena.take<int32_t>(all_panels);
+      sampled_ = arena.take<int32_t>(all_panels);
+    });
   }
 
   bool ready() const { return arena_.ready(); }
@@ -223,7 +221,8 @@ class Forward {
     }
   }
 
-  // A score that, going by the sample, a few more than k keys reach; exactly k where the sample is all the row sees.
+  // Set the threshold to a score that, judging by the sample, a few more than k keys reach. Where the sample holds all
+  // keys that the row sees, exactly k reach it.
   void guess_threshold(int64_t r, const A* scores, int64_t num_sampled) {
     Row& row = rows_[r];
     int64_t seen = 0, eligible = 0;
@@ -273,8 +272,8 @@ class Forward {
     }
   }
 
-  // Store the scores of a panel whose bits are set. Most rows have none: a set of those that have any leads past the rest
-  // with one branch to mispredict for the tile, where a branch a row would cost one each.
+  // Store the scores of a panel whose bits are set. Most rows have none. A loop over the set of rows that have some costs
+  // one mispredicted branch for the tile; a branch for each row would cost one for each row.
   void take_reached(int64_t tile, const A* scores, int64_t first_key, const uint64_t* reached) {
     uint32_t rows_left = 0;
     const int64_t num_rows = rows_of(tile);
@@ -375,7 +374,7 @@ class Forward {
   Additive<A> additive_part_{call_, 0};
 };
 
-// One block of rows after another, each taken by whichever thread is free.
+// Each free thread takes the next block of rows.
 template <class T, class A>
 bool run_forward(const AttentionForward& call, const Parallel& parallel) {
   const Sizes& s = call.sizes;
@@ -403,7 +402,7 @@ bool run_forward(const AttentionForward& call, const Parallel& parallel) {
       const int64_t n = __atomic_fetch_add(&state.next, 1, __ATOMIC_RELAXED);
       if (n >= state.num_blocks) return;
       const int64_t group = n / state.blocks_of_group;
-      // The last rows first: under causality they see the most keys, and long work is best begun early.
+      // The last rows first: under causality they see the most keys, and long work should start early.
       const int64_t first = (state.blocks_of_group - 1 - n % state.blocks_of_group) * state.block_rows;
       const int64_t key_heads = state.call.sizes.num_key_heads;
       worker.run({group / key_heads, group % key_heads, first, smaller(state.block_rows, state.rows_of_group - first)});

@@ -1,4 +1,5 @@
-// Reading rows of keys, values and queries in the accumulation type.
+// Rows of keys, values and queries: reading them in the accumulation type, products and sums of them, and the entries
+// (ascending indices, dropout) that name them.
 
 // An infinite element becomes NaN, so that a broken key makes every score with it NaN and never a mere -inf.
 template <class A>
@@ -79,6 +80,41 @@ template <class T>
 inline void prefetch_row(const T* row, int64_t dim) {
   for (int64_t byte = 0; byte < dim * int64_t(sizeof(T)); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+}
+
+// The product of two rows of n elements.
+template <class A>
+inline A dot(const A* a, const A* b, int64_t n) {
+  Vector<A> sums[4] = {};  // one chain of dependent additions would wait for each
+  int64_t i = 0;
+  for (; i + 4 * kLanes<A> <= n; i += 4 * kLanes<A>)
+    for (int v = 0; v < 4; ++v)
+      sums[v] = multiply_add<A>(load(a + i + v * kLanes<A>), load(b + i + v * kLanes<A>), sums[v]);
+  for (; i + kLanes<A> <= n; i += kLanes<A>) sums[0] = multiply_add<A>(load(a + i), load(b + i), sums[0]);
+  A result = sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) result += a[i] * b[i];
+  return result;
+}
+
+// to[0 .. n) += factor * x[0 .. n)
+template <class A>
+inline void add_multiple(A factor, const A* x, A* to, int64_t n) {
+  const Vector<A> factors = broadcast(factor);
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store<A>(to + i, multiply_add<A>(factors, load(x + i), load(to + i)));
+  for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) to[i] += factor * x[i];
+}
+
+// The first of `count` ascending indices that is not below `bound`.
+inline int64_t first_not_below(const int32_t* indices, int64_t count, int64_t bound) {
+  int64_t first = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    const bool is_below = indices[first + half] < bound;
+    first = is_below ? first + half + 1 : first;
+    count = is_below ? count - half - 1 : half;
+  }
+  return first;
 }
 
 // sums[0 .. dim) = sum over j of weights[j] * table[indices[j]], read in the order of j.

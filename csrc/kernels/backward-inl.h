@@ -1,47 +1,14 @@
-// Top-k attention, backward: touches the kept keys alone.
+// Top-k attention, backward: reads only the kept keys.
 //
-// Rows of one head group go in chunks, in two phases. Phase one, parallel over rows: the gradient of each kept score (and
-// of the query). Phase two, parallel over ranges of keys: each key's gradient gathers its rows in ascending order, so the
-// sums are the same for any number of threads. Biases are summed likewise, over ranges of their own. What no wanted
-// gradient needs is left out.
+// The rows of one head group are computed in chunks, in two phases. Phase one, parallel over rows: the gradient of each
+// kept score (and of the query). Phase two, parallel over ranges of keys: each key's gradient sums its rows in ascending
+// order, so the sums are the same for any number of threads. Biases are summed in the same way, over ranges of their own.
+// Work that no wanted gradient needs is skipped.
 
 constexpr int64_t kScoreGradientBytes = 2 << 20;
 // Gradients of the keys and values of one range should stay in the second-level cache.
 constexpr int64_t kKeyRangeBytes = 512 << 10;
 constexpr int64_t kRowsPerTask = 64, kBiasRanges = 16;
-
-template <class A>
-inline A dot(const A* a, const A* b, int64_t n) {
-  Vector<A> sums[4] = {};  // one chain of dependent additions would wait for each
-  int64_t i = 0;
-  for (; i + 4 * kLanes<A> <= n; i += 4 * kLanes<A>)
-    for (int v = 0; v < 4; ++v)
-      sums[v] = multiply_add<A>(load(a + i + v * kLanes<A>), load(b + i + v * kLanes<A>), sums[v]);
-  for (; i + kLanes<A> <= n; i += kLanes<A>) sums[0] = multiply_add<A>(load(a + i), load(b + i), sums[0]);
-  A result = sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) result += a[i] * b[i];
-  return result;
-}
-
-template <class A>
-inline void add_multiple(A factor, const A* x, A* to, int64_t n) {
-  const Vector<A> factors = broadcast(factor);
-  int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) store<A>(to + i, multiply_add<A>(factors, load(x + i), load(to + i)));
-  for (int64_t rest = n % kLanes<A>; rest > 0; --rest, ++i) to[i] += factor * x[i];
-}
-
-// The first of `count` ascending indices that is not below `bound`.
-inline int64_t first_not_below(const int32_t* indices, int64_t count, int64_t bound) {
-  int64_t first = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    const bool is_below = indices[first + half] < bound;
-    first = is_below ? first + half + 1 : first;
-    count = is_below ? count - half - 1 : half;
-  }
-  return first;
-}
 
 // kDim is the head and value size where it is known when compiling, otherwise 0.
 template <class T, class A, int kDim>
@@ -147,17 +114,16 @@ class Backward {
   }
 
   void score_gradients(Chunk& chunk, int64_t first) const {
-    Arena size, arena;
+    Arena arena;
     A *grad = nullptr, *spare = nullptr, *grad_query = nullptr;
-    Arena* const passes[] = {&size, &arena};
-    for (Arena* pass : passes) {
-      if (pass == &arena && !arena.allocate(size)) {
-        __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
-        return;
-      }
-      grad = pass->take<A>(value_dim());
-      spare = pass->take<A>(larger(head_dim(), value_dim()));
-      grad_query = pass->take<A>(head_dim());
+    const bool has_memory = arena.allocate([&](Arena& arrays) {
+      grad = arrays.take<A>(value_dim());
+      spare = arrays.take<A>(larger(head_dim(), value_dim()));
+      grad_query = arrays.take<A>(head_dim());
+    });
+    if (!has_memory) {
+      __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
+      return;
     }
     constexpr int64_t kAhead = 8;
     const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + kRowsPerTask, chunk.num_rows);
@@ -191,16 +157,15 @@ class Backward {
   }
 
   void key_gradients(Chunk& chunk, int64_t range) const {
-    Arena size, arena;
+    Arena arena;
     A *query_spare = nullptr, *grad_spare = nullptr;
-    Arena* const passes[] = {&size, &arena};
-    for (Arena* pass : passes) {
-      if (pass == &arena && !arena.allocate(size)) {
-        __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
-        return;
-      }
-      query_spare = pass->take<A>(head_dim());
-      grad_spare = pass->take<A>(value_dim());
+    const bool has_memory = arena.allocate([&](Arena& arrays) {
+      query_spare = arrays.take<A>(head_dim());
+      grad_spare = arrays.take<A>(value_dim());
+    });
+    if (!has_memory) {
+      __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
+      return;
     }
     A *grad_keys = static_cast<A*>(call_.grad_key), *grad_values = static_cast<A*>(call_.grad_value);
     if (grad_keys != nullptr) grad_keys += chunk.group * s_.num_keys * head_dim();
@@ -238,7 +203,7 @@ class Backward {
     }
   }
 
-  // Ranges are of queries where the bias has that axis, otherwise of keys; without either one task does it all.
+  // The ranges are of queries where the bias has that axis, otherwise of keys. A bias with neither axis takes one task.
   void bias_gradients(Chunk& chunk, int64_t range) const {
     const int64_t* stride = call_.grad_bias_stride;
     const bool by_query = stride[2] != 0, by_key = !by_query && stride[3] != 0;
@@ -268,16 +233,16 @@ inline void run_serially(int64_t num_tasks, void* state, void (*task)(void*, int
   for (int64_t i = 0; i < num_tasks; ++i) task(state, i);
 }
 
-// Many groups: each thread takes whole groups. Few, or a bias that groups share: all threads work within one group.
+// With many groups each thread takes whole groups. With few, or a bias that groups share, all threads share one group.
 template <class T, class A, int kDim>
 bool run_backward(const AttentionBackward& call, const Parallel& parallel) {
   const Backward<T, A, kDim> backward(call);
   const bool has_bias = call.grad_bias != nullptr || call.grad_relative_bias != nullptr;
   if (has_bias || backward.num_groups() < 4 * parallel.num_threads) {
-    Arena size, arena;
-    size.take<A>(backward.num_score_gradients());
-    if (!arena.allocate(size)) return false;
-    A* score_gradients = arena.take<A>(backward.num_score_gradients());
+    Arena arena;
+    A* score_gradients = nullptr;
+    const int64_t count = backward.num_score_gradients();
+    if (!arena.allocate([&](Arena& arrays) { score_gradients = arrays.take<A>(count); })) return false;
     for (int64_t group = 0; group < backward.num_groups(); ++group)
       if (!backward.run_group(group, score_gradients, parallel)) return false;
     return true;
@@ -290,10 +255,10 @@ bool run_backward(const AttentionBackward& call, const Parallel& parallel) {
   parallel.run(parallel.num_threads, &state, [](void* opaque, int64_t) {
     State& state = *static_cast<State*>(opaque);
     const auto& backward = state.backward;
-    Arena size, arena;
-    size.take<A>(backward.num_score_gradients());
-    bool ok = arena.allocate(size);
-    A* score_gradients = ok ? arena.take<A>(backward.num_score_gradients()) : nullptr;
+    Arena arena;
+    A* score_gradients = nullptr;
+    const int64_t count = backward.num_score_gradients();
+    bool ok = arena.allocate([&](Arena& arrays) { score_gradients = arrays.take<A>(count); });
     while (ok) {
       const int64_t group = __atomic_fetch_add(&state.next, 1, __ATOMIC_RELAXED);
       if (group >= backward.num_groups()) return;

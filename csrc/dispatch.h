@@ -1,4 +1,4 @@
-// Which kernels run on this processor.
+// Chooses the kernels that run on this processor.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@ namespace topk {
 // The targets that were compiled and that this processor can run, best first.
 std::vector<std::string> available_targets();
 
-// The kernels of a target by name; of the best where the name is empty, null where there are none by that name.
+// The kernels of a target by name; the best ones if the name is empty, null if there are none of that name.
 const Kernels* kernels_of(const std::string& target);
 
 }  // namespace topk

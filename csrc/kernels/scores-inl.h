@@ -66,7 +66,7 @@ class Additive {
   bool varies_with_query() const { return varies_with_query_; }
 
   // What is added to the scores of keys first_key .. first_key + kPanel; -inf hides a key. Points into the call's own
-  // array where that will do, otherwise to `spare`.
+  // array where that holds these numbers as they are, otherwise to `spare`.
   const A* panel(int64_t head, int64_t query, int64_t first_key, A* spare) const {
     const A* relative = nullptr;
     if (relative_ != nullptr) relative = relative_ + head * relative_stride_ + first_key - query + num_queries_ - 1;
@@ -97,7 +97,7 @@ class Additive {
     return first_[part] + head * stride[1] + query * stride[2] + key * stride[3];
   }
 
-  // -inf stays -inf whatever is added to it.
+  // -inf stays -inf, also where inf or NaN is added to it.
   template <class T>
   static void add(const T* from, int64_t stride, int64_t count, A* to) {
     for (int64_t i = 0; i < count; ++i) {
@@ -118,8 +118,8 @@ class Additive {
   bool varies_with_query_ = false;
 };
 
-// Add `additive` (may be null) to one row's scores of a panel and hide its lanes from `visible` on: a hidden score is
-// -inf, also where it was NaN. Returns the bits of what is not below the threshold.
+// Add `additive` (may be null) to one row's scores of a panel and hide the lanes from `visible` on. A hidden score becomes
+// -inf, also where it was NaN. Returns one bit per lane that is not below the threshold.
 template <class A>
 uint64_t finish_panel(A* scores, const A* additive, int64_t visible, A threshold) {
   if (additive != nullptr) {

@@ -1,5 +1,5 @@
-// Vectors of one CPU target, in the compiler's own vector types; the few operations those lack are spelled out per
-// target. Included once per target, inside a namespace of its own.
+// Vectors of one CPU target, in the compiler's own vector types. The few operations that those lack are written for each
+// target. Included once per target, inside the target's namespace.
 
 // Bytes of a vector register, rows and vectors of a score tile: rows * vectors accumulators, the vectors of a key panel
 // and a broadcast query must fit the registers.
@@ -161,7 +161,7 @@ inline int64_t append_lanes(const float* v, int32_t first_index, uint32_t bits, 
 #if defined(__AVX512F__)
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __mmask16 mask = __mmask16(bits);
-  // Compressing in a register and storing it whole: compressing to memory is microcode on Zen 4.
+  // Compress in a register, then store all of it: compressing to memory is microcode on Zen 4.
   _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(v)));
   const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(first_index));
   _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(mask, index));
@@ -187,7 +187,7 @@ inline int64_t append_lanes(const double* v, int32_t first_index, uint32_t bits,
   return count;
 }
 
-// The same for lanes that have an index each; what is written may overlap what is read if it begins no later.
+// The same for lanes that have an index each. The output may overlap the input if it begins no later.
 template <class A>
 inline int64_t compact_lanes(const A* v, const int32_t* index, uint32_t bits, A* values, int32_t* indices) {
 #if defined(__AVX512F__)
@@ -227,7 +227,7 @@ inline FloatVector exponential(FloatVector x) {
   sum = sum * r + 1.0f;
   const IntVector power = ((IntVector)shifted << 23) + 0x3f800000;
   const FloatVector result = sum * (FloatVector)power;
-  // NaN is no number to shift by: it comes back as itself.
+  // NaN cannot be shifted by: return it.
   return x != x ? x : underflows ? FloatVector{} : result;
 }
 

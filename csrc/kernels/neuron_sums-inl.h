@@ -1,5 +1,6 @@
-// Sums over chosen neurons and over the tokens that chose them. Rows of a table are long here (a model size), and each
-// is wanted by several tokens: work goes range by range, so that the rows of a range stay in the second-level cache.
+// Sums over chosen neurons and over the tokens that chose them. The rows of a table are long (a model size), and
+// several tokens need each of them. The work goes range by range, so that the rows of a range stay in the second-level
+// cache.
 
 constexpr int64_t kRangeBytes = 384 << 10;
 constexpr int64_t kTokensPerTask = 64;
@@ -7,7 +8,7 @@ constexpr int64_t kTokensPerTask = 64;
 template <class A>
 constexpr int64_t kColumns = 8 * kLanes<A>;
 
-// Of a row that may be empty, for dividing by it.
+// Bytes of a row; at least 1, because they are a divisor and the row may be empty.
 inline int64_t row_bytes(int64_t size, size_t bytes) { return larger<int64_t>(size * int64_t(bytes), 1); }
 
 inline int64_t rows_of_range(int64_t size, size_t bytes, int64_t num_neurons) {
@@ -35,8 +36,7 @@ inline void add_rows(A* to, int64_t n, const A* coefficients, int64_t count, Row
   for (int64_t j = 0; j < count; ++j) add_multiple(coefficients[j], row(j) + d, to + d, n - d);
 }
 
-// Rows that have the accumulation type are read where they are; others a few at a time from `spare`, which holds
-// kWidened of them.
+// Rows of the accumulation type are read in place. Other rows are converted into `spare`, kWidened at a time.
 constexpr int64_t kWidened = 16;
 
 template <class T, class A, class Row>
@@ -45,9 +45,9 @@ inline void add_rows_of(A* to, int64_t n, const A* coefficients, int64_t count, 
     add_rows<A>(to, n, coefficients, count, row);
   } else {
     for (int64_t first = 0; first < count; first += kWidened) {
-      const int64_t some = smaller(kWidened, count - first);
-      for (int64_t j = 0; j < some; ++j) widened<T, A>(row(first + j), n, spare + j * n);
-      add_rows<A>(to, n, coefficients + first, some, [&](int64_t j) { return spare + j * n; });
+      const int64_t num_rows = smaller(kWidened, count - first);
+      for (int64_t j = 0; j < num_rows; ++j) widened<T, A>(row(first + j), n, spare + j * n);
+      add_rows<A>(to, n, coefficients + first, num_rows, [&](int64_t j) { return spare + j * n; });
     }
   }
 }
@@ -71,13 +71,13 @@ bool run_sum_neurons(const SumNeurons& call, const Parallel& parallel) {
     const int64_t columns = smaller(state.columns, call.size - first_column);
     const int64_t first = task / state.column_parts * kTokensPerTask;
     const int64_t num_tokens = smaller(kTokensPerTask, call.entries.num_tokens - first), k = call.entries.k;
-    Arena size, arena;
-    size.take<A>(kWidened * columns);
-    if (sizeof(T) != sizeof(A) && !arena.allocate(size)) {
+    Arena arena;
+    A* spare = nullptr;
+    const auto take_arrays = [&](Arena& arrays) { spare = arrays.take<A>(kWidened * columns); };
+    if (sizeof(T) != sizeof(A) && !arena.allocate(take_arrays)) {
       __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
       return;
     }
-    A* const spare = sizeof(T) != sizeof(A) ? arena.take<A>(kWidened * columns) : nullptr;
     const T* const table = static_cast<const T*>(call.table.data) + first_column;
     int64_t next[kTokensPerTask] = {};
     const int64_t per_range = num_tokens == 1 ? call.num_neurons : rows_of_range(columns, sizeof(T), call.num_neurons);
@@ -110,16 +110,15 @@ bool run_dot_neurons(const DotNeurons& call, const Parallel& parallel) {
     const DotNeurons& call = state.call;
     const int64_t first = task * kTokensPerTask, k = call.k, n = call.size;
     const int64_t num_tokens = smaller(kTokensPerTask, call.num_tokens - first);
-    Arena size, arena;
+    Arena arena;
     A *spare = nullptr, *spare_row = nullptr;
-    Arena* const passes[] = {&size, &arena};
-    for (Arena* pass : passes) {
-      if (pass == &arena && !arena.allocate(size)) {
-        __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
-        return;
-      }
-      spare = pass->take<A>(n);
-      spare_row = pass->take<A>(n);
+    const bool has_memory = arena.allocate([&](Arena& arrays) {
+      spare = arrays.take<A>(n);
+      spare_row = arrays.take<A>(n);
+    });
+    if (!has_memory) {
+      __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
+      return;
     }
     const T *rows = static_cast<const T*>(call.rows.data), *table = static_cast<const T*>(call.table.data);
     int64_t next[kTokensPerTask] = {};
@@ -140,8 +139,8 @@ bool run_dot_neurons(const DotNeurons& call, const Parallel& parallel) {
   return state.ok;
 }
 
-// Each task owns a range of neurons and goes through all tokens, some at a time so that their rows stay in the cache:
-// it collects the range's entries neuron by neuron, then adds up each neuron's in registers.
+// Each task owns a range of neurons and goes through all tokens, in parts whose rows stay in the cache. For each part it
+// collects the range's entries neuron by neuron, then sums the entries of each neuron in registers.
 template <class T, class A>
 bool run_sum_tokens(const SumTokens& call, const Parallel& parallel) {
   struct State {
@@ -149,7 +148,8 @@ bool run_sum_tokens(const SumTokens& call, const Parallel& parallel) {
     int64_t per_range, tokens_at_a_time;
     bool ok;
   } state = {call, 0, 0, true};
-  state.per_range = smaller(larger<int64_t>(ceil_div<int64_t>(call.num_neurons, 8 * parallel.num_threads), 64), call.num_neurons);
+  state.per_range = larger<int64_t>(ceil_div<int64_t>(call.num_neurons, 8 * parallel.num_threads), 64);
+  state.per_range = smaller(state.per_range, call.num_neurons);
   state.tokens_at_a_time = larger<int64_t>(kRangeBytes / row_bytes(call.size, sizeof(T)), 32);
   parallel.run(ceil_div(call.num_neurons, state.per_range), &state, [](void* opaque, int64_t task) {
     State& state = *static_cast<State*>(opaque);
@@ -157,21 +157,20 @@ bool run_sum_tokens(const SumTokens& call, const Parallel& parallel) {
     const int64_t k = call.entries.k, n = call.size, first_neuron = task * state.per_range;
     const int64_t num_neurons = smaller(state.per_range, call.num_neurons - first_neuron);
     const int64_t most_entries = state.tokens_at_a_time * smaller(k, num_neurons);
-    Arena size, arena;
+    Arena arena;
     int64_t *starts = nullptr, *begins = nullptr;
     int32_t* tokens = nullptr;
     A *coefficients = nullptr, *spare = nullptr;
-    Arena* const passes[] = {&size, &arena};
-    for (Arena* pass : passes) {
-      if (pass == &arena && !arena.allocate(size)) {
-        __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
-        return;
-      }
-      starts = pass->take<int64_t>(num_neurons + 1);
-      begins = pass->take<int64_t>(state.tokens_at_a_time);
-      tokens = pass->take<int32_t>(most_entries);
-      coefficients = pass->take<A>(most_entries);
-      spare = pass->take<A>(sizeof(T) == sizeof(A) ? 0 : kWidened * n);
+    const bool has_memory = arena.allocate([&](Arena& arrays) {
+      starts = arrays.take<int64_t>(num_neurons + 1);
+      begins = arrays.take<int64_t>(state.tokens_at_a_time);
+      tokens = arrays.take<int32_t>(most_entries);
+      coefficients = arrays.take<A>(most_entries);
+      spare = arrays.take<A>(sizeof(T) == sizeof(A) ? 0 : kWidened * n);
+    });
+    if (!has_memory) {
+      __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
+      return;
     }
     const T* rows = static_cast<const T*>(call.rows.data);
     const A* all_coefficients = static_cast<const A*>(call.entries.coefficients);

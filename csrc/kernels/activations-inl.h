@@ -10,7 +10,8 @@ inline Vector<A> absolute(Vector<A> x) {
 // (1 + erf(x / sqrt(2))) / 2. With t = 1 / (1 + 0.4 |z|), erfc(z) exp(z^2) is a polynomial in t: a least-squares fit over
 // 0 <= z <= 6 that leaves erfc wrong by less than 3e-9.
 inline FloatVector normal_cdf(FloatVector x) {
-  const float coefficients[] = {0.0798577873f, -0.421134194f, 0.737813304f, -0.432400702f, 0.446257536f, 0.125620874f, 0.23927094f, 0.224714456f};
+  const float coefficients[] = {0.0798577873f, -0.421134194f, 0.737813304f, -0.432400702f,
+                                0.446257536f,  0.125620874f,  0.23927094f,  0.224714456f};
   const FloatVector z = absolute<float>(x) * 0.707106781f, t = 1.0f / (1.0f + 0.4f * z);
   FloatVector sum = {};
   for (const float c : coefficients) sum = (sum + c) * t;

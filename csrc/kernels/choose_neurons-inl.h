@@ -1,10 +1,10 @@
 // The k best neurons of each token.
 //
-// A block of tokens is scored against one panel of neurons after another. The pre-activations of the block stand in
-// memory, token by token: with a model size of several hundred, writing one costs far less than computing it.
+// A block of tokens is scored against one panel of neurons after another. Memory holds all pre-activations of the block,
+// token by token: with a model size of several hundred, writing one costs far less than computing it.
 
 constexpr int64_t kPreActivationBytes = 4 << 20, kMostTokensPerBlock = 192;
-// With fewer tokens than this the weights are read once, by all threads, without packing them.
+// With fewer tokens than this all threads together read the weights once, without packing them.
 constexpr int64_t kFewTokens = 12;
 constexpr int64_t kNeuronsPerTask = 64, kRowsAtOnce = 2;
 
@@ -101,17 +101,14 @@ class NeuronChoice {
  public:
   NeuronChoice(const ChooseNeurons& call, int64_t max_tokens) : call_(call), stride_(padded_neurons<A>(call.num_neurons)) {
     const int64_t tiles = ceil_div<int64_t>(max_tokens, kTileRows);
-    Arena size;
-    Arena* const passes[] = {&size, &arena_};
-    for (Arena* arena : passes) {
-      if (arena == &arena_ && !arena_.allocate(size)) return;
-      x_ = arena->take<A>(tiles * kTileRows * call.model_size);
-      panel_ = arena->take<A>(kPanel<A> * call.model_size);
-      spare_rows_ = arena->take<A>(kLanes<A> * call.model_size);
-      in_ = arena->take<A>(tiles * kTileRows * stride_);
-      gate_ = call.w_gate.data == nullptr ? nullptr : arena->take<A>(tiles * kTileRows * stride_);
-      spare_ = arena->take<A>(stride_);
-    }
+    arena_.allocate([&](Arena& arena) {
+      x_ = arena.take<A>(tiles * kTileRows * call.model_size);
+      panel_ = arena.take<A>(kPanel<A> * call.model_size);
+      spare_rows_ = arena.take<A>(kLanes<A> * call.model_size);
+      in_ = arena.take<A>(tiles * kTileRows * stride_);
+      gate_ = call.w_gate.data == nullptr ? nullptr : arena.take<A>(tiles * kTileRows * stride_);
+      spare_ = arena.take<A>(stride_);
+    });
   }
 
   bool ready() const { return arena_.ready(); }
@@ -151,7 +148,7 @@ class NeuronChoice {
   A *x_ = nullptr, *panel_ = nullptr, *spare_rows_ = nullptr, *in_ = nullptr, *gate_ = nullptr, *spare_ = nullptr;
 };
 
-// A few tokens: threads share the neurons, and reading the weights is all the time it takes.
+// A few tokens: threads share the neurons. Almost all time goes into reading the weights.
 template <class T, class A>
 bool choose_neurons_of_few(const ChooseNeurons& call, const Parallel& parallel) {
   struct State {
@@ -161,28 +158,26 @@ bool choose_neurons_of_few(const ChooseNeurons& call, const Parallel& parallel) 
     bool ok;
   } state = {call, padded_neurons<A>(call.num_neurons), nullptr, nullptr, nullptr, nullptr, true};
   const bool has_gate = call.w_gate.data != nullptr;
-  Arena size, arena;
-  Arena* const passes[] = {&size, &arena};
-  for (Arena* pass : passes) {
-    if (pass == &arena && !arena.allocate(size)) return false;
-    state.x = pass->template take<A>(call.num_tokens * call.model_size);
-    state.in = pass->template take<A>(call.num_tokens * state.stride);
-    state.gate = has_gate ? pass->template take<A>(call.num_tokens * state.stride) : nullptr;
-    state.spare = pass->template take<A>(call.num_tokens * state.stride);
-  }
+  Arena arena;
+  const bool has_memory = arena.allocate([&](Arena& arrays) {
+    state.x = arrays.take<A>(call.num_tokens * call.model_size);
+    state.in = arrays.take<A>(call.num_tokens * state.stride);
+    state.gate = has_gate ? arrays.take<A>(call.num_tokens * state.stride) : nullptr;
+    state.spare = arrays.take<A>(call.num_tokens * state.stride);
+  });
+  if (!has_memory) return false;
   for (int64_t t = 0; t < call.num_tokens; ++t)
     for (int64_t d = 0; d < call.model_size; ++d)
       state.x[t * call.model_size + d] = A(widen(static_cast<const T*>(call.x.data)[t * call.x.row_stride + d]));
   parallel.run(ceil_div(call.num_neurons, kNeuronsPerTask), &state, [](void* opaque, int64_t task) {
     State& state = *static_cast<State*>(opaque);
     const ChooseNeurons& call = state.call;
-    Arena size, arena;
-    size.take<A>(kRowsAtOnce * call.model_size);
-    if (!arena.allocate(size)) {
+    Arena arena;
+    A* spare = nullptr;
+    if (!arena.allocate([&](Arena& arrays) { spare = arrays.take<A>(kRowsAtOnce * call.model_size); })) {
       __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
       return;
     }
-    A* const spare = arena.take<A>(kRowsAtOnce * call.model_size);
     const int64_t first = task * kNeuronsPerTask, last = smaller(first + kNeuronsPerTask, call.num_neurons);
     const Matrix* const weights[] = {&call.w_in, &call.w_gate};
     A* const to[] = {state.in, state.gate};
@@ -191,15 +186,15 @@ bool choose_neurons_of_few(const ChooseNeurons& call, const Parallel& parallel) 
       const int64_t stride = weights[part]->row_stride;
       int64_t f = first;
       for (; f < last; f += kRowsAtOnce) {
-        const int64_t some = smaller(kRowsAtOnce, last - f);
+        const int64_t num_rows = smaller(kRowsAtOnce, last - f);
         const A* rows[kRowsAtOnce];
-        for (int64_t r = 0; r < some; ++r)
+        for (int64_t r = 0; r < num_rows; ++r)
           rows[r] = widened<T, A>(table + (f + r) * stride, call.model_size, spare + r * call.model_size);
         A* const out = to[part] + f;
-        if (some == kRowsAtOnce) {
+        if (num_rows == kRowsAtOnce) {
           dots_of_rows<A, kRowsAtOnce>(rows, state.x, call.num_tokens, call.model_size, out, state.stride);
         } else {
-          for (int64_t r = 0; r < some; ++r)
+          for (int64_t r = 0; r < num_rows; ++r)
             dots_of_rows<A, 1>(rows + r, state.x, call.num_tokens, call.model_size, out + r, state.stride);
         }
       }
@@ -218,8 +213,10 @@ bool choose_neurons_of_few(const ChooseNeurons& call, const Parallel& parallel) 
 template <class T, class A>
 bool run_choose_neurons(const ChooseNeurons& call, const Parallel& parallel) {
   if (call.num_tokens < kFewTokens) return choose_neurons_of_few<T, A>(call, parallel);
-  const int64_t token_bytes = padded_neurons<A>(call.num_neurons) * int64_t(sizeof(A)) * (call.w_gate.data == nullptr ? 1 : 2);
-  int64_t block = larger<int64_t>(smaller<int64_t>(kPreActivationBytes / token_bytes, kMostTokensPerBlock), 4 * kTileRows);
+  const int64_t num_tables = call.w_gate.data == nullptr ? 1 : 2;
+  const int64_t token_bytes = padded_neurons<A>(call.num_neurons) * int64_t(sizeof(A)) * num_tables;
+  int64_t block = smaller<int64_t>(kPreActivationBytes / token_bytes, kMostTokensPerBlock);
+  block = larger<int64_t>(block, 4 * kTileRows);
   block = smaller(block, ceil_div(call.num_tokens, parallel.num_threads));
   block = ceil_div<int64_t>(block, kTileRows) * kTileRows;
   struct State {

@@ -1,7 +1,7 @@
 // The k best of a row's candidates.
 
 // The candidates of one row: scores and key indices in two runs, [0, second_run) and [second_run, count), each ascending
-// by index. Only scores that are not below the threshold need to come in.
+// by index. Only scores that are not below the threshold need to be added.
 template <class A>
 struct Candidates {
   A* scores;
@@ -50,7 +50,7 @@ A between(A low, A high, int step) {
 template <class A>
 struct Cut {
   A at;           // at least k scores are not below it
-  int64_t count;  // how many exactly; more than `most` only where scores equal to `at` are what is too many
+  int64_t count;  // how many are not below it; more than `most` only if too many scores are equal to `at`
 };
 
 // Find a cut that between k and `most` of n scores (no NaN) reach. `low` is a cut that at least k reach.
@@ -121,8 +121,8 @@ void keep_not_less(Candidates<A>& row, A at) {
   row.second_run = second_run;
 }
 
-// Keep the k best candidates, of equal ones those with lower indices, ascending by index; later candidates have to reach
-// the worst of them. NaN counts as the best of all and becomes inf. Does nothing with k or fewer.
+// Keep the k best candidates, of equal ones those with lower indices, ascending by index. Raise the threshold to the worst
+// of them. NaN counts as the best of all and becomes inf. With k or fewer candidates all are kept.
 template <class A>
 __attribute__((noinline)) void keep_best(Candidates<A>& row, int64_t k, A* spare_scores, int32_t* spare_indices) {
   for (int64_t i = 0; i < row.count; ++i) {

@@ -235,8 +235,6 @@ def masks(request, monkeypatch):
 @pytest.mark.parametrize("num_queries", [1, 7, 11, 13])
 @pytest.mark.parametrize("name", CALL_NAMES)
 def test_auto_equals_the_reference_where_all_keys_are_kept(name, num_queries):
-    if name == "queries_without_keys" and num_queries == 1:
-        return
     call = named_call(name, SIZES._replace(queries=num_queries, value_dim=3), smallest_gap=0)
     for k in (None, 50):
         assert_same(call.run(k=k), call.run(k=k, backend="reference"))

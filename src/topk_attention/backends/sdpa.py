@@ -50,11 +50,6 @@ def obstacle(call: AttentionCall) -> str | None:
     return None
 
 
-def hides_keys(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool:
-    """Whether some query may not see some key."""
-    return attn_mask is not None or _hides_the_future(query, is_causal)
-
-
 def _hides_the_future(query: Tensor, is_causal: bool) -> bool:
     """Not where the last query is the only one: it sees every key."""
     return is_causal and query.shape[2] > 1

@@ -29,7 +29,7 @@ _BIAS_TYPES = Bias.__args__
 
 
 class Selection(NamedTuple):
-    """Which keys each query kept. K is the largest k, never more than the number of keys.
+    """Which keys each query kept. K is the largest k, at most the number of keys.
 
     indices  [..., H, N, K]  int32, ascending; -1 marks an empty slot
     weights  [..., H, N, K]  float32 (float64 for float64 inputs), softmax weights before dropout, 0 in empty slots;
@@ -112,29 +112,38 @@ def topk_attention(
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept;
-                for k=None "cpu" chunks queries as "chunked" does: its kernels would save every key of every query
-    query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
-                ("cpu" with a k takes a few dozen and PyTorch's own attention what it likes, whatever is said here)
+                or raises; "auto" takes the fastest, which is PyTorch's own for full attention; for k=None "cpu" chunks
+                queries as "chunked" does, because its kernels would save every key of every query
+    query_chunk_size  the most queries of one head whose scores exist at a time; by default what fits a memory budget;
+                "cpu" with a k (a few dozen queries) and PyTorch's own attention ignore it
     return_selection  also return which keys were kept
 
-    Returns [B, H, N, E] in the dtype of query, or with return_selection that and a `Selection`.
+    Returns [B, H, N, E] in the dtype of query; with return_selection a pair of that and a `Selection`.
 
-    The softmax runs over the kept scores alone. With k >= M this is full attention. Of tied keys the one with the
-    lower index is kept, on every backend. A query that may attend to nothing returns zeros and gets zero gradient;
-    one that may attend to fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden
-    key or value never reaches the output; in a key that a query sees it makes the query's output NaN.
+    With is_causal the last query sees the last key, for any number of queries (rows) and keys (columns)::
 
-    Sums are kept in float32 (float64 for float64). Saved for the backward pass: query, key, value, and for each kept
-    key an int32 index and a float weight. Under autocast query, key and value are cast as for
-    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again, and forward-mode derivatives are
-    for backend="reference" alone.
+        5 queries, 5 keys      2 queries, 5 keys      5 queries, 3 keys
+        x . . . .              x x x x .              . . .
+        x x . . .              x x x x x              . . .
+        x x x . .                                     x . .
+        x x x x .                                     x x .
+        x x x x x                                     x x x
+
+    The softmax runs over the kept scores alone. With k >= M this is full attention. Of tied keys the one with the lower
+    index is kept, on every backend. A query that sees no key returns zeros and gets zero gradient. A query that sees
+    fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden key or value never reaches
+    the output. In a key that a query sees, it makes the query's output NaN.
+
+    Sums are kept in float32 (float64 for float64). The backward pass needs query, key, value, and for each kept key an
+    int32 index and a float weight; these are saved. Under autocast query, key and value are cast as for
+    `scaled_dot_product_attention`. The gradient cannot be differentiated again. Forward-mode derivatives exist only for
+    backend="reference".
 
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
-        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, for which the backend has no rule.
+        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -178,8 +187,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
     choice = choose_backend(backend, call)
     if choice.name != "reference":
         check_no_tangent("topk_attention", choice.name, call.query, call.key, call.value, call.bias, call.relative_bias)
-    if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads, or no keys at all: every query returns zeros
-        zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
+    if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads or no keys: every query returns zeros
+        zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of no element: zero gradients
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
         nothing = call.query.new_empty(*call.query.shape[:3], 0, dtype=accumulation_dtype(call.query.dtype))
         return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
@@ -262,15 +271,15 @@ def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys
     per_head = list(k)
     if len(per_head) != num_heads:
         raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
-    for one in per_head:
-        check_count("k", one)
-    return tuple(min(one, num_keys) for one in per_head)
+    for k_of_head in per_head:
+        check_count("k", k_of_head)
+    return tuple(min(k_of_head, num_keys) for k_of_head in per_head)
 
 
 def _lower_bias(
     bias: Tensor | Bias | None, query: Tensor, full_shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The dense and the relative part of a bias; one of them at most is there."""
+    """The dense and the relative part of a bias; at least one of them is None."""
     if bias is None:
         return None, None
     if isinstance(bias, _BIAS_TYPES):

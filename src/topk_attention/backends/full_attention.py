@@ -71,7 +71,7 @@ def full_attention_op(
     """Returns output [B, H, N, E], the logarithm of each row's softmax denominator, [B, H, N, 1], and whether PyTorch's
     attention computed them, [] bool.
 
-    bias, relative_bias and seed are None: with them calls do not come here.
+    bias, relative_bias and seed are None, because `sdpa.obstacle` refuses calls that have them.
     """
     if _are_finite(query, key, value):
         output, log_sums = sdpa.forward(query, key, value, attn_mask, is_causal, scale)

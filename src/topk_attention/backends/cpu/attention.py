@@ -21,7 +21,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights.
 
     For each query and head the kernels hold k entries of 8 bytes for the backward pass, also where k is the number of
-    keys. Calls with k=None do not come here unless they ask for the selection.
+    keys. A call with k=None reaches this backend only if it asks for the selection.
     """
     if call.relative_bias is not None:
         call = replace(call, relative_bias=call.relative_bias.to(accumulation_dtype(call.query.dtype)))
@@ -70,5 +70,5 @@ def _refuse_second_derivatives(ctx, *_):
 torch.library.register_autograd(
     _FORWARD, differentiate_topk_attention("cpu_attention_forward", backward_op), setup_context=save_topk_attention
 )
-# Without this torch would warn and take the gradients for constants.
+# Without this torch would warn and treat the gradients as constants.
 torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)

@@ -23,7 +23,7 @@ from ..operators import (
 from . import library  # noqa: F401  loads the kernels
 
 _kernels = torch.ops.topk_attention
-# Entries [tokens, k] whose activations, or gradients, exist at a time beside what is saved.
+# Entries [tokens, k] whose activations, or gradients, exist at a time in addition to what is saved.
 _ENTRIES_AT_A_TIME = 2**17
 # The numbers of topk::Activation.
 _ACTIVATIONS = {
@@ -57,7 +57,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     """Returns [T, O]."""
     tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
     save_selection = needs_gradient(*tensors)
-    # Without gradients and outside of compiled code the operator's wrapping does nothing but cost 60 us.
+    # Without gradients and outside compiled code the operator's wrapper has no effect and costs 60 us.
     run = feed_forward_op if save_selection or torch.compiler.is_compiling() else _feed_forward
     output, _, _, _ = run(
         *tensors,
@@ -202,7 +202,7 @@ def _token_chunks(num_tokens: int, k: int) -> Iterator[tuple[int, slice]]:
 
 
 def _hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
-    """A tensor of its own: "identity" would hand back what is saved."""
+    """The hidden layer, as a new tensor: "identity" alone would return the saved one."""
     hidden = activate(values if gates is None else gates, activation)
     if gates is not None:
         return hidden * values

@@ -1,4 +1,4 @@
-"""A named backend is taken at its word; "auto" says what it chose and why."""
+"""A named backend runs or raises; "auto" says what it chose and why."""
 
 import importlib
 import shutil

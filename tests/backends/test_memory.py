@@ -1,4 +1,4 @@
-"""No matrix of queries x keys or of tokens x neurons exists at any time, and little is kept for the backward pass."""
+"""No matrix of queries x keys or of tokens x neurons exists at any time, and little is saved for the backward pass."""
 
 import importlib
 import itertools

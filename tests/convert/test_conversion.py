@@ -1,4 +1,4 @@
-"""What `convert` says, what it refuses, and that a refusal leaves the model as it was."""
+"""What `convert` reports, what it refuses, and that a refusal leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_an_environment_variable_chooses_k_for_the_name_alone(tmp_path, tokens, 
     loaded = type(model).from_pretrained(tmp_path / "converted", attn_implementation="topk")
     with pytest.raises(RuntimeError, match="TOPK_ATTENTION_K is 5, but this checkpoint was saved with k = 4; unset"):
         loaded(tokens)
-    convert(loaded, attention_k=6)  # what is said in code goes first
+    convert(loaded, attention_k=6)  # the k in code takes precedence
     assert layer_settings(loaded.model.layers[0].self_attn).k == 6
 
 

@@ -268,7 +268,7 @@ def test_beam_search_equals_eager(tokens):
     ids=lambda way: "-".join(way),
 )
 def test_other_ways_to_generate_give_the_same_tokens(way, k, tokens, left_padding):
-    """As the original at the limit; below it, as a model that computes everything anew for each token."""
+    """As the original at the limit; below it, as a model that computes everything again for each token."""
     rows = slice(1, None) if "prompt_lookup_num_tokens" in way else slice(None)  # it takes one sequence
     options = {"attention_mask": left_padding[rows], "max_new_tokens": 10, "do_sample": False}
     beams = {name: way[name] for name in way if name.startswith("num_")}

@@ -1,4 +1,4 @@
-"""`convert` with "all": nothing is left out, nothing of size length x length is made, no neurons are kept."""
+"""`convert` with "all": every key and neuron counts, no tensor of length x length exists, and no neurons are saved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_outputs_and_all_gradients_are_the_originals(name, backend):
 
 
 def test_with_dropout_a_training_step_makes_nothing_square(monkeypatch):
-    """PyTorch's own attention does: it holds 4 bytes for every pair of tokens and head."""
+    """PyTorch's own attention makes such tensors: 4 bytes for every pair of tokens and head."""
     monkeypatch.setattr(importlib.import_module("topk_attention.backends.chunked.tiles"), "TILE_BYTES", 2**17)
     length, num_heads = 1024, 2
     largest = {}
@@ -44,7 +44,7 @@ def test_with_dropout_a_training_step_makes_nothing_square(monkeypatch):
 
 
 def test_the_backward_pass_computes_the_neurons_again():
-    """What a network keeps for it is its input; the original keeps every neuron of every token."""
+    """A network saves its input for the backward pass; the original saves every neuron of every token."""
     inputs = inputs_of(FAMILIES["bert"])
     saved = {}
     for k in ("all", None):

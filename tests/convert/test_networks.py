@@ -1,4 +1,4 @@
-"""Which feed-forward networks are found, and why others are left alone."""
+"""Which feed-forward networks are found, and why others are skipped."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ def test_an_activation_that_is_not_the_configurations_is_noticed(family, other):
         if isinstance(getattr(module, name), nn.Module):
             delattr(module, name)
         setattr(module, name, other)
-    told = getattr(other, "__name__", type(other).__name__)
-    with pytest.raises(ValueError, match=f"its activation, {told}, is not '.*', which the configuration names"):
+    name_of_other = getattr(other, "__name__", type(other).__name__)
+    with pytest.raises(
+        ValueError, match=f"its activation, {name_of_other}, is not '.*', which the configuration names"
+    ):
         convert(model, feed_forward_k=6)
 
 

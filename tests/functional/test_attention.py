@@ -232,8 +232,8 @@ def test_heads_and_batches_do_not_mix(backend, tiling, k):
     together = topk_attention(query, key, value, k=k, backend=backend)
     for b in range(SIZES.batch):
         for h in range(SIZES.heads):
-            one = (x[b : b + 1, h : h + 1] for x in (query, key, value))
-            assert_same([topk_attention(*one, k=k, backend=backend)], [together[b : b + 1, h : h + 1]])
+            one_head = (x[b : b + 1, h : h + 1] for x in (query, key, value))
+            assert_same([topk_attention(*one_head, k=k, backend=backend)], [together[b : b + 1, h : h + 1]])
 
 
 @pytest.mark.parametrize("k", [3, None])

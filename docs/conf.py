@@ -5,6 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
+from sphinx.pycode import ModuleAnalyzer
+
 from topk_attention import __version__
 
 project = "topk_attention"
@@ -30,6 +32,16 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 60
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def _analyze_without_overloads(analyzer: ModuleAnalyzer) -> None:
+    _analyze(analyzer)
+    analyzer.overloads.clear()
+
+
+# An overloaded function is shown with its own signature, once.
+_analyze = ModuleAnalyzer.analyze
+ModuleAnalyzer.analyze = _analyze_without_overloads  # type: ignore[method-assign]
 
 html_theme = "furo"
 html_title = f"topk_attention {version}"

@@ -21,10 +21,11 @@ def markdown(command_line: str) -> str:
         if name not in getattr(command, "commands", {}):
             raise ValueError(f"{program} has no command {name!r}")
         command = command.commands[name]
-    lines = [(command.help or "").strip(), "", "| Option | Default | Meaning |", "| --- | --- | --- |"]
-    for option in command.params:
-        if option.name == "help":
-            continue
+    options = [option for option in command.params if option.name != "help"]
+    lines = [(command.help or "").strip(), ""]
+    if options:
+        lines += ["| Option | Default | Meaning |", "| --- | --- | --- |"]
+    for option in options:
         flags = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
         default = "required" if option.required else "" if option.default in (None, False) else f"{option.default:,}"
         lines.append(f"| {flags} | {default} | {(option.help or '').replace('|', chr(92) + '|')} |")

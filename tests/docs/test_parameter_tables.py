@@ -1,10 +1,12 @@
 """Aligned parameter blocks of docstrings become tables."""
 
 import inspect
+import re
 
 import pytest
 
 import topk_attention
+from pages import SITE
 from parameter_tables import escape, rewrite
 
 
@@ -74,5 +76,14 @@ def test_every_argument_without_an_obvious_meaning_has_a_row(name):
     arguments = set(inspect.signature(public).parameters)
     # The layer says of its other options that they are those of the function.
     described_elsewhere = set(inspect.signature(topk_attention.topk_attention).parameters)
-    missing = arguments - table - {"progress", "model"}
+    missing = arguments - table
     assert not missing - (described_elsewhere | {"num_heads", "num_key_heads"} if name == "TopKAttention" else set())
+
+
+def test_a_signature_that_a_page_writes_out_is_that_of_the_code():
+    written = re.compile(r"^\.\. auto\w+:: topk_attention\.(\w+)\((.*?)\)(?: ->.*)?$", re.MULTILINE)
+    found = [match.groups() for page in SITE for match in written.finditer(page.read_text(encoding="utf-8"))]
+    assert {name for name, _ in found} == {"convert", "Calibration"}
+    for name, arguments in found:
+        names = [argument.partition("=")[0].strip() for argument in arguments.split(",")]
+        assert [n for n in names if n != "*"] == list(inspect.signature(getattr(topk_attention, name)).parameters)

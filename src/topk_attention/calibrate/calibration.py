@@ -153,6 +153,7 @@ def calibrate(
                          tokens), or a tensor whose squared error counts, such as sentence embeddings [B, D]
     queries_per_head     queries of each sequence whose scores are sorted
     largest_k            the largest k that is considered
+    progress             is called as progress(what is being done, steps done, steps in all)
 
     A budget is spent by what the loss forecasts for each head at every k: the curvature, and the direction in which
     dropped keys move the loss, as far as the earlier and the later half of each sequence agree on it. More batches make

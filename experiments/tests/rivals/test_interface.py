@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from topk_attention.backends import choose_backend
-from topk_experiments.rivals import NAMES, new_attention
+from topk_experiments.rivals import METHODS, new_attention
 
 EXACT = ["vanilla", "vanilla-chunks", "sdpa", "query-chunks"]
 DENSE = ["vanilla", "vanilla-chunks", "sdpa"]
@@ -82,7 +82,7 @@ def test_the_chunk_size_decides_nothing_but_memory(name, is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("garbage", [7.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in DENSE])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in DENSE])
 def test_masked_keys_never_matter(name, garbage, is_causal):
     query, key, value = inputs()
     mask = padding()
@@ -114,7 +114,7 @@ def test_masked_keys_never_matter_to_dense_methods_where_they_are_finite(name, i
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_queries_without_keys_return_zeros_and_have_zero_gradient(name, is_causal):
     tensors = [tensor.requires_grad_() for tensor in inputs()]
     mask = padding()
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_the_output(name, is_causal, is_padded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_output_has_the_dtype_of_the_query_and_is_as_exact_as_that(name, dtype):
     exact = inputs(9, 9)
     rounded = [tensor.to(dtype) for tensor in exact]
@@ -169,7 +169,7 @@ def test_autocast_leaves_features_in_float32(name):
     assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in RANDOM])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in RANDOM])
 def test_dropout_drops_weights_and_keeps_their_mean(name):
     torch.manual_seed(0)
     query, key, value = torch.zeros(1, 1, 4000, 6), torch.zeros(1, 1, 3, 6), torch.eye(3)[None, None]
@@ -235,7 +235,7 @@ def test_topk_is_the_library_with_its_k_on_the_backend_it_chooses():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"name": "linformer"}, "name must be one of \"vanilla\", .*, got 'linformer'"),
+        ({"name": "linformer"}, "name must be one of \"topk\", .*, got 'linformer'"),
         ({"name": "topk"}, 'k must be a whole number for name="topk", got None; every key is name="query-chunks"'),
         ({"name": "topk", "k": 0}, "k must be at least 1"),
         ({"name": "query-chunks", "query_chunk_size": 0}, "query_chunk_size must be at least 1"),

@@ -7,23 +7,23 @@ from typing import Any
 
 from .dense import SdpaAttention, VanillaAttention
 from .interface import Baseline
+from .names import METHODS
 from .performer import PerformerAttention
 from .rfa import RandomFeatureAttention
 from .topk import LibraryAttention
 from .written_out import random_feature_weights
 
-# name -> (what it is, class, which of the shared options it takes)
-_METHODS: dict[str, tuple[str, Callable[..., Baseline], tuple[str, ...]]] = {
-    "vanilla": ("matmul, softmax, matmul, every score in memory", VanillaAttention, ()),
-    "vanilla-chunks": ("the same for a chunk of queries at a time", VanillaAttention, ("query_chunk_size",)),
-    "sdpa": ("PyTorch's scaled_dot_product_attention", SdpaAttention, ()),
-    "query-chunks": ("every key, in query chunks", LibraryAttention, ("query_chunk_size",)),
-    "topk": ("top-k attention", LibraryAttention, ("k", "query_chunk_size")),
-    "performer": ("Performer, FAVOR+", PerformerAttention, ("head_dim", "num_features", "query_chunk_size")),
-    "rfa": ("Random Feature Attention", RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
+# name -> (class, which of the shared options it takes)
+_CLASSES: dict[str, tuple[Callable[..., Baseline], tuple[str, ...]]] = {
+    "vanilla": (VanillaAttention, ()),
+    "vanilla-chunks": (VanillaAttention, ("query_chunk_size",)),
+    "sdpa": (SdpaAttention, ()),
+    "query-chunks": (LibraryAttention, ("query_chunk_size",)),
+    "topk": (LibraryAttention, ("k", "query_chunk_size")),
+    "performer": (PerformerAttention, ("head_dim", "num_features", "query_chunk_size")),
+    "rfa": (RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
 }
 _PAPERS_CHUNK_SIZE = 1024
-NAMES = {name: description for name, (description, _, _) in _METHODS.items()}
 
 
 def new_attention(
@@ -57,10 +57,10 @@ def new_attention(
     >>> attention(query, key, value, is_causal=True).shape
     torch.Size([2, 4, 100, 16])
     """
-    if name not in _METHODS:
-        names = ", ".join(f'"{name}"' for name in _METHODS)
+    if name not in METHODS:
+        names = ", ".join(f'"{name}"' for name in METHODS)
         raise ValueError(f"name must be one of {names}, got {name!r}")
-    _, new, taken = _METHODS[name]
+    new, taken = _CLASSES[name]
     shared = {"head_dim": head_dim, "k": k, "num_features": num_features, "query_chunk_size": query_chunk_size}
     if name == "topk" and k is None:
         raise ValueError('k must be a whole number for name="topk", got None; every key is name="query-chunks"')
@@ -72,7 +72,7 @@ def new_attention(
 
 
 __all__ = [
-    "NAMES",
+    "METHODS",
     "Baseline",
     "LibraryAttention",
     "PerformerAttention",

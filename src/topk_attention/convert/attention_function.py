@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -92,6 +93,14 @@ def topk_attention_forward(
     Raises:
         ValueError: an argument asks for what top-k attention does not compute.
     """
+    settings = layer_settings(module)
+    if settings.left_alone:
+        return _own_attention(
+            settings.left_alone,
+            module,
+            _LayerCall(settings, query, key, value, attention_mask, None, scaling, dropout),
+            kwargs | {"is_causal": is_causal, "position_bias": position_bias},
+        )
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
@@ -103,7 +112,6 @@ def topk_attention_forward(
             "topk_attention.convert(model, attention_k=...) reads it from its table instead",
             stacklevel=2,
         )
-    settings = layer_settings(module)
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
     if (indices := kwargs.get("indices")) is not None:
@@ -117,6 +125,8 @@ def topk_attention_forward(
         output = _attend(call, is_causal=is_causal if is_causal is not None else getattr(module, "is_causal", True))
     elif isinstance(attention_mask, CompactMask):
         output = _attend_compact(call, attention_mask)
+    elif attention_mask.requires_grad:  # a learned bias: a mask would get no gradient
+        output = _attend(_with_learned_mask(call, attention_mask))
     else:
         output = _attend(call, _hide_lowest(attention_mask))
     return output.transpose(1, 2).contiguous(), None
@@ -142,6 +152,17 @@ def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: boo
         enable_gqa=key.shape[1] != query.shape[1],
         backend=call.settings.backend,
     )
+
+
+def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:
+    """The call with a mask of numbers, [B|1, H|1, N|1, M], as (part of) its bias."""
+    if isinstance(call.position_bias, TableBias):
+        raise ValueError(
+            "attention_mask requires a gradient, which a layer with a table of position biases does not give it; "
+            "detach the mask, or train with topk_attention.unconvert(model)"
+        )
+    bias = _hide_lowest(mask)
+    return replace(call, position_bias=bias if call.position_bias is None else bias + call.position_bias)
 
 
 def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:
@@ -254,6 +275,24 @@ def _full_attention(
         is_causal=is_causal,
         position_bias=call.position_bias,
         **kwargs,
+    )
+
+
+def _own_attention(
+    implementation: str, module: nn.Module, call: _LayerCall, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """What the layer computed before the conversion, for a layer with a feature that top-k attention lacks. Its model
+    makes masks for top-k attention, because other layers share its configuration."""
+    from transformers import AttentionInterface
+
+    mask: CompactMask | Tensor | None = call.mask
+    own_eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = AttentionInterface().get_interface(implementation, own_eager)
+    if isinstance(mask, CompactMask):
+        mask = mask.dense() if implementation == "sdpa" else mask.additive(call.query.dtype)
+    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    return function(
+        module, call.query, call.key, call.value, mask, scaling=call.scale, dropout=call.dropout_p, **arguments
     )
 
 

@@ -30,10 +30,14 @@ K = int | tuple[int, ...] | Literal["all"]
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one attention layer runs. With k = None it runs PyTorch's own attention."""
+    """How one attention layer runs. With k = None it runs PyTorch's own attention.
+
+    left_alone  the attention implementation of a layer that could not be converted; it runs that as before
+    """
 
     k: K | None
     backend: str = "auto"
+    left_alone: str | None = None
 
     @property
     def kept_keys(self) -> int | tuple[int, ...] | None:

@@ -27,7 +27,8 @@ _NESTED = "_topk_attention_former_use_nested_tensor"
 class TopKMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose queries use their k best keys.
 
-    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN.
+    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN. Masks are those
+    of the original: bool, True = may not attend, or float, added to the scores; a mask that requires a gradient gets it.
     """
 
     # The fused path of nn.TransformerEncoderLayer reads this and then does not run.
@@ -48,6 +49,8 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
             warnings.warn(
                 "a converted nn.MultiheadAttention returns no attention weights; pass need_weights=False", stacklevel=2
             )
+        _check_mask("attn_mask", attn_mask)
+        _check_mask("key_padding_mask", key_padding_mask)
         if is_batched := query.dim() == 3:
             if not self.batch_first:
                 query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -61,11 +64,15 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         # If the caller says that the mask is the causal one, the mask is not read.
         is_causal = is_causal and query.shape[1] == key.shape[1]
         settings = layer_settings(self)
+        mask = None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype)
+        bias = self._padding(key_padding_mask, query.dtype)
+        if mask is not None and mask.requires_grad:  # a mask gets no gradient, a bias does
+            mask, bias = None, mask if bias is None else mask + bias
         output = topk_attention(
             *heads,
             k=settings.kept_keys,
-            attn_mask=None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype),
-            bias=self._padding(key_padding_mask, query.dtype),
+            attn_mask=mask,
+            bias=bias,
             is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
             backend=settings.backend,
@@ -99,6 +106,14 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
         return mask.to(dtype)[:, None, None, :]
+
+
+def _check_mask(name: str, mask: Tensor | None) -> None:
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"{name} must be bool (True = may not attend) or floating-point (added to the scores), got {mask.dtype}; "
+            "convert a 0/1 mask with .bool()"
+        )
 
 
 class TopKEncoderLayer(nn.TransformerEncoderLayer):

@@ -19,7 +19,8 @@ def demo(
     ] = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
-    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,32,64,128,256",
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,64,256",
+    rounds: Annotated[int, typer.Option(help="Times that every setting runs, in turns.")] = 3,
     out: Out = Path("build/demo"),
     seed: Seed = 0,
     threads: Threads = None,
@@ -28,7 +29,9 @@ def demo(
 ) -> None:
     """Read a text with full attention and with several k; compare perplexity, time and memory.
 
-    Writes demo.json, demo.png and demo.html. Interrupted, the same command continues with the runs that are missing.
+    The settings take turns, round after round, so that noise does not decide which one looks faster. The defaults take
+    about five minutes on two cores. Writes demo.json, demo.png and demo.html. To continue an interrupted demo, repeat
+    the command: it makes the runs that are missing.
     """
     with errors_in_words(f"finished runs are in {out / 'demo.json'}"):
         from topk_experiments.pretrained.demo import DemoConfig, run_demo
@@ -39,6 +42,7 @@ def demo(
                 text=text,
                 num_tokens=tokens,
                 k=integers("k", k),
+                rounds=rounds,
                 out=out,
                 seed=seed,
                 threads=threads,
@@ -196,10 +200,14 @@ def transcribe(
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder with the results; the page goes there.")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="Folder with the results; the page is written there.")] = Path("results"),
+    redraw: Annotated[bool, typer.Option(help="Draw every table and picture again from its records first.")] = True,
 ) -> None:
-    """One HTML page of all records: the paper's figures beside what was measured, with pictures and tables inside."""
+    """Draw all tables and pictures again from their records and write one HTML page of them, with what to conclude.
+
+    Nothing is measured.
+    """
     with errors_in_words():
         from topk_experiments.results_page import write_page
 
-        new_console().print(f"Written: {write_page(out)}", markup=False, highlight=False, soft_wrap=True)
+        new_console().print(f"Written: {write_page(out, redraw=redraw)}", markup=False, highlight=False, soft_wrap=True)

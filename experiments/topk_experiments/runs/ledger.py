@@ -21,7 +21,7 @@ from topk_attention.environment import code_sha256, environment
 from .records import Json, append_json_line, differences, read_json_lines
 
 # Modules of an experiment that turn records into tables and pictures: a change to them leaves every number as it is.
-DRAWING = ("captions", "groups", "picture", "pictures", "report", "table")
+DRAWING = ("captions", "groups", "picture", "pictures", "published", "quoted", "report", "table")
 _ENVIRONMENT = ("torch", "transformers", "python", "cpu")
 _CODE = ("product_sha256", "experiment_sha256")
 
@@ -38,7 +38,7 @@ def experiment_environment(folder: Path) -> Json:
 def what_differs(record: Json, configuration: Mapping[str, object], here: Json) -> list[str]:
     """Why a record does not stand for a run of this configuration here, in words; empty where it does.
 
-    configuration  field of the record -> what it must hold
+    configuration  field of the record -> what it must hold; "run.dtype" is the field "dtype" of the section "run"
     here           of `experiment_environment`
 
     >>> here = {"torch": "2.13.0", "product_sha256": "b"}
@@ -47,9 +47,24 @@ def what_differs(record: Json, configuration: Mapping[str, object], here: Json) 
     """
     there = record.get("environment", {})
     fields = [*_ENVIRONMENT, *(name for name in _CODE if there.get(name) is not None)]
-    old = {name: record.get(name) for name in configuration} | {name: there.get(name) for name in fields}
+    old = {name: field_of(record, name) for name in configuration} | {name: there.get(name) for name in fields}
     new = dict(configuration) | {name: here.get(name) for name in fields}
     return differences(old, new)
+
+
+def field_of(record: Json, name: str) -> object:
+    """A field of a record, or of one of its sections; None if it is missing.
+
+    >>> field_of({"run": {"dtype": "float32"}}, "run.dtype")
+    'float32'
+    """
+    section, _, field = name.rpartition(".")
+    return record.get(section, {}).get(field) if section else record.get(name)
+
+
+def identity(configuration: Mapping[str, object], here: Json) -> Json:
+    """What must agree for unfinished work, such as a checkpoint, to belong to a run of this configuration here."""
+    return {**configuration, "environment": {name: here.get(name) for name in (*_ENVIRONMENT, *_CODE)}}
 
 
 def is_finished(record: Json) -> bool:
@@ -93,6 +108,17 @@ class Ledger:
             ),
             None,
         )
+
+    def why_not(self, configuration: Mapping[str, object]) -> str | None:
+        """Note on the newest record of this configuration that spares no run: what differs. None where there is none.
+
+        With `fresh` there is no note: the user asked for the run.
+        """
+        for record in reversed(self._sparing):
+            if all(field_of(record, name) == value for name, value in configuration.items()):
+                changed = what_differs(record, configuration, self.here)
+                return f"on file, but made otherwise ({'; '.join(changed)}): run again" if changed else None
+        return None
 
     def new_record(self, configuration: Mapping[str, object]) -> Json:
         """The beginning of a record: schema, configuration and environment."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...runs.points import newest_records, say
 from ...runs.records import Json, days_and_commits, write_whole
 from ...runs.timing import busy_note
-from ...show.plots import COLOURS, MARKERS, QUOTED, new_figure, plain_numbers, save
+from ...show.plots import QUOTED, new_figure, plain_numbers, save, styles
 from ..tables import Page, by_setting, markdown_table
 from .methods import METHODS
 from .settings import LINES, SCHEMA
@@ -193,20 +193,22 @@ def draw(records: Sequence[Json], path: Path) -> None:
 
 
 def _draw_panel(axes: Any, finished: Sequence[Json], value: Callable[[Json], float]) -> None:
-    for index, method in enumerate(name for name, about in METHODS.items() if about.size is not None):
+    style_of = styles(about.description for about in METHODS.values())
+    for method in (name for name, about in METHODS.items() if about.size is not None):
         of_method = [record for record in finished if record["point"]["method"] == method]
         points = sorted((record["point"]["size"], value(record), record["relative_error"]) for record in of_method)
         if not points:
             continue
         _, costs, errors = zip(*points, strict=True)
-        colour = COLOURS[index % len(COLOURS)]
         label = METHODS[method].description
-        axes.plot(costs, errors, label=label, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4)
+        colour, marker, line = style_of[label]
+        axes.plot(costs, errors, label=label, color=colour, marker=marker, linestyle=line, markersize=4)
         for size, x, y in (points[0], points[-1]):
             axes.annotate(f"{size:,}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, color=colour)
     for record in finished:
         if record["point"]["method"] == "sdpa":
-            axes.axvline(value(record), color=QUOTED, linestyle="--", linewidth=1, label=METHODS["sdpa"].description)
+            label = METHODS["sdpa"].description
+            axes.axvline(value(record), color=style_of[label].colour, linestyle="--", linewidth=1, label=label)
         if record["point"]["method"] == "uniform":
             axes.axhline(
                 record["relative_error"], color=QUOTED, linestyle=":", linewidth=1, label=METHODS["uniform"].description

@@ -12,11 +12,13 @@ from topk_attention.environment import environment
 
 from ...runs.checks import check_at_least
 from ...runs.process import WorkerError, run_in_fresh_process
-from ...runs.records import SAME_NUMBERS, Json, append_json_line, read_json_lines
+from ...runs.records import Json, append_json_line, read_json_lines
 from .subject import Subject
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_SAME_NUMBERS = ("topk_attention", "product_sha256", "torch", "cpu")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class _Points:
         for record in reversed(self._on_file):
             if record.get("measured") != function or record.get("request") != request:
                 continue
-            if any(record["environment"].get(name) != self._here[name] for name in SAME_NUMBERS):
+            if any(record["environment"].get(name) != self._here[name] for name in _SAME_NUMBERS):
                 continue
             # A point that was given up gets another chance with more time.
             if record["outcome"] != "time limit" or record["time_limit_s"] >= self._benchmark.time_limit_s:

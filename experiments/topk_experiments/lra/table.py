@@ -328,7 +328,7 @@ def draw_curves(records: Sequence[Json]) -> bytes:
     rows = -(-len(by_name) // columns)
     figure = new_figure(width=5.5 * columns, height=3.4 * rows)
     style_of = styles(method_name(record) for record in _by_method(records))
-    for number, (name, shown) in enumerate(by_name.items(), 1):
+    for number, (setup, shown) in enumerate(by_name.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
         drawn = set()
         for record in _by_method(shown):
@@ -348,7 +348,7 @@ def draw_curves(records: Sequence[Json]) -> bytes:
         majority = 100 * shown[0]["majority_share"]["validation"]
         axes.axhline(majority, color=QUOTED, linestyle=":", linewidth=1, label="most frequent label")
         axes.set_xlabel("step")
-        axes.set_title(f"{name}: validation accuracy [%]", fontsize=10, loc="left")
+        axes.set_title(f"{setup}: validation accuracy [%]", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
     legend_below(figure, columns=2 * columns)
     return png_of(figure)

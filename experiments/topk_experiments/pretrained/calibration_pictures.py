@@ -15,6 +15,7 @@ from .calibration_measures import Measure
 
 # With more cells than this, numbers in them cannot be read.
 _MOST_CELLS_WITH_NUMBERS = 600
+_MOST_TICKS = 9
 _CALIBRATED = STYLES["calibrated"]
 
 
@@ -173,7 +174,8 @@ def _powers_of_two(axis: Any, low: float, high: float, *, inside: bool = False) 
     """Ticks around a range of k, or none outside it, where ticks would stretch the axis."""
     down, up = (np.ceil, np.floor) if inside else (np.floor, np.ceil)
     first, last = int(down(np.log2(max(1.0, low)))), int(up(np.log2(max(1.0, high))))
-    only_ticks_at(axis, [2**power for power in range(first, last + 1)] or [round(low)])
+    step = 1 if last - first < _MOST_TICKS else 2
+    only_ticks_at(axis, [2**power for power in range(first, last + 1, step)] or [round(low)])
 
 
 def _scalar_mappable(norm: Any, colours: Any) -> Any:

@@ -17,6 +17,7 @@ h2 { font-size: 1.25rem; }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+.numbers td { white-space: nowrap; }
 .scroll, pre { overflow-x: auto; margin: 1rem 0; }
 pre { background: #f5f5f5; padding: .6rem .8rem; font-size: .85rem; line-height: 1.4; }
 img { display: block; max-width: 100%; height: auto; margin: 1rem 0; }
@@ -50,7 +51,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text in a box that scrolls; the first row holds the headings."""
     headings, *others = rows
     lines = [_row(headings, "th"), *(_row(row, "td") for row in others)]
-    return scrolling("<table>\n" + "\n".join(lines) + "\n</table>")
+    return scrolling('<table class="numbers">\n' + "\n".join(lines) + "\n</table>")
 
 
 def scrolling(html: str) -> str:

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
@@ -53,6 +56,32 @@ def test_the_page_holds_pictures_tables_and_what_is_missing(tmp_path):
     assert "<h2>Something else</h2>" in page
     assert (tmp_path / "chunk-size" / "chunk-size.png").exists()
     assert str(tmp_path) not in page
+
+
+def test_every_table_and_picture_is_drawn_again_unless_that_is_left_out(tmp_path):
+    """From copies of the records that are kept with the code; nothing is measured."""
+    kept = Path(__file__).parents[2] / "results"
+    for folder in ("lra", "whisper", "language-model", "feed-forward-curve", "demo"):
+        (tmp_path / folder).mkdir()
+        for path in [*(kept / folder).glob("*.json"), *(kept / folder).glob("*.jsonl")]:
+            shutil.copy(path, tmp_path / folder)
+    records = {path.name for path in tmp_path.glob("*/*")}
+    write_page(tmp_path, redraw=False)
+    assert {path.name for path in tmp_path.glob("*/*")} == records
+    page = write_page(tmp_path).read_text()
+    drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*") if path.name not in records}
+    assert drawn == {
+        "lra/table.md",
+        "lra/curves.png",
+        "whisper/transcripts.md",
+        "language-model/input-bytes.png",
+        "feed-forward-curve/feed-forward-curve.png",
+        "demo/demo.png",
+        "demo/demo.html",
+    }
+    assert page.index("What to conclude") < page.index("Every picture and table")
+    for name in ("lra/table.md", "whisper/transcripts.md"):
+        assert (tmp_path / name).read_text() == (kept / name).read_text()
 
 
 def test_a_page_of_no_folder_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is read from them."""
+"""Options that several commands share, and functions that read their values."""
 
 from __future__ import annotations
 
@@ -36,26 +36,28 @@ __all__ = [
 ]
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure points again that are there already.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
 ModelSize = Annotated[int, typer.Option(help="Model size.")]
 Heads = Annotated[int, typer.Option(help="Number of heads.")]
 Neurons = Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")]
 Windows = Annotated[int, typer.Option(help="Windows of a step.")]
-Steps = Annotated[int, typer.Option(help="Training steps of an arm.")]
-LearningRate = Annotated[float, typer.Option(help="The highest; it rises for 40 steps and falls to a tenth.")]
+Steps = Annotated[int, typer.Option(help="Training steps of each arm.")]
+LearningRate = Annotated[
+    float, typer.Option(help="Highest learning rate; it is reached after 40 steps and then falls to a tenth.")
+]
 EvaluateEvery = Annotated[int, typer.Option(help="Steps between two points of a curve.")]
 TrainAgain = Annotated[bool, typer.Option("--fresh", help="Train all arms again.")]
 
 
 def errors_in_words(kept: str = "") -> AbstractContextManager[None]:
-    """As the product's, for `topk-experiments`."""
-    return options.errors_in_words(kept, command="topk-experiments", extra="experiments")
+    """As in the product, for `topk-experiments`."""
+    return options.errors_in_words(kept, command="topk-experiments", install="./experiments")
 
 
 def settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:
-    """What the options of these names ask for, as `models.settings.Setting`."""
+    """The settings of these options, as `models.settings.Setting`."""
     from topk_experiments.models.settings import one_at_a_time
 
     return one_at_a_time(_integers_or_files(attention_k), _integers_or_files(feed_forward_k), full=full)
@@ -66,6 +68,11 @@ def _integers_or_files(listed: str) -> list[int | Path]:
 
 
 def feed_forward_neurons(given: str | None) -> int | Literal["all"] | None:
+    """The value of --feed-forward-k: a number, "all", or None if it is not given.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if given is None:
         return None
     if given == "all":

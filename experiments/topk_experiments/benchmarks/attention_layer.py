@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from topk_attention.backends import choose_backend
 from topk_attention.functional import RelativeBias, topk_attention
-from topk_attention.functional.checks import check_dropout, check_k
+from topk_attention.functional.checks import check_count, check_dropout
 from topk_attention.nn import TopKAttention
 
 from ..rivals import Baseline, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
@@ -84,7 +84,7 @@ class Point:
             raise ValueError(f"implementations must be among {names}, got {self.implementation!r}")
         if self.bias not in BIASES:
             raise ValueError(f'bias must be "none" or "learned", got {self.bias!r}')
-        check_k("k", self.k)
+        check_count("k", self.k)
         check_dropout(self.dropout_p)
         check_at_least(1, self, "length", "num_features", "num_heads", "head_dim", "threads")
         if self.bias != "none" and self.implementation not in _WITH_BIAS:

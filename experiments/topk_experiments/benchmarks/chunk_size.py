@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from topk_attention.backends import choose_backend
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ..rivals import Baseline, new_attention
 from ..runs.checking import NEAR_TIE, CheckFailedError
@@ -72,8 +72,8 @@ class Point:
         if self.method not in METHODS:
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {self.method!r}")
         if self.chunk_size is not None:
-            check_k("chunk-sizes", self.chunk_size)
-        check_k("k", self.k)
+            check_count("chunk-sizes", self.chunk_size)
+        check_count("k", self.k)
         check_at_least(1, self, "length", "num_heads", "head_dim", "threads")
         check_device(self.device)
         backend = METHODS[self.method].backend

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ..rivals.names import check_method, kept, topk_method
 from ..runs.checks import check_at_least
@@ -57,7 +57,7 @@ class Point:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_k("k", self.k)
+        check_count("k", self.k)
         check_at_least(1, self, "d_ff", "tokens", "d_model", "threads")
         check_device(self.device)
         check_method(self.kernel_method, (*RIVALS, *PAPERS))

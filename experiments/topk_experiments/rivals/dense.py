@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from .interface import Baseline, visible_keys
 
@@ -24,7 +24,7 @@ class VanillaAttention(Baseline):
     def __init__(self, query_chunk_size: int | None = None) -> None:
         super().__init__()
         if query_chunk_size is not None:
-            check_k("query_chunk_size", query_chunk_size)
+            check_count("query_chunk_size", query_chunk_size)
         self.query_chunk_size = query_chunk_size
 
     def attend(

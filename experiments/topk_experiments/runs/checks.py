@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from topk_attention.backends import choose_backend
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 
 def check_at_least(least: int, config: object, *names: str) -> None:
@@ -51,7 +51,7 @@ def check_runs(ks: Sequence[int], backend: str) -> None:
     ValueError: k must not hold a number twice, got 16, 32, 16
     """
     for k in ks:
-        check_k("k", k)
+        check_count("k", k)
     if len(set(ks)) != len(ks):
         raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, ks))}")
     choose_backend(backend)

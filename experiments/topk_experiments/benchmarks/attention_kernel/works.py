@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from topk_attention.functional.checks import check_dropout, check_k
+from topk_attention.functional.checks import check_count, check_dropout
 
 from ...runs.checks import check_at_least
 from ..kernel_benchmark.subject import Goal
@@ -28,7 +28,7 @@ class Work:
     head_dim: int = 64
 
     def __post_init__(self) -> None:
-        check_k("k", self.k)
+        check_count("k", self.k)
         check_dropout(self.dropout_p)
         if self.bias not in BIASES:
             raise ValueError(f'bias must be "none" or "learned", got {self.bias!r}')

@@ -20,7 +20,7 @@ from ...runs.process import Send, run_in_fresh_process
 from ...runs.records import Json
 
 # Above any sequence: such a k keeps every key.
-_EVERY_KEY = 2**31 - 1
+_FULL_K = 2**31 - 1
 # Rows of scores in float64 that exist at a time for each head: 64 x 9 x 8,192 are 38 MB.
 _ROWS = 64
 
@@ -69,7 +69,7 @@ def capture(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     path, wanted = Path(request["path"]), set(request["layers"])
     model = load_model(ModelSource(**request["model"]))
-    convert(model, attention_k=_EVERY_KEY)
+    convert(model, attention_k=_FULL_K)
     calls: dict[int, AttentionCall] = {}
     number = 0
 

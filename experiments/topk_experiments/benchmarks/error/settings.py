@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ...runs.checks import check_at_least
 from ...runs.devices import check_device, device_name
@@ -90,7 +90,7 @@ class ErrorBenchmark:
             raise ValueError("there is nothing to measure: give at least one length and one method")
         for name, numbers in (("k", self.k), ("features", self.features), ("lengths", self.lengths)):
             for number in numbers or ():
-                check_k(name, number)
+                check_count(name, number)
         if any(number % 2 for number in self.features or ()):
             raise ValueError(f"features must be even, half sines and half cosines for rfa, got {self.features}")
         if min(self.lengths) < 2:

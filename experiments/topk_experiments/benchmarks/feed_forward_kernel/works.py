@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from topk_attention.backends.activations import ACTIVATIONS
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ...runs.checks import check_at_least
 from ...show.quoted import FEED_FORWARD_LAYER
@@ -24,7 +24,7 @@ class Work:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        check_k("k", self.k)
+        check_count("k", self.k)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         check_at_least(1, self, "d_model", "d_ff", "tokens")

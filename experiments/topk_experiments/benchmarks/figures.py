@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runs.points import Limits, PointBenchmark, say
+from ..runs.points import PointBenchmark, say
+from ..runs.steps import Limits
 from . import (
     attention_layer,
     attention_layer_report,

@@ -195,6 +195,7 @@ def model(
 
         from ..benchmarks import model as model_benchmark
         from ..models.pretrained import find_model
+        from ..runs.steps import Limits
 
         source = None if config is None else find_model(config)
         if source is not None:
@@ -223,8 +224,7 @@ def model(
                 out=out,
                 repetitions=repetitions,
                 step_limit_s=step_limit,
-                time_limit_s=time_limit,
-                memory_limit_gib=memory_limit,
+                limits=Limits(time_limit, memory_limit),
                 fresh=fresh,
             ),
             new_console(),

@@ -246,7 +246,7 @@ def error(
         import torch
 
         from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
-        from ..runs.points import Limits
+        from ..runs.steps import Limits
 
         run_error_benchmark(
             ErrorBenchmark(

@@ -22,3 +22,8 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long, without markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

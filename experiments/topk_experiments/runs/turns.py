@@ -39,7 +39,7 @@ def step(mode: str, operation: Operation, inputs: tuple[Tensor, ...], output_gra
             operation(*inputs)
 
     def forward_backward() -> None:
-        torch.autograd.grad(operation(*inputs), inputs, output_gradient)
+        torch.autograd.grad(operation(*inputs), inputs, output_gradient, allow_unused=True)
 
     return forward if mode == "forward" else forward_backward
 

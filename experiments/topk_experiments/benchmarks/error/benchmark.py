@@ -1,29 +1,36 @@
-"""The error of top-k attention and of random features on what a real model attends to, with time and memory."""
+"""Which points are missing. They are measured one after another, and each is written down when it finishes."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
-from ...runs.points import PointFile, say
+from ...runs.ledger import Ledger
+from ...runs.process import Send
+from ...runs.progress import say
 from ...runs.records import Json
+from ...runs.steps import run_within
+from ..points import record_of
+from . import measure
 from .capture import captured
 from .report import in_words, report, show
-from .settings import LINES, SCHEMA, ErrorBenchmark
+from .settings import LINES, SCHEMA, ErrorBenchmark, Point
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Json]:
-    """Measure every point that is not there yet, append each to `error.jsonl` as it finishes, and show them all.
+    """Measure every point that is not on file yet, append each to `error.jsonl` when it finishes, and show them all.
 
     Raises:
-        ValueError: the model, the text or a length do not fit; the message says how.
+        ValueError: the model, the text or a length does not fit; the message says how.
         FileNotFoundError: there is no such text file.
-        WorkerError: the model's attention cannot be imitated, or a process died; the points before it are kept.
+        WorkerError: the model's attention is not plain, or a process died; the points before it are kept.
     """
     tell = functools.partial(say, console)
     text = read_text(benchmark.text)
@@ -37,24 +44,39 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
             f"lengths must be at most {limit}, the longest input of {source.name}, got {max(benchmark.lengths)}"
         )
     layers = benchmark.layers_of(config.num_hidden_layers)
-    file = PointFile(
-        benchmark.out / LINES,
-        schema=SCHEMA,
-        function=f"{__package__}.measure:measure_point",
-        limits=benchmark.limits,
-        fresh=benchmark.fresh,
-    )
-    records: list[Json] = []
-    for length in sorted(set(benchmark.lengths)):
-        points = benchmark.points(length, (source.name, source.revision), (text.source, text.sha256), layers)
-        request: Json = {"repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
-        if any(file.find(point) is None for point in points):
-            input_ids = first_tokens(text, tokenizer, length)[0].tolist()
-            path = captured(work, loadable, input_ids, layers, benchmark.threads, tell)
-            request["captured"] = str(path)
-        records += file.measure(points, request, in_words, console)
+    ledger = Ledger(benchmark.out / LINES, schema=SCHEMA, folder=Path(__file__).parent, fresh=benchmark.fresh)
+
+    @functools.cache
+    def captured_at(length: int) -> str:
+        input_ids = first_tokens(text, tokenizer, length)[0].tolist()
+        return str(captured(work, loadable, input_ids, layers, benchmark.threads, tell))
+
+    def run(point: Point, on_message: Send) -> Json:
+        request = {
+            "point": asdict(point),
+            "memory_limit_gib": benchmark.limits.memory_gib,
+            "repetitions": benchmark.repetitions,
+            "enough_s": benchmark.enough_s,
+            "captured": captured_at(point.length),
+        }
+        return run_within(benchmark.limits, f"{measure.__name__}:measure_point", request, str(point), on_message)
+
+    identity = ((source.name, source.revision), (text.source, text.sha256), layers)
+    points = [point for length in sorted(set(benchmark.lengths)) for point in benchmark.points(length, *identity)]
+    records = [
+        record_of(
+            point,
+            f"[{number}/{len(points)}] {point}",
+            ledger,
+            functools.partial(run, point),
+            spares=benchmark.limits.spare,
+            in_words=in_words,
+            console=console,
+        )
+        for number, point in enumerate(points, 1)
+    ]
     show(records, console)
     for written in report(benchmark.out):
         tell(f"Written: {written}")
-    tell(f"Records: {file.lines}")
+    tell(f"Records: {ledger.path}")
     return records

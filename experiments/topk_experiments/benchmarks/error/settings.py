@@ -1,4 +1,4 @@
-"""What the benchmark is asked for."""
+"""What the benchmark measures: points, and the options that choose them."""
 
 from __future__ import annotations
 
@@ -10,44 +10,40 @@ from topk_attention.functional.checks import check_k
 
 from ...runs.checks import check_at_least
 from ...runs.devices import check_device, device_name
-from ...runs.points import Limits
 from ...runs.records import Json
+from ...runs.steps import Limits
 from .methods import METHODS, sizes_of
 
 SCHEMA = "topk_attention/attention-error/1"
 LINES = "error.jsonl"
 DEFAULT_OUT = Path("results/attention-error")
-DEFAULT_LENGTHS = (2048, 8192)
 _DEFAULT_NUM_LAYERS = 5
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of one method on the queries, keys and values of one model reading one text.
+    """One method of one size on the queries, keys and values of one model reading one text.
 
-    model, text  name and revision, source and hash: what tells them from others
+    model, text  name and revision, source and hash, which identify them
     layers       numbers, from 0
-    draws        of random features; errors are means over them
+    draws        of random features; errors are means over them. None for other methods
     """
 
     method: str
     size: int | None
     length: int
-    model: Sequence[str]
-    text: Sequence[str]
-    layers: Sequence[int]
-    draws: int
+    model: list[str]
+    text: list[str]
+    layers: list[int]
+    draws: int | None
     device: str
     threads: int
     seed: int
 
     def as_record(self) -> Json:
-        """What tells this point from others."""
-        record = asdict(self)
-        record |= {"model": list(self.model), "text": list(self.text), "layers": list(self.layers)}
-        record["draws"] = self.draws if METHODS[self.method].is_random else None
-        record["device"] = self.device if self.device == "cpu" else f"{self.device} ({device_name(self.device)})"
-        return record
+        """What identifies this point."""
+        device = self.device if self.device == "cpu" else f"{self.device} ({device_name(self.device)})"
+        return asdict(self) | {"device": device}
 
     def __str__(self) -> str:
         size = "" if self.size is None else f", {METHODS[self.method].size} = {self.size}"
@@ -56,18 +52,20 @@ class Point:
 
 @dataclass(frozen=True)
 class ErrorBenchmark:
-    """Which settings to measure, on what.
+    """Which points to measure, and how.
 
     model, text  as the user wrote them; None: SmolLM2 from a package, Python's documentation topics
     layers       numbers; None: five from the first to the last
     k            sizes of top-k attention; None: its own
     features     sizes of random features; None: their own
     repetitions  of a timed step in each layer; fewer where they would take longer than enough_s in all layers
+    limits       of a point's process
+    fresh        whether to measure points again that are on file
     """
 
     model: str | None = None
     text: Path | None = None
-    lengths: Sequence[int] = DEFAULT_LENGTHS
+    lengths: Sequence[int] = (2048, 8192)
     layers: Sequence[int] | None = None
     methods: Sequence[str] = tuple(METHODS)
     k: Sequence[int] | None = None
@@ -101,26 +99,24 @@ class ErrorBenchmark:
         check_device(self.device)
 
     def layers_of(self, num_layers: int) -> list[int]:
-        """The layers to look at in a model with so many.
+        """The layers to measure in a model with this many.
 
         >>> ErrorBenchmark().layers_of(30)
         [0, 7, 14, 22, 29]
         """
-        if self.layers is not None:
-            if max(self.layers) >= num_layers:
-                raise ValueError(
-                    f"layers must be below {num_layers}, the model's number of them, got {max(self.layers)}"
-                )
-            return sorted(set(self.layers))
-        last, parts = num_layers - 1, _DEFAULT_NUM_LAYERS - 1
-        return sorted({round(part * last / parts) for part in range(parts + 1)})
+        if self.layers is None:
+            last, parts = num_layers - 1, _DEFAULT_NUM_LAYERS - 1
+            return sorted({round(part * last / parts) for part in range(parts + 1)})
+        if max(self.layers) >= num_layers:
+            raise ValueError(f"layers must be below {num_layers}, the model's number of them, got {max(self.layers)}")
+        return sorted(set(self.layers))
 
     def points(self, length: int, model: Sequence[str], text: Sequence[str], layers: Sequence[int]) -> list[Point]:
-        """All settings at one length."""
-        settings = [
-            (method, size)
-            for method in dict.fromkeys(self.methods)
-            for size in sizes_of(method, self.k if METHODS[method].size == "k" else self.features)
-        ]
-        shared = (length, model, text, layers, self.draws, self.device, self.threads, self.seed)
-        return [Point(method, size, *shared) for method, size in settings]
+        """Every method and size at one length."""
+        points = []
+        for method in dict.fromkeys(self.methods):
+            draws = self.draws if METHODS[method].is_random else None
+            shared = (length, list(model), list(text), list(layers), draws, self.device, self.threads, self.seed)
+            sizes = sizes_of(method, self.k if METHODS[method].size == "k" else self.features)
+            points += [Point(method, size, *shared) for size in sizes]
+        return points

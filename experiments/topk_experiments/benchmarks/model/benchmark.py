@@ -1,21 +1,25 @@
-"""Which points are missing, measured one after another, each written down as it finishes."""
+"""Which points are missing. They are measured one after another, and each is written down when it finishes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topk_attention.environment import environment
+import torch
 
 from ...runs.checks import check_at_least
+from ...runs.ledger import Ledger
 from ...runs.memory import available_mib
-from ...runs.process import WorkerError, run_in_fresh_process
-from ...runs.records import Json, append_json_line, read_json_lines
+from ...runs.process import Send
+from ...runs.records import Json
+from ...runs.steps import Limits, run_within
 from ..kernel_benchmark.benchmark import expected_s
+from ..points import record_of
 from . import measure
-from .points import OURS, Point
+from .points import Point
 from .random_features import check_family
 
 if TYPE_CHECKING:
@@ -23,25 +27,21 @@ if TYPE_CHECKING:
 
 SCHEMA = "topk_attention/model/1"
 DEFAULT_OUT = Path("results/model")
-# Of what is free at the start. Beyond it a point is out of memory, before others on the machine suffer.
+# Of the memory that is free when a point starts. A point that needs more runs out of memory before other programs do.
 _MEMORY_FRACTION = 0.9
-# Others' memory comes and goes; a point that ran out is worth another try only with noticeably more.
+# Memory that other programs use varies. A point that ran out of memory runs again only with noticeably more.
 _NOTICEABLY_MORE = 1.05
-# Points of other software, or of another processor, do not belong in one table. The library's code matters for its own
-# methods alone.
-_SAME_ENVIRONMENT = ("torch", "transformers", "cpu")
-_SAME_ENVIRONMENT_OF_OURS = ("topk_attention", "product_sha256", *_SAME_ENVIRONMENT)
 
 
 @dataclass(frozen=True)
 class ModelBenchmark:
     """Which points to measure and how.
 
-    name              of its files in `out`
-    repetitions       timed steps of a point; fewer where they would take longer than `enough_s` together
-    step_limit_s      a point whose step is expected to take longer, going by shorter inputs, is left out
-    time_limit_s      a process that is not done by then is recorded as such
-    memory_limit_gib  a process that wants more is recorded as out of memory; by default most of what is free
+    name          of its files in `out`
+    repetitions   timed steps of a point; fewer where they would take longer than `enough_s` together
+    step_limit_s  a point is left out if shorter inputs suggest that its step takes longer
+    limits        of a point's process; memory: by default 0.9 of what is free
+    fresh         whether to measure points again that are on file
     """
 
     name: str
@@ -50,14 +50,11 @@ class ModelBenchmark:
     repetitions: int = 3
     enough_s: float = 300.0
     step_limit_s: float = 600.0
-    time_limit_s: float = 3600.0
-    memory_limit_gib: float | None = None
+    limits: Limits = Limits(time_s=3600.0)  # noqa: RUF009 - frozen
     fresh: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "repetitions")
-        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
-            raise ValueError(f"memory_limit must be above 0 GiB, got {self.memory_limit_gib}")
         if not self.points:
             raise ValueError("there is no point to measure: give at least one length and one method")
 
@@ -67,10 +64,10 @@ class ModelBenchmark:
 
 
 def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Json]:
-    """Measure every point that is not there yet and append each to `NAME.jsonl` as it finishes.
+    """Measure every point that is not on file yet and append each to `NAME.jsonl` when it finishes.
 
     Returns the records of all points asked for, in their order. A point that ran out of memory or time, or was left
-    out, is one of them.
+    out, has a record too.
 
     Raises:
         ValueError: a method does not fit the model; nothing was measured.
@@ -78,63 +75,43 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
     """
     for point in {point.method: point for point in benchmark.points}.values():
         check_family(point)
-    on_file = read_json_lines(benchmark.lines)
-    before = [] if benchmark.fresh else on_file
-    here = environment()
+    ledger = Ledger(benchmark.lines, schema=SCHEMA, folder=Path(__file__).parent, fresh=benchmark.fresh)
     records: list[Json] = []
     for number, point in enumerate(benchmark.points, 1):
-        told = f"[{number}/{len(benchmark.points)}] {point}"
-        record = _find(before, point, here, benchmark)
-        if record is not None:
-            made = record["environment"]
-            _say(console, f"{told}: {in_words(record)} (there already, of {made['date']}, commit {made['commit']})")
-        else:
-            record = _left_out(point, records, benchmark) or _measure(benchmark, point, told, console)
-            if not _is_repeated(record, on_file):
-                append_json_line(benchmark.lines, record)
-            _say(console, f"{told}: {in_words(record)}")
+        asked = {
+            "memory_limit_mib": _memory_limit_mib(point, benchmark.limits),
+            "time_limit_s": benchmark.limits.time_s,
+            "repetitions_asked": benchmark.repetitions,
+        }
+        left_out = _left_out(point, records, benchmark)
+        record = record_of(
+            point,
+            f"[{number}/{len(benchmark.points)}] {point}",
+            ledger,
+            functools.partial(_run, benchmark, point, asked, left_out),
+            spares=functools.partial(_spares, asked=asked, left_out=left_out),
+            in_words=lambda record: f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.1f} s",
+            console=console,
+        )
         records.append(record)
     return records
 
 
-def in_words(record: Json) -> str:
-    """One line on what came of a point."""
-    if record["outcome"] != "finished":
-        return f"{record['outcome']} ({record['message'].splitlines()[0]})"
-    return f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.1f} s"
-
-
-def is_comparable(record: Json, here: Json) -> bool:
-    """Whether a record was made with the same packages on the same kind of processor."""
-    return all(record["environment"].get(name) == here[name] for name in _SAME_ENVIRONMENT)
-
-
-def is_current(record: Json, here: Json) -> bool:
-    """Whether a record spares a measurement: of a method of the library's own only one of its code as it is."""
-    names = _SAME_ENVIRONMENT_OF_OURS if record["point"]["method"] in OURS else _SAME_ENVIRONMENT
-    return all(record["environment"].get(name) == here[name] for name in names)
-
-
-def _find(records: Sequence[Json], point: Point, here: Json, benchmark: ModelBenchmark) -> Json | None:
-    """The newest record that spares this point a measurement."""
-    for record in reversed(records):
-        if record.get("point") != point.as_record() or not is_current(record, here):
-            continue
-        match record["outcome"]:
-            case "finished":
-                if record["repetitions_asked"] >= benchmark.repetitions:
-                    return record
-            case "time limit":
-                if record["time_limit_s"] >= benchmark.time_limit_s:
-                    return record
-            case "out of memory":
-                if record["memory_limit_mib"] * _NOTICEABLY_MORE >= _memory_limit_mib(point, benchmark):
-                    return record
-    return None
+def _spares(record: Json, asked: Json, left_out: Json | None) -> bool:
+    """Whether a record of the same point spares a run: it has as many steps, or was given up with as much allowed."""
+    match record["outcome"]:
+        case "finished":
+            return record["repetitions_asked"] >= asked["repetitions_asked"]
+        case "time limit":
+            return record["time_limit_s"] >= asked["time_limit_s"]
+        case "out of memory":
+            return record["memory_limit_mib"] * _NOTICEABLY_MORE >= asked["memory_limit_mib"]
+        case _:
+            return left_out is not None and record["message"] == left_out["message"]
 
 
 def _left_out(point: Point, records: Sequence[Json], benchmark: ModelBenchmark) -> Json | None:
-    """A record that says why a point is not worth trying, None where it is."""
+    """Why a point is not worth trying, as fields of its record; None where it is."""
     shorter = {
         record["point"]["length"]: record["elapsed_s"]
         for record in records
@@ -144,7 +121,7 @@ def _left_out(point: Point, records: Sequence[Json], benchmark: ModelBenchmark) 
     seconds = expected_s(shorter, point.length)
     if seconds is None or seconds <= benchmark.step_limit_s:
         return None
-    return _new_record(point) | {
+    return {
         "outcome": "left out",
         "message": f"a step would take about {seconds:.0f} s, more than {benchmark.step_limit_s:g} s",
         "expected_s": seconds,
@@ -152,51 +129,21 @@ def _left_out(point: Point, records: Sequence[Json], benchmark: ModelBenchmark) 
     }
 
 
-def _is_repeated(record: Json, on_file: Sequence[Json]) -> bool:
-    """Whether the last line about this point says the same: that it was left out, and why."""
-    last = next((old for old in reversed(on_file) if old.get("point") == record["point"]), None)
-    return record["outcome"] == "left out" and last is not None and last.get("message") == record["message"]
-
-
-def _measure(benchmark: ModelBenchmark, point: Point, told: str, console: Console) -> Json:
-    from rich.text import Text
-
-    limits = {"memory_limit_mib": _memory_limit_mib(point, benchmark), "time_limit_s": benchmark.time_limit_s}
+def _run(benchmark: ModelBenchmark, point: Point, asked: Json, left_out: Json | None, on_message: Send) -> Json:
+    """What a new record of a point holds beside the point."""
+    if left_out is not None:
+        return left_out
     request = {
         "point": asdict(point),
         "repetitions": benchmark.repetitions,
         "enough_s": benchmark.enough_s,
-        "memory_limit_mib": limits["memory_limit_mib"],
+        "memory_limit_mib": asked["memory_limit_mib"],
     }
-    record = _new_record(point) | limits | {"repetitions_asked": benchmark.repetitions}
-    with console.status(Text(f"{told} ...")) as status:
-        try:
-            result = run_in_fresh_process(
-                f"{measure.__name__}:measure_step",
-                request,
-                time_limit_s=benchmark.time_limit_s,
-                on_message=lambda message: status.update(Text(f"{told}: {message['doing']} ...")),
-            )
-        except WorkerError as error:
-            if error.outcome not in ("out of memory", "time limit"):
-                raise WorkerError(error.outcome, f"{point} failed ({error.outcome}): {error}") from error
-            return record | {"outcome": error.outcome, "message": str(error)}
-    return record | {"outcome": "finished"} | result
+    return asked | run_within(benchmark.limits, f"{measure.__name__}:measure_step", request, str(point), on_message)
 
 
-def _new_record(point: Point) -> Json:
-    return {"schema": SCHEMA, "point": point.as_record(), "environment": environment()}
-
-
-def _memory_limit_mib(point: Point, benchmark: ModelBenchmark) -> float:
-    if benchmark.memory_limit_gib is not None:
-        return benchmark.memory_limit_gib * 1024
-    if point.device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0] / 2**20 * _MEMORY_FRACTION
-    return available_mib() * _MEMORY_FRACTION
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _memory_limit_mib(point: Point, limits: Limits) -> float:
+    if limits.memory_gib is not None:
+        return limits.memory_gib * 1024
+    free_mib = torch.cuda.mem_get_info()[0] / 2**20 if point.device == "cuda" else available_mib()
+    return free_mib * _MEMORY_FRACTION

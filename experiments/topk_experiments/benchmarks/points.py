@@ -1,0 +1,50 @@
+"""One point of a benchmark: taken from the ledger, or run and written to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..runs.ledger import Ledger, is_finished, made_when
+from ..runs.process import Send
+from ..runs.progress import say
+from ..runs.records import Json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def record_of(
+    point: Any,
+    label: str,
+    ledger: Ledger,
+    run: Callable[[Send], Json],
+    *,
+    spares: Callable[[Json], bool],
+    in_words: Callable[[Json], str],
+    console: Console,
+) -> Json:
+    """The record of a point: the one on file if it spares the run, otherwise that of a new run.
+
+    point     has `as_record`, which identifies it; its string says what is measured
+    run       the outcome and the results of a new run; it may send {"doing": what it does now}
+    spares    of records of the same point, environment and code: whether one is good enough
+    in_words  the results of a finished run, in a few words
+
+    Raises:
+        WorkerError: the answer is wrong, or the process died. Nothing is written for this point.
+    """
+    from rich.text import Text
+
+    configuration = {"point": point.as_record()}
+    record, note = ledger.find(configuration, spares=spares), ""
+    if record is None:
+        with console.status(Text(f"{label} ...")) as status:
+            result = run(lambda message: status.update(Text(f"{label}: {message['doing']} ...")))
+        record = ledger.new_record(configuration) | result
+        ledger.append(record)
+    else:
+        note = f" ({made_when(record)})"
+    words = in_words(record) if is_finished(record) else f"{record['outcome']} ({record['message'].splitlines()[0]})"
+    say(console, f"{label}: {words}{note}")
+    return record

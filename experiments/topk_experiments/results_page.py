@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from topk_attention.environment import environment
 
-from .benchmarks import attention_layer_report, chunk_size_report, feed_forward_layer_report
+from .benchmarks import attention, feed_forward
 from .benchmarks.error import report as attention_error_report
 from .pretrained.demo_report import page_top
 from .runs.records import write_whole
@@ -50,7 +50,7 @@ SECTIONS = (
         "Batch 1, 12 heads of 64, forward and backward, k = 128, as in the paper, which measured with dropout 0.1 on a "
         "GPU. Beside its four curves: PyTorch's scaled_dot_product_attention, which today has linear memory too, "
         "Random Feature Attention, and each of this library's backends.",
-        attention_layer_report.report,
+        attention.LAYERS.report,
     ),
     Section(
         "model",
@@ -64,14 +64,14 @@ SECTIONS = (
         "time and memory of one feed-forward layer",
         "d_model 768, ReLU, k = 512, forward and backward, as in the paper, which has 262,144 tokens: compare "
         "the shape of its curves over d_ff, not their GiB. Chunks hold the same part of the tokens.",
-        feed_forward_layer_report.report,
+        feed_forward.LAYERS.report,
     ),
     Section(
         "chunk-size",
         "Chunk size",
         "time and memory of query chunking against the chunk size",
         "Forward pass without a mask, top-k off, as in the paper, and with top-k. Dashed: what has no chunk size.",
-        chunk_size_report.report,
+        attention.CHUNKS.report,
     ),
     Section(
         "attention-error",

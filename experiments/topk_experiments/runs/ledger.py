@@ -77,7 +77,7 @@ class Ledger:
         self.path = path
         self.here = experiment_environment(folder)
         self._schema = schema
-        self.records = [record for record in read_json_lines(path) if record.get("schema") == schema]
+        self.records = on_file(path, schema)
         self._sparing = [] if fresh else list(self.records)
 
     def find(self, configuration: Mapping[str, object], *, spares: Callable[[Json], bool] = is_finished) -> Json | None:
@@ -103,6 +103,11 @@ class Ledger:
         append_json_line(self.path, record)
         self.records.append(record)
         self._sparing.append(record)
+
+
+def on_file(path: Path, schema: str) -> list[Json]:
+    """The records of this schema in a file, oldest first; none where there is no file."""
+    return [record for record in read_json_lines(path) if record.get("schema") == schema]
 
 
 def newest(records: Iterable[Json], configuration: Callable[[Json], str]) -> list[Json]:

@@ -4,7 +4,7 @@ from topk_experiments.benchmarks.model import check as checking
 from topk_experiments.benchmarks.model import methods, random_features
 from topk_experiments.benchmarks.model.check import check
 from topk_experiments.benchmarks.model.shapes import new_model
-from topk_experiments.runs.checking import CheckFailedError
+from topk_experiments.runs.checks import CheckFailedError
 
 
 @pytest.mark.parametrize("feed_forward_k", [None, "all", 12])

@@ -8,7 +8,6 @@ check.py            whether the answer is right, at a short length
 measure.py          one step, in a process of its own
 benchmark.py        which points are missing, and their records
 report.py           tables and pictures from the records
-paper.py            the paper's numbers beside them
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ...runs.memory import available_mib
 from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
-from ..kernel_benchmark.benchmark import expected_s
+from ...runs.timing import expected_s
 from ..points import record_of
 from . import measure
 from .points import Point

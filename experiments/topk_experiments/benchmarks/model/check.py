@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...runs.checking import CheckFailedError
+from ...runs.checks import CheckFailedError
 from ...runs.records import Json
 from .methods import use_method
 from .points import RANDOM, Point

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...runs.devices import limit_memory_on, peak_meter
-from ...runs.points import Times
 from ...runs.process import Send
 from ...runs.records import Json
+from ...runs.steps import Times
 from .check import check
 from .methods import prepared_model
 from .points import Point

@@ -11,8 +11,9 @@ from ...runs.ledger import is_finished, newest
 from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
 from ...runs.timing import busy_note
 from ...show.plots import draw_memory_and_time
+from ...show.quoted import MODEL as PAPER
+from ...show.quoted import MODEL_NOTE
 from ..tables import Page, curves_over, markdown_table, quoted_by_field
-from . import paper
 from .points import METHODS, RANDOM, curve_name, settings
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ _HEADINGS = (
     *("L", "method", "peak [GiB]", "held after forward [GiB]", "step [s]", "forward [s]", "backward [s]"),
     *("paper [GiB]", "paper [s]"),
 )
-# method -> length -> (GiB, seconds)
-_PAPER = {
-    method: {length: (gib, paper.SECONDS[method][length]) for length, gib in of_method.items()}
-    for method, of_method in paper.PEAK_GIB.items()
-}
 
 
 def report(lines: Path, setting: Json | None = None, console: Console | None = None) -> list[Path]:
@@ -111,7 +107,7 @@ def notes(records: Sequence[Json]) -> list[str]:
             )
     busy = busy_note([record["other_cores"] for record in finished], records[-1]["environment"]["num_cpus"])
     lines += [] if busy is None else [busy]
-    return [*lines, paper.NOTE] if _is_the_papers(records[0]["point"]) else lines
+    return [*lines, MODEL_NOTE] if _is_the_papers(records[0]["point"]) else lines
 
 
 def _check_lines(records: Sequence[Json]) -> list[str]:
@@ -164,15 +160,15 @@ def _is_the_papers(point: Json) -> bool:
 def _papers_curve(point: Json) -> dict[int, tuple[float, float]]:
     """The paper's numbers for a method of these settings that keeps as many keys, or draws as many features."""
     is_its_size = {"topk": point["k"] == 64, "performer": point.get("num_features") == 256}.get(point["method"], True)
-    return _PAPER.get(point["method"], {}) if _is_the_papers(point) and is_its_size else {}
+    return PAPER.get(point["method"], {}) if _is_the_papers(point) and is_its_size else {}
 
 
 def _draw(records: Sequence[Json], path: Path) -> None:
     curves, _ = curves_over("length", records, curve_name)
     quoted, like = {}, {}
     if _is_the_papers(records[0]["point"]):
-        labels = {method: f"{EVERY_METHOD[method].description}, Gupta et al. 2021 (quoted, GPU)" for method in _PAPER}
-        quoted = quoted_by_field({labels[method]: numbers for method, numbers in _PAPER.items()})
+        labels = {method: f"{EVERY_METHOD[method].description}, Gupta et al. 2021 (quoted, GPU)" for method in PAPER}
+        quoted = quoted_by_field({labels[method]: numbers for method, numbers in PAPER.items()})
         like = {
             labels[record["point"]["method"]]: curve_name(record["point"])
             for record in reversed(records)

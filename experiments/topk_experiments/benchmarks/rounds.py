@@ -1,0 +1,246 @@
+"""Measures what is missing on file, by one of two protocols.
+
+points  a process for each point, whose peak of memory is its own
+rounds  one process for all methods of a work, where they take turns: their times can be compared. The memory of each
+        method is measured in a process of its own
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..rivals.names import TOPK, check_method, kept, on_backend
+from ..runs import turns
+from ..runs.checks import check_at_least
+from ..runs.devices import check_device, device_name
+from ..runs.ledger import Ledger
+from ..runs.process import Send
+from ..runs.progress import say
+from ..runs.records import Json
+from ..runs.steps import Limits, run_within
+from .points import record_of
+from .round_tables import Result, RoundTable, measured_work
+from .tables import PointTable, memory_and_time
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Which method computes a point, and on what; "forward" instead of a whole step is the forward pass alone."""
+
+    method: str
+    mode: str = "forward_backward"
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+
+    def check_setting(self) -> None:
+        """
+        Raises:
+            ValueError: it cannot be measured here.
+        """
+        check_at_least(1, self, "threads")
+        check_device(self.device)
+        if self.method == f"{TOPK}cpu" and self.device != "cpu":
+            raise ValueError(f'device must be "cpu" for {self.method}, got {self.device!r}; leave that method out')
+
+    def setting_record(self) -> Json:
+        """Device with its name, threads and seed."""
+        device = self.device if self.device == "cpu" else f"{self.device} ({device_name(self.device)})"
+        return {"device": device, "threads": self.threads, "seed": self.seed}
+
+
+def grid(
+    new_point: Callable[..., Any],
+    size: str,
+    sizes: Iterable[int],
+    methods: Iterable[str],
+    ks: Sequence[int],
+    backend: str = "auto",
+    **settings: Any,
+) -> list[Any]:
+    """One point for each size and method, and for top-k for each k; smallest first.
+
+    size     the field that takes the sizes
+    backend  of the method "topk"
+    """
+    points = []
+    for number, name in itertools.product(sorted(set(sizes)), dict.fromkeys(methods)):
+        method = on_backend(name, backend, settings.get("device", "cpu"))
+        for k in sorted(set(ks))[: 1 if kept(method, 1) is None else None]:
+            points.append(new_point(method=method, k=k, **{size: number}, **settings))
+    return points
+
+
+@dataclass(frozen=True)
+class PointBenchmark:
+    """Which points to measure and how.
+
+    repetitions  timed steps of a point; fewer where they would take longer than `enough_s` together
+    limits       a point that exceeds them is stopped, and its record says so
+    """
+
+    points: Sequence[Any]
+    out: Path
+    repetitions: int = 3
+    enough_s: float = 240.0
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "repetitions")
+        if not self.points:
+            raise ValueError("there is no point to measure: give at least one of each kind of setting")
+
+
+@dataclass(frozen=True)
+class RoundBenchmark:
+    """Which methods to measure at which works and how.
+
+    name          of its files in `out`
+    plan          work -> methods that take turns at it; the first is the one with goals
+    step_limit_s  a method whose forward and backward pass is expected to take longer is left out
+    limits        a process that exceeds them is stopped, and its record says so
+    """
+
+    table: RoundTable
+    name: str
+    plan: Mapping[Any, Sequence[str]]
+    out: Path
+    threads: int = 2
+    seed: int = 0
+    repetitions: int = 7
+    enough_s: float = 120.0
+    step_limit_s: float = 120.0
+    limits: Limits = Limits(3600.0)  # noqa: RUF009 - frozen
+    with_memory: bool = True
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "repetitions", "threads")
+        if not self.plan or not all(self.plan.values()):
+            raise ValueError("there is nothing to measure: give at least one work and one method")
+        for method in dict.fromkeys(method for methods in self.plan.values() for method in methods):
+            check_method(method, self.table.methods)
+
+
+def run_points(table: PointTable, benchmark: PointBenchmark, console: Console) -> list[Json]:
+    """Measure every point that is not on file and append each to `NAME.jsonl` as it finishes.
+
+    Returns the records of all points asked for, in their order. A point that ran out of memory or time is one of them.
+
+    Raises:
+        WorkerError: a point's answer is wrong, or its process died; the points before it are kept.
+    """
+    ledger = _ledger(table, benchmark, table.name)
+    limits, number = benchmark.limits, len(benchmark.points)
+    request = {"operation": table.operation, "repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
+
+    def run(point: Any, send: Send) -> Json:
+        asked = {"point": asdict(point), "memory_limit_gib": limits.memory_gib, **request}
+        return run_within(limits, f"{turns.__name__}:measure_point", asked, str(point))
+
+    return [
+        record_of(
+            point,
+            f"[{place}/{number}] {point}",
+            ledger,
+            functools.partial(run, point),
+            spares=limits.spare,
+            in_words=memory_and_time,
+            console=console,
+        )
+        for place, point in enumerate(benchmark.points, 1)
+    ]
+
+
+def run_and_show_points(table: PointTable, benchmark: PointBenchmark, console: Console) -> None:
+    """Measure what is missing, show the tables of the points asked for, and write the reports of all on file."""
+    for page in table.pages(run_points(table, benchmark, console)):
+        page.show(console)
+    for path in table.report(benchmark.out):
+        say(console, f"Written: {path}")
+
+
+def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
+    """Measure everything that is not on file and append each record to `NAME.jsonl` as it finishes.
+
+    Raises:
+        WorkerError: an answer is wrong, or a process died; what was measured before is kept.
+    """
+    table, ledger = benchmark.table, _ledger(benchmark.table, benchmark, benchmark.name)
+    rounds = {"repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
+    results: list[Result] = []
+    for number, (work, methods) in enumerate(benchmark.plan.items(), 1):
+        say(console, f"[{number}/{len(benchmark.plan)}] {work}")
+        reasons = {method: table.left_out(method, work, results, benchmark.step_limit_s) for method in methods}
+        left_out = {method: reason for method, reason in reasons.items() if reason is not None}
+        for method, reason in left_out.items():
+            say(console, f"  {method} left out: {reason}")
+        measured = [method for method in methods if method not in left_out]
+        if not measured:
+            continue
+        asked = {"work": work.as_record(), "methods": measured, **rounds}
+        result = Result(work, _record(benchmark, ledger, "time_methods", asked, str(work), console, left_out))
+        results.append(result)
+        for method in measured:
+            if result.time_of(method)["outcome"] != "finished":
+                say(console, f"  {method}: {result.time_of(method)['outcome']}")
+            if benchmark.with_memory:
+                asked = {"work": measured_work(method, work).as_record(), "method": method}
+                what = f"{method}, {work}"
+                result.memory[method] = _record(benchmark, ledger, "measure_memory", asked, what, console)
+    return results
+
+
+def run_and_show_rounds(benchmark: RoundBenchmark, console: Console) -> None:
+    """Measure what is missing, show the works asked for, and write the report of all on file."""
+    benchmark.table.show(run_rounds(benchmark, console), console)
+    lines = benchmark.out / f"{benchmark.name}.jsonl"
+    for path in (lines, *benchmark.table.report(benchmark.out, benchmark.name)):
+        say(console, f"Written: {path}")
+
+
+def _record(
+    benchmark: RoundBenchmark,
+    ledger: Ledger,
+    function: str,
+    asked: Json,
+    what: str,
+    console: Console,
+    left_out: Mapping[str, str] | None = None,
+) -> Json:
+    """The record of a function of `turns`, from file or from a fresh process."""
+    from rich.text import Text
+
+    request = asked | {"threads": benchmark.threads, "seed": benchmark.seed}
+    configuration = {"measured": function, "request": request}
+    record = ledger.find(configuration, spares=benchmark.limits.spare)
+    if record is None:
+        what = f"{function.replace('_', ' ')}, {what}"
+        with console.status(Text(f"{what} ...")) as status:
+            outcome = run_within(
+                benchmark.limits,
+                f"{turns.__name__}:{function}",
+                request | {"operation": benchmark.table.operation},
+                what,
+                lambda message: status.update(Text(f"{what}, round {message['round']} of {message['rounds']} ...")),
+            )
+        more = {} if left_out is None else {"left_out": dict(left_out)}
+        record = ledger.new_record(configuration) | more | outcome
+        ledger.append(record)
+    return record
+
+
+def _ledger(table: PointTable | RoundTable, benchmark: PointBenchmark | RoundBenchmark, name: str) -> Ledger:
+    """The records of a table; the code that counts lies in the folder of its operation."""
+    folder = Path(str(importlib.import_module(table.operation).__file__)).parent
+    return Ledger(benchmark.out / f"{name}.jsonl", schema=table.schema, folder=folder, fresh=benchmark.fresh)

@@ -21,7 +21,7 @@ from topk_attention.functional import RelativeBias, topk_attention
 from topk_attention.functional.checks import check_dropout, check_k
 from topk_attention.nn import TopKAttention
 
-from ..rivals import Baseline, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
+from ..rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
 from ..runs.checking import NEAR_TIE, CheckFailedError
 from ..runs.checks import check_at_least
 from ..runs.devices import check_device, device_name
@@ -305,7 +305,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.point = point
         self.bias_table = _new_bias_table(point)
-        self.baseline: Baseline | None = None
+        self.baseline: AttentionMethod | None = None
         if point.implementation not in _WITH_BIAS:
             options = {"head_dim": point.head_dim, "num_features": point.num_features}
             self.baseline = new_attention(point.implementation, **options)
@@ -389,7 +389,7 @@ def _dense_weights(
     """Weights [1, H, L, L] of query and key [1, H, L, D], and which rows [1, H, L] hang on no near-tie."""
     is_future = _future(query)
     is_clear = torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
-    baseline = next((module for module in layer.modules() if isinstance(module, Baseline)), None)
+    baseline = next((module for module in layer.modules() if isinstance(module, AttentionMethod)), None)
     parameters = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     if isinstance(baseline, PerformerAttention | RandomFeatureAttention):
         sigma = parameters.get("sigma")

@@ -17,7 +17,7 @@ from torch import Tensor
 from topk_attention.backends import choose_backend
 from topk_attention.functional.checks import check_k
 
-from ..rivals import Baseline, new_attention
+from ..rivals import AttentionMethod, new_attention
 from ..runs.checking import NEAR_TIE, CheckFailedError
 from ..runs.checks import check_at_least
 from ..runs.devices import check_device, device_name
@@ -94,7 +94,7 @@ class Point:
         chunk = "" if self.chunk_size is None else f", chunks of {self.chunk_size:,}"
         return f"L = {self.length:,}, {self.method}{k}{chunk}"
 
-    def new_attention(self) -> Baseline:
+    def new_attention(self) -> AttentionMethod:
         method = METHODS[self.method]
         options: Json = {} if method.backend is None else {"backend": method.backend}
         return new_attention(

@@ -54,20 +54,20 @@ def test_directions_come_from_the_seed_alone_and_stay_through_a_step(point):
     model(**new_inputs(one, model)).loss.backward()
     torch.rand(3)  # whatever else was drawn before
     again, other = prepared_model(one), prepared_model(replace(one, seed=1))
-    for old, here, same, different in zip(drawn, *map(methods_of, (model, again, other)), strict=True):
-        assert torch.equal(old, here.directions)
+    for old, after_step, same, different in zip(drawn, *map(methods_of, (model, again, other)), strict=True):
+        assert torch.equal(old, after_step.directions)
         assert torch.equal(old, same.directions)
         assert not torch.equal(old, different.directions)
 
 
 @pytest.mark.parametrize("method", CLASSES)
 def test_weights_and_inputs_are_those_of_other_methods(point, method):
-    def made(one):
+    def weights_and_inputs(one):
         torch.manual_seed(3)
         model = prepared_model(one)
         return dict(model.named_parameters()), new_inputs(one, model)
 
-    (ours, our_inputs), (theirs, their_inputs) = made(point(method=method)), made(point(method="sdpa"))
+    (ours, our_inputs), (theirs, their_inputs) = (weights_and_inputs(point(method=name)) for name in (method, "sdpa"))
     added = ours.keys() - theirs.keys()
     assert all(name.endswith("random_features.sigma") for name in added)
     assert len(added) == (2 if method == "rfa" else 0)

@@ -1,8 +1,9 @@
-"""One point of a benchmark: taken from the ledger, or run and written to it."""
+"""The points of a benchmark, one after another: each is taken from the ledger, or run and written to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..runs.ledger import Ledger, is_finished, made_when
@@ -12,6 +13,23 @@ from ..runs.records import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def records_of(
+    points: Sequence[Any],
+    ledger: Ledger,
+    run: Callable[[Any, Send], Json],
+    *,
+    spares: Callable[[Json], bool],
+    in_words: Callable[[Json], str],
+    console: Console,
+) -> list[Json]:
+    """The record of each point, as `record_of` finds or makes it, in the order of the points."""
+    how: dict[str, Any] = {"spares": spares, "in_words": in_words, "console": console}
+    return [
+        record_of(point, f"[{number}/{len(points)}] {point}", ledger, functools.partial(run, point), **how)
+        for number, point in enumerate(points, 1)
+    ]
 
 
 def record_of(

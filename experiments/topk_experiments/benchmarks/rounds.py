@@ -7,7 +7,6 @@ rounds  one process for all methods of a work, where they take turns: their time
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from ..runs.process import Send
 from ..runs.progress import say
 from ..runs.records import Json
 from ..runs.steps import Limits, run_within
-from .points import record_of
+from .points import records_of
 from .round_tables import Result, RoundTable, measured_work
 from .tables import PointTable, memory_and_time
 
@@ -141,25 +140,14 @@ def run_points(table: PointTable, benchmark: PointBenchmark, console: Console) -
         WorkerError: a point's answer is wrong, or its process died; the points before it are kept.
     """
     ledger = _ledger(table, benchmark, table.name)
-    limits, number = benchmark.limits, len(benchmark.points)
+    limits = benchmark.limits
     request = {"operation": table.operation, "repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
 
     def run(point: Any, send: Send) -> Json:
         asked = {"point": asdict(point), "memory_limit_gib": limits.memory_gib, **request}
         return run_within(limits, f"{turns.__name__}:measure_point", asked, str(point))
 
-    return [
-        record_of(
-            point,
-            f"[{place}/{number}] {point}",
-            ledger,
-            functools.partial(run, point),
-            spares=limits.spare,
-            in_words=memory_and_time,
-            console=console,
-        )
-        for place, point in enumerate(benchmark.points, 1)
-    ]
+    return records_of(benchmark.points, ledger, run, spares=limits.spare, in_words=memory_and_time, console=console)
 
 
 def run_and_show_points(table: PointTable, benchmark: PointBenchmark, console: Console) -> None:

@@ -22,7 +22,7 @@ def test_random_features_tell_points_apart_where_there_are_any():
         assert one.as_record() != replace(one, num_features=128).as_record()
         assert one.as_record()["feed_forward_k"] is None
     for method in ("vanilla", "sdpa", "query-chunks", "topk"):
-        # As in records on file from before there was such a number.
+        # As in records on file from before this number existed.
         assert "num_features" not in Point("bert-base", method, 64).as_record()
 
 

@@ -122,7 +122,7 @@ def test_a_file_without_a_finished_point_has_a_table_and_no_picture(written):
     assert files == ["name.md"]
 
 
-def test_the_check_is_told(written):
+def test_the_page_says_what_was_checked(written):
     point = points_of()[0]
     check = {
         "k": 24,

@@ -14,7 +14,7 @@ from ...runs.process import Send
 from ...runs.progress import say
 from ...runs.records import Json
 from ...runs.steps import run_within
-from ..points import record_of
+from ..points import records_of
 from . import measure
 from .capture import captured
 from .report import in_words, report, show
@@ -63,18 +63,7 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
 
     identity = ((source.name, source.revision), (text.source, text.sha256), layers)
     points = [point for length in sorted(set(benchmark.lengths)) for point in benchmark.points(length, *identity)]
-    records = [
-        record_of(
-            point,
-            f"[{number}/{len(points)}] {point}",
-            ledger,
-            functools.partial(run, point),
-            spares=benchmark.limits.spare,
-            in_words=in_words,
-            console=console,
-        )
-        for number, point in enumerate(points, 1)
-    ]
+    records = records_of(points, ledger, run, spares=benchmark.limits.spare, in_words=in_words, console=console)
     show(records, console)
     for written in report(benchmark.out):
         tell(f"Written: {written}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,27 +25,25 @@ _HEADINGS = (
 )
 _SETTINGS = ("model", "text", "layers", "device", "threads")
 _RANDOM = tuple(name for name, method in METHODS.items() if method.is_random)
-# What a method costs: name, how to read it from a record, label of a panel
-_COSTS: dict[str, tuple[Callable[[Json], float], str]] = {
-    "forward time": (lambda record: record["forward"]["elapsed_s"], "Forward [s]"),
-    "forward and backward time": (
-        lambda record: record["forward_backward"]["elapsed_s"],
-        "Forward and backward [s]",
-    ),
-    "memory of forward": (lambda record: record["forward_peak_mib"], "Peak memory of forward [MiB]"),
-    "memory of forward and backward": (
-        lambda record: record["forward_backward_peak_mib"],
-        "Peak memory of forward and backward [MiB]",
-    ),
+# What a method costs: name, and label of its axis.
+_COSTS = {
+    "forward time": "Forward [s]",
+    "forward and backward time": "Forward and backward [s]",
+    "memory of forward": "Peak memory of forward [MiB]",
+    "memory of forward and backward": "Peak memory of forward and backward [MiB]",
 }
+
+
+def costs_of(record: Json) -> dict[str, float]:
+    """The costs of a finished record by name, in the units of the labels."""
+    seconds = (record["forward"]["elapsed_s"], record["forward_backward"]["elapsed_s"])
+    return dict(zip(_COSTS, (*seconds, record["forward_peak_mib"], record["forward_backward_peak_mib"]), strict=True))
 
 
 def in_words(record: Json) -> str:
     """A finished point in a few words."""
-    return (
-        f"error {record['relative_error']:.3g}, {record['forward']['elapsed_s']:.3g} s, "
-        f"{record['forward_peak_mib']:,.0f} MiB"
-    )
+    costs = costs_of(record)
+    return f"error {record['relative_error']:.3g}, {costs['forward time']:.3g} s, {costs['memory of forward']:,.0f} MiB"
 
 
 def show(records: Sequence[Json], console: Console) -> None:
@@ -99,7 +97,7 @@ def equal_cost(records: Sequence[Json], cost: str) -> list[tuple[str, ...]]:
     finished = [record for record in records if is_finished(record)]
     costs: dict[tuple[str, int | None], float] = {}
     for record in finished:
-        measured = _COSTS[cost][0](record)
+        measured = costs_of(record)[cost]
         costs[_work(record)] = min(measured, costs.get(_work(record), measured))
     rows = []
     for ours in (record for record in finished if record["point"]["method"] == "topk"):
@@ -156,7 +154,7 @@ def draw(records: Sequence[Json], path: Path) -> None:
     figure = new_figure(width=4.4 * len(_COSTS), height=0.6 + 3.6 * len(by_length))
     panels = iter(figure.subplots(len(by_length), len(_COSTS), squeeze=False).flat)
     for of_length in by_length:
-        for cost, label in _COSTS.values():
+        for cost, label in _COSTS.items():
             axes = next(panels)
             _draw_panel(axes, [record for record in of_length if is_finished(record)], cost)
             axes.set_xlabel(label)
@@ -168,10 +166,12 @@ def draw(records: Sequence[Json], path: Path) -> None:
     save(figure, path)
 
 
-def _draw_panel(axes: Any, finished: Sequence[Json], cost: Callable[[Json], float]) -> None:
+def _draw_panel(axes: Any, finished: Sequence[Json], cost: str) -> None:
     for index, method in enumerate(name for name, about in METHODS.items() if about.size is not None):
         of_method = [record for record in finished if record["point"]["method"] == method]
-        points = sorted((record["point"]["size"], cost(record), record["relative_error"]) for record in of_method)
+        points = sorted(
+            (record["point"]["size"], costs_of(record)[cost], record["relative_error"]) for record in of_method
+        )
         if not points:
             continue
         _, costs, errors = zip(*points, strict=True)
@@ -183,7 +183,7 @@ def _draw_panel(axes: Any, finished: Sequence[Json], cost: Callable[[Json], floa
         method = record["point"]["method"]
         style = {"color": QUOTED, "linewidth": 1, "label": METHODS[method].description}
         if method == "sdpa":
-            axes.axvline(cost(record), linestyle="--", **style)
+            axes.axvline(costs_of(record)[cost], linestyle="--", **style)
         if method == "uniform":
             axes.axhline(record["relative_error"], linestyle=":", **style)
     axes.set_xscale("log")
@@ -207,8 +207,7 @@ def _row(record: Json) -> tuple[str, ...]:
     if not is_finished(record):
         return (*name, record["outcome"], *[""] * (len(_HEADINGS) - 3))
     errors = (record[field] for field in ("relative_error", "worst_relative_error", "largest_error"))
-    costs = (cost(record) for cost, _ in _COSTS.values())
-    return (*name, *map(_three_digits, (*errors, *costs)))
+    return (*name, *map(_three_digits, (*errors, *costs_of(record).values())))
 
 
 def _three_digits(number: float) -> str:

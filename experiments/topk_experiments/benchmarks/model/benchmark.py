@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
 from ...runs.timing import expected_s
-from ..points import record_of
+from ..points import records_of
 from . import measure
 from .points import Point
 from .random_features import check_family
@@ -76,49 +75,52 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
     for point in {point.method: point for point in benchmark.points}.values():
         check_family(point)
     ledger = Ledger(benchmark.lines, schema=SCHEMA, folder=Path(__file__).parent, fresh=benchmark.fresh)
-    records: list[Json] = []
-    for number, point in enumerate(benchmark.points, 1):
+
+    def run(point: Point, on_message: Send) -> Json:
+        if left_out := _left_out(point.as_record(), benchmark, ledger):
+            return left_out
+        request = {
+            "point": asdict(point),
+            "repetitions": benchmark.repetitions,
+            "enough_s": benchmark.enough_s,
+            "memory_limit_mib": _memory_limit_mib(point.device, benchmark.limits),
+        }
         asked = {
-            "memory_limit_mib": _memory_limit_mib(point, benchmark.limits),
+            "memory_limit_mib": request["memory_limit_mib"],
             "time_limit_s": benchmark.limits.time_s,
             "repetitions_asked": benchmark.repetitions,
         }
-        left_out = _left_out(point, records, benchmark)
-        record = record_of(
-            point,
-            f"[{number}/{len(benchmark.points)}] {point}",
-            ledger,
-            functools.partial(_run, benchmark, point, asked, left_out),
-            spares=functools.partial(_spares, asked=asked, left_out=left_out),
-            in_words=lambda record: f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.1f} s",
-            console=console,
-        )
-        records.append(record)
-    return records
+        return asked | run_within(benchmark.limits, f"{measure.__name__}:measure_step", request, str(point), on_message)
+
+    def spares(record: Json) -> bool:
+        match record["outcome"]:
+            case "finished":
+                return record["repetitions_asked"] >= benchmark.repetitions
+            case "time limit":
+                return record["time_limit_s"] >= benchmark.limits.time_s
+            case "out of memory":
+                limit_mib = _memory_limit_mib(record["point"]["device"], benchmark.limits)
+                return record["memory_limit_mib"] * _NOTICEABLY_MORE >= limit_mib
+            case _:  # left out
+                again = _left_out(record["point"], benchmark, ledger)
+                return again is not None and again["message"] == record["message"]
+
+    return records_of(benchmark.points, ledger, run, spares=spares, in_words=in_words, console=console)
 
 
-def _spares(record: Json, asked: Json, left_out: Json | None) -> bool:
-    """Whether a record of the same point spares a run: it has as many steps, or was given up with as much allowed."""
-    match record["outcome"]:
-        case "finished":
-            return record["repetitions_asked"] >= asked["repetitions_asked"]
-        case "time limit":
-            return record["time_limit_s"] >= asked["time_limit_s"]
-        case "out of memory":
-            return record["memory_limit_mib"] * _NOTICEABLY_MORE >= asked["memory_limit_mib"]
-        case _:
-            return left_out is not None and record["message"] == left_out["message"]
+def in_words(record: Json) -> str:
+    """The results of a finished point, short."""
+    return f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.1f} s"
 
 
-def _left_out(point: Point, records: Sequence[Json], benchmark: ModelBenchmark) -> Json | None:
+def _left_out(point: Json, benchmark: ModelBenchmark, ledger: Ledger) -> Json | None:
     """Why a point is not worth trying, as fields of its record; None where it is."""
-    shorter = {
-        record["point"]["length"]: record["elapsed_s"]
-        for record in records
-        if record["outcome"] == "finished"
-        and replace(point, length=record["point"]["length"]).as_record() == record["point"]
-    }
-    seconds = expected_s(shorter, point.length)
+    shorter: dict[int, float] = {}
+    for other in benchmark.points:
+        if other.length < point["length"] and other.as_record() | {"length": point["length"]} == point:
+            record = ledger.find({"point": other.as_record()})
+            shorter |= {} if record is None else {other.length: record["elapsed_s"]}
+    seconds = expected_s(shorter, point["length"])
     if seconds is None or seconds <= benchmark.step_limit_s:
         return None
     return {
@@ -129,21 +131,8 @@ def _left_out(point: Point, records: Sequence[Json], benchmark: ModelBenchmark) 
     }
 
 
-def _run(benchmark: ModelBenchmark, point: Point, asked: Json, left_out: Json | None, on_message: Send) -> Json:
-    """What a new record of a point holds beside the point."""
-    if left_out is not None:
-        return left_out
-    request = {
-        "point": asdict(point),
-        "repetitions": benchmark.repetitions,
-        "enough_s": benchmark.enough_s,
-        "memory_limit_mib": asked["memory_limit_mib"],
-    }
-    return asked | run_within(benchmark.limits, f"{measure.__name__}:measure_step", request, str(point), on_message)
-
-
-def _memory_limit_mib(point: Point, limits: Limits) -> float:
+def _memory_limit_mib(device: str, limits: Limits) -> float:
     if limits.memory_gib is not None:
         return limits.memory_gib * 1024
-    free_mib = torch.cuda.mem_get_info()[0] / 2**20 if point.device == "cuda" else available_mib()
+    free_mib = torch.cuda.mem_get_info()[0] / 2**20 if device == "cuda" else available_mib()
     return free_mib * _MEMORY_FRACTION

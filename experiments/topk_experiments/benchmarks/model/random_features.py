@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from topk_attention.convert.masks import CompactMask, compact_mask
 from topk_attention.convert.sites import attention_sites
 
-from ...rivals import Baseline, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
+from ...rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
 from .points import RANDOM, Point
 from .shapes import model_class, new_config
 
@@ -78,7 +78,7 @@ def _attend(
 
     query, key, value [B, H, L, D]. Returns output [B, L, H, D] and None in place of weights.
     """
-    attention = cast("Baseline", module.random_features)
+    attention = cast("AttentionMethod", module.random_features)
     key_mask = _key_mask(module, query, attention_mask, arguments)
     return attention(query, key, value, key_mask=key_mask).transpose(1, 2).contiguous(), None
 

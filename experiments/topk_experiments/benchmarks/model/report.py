@@ -167,7 +167,9 @@ def _draw(records: Sequence[Json], path: Path) -> None:
     curves, _ = curves_over("length", records, curve_name)
     quoted, like = {}, {}
     if _is_the_papers(records[0]["point"]):
-        labels = {method: f"{EVERY_METHOD[method].description}, Gupta et al. 2021 (quoted, GPU)" for method in PAPER}
+        # Without the explanation in parentheses: the legend has no room for it.
+        names = {method: EVERY_METHOD[method].description.partition(" (")[0] for method in PAPER}
+        labels = {method: f"{name}, Gupta et al. 2021 (quoted, GPU)" for method, name in names.items()}
         quoted = quoted_by_field({labels[method]: numbers for method, numbers in PAPER.items()})
         like = {
             labels[record["point"]["method"]]: curve_name(record["point"])

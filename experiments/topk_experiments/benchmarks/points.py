@@ -24,16 +24,25 @@ def records_of(
     in_words: Callable[[Json], str],
     console: Console,
 ) -> list[Json]:
-    """The record of each point, as `record_of` finds or makes it, in the order of the points."""
+    """The record of each point, as `record_of` finds or makes it, in the order of the points.
+
+    points  have `as_record`, which identifies them; their strings say what is measured
+    """
     how: dict[str, Any] = {"spares": spares, "in_words": in_words, "console": console}
     return [
-        record_of(point, f"[{number}/{len(points)}] {point}", ledger, functools.partial(run, point), **how)
+        record_of(
+            {"point": point.as_record()},
+            f"[{number}/{len(points)}] {point}",
+            ledger,
+            functools.partial(run, point),
+            **how,
+        )
         for number, point in enumerate(points, 1)
     ]
 
 
 def record_of(
-    point: Any,
+    configuration: Json,
     label: str,
     ledger: Ledger,
     run: Callable[[Send], Json],
@@ -42,19 +51,18 @@ def record_of(
     in_words: Callable[[Json], str],
     console: Console,
 ) -> Json:
-    """The record of a point: the one on file if it spares the run, otherwise that of a new run.
+    """The record of a configuration: the one on file if it spares the run, otherwise that of a new run.
 
-    point     has `as_record`, which identifies it; its string says what is measured
+    label     names what is measured
     run       the outcome and the results of a new run; it may send {"doing": what it does now}
-    spares    of records of the same point, environment and code: whether one is good enough
+    spares    of records of the same configuration, environment and code: whether one is good enough
     in_words  the results of a finished run, in a few words
 
     Raises:
-        WorkerError: the answer is wrong, or the process died. Nothing is written for this point.
+        WorkerError: the answer is wrong, or the process died. Nothing is written for this configuration.
     """
     from rich.text import Text
 
-    configuration = {"point": point.as_record()}
     record, note = ledger.find(configuration, spares=spares), ""
     if record is None:
         with console.status(Text(f"{label} ...")) as status:

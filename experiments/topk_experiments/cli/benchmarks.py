@@ -197,9 +197,9 @@ def model(
         )
         model_benchmark.run_and_report(
             model_benchmark.ModelBenchmark(
-                name or shape.replace("/", "--"),
                 points,
-                out=out,
+                out,
+                name=name or shape.replace("/", "--"),
                 repetitions=repetitions,
                 step_limit_s=step_limit,
                 limits=Limits(time_limit, memory_limit),

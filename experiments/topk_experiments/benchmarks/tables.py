@@ -26,6 +26,7 @@ class Page:
     """A table with a heading and notes. The first column, which names the row, is aligned to the left.
 
     has_list  notes are the points of a list instead of paragraphs
+    head      line between the heading and the table, in markdown alone
     """
 
     title: str
@@ -33,6 +34,7 @@ class Page:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
     has_list: bool = False
+    head: str = ""
 
     def show(self, console: Console) -> None:
         from rich.markup import escape
@@ -49,7 +51,8 @@ class Page:
 
     def as_markdown(self) -> str:
         notes = ["\n".join(f"- {line}" for line in self.notes)] if self.has_list else self.notes
-        parts = [f"**{self.title}**", "\n".join(markdown_table(self.headings, self.rows)), *notes]
+        parts = [f"**{self.title}**", *([self.head] if self.head else [])]
+        parts += ["\n".join(markdown_table(self.headings, self.rows)), *notes]
         return "\n\n".join(parts).rstrip() + "\n"
 
 

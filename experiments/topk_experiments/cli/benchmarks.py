@@ -183,9 +183,9 @@ def model(
         )
         model_benchmark.run_and_report(
             model_benchmark.ModelBenchmark(
-                name or shape.replace("/", "--"),
                 points,
-                out=shared.out,
+                shared.out,
+                name=name or shape.replace("/", "--"),
                 repetitions=shared.repetitions,
                 step_limit_s=step_limit,
                 limits=shared.limits(),

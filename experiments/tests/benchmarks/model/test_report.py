@@ -83,8 +83,8 @@ def test_another_number_of_features_has_no_number_of_the_papers(written):
 
 def test_performer_stands_beside_the_papers_and_tells_which_dropout_it_does_without(written, monkeypatch):
     drawn = {}
-    reporting = importlib.import_module("topk_experiments.benchmarks.model.report")
-    monkeypatch.setattr(reporting, "draw_memory_and_time", lambda curves, path, **options: drawn.update(options))
+    tables = importlib.import_module("topk_experiments.benchmarks.tables")
+    monkeypatch.setattr(tables, "draw_memory_and_time", lambda curves, path, **options: drawn.update(options))
     points = grid([2048], ["performer", "rfa", "vanilla"], shape="bert-base")
     page, _ = written(points, [(point, {}) for point in points])
     assert "| 2,048 | Performer, 256 features | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 | 3.48 | 0.51 |" in page

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runs.ledger import is_finished, newest
+from ...runs.ledger import is_finished, newest, on_file
 from ...runs.progress import say
-from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
-from ...runs.timing import busy_note
+from ...runs.records import Json, write_whole
 from ...show.plots import COLOURS, MARKERS, QUOTED, new_figure, plain_numbers, save
-from ..tables import Page, by_setting, markdown_table
+from ..tables import Page, busy_notes, by_setting, head, markdown_table
 from .methods import METHODS
 from .settings import LINES, SCHEMA
 
@@ -59,10 +58,9 @@ def report(out: Path) -> list[Path]:
 
     Returns the files written.
     """
-    on_file = [record for record in read_json_lines(out / LINES) if record.get("schema") == SCHEMA]
-    if not on_file:
+    records = newest(on_file(out / LINES, SCHEMA), lambda record: json.dumps(record["point"], sort_keys=True))
+    if not records:
         return []
-    records = newest(on_file, lambda record: json.dumps(record["point"], sort_keys=True))
     order = list(METHODS)
     records = sorted(
         by_setting(records, _SETTINGS)[-1],
@@ -126,14 +124,11 @@ def title(records: Sequence[Json]) -> str:
 
 def notes(records: Sequence[Json]) -> list[str]:
     """How the numbers were measured."""
-    point, environment = records[0]["point"], records[0]["environment"]
+    point = records[0]["point"]
     layers = ", ".join(map(str, point["layers"]))
-    other_cores = [record["forward_backward"].get("other_cores") for record in records if is_finished(record)]
-    busy = busy_note(other_cores, environment["num_cpus"])
     draws = max(record["point"]["draws"] or 1 for record in records)
     return [
-        f"{environment['cpu'] if point['device'] == 'cpu' else point['device']}, {point['threads']} threads, float32, "
-        f"PyTorch {environment['torch']}, {days_and_commits(records)}.",
+        head(records, threads=point["threads"], device=point["device"], dtype="float32"),
         f"Causal attention of all heads of layers {layers}; keys and values repeated for the query heads that share "
         "them. Relative error: |output - dense| / |dense| of a head (Euclidean norms; dense attention in float64), "
         f"mean over heads and layers{f' and {draws} draws of random features' if draws > 1 else ''}. Worst head: the "
@@ -144,7 +139,7 @@ def notes(records: Sequence[Json]) -> list[str]:
         "Random features are made for models that are trained with them; here they take the place of softmax in a "
         "model that was not. In favour of them, each head of RFA has the sigma, and each head of the tuned Performer "
         "the factor on its scores, with which its error on these very data is lowest, of a grid.",
-        *([] if busy is None else [busy]),
+        *busy_notes([record | record.get("forward_backward", {}) for record in records]),
     ]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ...runs.checks import check_at_least
 from ...runs.ledger import Ledger
 from ...runs.memory import available_mib
 from ...runs.process import Send
@@ -17,6 +15,8 @@ from ...runs.records import Json
 from ...runs.steps import Limits, run_within
 from ...runs.timing import expected_s
 from ..points import records_of
+from ..rounds import PointBenchmark
+from ..tables import memory_and_time
 from . import measure
 from .points import Point
 from .random_features import check_family
@@ -25,37 +25,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "topk_attention/model/1"
-DEFAULT_OUT = Path("results/model")
 # Of the memory that is free when a point starts. A point that needs more runs out of memory before other programs do.
 _MEMORY_FRACTION = 0.9
 # Memory that other programs use varies. A point that ran out of memory runs again only with noticeably more.
 _NOTICEABLY_MORE = 1.05
 
 
-@dataclass(frozen=True)
-class ModelBenchmark:
-    """Which points to measure and how.
-
-    name          of its files in `out`
-    repetitions   timed steps of a point; fewer where they would take longer than `enough_s` together
+@dataclass(frozen=True, kw_only=True)
+class ModelBenchmark(PointBenchmark):
+    """
+    name          of the files in `out`
     step_limit_s  a point is left out if shorter inputs suggest that its step takes longer
-    limits        of a point's process; memory: by default 0.9 of what is free
-    fresh         whether to measure points again that are on file
     """
 
     name: str
-    points: Sequence[Point]
-    out: Path = DEFAULT_OUT
-    repetitions: int = 3
     enough_s: float = 300.0
     step_limit_s: float = 600.0
-    limits: Limits = Limits(time_s=3600.0)  # noqa: RUF009 - frozen
-    fresh: bool = False
-
-    def __post_init__(self) -> None:
-        check_at_least(1, self, "repetitions")
-        if not self.points:
-            raise ValueError("there is no point to measure: give at least one length and one method")
+    limits: Limits = Limits(3600.0)  # noqa: RUF009 - frozen
 
     @property
     def lines(self) -> Path:
@@ -105,17 +91,12 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
                 again = _left_out(record["point"], benchmark, ledger)
                 return again is not None and again["message"] == record["message"]
 
-    return records_of(benchmark.points, ledger, run, spares=spares, in_words=in_words, console=console)
-
-
-def in_words(record: Json) -> str:
-    """The results of a finished point, short."""
-    return f"{record['peak_mib'] / 1024:.2f} GiB, {record['elapsed_s']:.1f} s"
+    return records_of(benchmark.points, ledger, run, spares=spares, in_words=memory_and_time, console=console)
 
 
 def _left_out(point: Json, benchmark: ModelBenchmark, ledger: Ledger) -> Json | None:
     """Why a point is not worth trying, as fields of its record; None where it is."""
-    shorter: dict[int, float] = {}
+    shorter = {}
     for other in benchmark.points:
         if other.length < point["length"] and other.as_record() | {"length": point["length"]} == point:
             record = ledger.find({"point": other.as_record()})

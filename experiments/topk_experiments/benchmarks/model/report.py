@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 from ...rivals import METHODS as EVERY_METHOD
 from ...runs.ledger import is_finished, newest
 from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
-from ...runs.timing import busy_note
-from ...show.plots import draw_memory_and_time
 from ...show.quoted import MODEL as PAPER
 from ...show.quoted import MODEL_NOTE
-from ..tables import Page, curves_over, markdown_table, quoted_by_field
+from ..tables import Page, Quoted, busy_notes, curves_over, draw_sweep
 from .points import METHODS, RANDOM, curve_name, settings
 
 if TYPE_CHECKING:
@@ -43,12 +41,9 @@ def report(lines: Path, setting: Json | None = None, console: Console | None = N
     table = page_of(records)
     if console is not None:
         table.show(console)
-    page, picture = lines.with_suffix(".md"), lines.with_suffix(".png")
-    write_whole(page, as_markdown(table, records))
-    if not any(map(is_finished, records)):
-        return [page]
-    _draw(records, picture)
-    return [page, picture]
+    page = lines.with_suffix(".md")
+    write_whole(page, table.as_markdown())
+    return [page, *_draw(records, lines.with_suffix(".png"))]
 
 
 def page_of(records: Sequence[Json]) -> Page:
@@ -58,19 +53,10 @@ def page_of(records: Sequence[Json]) -> Page:
     # The paper's columns appear if the paper has a number for at least one row.
     used = [number for number, name in enumerate(_HEADINGS) if "paper" not in name or any(row[number] for row in rows)]
     headings, *shown = ([row[number] for number in used] for row in (_HEADINGS, *rows))
-    return Page(title(records[0]["point"]), headings, shown, notes(records))
-
-
-def as_markdown(page: Page, records: Sequence[Json]) -> str:
-    """Heading, computer and software, table, and a list of notes."""
-    here = records[-1]["environment"]
-    parts = [
-        f"**{page.title}**",
-        f"{here['cpu']}, PyTorch {here['torch']}, transformers {here['transformers']}, {days_and_commits(records)}.",
-        "\n".join(markdown_table(page.headings, page.rows)),
-        "\n".join(f"- {note}" for note in page.notes),
-    ]
-    return "\n\n".join(parts) + "\n"
+    of_last = records[-1]["environment"]
+    software = f"PyTorch {of_last['torch']}, transformers {of_last['transformers']}"
+    head = f"{of_last['cpu']}, {software}, {days_and_commits(records)}."
+    return Page(title(records[0]["point"]), headings, shown, notes(records), has_list=True, head=head)
 
 
 def title(point: Json) -> str:
@@ -105,9 +91,7 @@ def notes(records: Sequence[Json]) -> list[str]:
                 f"L = {record['point']['length']:,}, {curve_name(record['point'])}: {record['outcome']}{limit} "
                 f"({message})."
             )
-    busy = busy_note([record["other_cores"] for record in finished], records[-1]["environment"]["num_cpus"])
-    lines += [] if busy is None else [busy]
-    return [*lines, MODEL_NOTE] if _is_the_papers(records[0]["point"]) else lines
+    return [*lines, *busy_notes(records), *([MODEL_NOTE] if _is_the_papers(records[0]["point"]) else [])]
 
 
 def _check_lines(records: Sequence[Json]) -> list[str]:
@@ -163,25 +147,24 @@ def _papers_curve(point: Json) -> dict[int, tuple[float, float]]:
     return PAPER.get(point["method"], {}) if _is_the_papers(point) and is_its_size else {}
 
 
-def _draw(records: Sequence[Json], path: Path) -> None:
-    curves, _ = curves_over("length", records, curve_name)
-    quoted, like = {}, {}
+def _draw(records: Sequence[Json], path: Path) -> list[Path]:
+    quoted: dict[str, Quoted] = {}
     if _is_the_papers(records[0]["point"]):
-        # Without the explanation in parentheses: the legend has no room for it.
-        names = {method: EVERY_METHOD[method].description.partition(" (")[0] for method in PAPER}
-        labels = {method: f"{name}, Gupta et al. 2021 (quoted, GPU)" for method, name in names.items()}
-        quoted = quoted_by_field({labels[method]: numbers for method, numbers in PAPER.items()})
         like = {
-            labels[record["point"]["method"]]: curve_name(record["point"])
+            record["point"]["method"]: curve_name(record["point"])
             for record in reversed(records)
             if _papers_curve(record["point"])
         }
-    draw_memory_and_time(
-        curves,
+        for method, numbers in PAPER.items():
+            # Without the explanation in parentheses: the legend has no room for it.
+            name = EVERY_METHOD[method].description.partition(" (")[0]
+            quoted[f"{name}, Gupta et al. 2021 (quoted, GPU)"] = Quoted(numbers, like.get(method, ""))
+    return draw_sweep(
+        records,
         path,
         x="length",
         x_label="L, length of the input",
         title=title(records[0]["point"]),
+        name=curve_name,
         quoted=quoted,
-        quoted_like=like,
     )

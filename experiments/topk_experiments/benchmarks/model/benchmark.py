@@ -96,7 +96,7 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
 
 def _left_out(point: Json, benchmark: ModelBenchmark, ledger: Ledger) -> Json | None:
     """Why a point is not worth trying, as fields of its record; None where it is."""
-    shorter = {}
+    shorter: dict[int, float] = {}
     for other in benchmark.points:
         if other.length < point["length"] and other.as_record() | {"length": point["length"]} == point:
             record = ledger.find({"point": other.as_record()})

@@ -198,11 +198,17 @@ def _written_out(
 
 def _sdpa(work: Work, query: Tensor, key: Tensor, value: Tensor, table: Tensor | None = None) -> Tensor:
     # Windows of the table are the cheapest way to write it out: an index_select would hold an L x L index as well.
-    mask = None if table is None else table.unfold(1, work.length, 1).flip(1)[None]  # [1, H, L, L]
+    mask = None if table is None else table.unfold(1, work.length, 1).flip(1)  # [H, L, L]
     if mask is not None and work.is_causal:
-        mask.masked_fill_(torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
+        # In place, before a view of it is taken: autograd would copy the gradient of a view that changes.
+        mask.masked_fill_(torch.ones(mask.shape[1:], dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=work.dropout_p, is_causal=work.is_causal and mask is None
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[None],
+        dropout_p=work.dropout_p,
+        is_causal=work.is_causal and mask is None,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
+from ...rivals import FOLDER as RIVALS
 from ...runs.ledger import Ledger
 from ...runs.process import Send
 from ...runs.progress import say
@@ -44,7 +45,8 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
             f"lengths must be at most {limit}, the longest input of {source.name}, got {max(benchmark.lengths)}"
         )
     layers = benchmark.layers_of(config.num_hidden_layers)
-    ledger = Ledger(benchmark.out / LINES, schema=SCHEMA, folder=Path(__file__).parent, fresh=benchmark.fresh)
+    folder = Path(__file__).parent
+    ledger = Ledger(benchmark.out / LINES, schema=SCHEMA, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
 
     @functools.cache
     def captured_at(length: int) -> str:

@@ -35,15 +35,6 @@ class Sweep(NamedTuple):
     ks: tuple[int, ...]
 
 
-class Reading(NamedTuple):
-    """Tokens that a model reads, and the sizes of methods whose error is measured on what it attends to."""
-
-    length: int
-    k: tuple[int, ...]
-    features: tuple[int, ...]
-    draws: int
-
-
 @dataclass(frozen=True)
 class Sizes:
     """
@@ -51,7 +42,7 @@ class Sizes:
     feed_forward    over d_ff, and over k
     tokens          of a feed-forward layer
     chunk_sizes, chunk_length  chunks, and the length that they cut
-    error           what the model reads and what is measured on it
+    error           settings of `ErrorBenchmark`
     enough_s        a point's steps are not repeated beyond this
     """
 
@@ -60,7 +51,7 @@ class Sizes:
     tokens: int
     chunk_sizes: tuple[int, ...]
     chunk_length: int
-    error: tuple[Reading, ...]
+    error: tuple[dict[str, Any], ...]
     enough_s: float
 
 
@@ -83,8 +74,8 @@ FULL = Sizes(
     chunk_sizes=(64, 128, 256, 512, 1024, 2048, 4096),
     chunk_length=8192,
     error=(
-        Reading(2048, k=(4, 16, 64, 256, 1024), features=(64, 256, 1024, 4096), draws=2),
-        Reading(8192, k=(16, 64, 256), features=(64, 256, 1024), draws=1),
+        {"lengths": (2048,), "k": (4, 16, 64, 256, 1024), "features": (64, 256, 1024, 4096), "draws": 2},
+        {"lengths": (8192,), "k": (16, 64, 256), "features": (64, 256, 1024), "draws": 1},
     ),
     enough_s=15.0,
 )
@@ -100,7 +91,7 @@ QUICK = Sizes(
     tokens=1024,
     chunk_sizes=(128, 512, 2048),
     chunk_length=4096,
-    error=(Reading(1024, k=(16, 64, 256), features=(64, 256, 1024), draws=1),),
+    error=({"lengths": (1024,), "k": (16, 64, 256), "features": (64, 256, 1024), "draws": 1},),
     enough_s=5.0,
 )
 
@@ -150,10 +141,8 @@ def run_figures(
         points(attention.CHUNKS, chunk_grid(methods, sizes.chunk_sizes, length=sizes.chunk_length, **shared))
 
     def error() -> None:
-        for length, k, features, draws in sizes.error:
-            asked: dict[str, Any] = {"lengths": (length,), "k": k, "features": features, "draws": draws}
-            benchmark = ErrorBenchmark(out=out / "attention-error", **asked, **settings, **shared)
-            run_error_benchmark(benchmark, console)
+        for asked in sizes.error:
+            run_error_benchmark(ErrorBenchmark(out=out / "attention-error", **asked, **settings, **shared), console)
 
     runs: dict[str, Callable[[], None]] = {
         "attention": lambda: layers(attention.LAYERS, attention_grid, sizes.attention),

@@ -13,7 +13,6 @@ from ..runs.records import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status
 
 
 def records_of(
@@ -25,40 +24,53 @@ def records_of(
     in_words: Callable[[Json], str],
     console: Console,
 ) -> list[Json]:
-    """The record of each point, in their order: the one on file if it spares the run, otherwise that of a new run.
+    """The record of each point, as `record_of` finds or makes it, in the order of the points.
 
-    points    each has `as_record`, which identifies it; its string says what is measured
+    points  have `as_record`, which identifies them; their strings say what is measured
+    """
+    how: dict[str, Any] = {"spares": spares, "in_words": in_words, "console": console}
+    return [
+        record_of(
+            {"point": point.as_record()},
+            f"[{number}/{len(points)}] {point}",
+            ledger,
+            functools.partial(run, point),
+            **how,
+        )
+        for number, point in enumerate(points, 1)
+    ]
+
+
+def record_of(
+    configuration: Json,
+    label: str,
+    ledger: Ledger,
+    run: Callable[[Send], Json],
+    *,
+    spares: Callable[[Json], bool],
+    in_words: Callable[[Json], str],
+    console: Console,
+) -> Json:
+    """The record of a configuration: the one on file if it spares the run, otherwise that of a new run.
+
+    label     names what is measured
     run       the outcome and the results of a new run; it may send {"doing": what it does now}
-    spares    of records of the same point, environment and code: whether one is good enough
+    spares    of records of the same configuration, environment and code: whether one is good enough
     in_words  the results of a finished run, in a few words
 
     Raises:
-        WorkerError: an answer is wrong, or a process died. The records of the points before it are on file.
+        WorkerError: the answer is wrong, or the process died. Nothing is written for this configuration.
     """
     from rich.text import Text
 
-    records = []
-    for number, point in enumerate(points, 1):
-        label = f"[{number}/{len(points)}] {point}"
-        configuration = {"point": point.as_record()}
-        record, note = ledger.find(configuration, spares=spares), ""
-        if record is not None:
-            note = f" ({made_when(record)})"
-        else:
-            with console.status(Text(f"{label} ...")) as status:
-                result = run(point, functools.partial(_show_progress, status, label))
-            record = ledger.new_record(configuration) | result
-            ledger.append(record)
-        say(console, f"{label}: {in_words(record) if is_finished(record) else _given_up(record)}{note}")
-        records.append(record)
-    return records
-
-
-def _show_progress(status: Status, label: str, message: Json) -> None:
-    from rich.text import Text
-
-    status.update(Text(f"{label}: {message['doing']} ..."))
-
-
-def _given_up(record: Json) -> str:
-    return f"{record['outcome']} ({record['message'].splitlines()[0]})"
+    record, note = ledger.find(configuration, spares=spares), ""
+    if record is None:
+        with console.status(Text(f"{label} ...")) as status:
+            result = run(lambda message: status.update(Text(f"{label}: {message['doing']} ...")))
+        record = ledger.new_record(configuration) | result
+        ledger.append(record)
+    else:
+        note = f" ({made_when(record)})"
+    words = in_words(record) if is_finished(record) else f"{record['outcome']} ({record['message'].splitlines()[0]})"
+    say(console, f"{label}: {words}{note}")
+    return record

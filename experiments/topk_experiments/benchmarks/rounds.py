@@ -24,7 +24,7 @@ from ..runs.process import Send
 from ..runs.progress import say
 from ..runs.records import Json
 from ..runs.steps import Limits, run_within
-from .points import records_of
+from .points import record_of, records_of
 from .round_tables import Result, RoundTable, measured_work
 from .tables import PointTable, memory_and_time
 
@@ -168,6 +168,26 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
     table, ledger = benchmark.table, _ledger(benchmark.table, benchmark, benchmark.name)
     rounds = {"repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
     results: list[Result] = []
+
+    def record(function: str, asked: Json, **more: Any) -> Json:
+        """Of a function of `turns`."""
+        request = asked | {"threads": benchmark.threads, "seed": benchmark.seed}
+        what = " ".join([function.replace("_", " "), asked.get("method", "")]).strip()
+
+        def run(send: Send) -> Json:
+            worker, whole = f"{turns.__name__}:{function}", request | {"operation": table.operation}
+            return more | run_within(benchmark.limits, worker, whole, f"{what}, {work}", send)
+
+        return record_of(
+            {"measured": function, "request": request},
+            f"  {what}",
+            ledger,
+            run,
+            spares=benchmark.limits.spare,
+            in_words=lambda record: record["outcome"],
+            console=console,
+        )
+
     for number, (work, methods) in enumerate(benchmark.plan.items(), 1):
         say(console, f"[{number}/{len(benchmark.plan)}] {work}")
         reasons = {method: table.left_out(method, work, results, benchmark.step_limit_s) for method in methods}
@@ -178,15 +198,14 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
         if not measured:
             continue
         asked = {"work": work.as_record(), "methods": measured, **rounds}
-        result = Result(work, _record(benchmark, ledger, "time_methods", asked, str(work), console, left_out))
+        result = Result(work, record("time_methods", asked, left_out=left_out))
         results.append(result)
         for method in measured:
             if result.time_of(method)["outcome"] != "finished":
                 say(console, f"  {method}: {result.time_of(method)['outcome']}")
             if benchmark.with_memory:
                 asked = {"work": measured_work(method, work).as_record(), "method": method}
-                what = f"{method}, {work}"
-                result.memory[method] = _record(benchmark, ledger, "measure_memory", asked, what, console)
+                result.memory[method] = record("measure_memory", asked)
     return results
 
 
@@ -196,37 +215,6 @@ def run_and_show_rounds(benchmark: RoundBenchmark, console: Console) -> None:
     lines = benchmark.out / f"{benchmark.name}.jsonl"
     for path in (lines, *benchmark.table.report(benchmark.out, benchmark.name)):
         say(console, f"Written: {path}")
-
-
-def _record(
-    benchmark: RoundBenchmark,
-    ledger: Ledger,
-    function: str,
-    asked: Json,
-    what: str,
-    console: Console,
-    left_out: Mapping[str, str] | None = None,
-) -> Json:
-    """The record of a function of `turns`, from file or from a fresh process."""
-    from rich.text import Text
-
-    request = asked | {"threads": benchmark.threads, "seed": benchmark.seed}
-    configuration = {"measured": function, "request": request}
-    record = ledger.find(configuration, spares=benchmark.limits.spare)
-    if record is None:
-        what = f"{function.replace('_', ' ')}, {what}"
-        with console.status(Text(f"{what} ...")) as status:
-            outcome = run_within(
-                benchmark.limits,
-                f"{turns.__name__}:{function}",
-                request | {"operation": benchmark.table.operation},
-                what,
-                lambda message: status.update(Text(f"{what}, round {message['round']} of {message['rounds']} ...")),
-            )
-        more = {} if left_out is None else {"left_out": dict(left_out)}
-        record = ledger.new_record(configuration) | more | outcome
-        ledger.append(record)
-    return record
 
 
 def _ledger(table: PointTable | RoundTable, benchmark: PointBenchmark | RoundBenchmark, name: str) -> Ledger:

@@ -68,6 +68,7 @@ class PointTable:
     methods      heading of the methods' names
     memory_note  what counts as memory
     panels       of the pictures
+    paper_headings, paper_note  columns for the paper's numbers beside ours, and the note on them
     """
 
     name: ClassVar[str]
@@ -82,6 +83,8 @@ class PointTable:
         "input and all gradients; time: median."
     )
     panels: ClassVar[Sequence[tuple[str, str, float]]] = MEMORY_AND_TIME
+    paper_headings: ClassVar[Sequence[str]] = ()
+    paper_note: ClassVar[str] = ""
 
     def title(self, point: Json) -> str:
         """What all points of a table share."""
@@ -103,8 +106,8 @@ class PointTable:
         """Sorts the curves of a picture, which otherwise stand as they were measured."""
         return 0
 
-    def k_label(self, point: Json) -> str | None:
-        """`label` in the picture over k, where k is no setting; None: not in that picture."""
+    def k_label(self, point: Json) -> str:
+        """`label` in the picture over k, where k is no setting; empty: not in that picture."""
         return self.label(point | {"k": None})
 
     def paper(self, point: Json) -> tuple[str, Mapping[int, tuple[float, float]]]:
@@ -116,11 +119,8 @@ class PointTable:
         return []
 
     def paper_columns(self, point: Json) -> tuple[str, ...]:
-        """The paper's numbers for a point, in columns headed `paper_headings`."""
+        """The paper's numbers for a point, under `paper_headings`."""
         return ()
-
-    paper_headings: ClassVar[Sequence[str]] = ()
-    paper_note: ClassVar[str] = ""
 
     def page(self, records: Sequence[Json]) -> Page:
         """The table of records of one setting."""
@@ -180,7 +180,7 @@ class PointTable:
             panels=self.panels,
         )
         over_k = at_size_with_most("k", records, size) if self.k_axis else []
-        over_k = [record for record in over_k if self.k_label(record["point"]) is not None]
+        over_k = [record for record in over_k if self.k_label(record["point"])]
         if over_k:
             pictures += draw_sweep(
                 over_k,
@@ -188,7 +188,7 @@ class PointTable:
                 x="k",
                 x_label=self.k_axis,
                 title=f"{title}, {self.size[1]} = {over_k[0]['point'][size]:,}",
-                name=lambda point: str(self.k_label(point)),
+                name=self.k_label,
             )
         return pictures
 

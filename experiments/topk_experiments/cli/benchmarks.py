@@ -11,13 +11,10 @@ import typer
 from .application import benchmark
 from .options import (
     Backend,
-    Device,
     Fresh,
-    MemoryLimit,
     Out,
-    Repetitions,
+    PointOptions,
     Seed,
-    Threads,
     TimeLimit,
     errors_in_words,
     feed_forward_neurons,
@@ -128,7 +125,9 @@ def _run_rounds(table: Any, shared: RoundOptions, *, works: str | None, **choice
 
 
 @benchmark.command()
+@taking(PointOptions, out=Path("results/model"), time_limit=3600)
 def model(
+    shared: PointOptions,
     shape: Annotated[str, typer.Option(help="Random weights in the shape of bert-base or t5-base.")] = "bert-base",
     config: Annotated[
         str | None, typer.Option(help="Instead: local folder or Hugging Face id whose configuration to use.")
@@ -149,31 +148,20 @@ def model(
     dropout: Annotated[float, typer.Option(help="Probability of every dropout that the model has.")] = 0.1,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, layer by layer.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    device: Device = "cpu",
-    repetitions: Repetitions = 3,
     step_limit: Annotated[float, typer.Option(help="Leave a point out whose step should take more seconds.")] = 600,
-    time_limit: TimeLimit = 3600,
-    memory_limit: MemoryLimit = None,
     name: Annotated[str | None, typer.Option(help="Of the files; default: the shape. Other settings, other name.")] = (
         None
     ),
-    out: Out = Path("results/model"),
-    seed: Seed = 0,
-    threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Fresh = False,
 ) -> None:
     """One training step of a whole model (forward, loss, backward): peak memory and time against length.
 
     Every point has a process of its own, in which its answer is checked first. Points are appended to NAME.jsonl, those
     that ran out of memory among them; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out}"):
-        import torch
-
+    with errors_in_words(f"finished points are in {shared.out}"):
         from ..benchmarks import model as model_benchmark
         from ..models.pretrained import find_model
-        from ..runs.steps import Limits
 
         source = None if config is None else find_model(config)
         if source is not None:
@@ -189,21 +177,19 @@ def model(
             dropout_p=dropout,
             checkpointing=checkpointing,
             dtype=dtype,
-            device=device,
             backend=backend,
-            threads=threads or torch.get_num_threads(),
-            seed=seed,
+            **shared.settings(),
             source=source,
         )
         model_benchmark.run_and_report(
             model_benchmark.ModelBenchmark(
                 points,
-                out,
+                shared.out,
                 name=name or shape.replace("/", "--"),
-                repetitions=repetitions,
+                repetitions=shared.repetitions,
                 step_limit_s=step_limit,
-                limits=Limits(time_limit, memory_limit),
-                fresh=fresh,
+                limits=shared.limits(),
+                fresh=shared.fresh,
             ),
             new_console(),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +11,12 @@ from .application import benchmark
 from .options import (
     Backend,
     Device,
-    Fresh,
     HeadDim,
     Heads,
-    MemoryLimit,
     Out,
-    Repetitions,
-    Seed,
+    PointOptions,
     Text,
     Threads,
-    TimeLimit,
     errors_in_words,
     integers,
     integers_or_none,
@@ -30,32 +25,6 @@ from .options import (
     new_console,
     taking,
 )
-
-
-@dataclass(frozen=True)
-class PointOptions:
-    """Options of benchmarks whose points each have a process of their own."""
-
-    repetitions: Repetitions = 3
-    time_limit: TimeLimit = 900
-    memory_limit: MemoryLimit = None
-    out: Out = Path("results")
-    device: Device = "cpu"
-    seed: Seed = 0
-    threads: Threads = None
-    fresh: Fresh = False
-
-    def settings(self) -> dict[str, Any]:
-        """Of every point."""
-        import torch
-
-        return {"device": self.device, "threads": self.threads or torch.get_num_threads(), "seed": self.seed}
-
-    def limits(self) -> Any:
-        """As `Limits`."""
-        from ..runs.steps import Limits
-
-        return Limits(self.time_limit, self.memory_limit)
 
 
 @benchmark.command()

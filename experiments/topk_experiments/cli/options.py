@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -28,6 +28,7 @@ __all__ = [
     "ModelSize",
     "Neurons",
     "Out",
+    "PointOptions",
     "Repetitions",
     "Seed",
     "Steps",
@@ -82,6 +83,32 @@ def names_or_none(listed: str | None) -> list[str] | None:
 def integers_or_none(name: str, listed: str | None) -> list[int] | None:
     """`integers` of an option that need not be given."""
     return None if listed is None else integers(name, listed)
+
+
+@dataclass(frozen=True)
+class PointOptions:
+    """Options of benchmarks whose points each have a process of their own."""
+
+    repetitions: Repetitions = 3
+    time_limit: TimeLimit = 900
+    memory_limit: MemoryLimit = None
+    out: Out = Path("results")
+    device: Device = "cpu"
+    seed: Seed = 0
+    threads: Threads = None
+    fresh: Fresh = False
+
+    def settings(self) -> dict[str, Any]:
+        """Of every point."""
+        import torch
+
+        return {"device": self.device, "threads": self.threads or torch.get_num_threads(), "seed": self.seed}
+
+    def limits(self) -> Any:
+        """As `Limits`."""
+        from ..runs.steps import Limits
+
+        return Limits(self.time_limit, self.memory_limit)
 
 
 def taking(group: type, **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:

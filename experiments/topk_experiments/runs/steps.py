@@ -134,7 +134,7 @@ def measure_step(new_step: Callable[[], Callable[[], object]], device: str, requ
     with peak_meter(device) as first_meter:
         step = new_step()
         times.take(step)
-    send({"step": 1})
+    send({"doing": "steps after the first"})
     with peak_meter(device) as later_meter:
         times.take_more(step, request["repetitions"] - 1, request["enough_s"] - times.seconds)
     memory, later_memory = first_meter.read(), later_meter.read()

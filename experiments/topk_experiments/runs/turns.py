@@ -208,7 +208,7 @@ def time_in_turns(
         taken.clear()
     rounds = min(request["repetitions"], max(_FEWEST_ROUNDS, int(request["enough_s"] / take_turns_s)))
     for number in range(1, rounds + 1):
-        send({"round": number, "rounds": rounds})
+        send({"doing": f"round {number} of {rounds}"})
         take_turns()
     watches = [watch for taken in stopwatches.values() for watch in taken]
 

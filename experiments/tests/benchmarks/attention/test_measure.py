@@ -62,7 +62,7 @@ def test_long_works_get_three_rounds(turns):
     request = REQUEST | {"methods": ["sdpa"], "repetitions": 50, "enough_s": 0.0}
     messages = []
     assert time_methods(request, messages.append)["rounds"] == 3
-    assert messages == [{"round": number, "rounds": 3} for number in (1, 2, 3)]
+    assert messages == [{"doing": f"round {number} of 3"} for number in (1, 2, 3)]
 
 
 def test_a_method_that_runs_out_of_memory_leaves_the_others_their_turns(monkeypatch):

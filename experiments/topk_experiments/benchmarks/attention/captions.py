@@ -95,10 +95,10 @@ class Layers(PointTable):
             return f"{method.description} ({point['backend']})"
         return f"{method.description}, {point['num_features']} features" if method.is_random else method.description
 
-    def k_label(self, point: Json) -> str | None:
+    def k_label(self, point: Json) -> str:
         if point["k"]:
             return f"top-k ({point['backend']})"
-        return self.label(point) if point["implementation"] in ("sdpa", "performer", "rfa", "vanilla-chunks") else None
+        return self.label(point) if point["implementation"] in ("sdpa", "performer", "rfa", "vanilla-chunks") else ""
 
     def order(self, point: Json) -> Any:
         return (point["length"], self.curve_order(point), point["backend"] or "", point["k"] or 0)

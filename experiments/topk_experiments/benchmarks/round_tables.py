@@ -83,33 +83,20 @@ class Result:
 
 
 class RoundTable:
-    """The tables and pictures of an operation's methods that take turns. Operations fill in what follows.
+    """The tables and pictures of an operation's methods that take turns. Operations fill in what follows."""
 
-    schema       of the records
-    operation    module whose OPERATION is measured
-    new_work     from the fields of a record; a work has a `k` and a `goal`
-    methods      names of methods besides "topk-BACKEND"
-    rows         of the table: name -> work
-    rivals       of ours in the table, unless others are asked for; the first is the one that ours is compared with
-    rival_is     what the first rival is
-    size         the field of a work on which times depend, and the power with which they grow at first
-    sweeps       field of the work -> what is measured over it
-    floor        what is timed as the floor
-    memory_note  what counts as memory
-    quoted       sweep -> somebody else's numbers for the picture, as `draw_memory_and_time` takes them
-    """
-
-    schema: ClassVar[str]
-    operation: ClassVar[str]
-    new_work: ClassVar[Callable[..., Any]]
-    methods: ClassVar[Sequence[str]]
-    rows: ClassVar[Mapping[str, Any]]
-    rivals: ClassVar[Sequence[str]]
-    rival_is: ClassVar[str]
-    size: ClassVar[tuple[str, float]]
-    sweeps: ClassVar[Mapping[str, Sweep]]
-    floor: ClassVar[str]
-    memory_note: ClassVar[str]
+    schema: ClassVar[str]  # of the records
+    operation: ClassVar[str]  # module whose OPERATION is measured
+    new_work: ClassVar[Callable[..., Any]]  # from the fields of a record; a work has a `k` and a `goal`
+    methods: ClassVar[Sequence[str]]  # names of methods besides "topk-BACKEND"
+    rows: ClassVar[Mapping[str, Any]]  # of the table: name -> work
+    rivals: ClassVar[Sequence[str]]  # of ours in the table by default; ours is compared with the first
+    rival_is: ClassVar[str]  # what the first rival is
+    size: ClassVar[tuple[str, float]]  # the field on which times depend, and the power with which they grow at first
+    sweeps: ClassVar[Mapping[str, Sweep]]  # field of the work -> what is measured over it
+    floor: ClassVar[str]  # what is timed as the floor
+    memory_note: ClassVar[str]  # what counts as memory
+    # Sweep -> somebody else's numbers for the picture, as `draw_memory_and_time` takes them.
     quoted: ClassVar[Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]] = {}
 
     def why_not(self, method: str, work: Any) -> str | None:

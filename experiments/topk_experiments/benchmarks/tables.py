@@ -57,34 +57,22 @@ class Page:
 
 
 class PointTable:
-    """The tables and pictures of points that each have a process of their own. Benchmarks fill in what follows.
+    """The tables and pictures of points that each have a process of their own. Benchmarks fill in what follows."""
 
-    name         of the files
-    schema       of the records
-    operation    module whose OPERATION is measured
-    settings     fields of a point in which all points of one table agree
-    size         the field of a point that its table is about, its heading, and its label in a picture
-    k_axis       label of k in the picture over k, where there is one
-    methods      heading of the methods' names
-    memory_note  what counts as memory
-    panels       of the pictures
-    paper_headings, paper_note  columns for the paper's numbers beside ours, and the note on them
-    """
-
-    name: ClassVar[str]
-    schema: ClassVar[str]
-    operation: ClassVar[str]
-    settings: ClassVar[Sequence[str]]
-    size: ClassVar[tuple[str, str, str]]
-    k_axis: ClassVar[str] = ""
-    methods: ClassVar[str] = "method"
+    name: ClassVar[str]  # of the files
+    schema: ClassVar[str]  # of the records
+    operation: ClassVar[str]  # module whose OPERATION is measured
+    settings: ClassVar[Sequence[str]]  # fields of a point in which all points of one table agree
+    size: ClassVar[tuple[str, str, str]]  # the field that a table is about, its heading, its label in a picture
+    k_axis: ClassVar[str] = ""  # label of k in the picture over k, where there is one
+    methods: ClassVar[str] = "method"  # heading of the methods' names
     memory_note: ClassVar[str] = (
         "Memory is the peak of the first step above what the process held before the layer was made, with weights, "
         "input and all gradients; time: median."
     )
     panels: ClassVar[Sequence[tuple[str, str, float]]] = MEMORY_AND_TIME
-    paper_headings: ClassVar[Sequence[str]] = ()
-    paper_note: ClassVar[str] = ""
+    paper_headings: ClassVar[Sequence[str]] = ()  # of columns with the paper's numbers beside ours
+    paper_note: ClassVar[str] = ""  # where the paper's numbers come from
 
     def title(self, point: Json) -> str:
         """What all points of a table share."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..rivals import FOLDER as RIVALS
 from ..rivals.names import TOPK, check_method, kept, on_backend
 from ..runs import turns
 from ..runs.checks import check_at_least
@@ -217,6 +218,7 @@ def run_and_show_rounds(benchmark: RoundBenchmark, console: Console) -> None:
 
 
 def _ledger(table: PointTable | RoundTable, benchmark: PointBenchmark | RoundBenchmark, name: str) -> Ledger:
-    """The records of a table; the code that counts lies in the folder of its operation."""
+    """The records of a table; the code that counts lies in the folder of its operation and in that of rivals."""
     folder = Path(str(importlib.import_module(table.operation).__file__)).parent
-    return Ledger(benchmark.out / f"{name}.jsonl", schema=table.schema, folder=folder, fresh=benchmark.fresh)
+    lines = benchmark.out / f"{name}.jsonl"
+    return Ledger(lines, schema=table.schema, folder=folder, also=[RIVALS], fresh=benchmark.fresh)

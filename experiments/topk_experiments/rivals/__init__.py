@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .dense import SdpaAttention, VanillaAttention
@@ -24,6 +25,8 @@ _CLASSES: dict[str, tuple[Callable[..., AttentionMethod], tuple[str, ...]]] = {
     "rfa": (RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
 }
 _PAPERS_CHUNK_SIZE = 1024
+# Of the code of all methods: a record of a method holds only as long as this code is the same.
+FOLDER = Path(__file__).parent
 
 
 def new_attention(
@@ -71,6 +74,7 @@ def new_attention(
 
 
 __all__ = [
+    "FOLDER",
     "METHODS",
     "AttentionMethod",
     "LibraryAttention",

@@ -48,7 +48,7 @@ def test_a_point_goes_to_another_process_and_back(point):
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"num_features": 0}, "num_features must be at least 1, got 0"),
         ({"method": "rfa", "num_features": 7}, "num_features must be even for rfa"),
-        ({"dtype": "int8"}, "dtype must be among float32"),
+        ({"dtype": "int8"}, "dtype must be one of float32"),
         ({"device": "tpu"}, 'device must be "cpu" or "cuda"'),
         ({"backend": "gpu"}, "backend must be one of"),
     ],

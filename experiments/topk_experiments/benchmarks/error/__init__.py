@@ -2,19 +2,17 @@
 
 Queries, keys and values are those of a real model reading a real text.
 
-settings.py   what is asked for
 capture.py    the tensors
 methods.py    the methods, and their errors
 measure.py    one point, in a process of its own
-benchmark.py  which points are missing, and their records
+benchmark.py  the options, and which points are missing
 report.py     tables and pictures from the records
 """
 
 from pathlib import Path
 
-from .benchmark import run_error_benchmark
+from .benchmark import ErrorBenchmark, run_error_benchmark
 from .report import report as _report
-from .settings import ErrorBenchmark
 
 __all__ = ["ErrorBenchmark", "redraw", "run_error_benchmark"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -14,11 +15,40 @@ from ...runs.records import Json
 from ...runs.steps import Times, start_point
 from ...runs.turns import MODES, step
 from .capture import load_layers
-from .methods import Attention, largest_errors, relative_errors
-from .settings import Point
+from .methods import METHODS, Attention, largest_errors, relative_errors
 
 _WARM_UP_LENGTH = 64
 Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method of one size on the queries, keys and values of one model reading one text.
+
+    model, text  name and revision, source and hash, which identify them
+    layers       numbers, from 0
+    draws        of random features; errors are means over them. None for other methods
+    """
+
+    method: str
+    size: int | None
+    length: int
+    model: list[str]
+    text: list[str]
+    layers: list[int]
+    draws: int | None
+    device: str
+    threads: int
+    seed: int
+
+    def as_record(self) -> Json:
+        """What identifies this point."""
+        device = self.device if self.device == "cpu" else f"{self.device} ({device_name(self.device)})"
+        return asdict(self) | {"device": device}
+
+    def __str__(self) -> str:
+        size = "" if self.size is None else f", {METHODS[self.method].size} = {self.size}"
+        return f"L = {self.length:,}, {self.method}{size}"
 
 
 def measure_point(request: Json, send: Send) -> Json:

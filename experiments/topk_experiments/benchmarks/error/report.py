@@ -13,11 +13,12 @@ from ...runs.records import Json, write_whole
 from ...show.plots import COLOURS, MARKERS, QUOTED, new_figure, plain_numbers, save
 from ..tables import Page, busy_notes, by_setting, head, markdown_table
 from .methods import METHODS
-from .settings import LINES, SCHEMA
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+SCHEMA = "topk_attention/attention-error/1"
+LINES = "error.jsonl"
 _HEADINGS = (
     *("method", "size", "relative error", "worst head", "largest error", "forward [s]", "forward + backward [s]"),
     *("peak forward [MiB]", "peak forward + backward [MiB]"),
@@ -93,10 +94,8 @@ def equal_cost(records: Sequence[Json], cost: str) -> list[tuple[str, ...]]:
     Both variants of Performer do the same work. Each counts with the cost of the cheaper one.
     """
     finished = [record for record in records if is_finished(record)]
-    costs: dict[tuple[str, int | None], float] = {}
-    for record in finished:
-        measured = costs_of(record)[cost]
-        costs[_work(record)] = min(measured, costs.get(_work(record), measured))
+    cheapest_last = sorted(finished, key=lambda record: costs_of(record)[cost], reverse=True)
+    costs = {_work(record): costs_of(record)[cost] for record in cheapest_last}
     rows = []
     for ours in (record for record in finished if record["point"]["method"] == "topk"):
         limit = costs[_work(ours)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...rivals import FOLDER as RIVALS
 from ...runs.ledger import Ledger
 from ...runs.memory import available_mib
 from ...runs.process import Send
@@ -33,7 +34,8 @@ _NOTICEABLY_MORE = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmark(PointBenchmark):
-    """
+    """Which points of whole models to measure and how, as `PointBenchmark` describes it.
+
     name          of the files in `out`
     step_limit_s  a point is left out if shorter inputs suggest that its step takes longer
     """
@@ -60,7 +62,8 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
     """
     for point in {point.method: point for point in benchmark.points}.values():
         check_family(point)
-    ledger = Ledger(benchmark.lines, schema=SCHEMA, folder=Path(__file__).parent, fresh=benchmark.fresh)
+    folder = Path(__file__).parent
+    ledger = Ledger(benchmark.lines, schema=SCHEMA, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
 
     def run(point: Point, on_message: Send) -> Json:
         if left_out := _left_out(point.as_record(), benchmark, ledger):

@@ -13,7 +13,7 @@ from topk_attention.functional.checks import check_dropout, check_k
 from ...models.pretrained import ModelSource
 from ...rivals import METHODS as EVERY_METHOD
 from ...rivals.names import among
-from ...runs.checks import check_at_least
+from ...runs.checks import check_at_least, check_one_of
 from ...runs.records import Json
 
 # In the order of the tables.
@@ -73,8 +73,7 @@ class Point:
         check_at_least(1, self, "length", "decoder_length", "threads", "num_features")
         if self.method == "rfa" and self.num_features % 2:
             raise ValueError(f"num_features must be even for rfa, half sines and half cosines, got {self.num_features}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be among {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_one_of(DTYPES, self, "dtype")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device!r}')
         choose_backend(self.backend)

@@ -78,7 +78,11 @@ def notes(records: Sequence[Json]) -> list[str]:
     ]
     curves, _ = curves_over("length", records, curve_name)
     for name, of_curve in curves.items():
-        lines += [f"{name}: {line}" for line in (*_check_lines(of_curve), *_dropout_lines(of_curve))]
+        lines += [f"{name}: {line}" for line in _check_lines(of_curve)]
+        if any(record["point"]["method"] in RANDOM and record["point"]["dropout_p"] > 0 for record in of_curve):
+            lines.append(
+                f"{name}: no dropout of attention weights, which it never forms; every other dropout of the model acts."
+            )
     if finished:
         weights = sorted({round(record["weights_mib"] / 1024, 2) for record in finished})
         gib = f"{weights[0]:.2f}" if len(weights) == 1 else f"{weights[0]:.2f} to {weights[-1]:.2f}"
@@ -111,12 +115,6 @@ def _check_lines(records: Sequence[Json]) -> list[str]:
         below = max(check["loss_error_below_length"] for check in checks)
         line += f"; with k = {first['k']} against {first['compared_with_below_length']}, {below:.0e}"
     return [f"{line}."]
-
-
-def _dropout_lines(records: Sequence[Json]) -> list[str]:
-    if all(record["point"]["method"] not in RANDOM or record["point"]["dropout_p"] == 0 for record in records):
-        return []
-    return ["no dropout of attention weights, which it never forms; every other dropout of the model acts."]
 
 
 def _cells(record: Json) -> list[str]:

@@ -1,6 +1,6 @@
 import pytest
 
-from topk_experiments.benchmarks.error.settings import ErrorBenchmark
+from topk_experiments.benchmarks.error import ErrorBenchmark
 
 
 @pytest.mark.parametrize(

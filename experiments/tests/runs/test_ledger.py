@@ -37,6 +37,17 @@ def test_a_record_spares_a_run_of_the_same_configuration(ledger):
         assert again.find({"point": {"k": 16}}) is None
 
 
+def test_a_change_to_rivals_spares_no_run(tmp_path, ledger):
+    rivals = tmp_path / "rivals"
+    rivals.mkdir()
+    (rivals / "performer.py").write_text("num_features = 256\n")
+    first = ledger(also=[rivals])
+    first.append(first.new_record({"k": 8}))
+    assert ledger(also=[rivals]).find({"k": 8}) is not None
+    (rivals / "performer.py").write_text("num_features = 128\n")
+    assert ledger(also=[rivals]).find({"k": 8}) is None
+
+
 @pytest.mark.parametrize("name", ["torch", "transformers", "python", "cpu", "product_sha256", "experiment_sha256"])
 def test_a_record_of_another_environment_or_code_spares_no_run(ledger, name):
     first = ledger()

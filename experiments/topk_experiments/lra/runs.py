@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = "topk_attention/lra/1"
 DEFAULT_OUT = Path("results/lra")
 RECORDS = "runs.jsonl"
+_FOLDER = Path(__file__).parent
 _CONFIGURATION = ("config", "method", "options", "seed", "data")
 
 
@@ -100,7 +101,7 @@ def run_plan(plan: LraPlan, console: Console, *, tensorboard: bool = True) -> li
         for seed in plan.seeds:
             run = plan.run(method, seed)
             # Opened for every run: with several processes, one alone appends records.
-            ledger = Ledger(plan.out / RECORDS, schema=SCHEMA, folder=Path(__file__).parent)
+            ledger = Ledger(plan.out / RECORDS, schema=SCHEMA, folder=_FOLDER, also=[_FOLDER.parent / "rivals"])
             record = ledger.find(run.identity(data))
             if record is None:
                 if note := ledger.why_not(run.identity(data)):

@@ -4,8 +4,8 @@ A record spares a run of the same configuration if it was made in the same envir
 
 configuration  the fields of the record that say what was run, such as its point, model or seed
 environment    torch, transformers, Python and the processor
-code           a hash of the product, and a hash of the experiment's own folder. Comments, docstrings and the files that
-               only draw (`DRAWING`) do not count
+code           a hash of the product, and a hash of the experiment's own folder and of the rivals that it runs.
+               Comments, docstrings and the files that only draw (`DRAWING`) do not count
 
 Records made before these hashes existed hold neither. For them the configuration and the environment decide; the note
 on a cache hit says so.
@@ -13,7 +13,7 @@ on a cache hit says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from topk_attention.environment import code_sha256, environment
@@ -26,13 +26,18 @@ _ENVIRONMENT = ("torch", "transformers", "python", "cpu")
 _CODE = ("product_sha256", "experiment_sha256")
 
 
-def experiment_environment(folder: Path) -> Json:
+def experiment_environment(folder: Path, *also: Path) -> Json:
     """`environment()` with the hash of the code of an experiment, `experiment_sha256`.
 
     folder  of the experiment: `Path(__file__).parent` of one of its modules
+    also    other folders whose code the experiment runs, such as that of rivals
     """
+    return environment() | {"experiment_sha256": "-".join(map(_code_sha256, (folder, *also)))}
+
+
+def _code_sha256(folder: Path) -> str:
     files = (file for file in folder.rglob("*.py") if not any(file.stem.endswith(name) for name in DRAWING))
-    return environment() | {"experiment_sha256": code_sha256(folder, files)}
+    return code_sha256(folder, files)
 
 
 def what_differs(record: Json, configuration: Mapping[str, object], here: Json) -> list[str]:
@@ -85,14 +90,17 @@ class Ledger:
     path    file of JSON lines
     schema  of its records; lines of another schema are skipped
     folder  of the experiment's code
+    also    other folders whose code the experiment runs, such as that of rivals
     fresh   whether to run everything again: what was on file before spares no run then
     """
 
-    def __init__(self, path: Path, *, schema: str, folder: Path, fresh: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, schema: str, folder: Path, also: Sequence[Path] = (), fresh: bool = False
+    ) -> None:
         self.path = path
-        self.here = experiment_environment(folder)
+        self.here = experiment_environment(folder, *also)
         self._schema = schema
-        self.records = [record for record in read_json_lines(path) if record.get("schema") == schema]
+        self.records = on_file(path, schema)
         self._sparing = [] if fresh else list(self.records)
 
     def find(self, configuration: Mapping[str, object], *, spares: Callable[[Json], bool] = is_finished) -> Json | None:
@@ -129,6 +137,11 @@ class Ledger:
         append_json_line(self.path, record)
         self.records.append(record)
         self._sparing.append(record)
+
+
+def on_file(path: Path, schema: str) -> list[Json]:
+    """The records of this schema in a file, oldest first; none where there is no file."""
+    return [record for record in read_json_lines(path) if record.get("schema") == schema]
 
 
 def newest(records: Iterable[Json], configuration: Callable[[Json], str]) -> list[Json]:

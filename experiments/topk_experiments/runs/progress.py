@@ -27,6 +27,11 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long, without markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def line_printer(console: Console) -> Say:
-    """A function that prints a line on the console as it is: no markup, no colours, no line breaks of its own."""
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """`say` for this console, as a function of the line alone."""
+    return lambda line: say(console, line)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...runs.ledger import is_finished, newest, on_file
 from ...runs.progress import say
 from ...runs.records import Json, write_whole
-from ...show.plots import QUOTED, new_figure, plain_numbers, save, styles
+from ...show.plots import QUOTED, legend_below, new_figure, plain_numbers, save, styles
 from ..tables import Page, busy_notes, by_setting, head, markdown_table
 from .methods import METHODS
 
@@ -155,7 +155,7 @@ def draw(records: Sequence[Json], path: Path) -> None:
             axes.set_title(f"{of_length[0]['point']['length']:,} tokens", fontsize=10, loc="left")
     for axes in figure.axes[:: len(_COSTS)]:
         axes.set_ylabel("relative error")
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    legend_below(figure, columns=6)
     figure.suptitle(title(records), fontsize=10)
     save(figure, path)
 

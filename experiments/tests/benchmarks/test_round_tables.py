@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -83,3 +84,22 @@ def test_the_table_is_shown_and_its_files_named(report, console, tmp_path):
     assert "goal 5.5: missed" in text
     for name in ("table.jsonl", "table.md"):
         assert f"Written: {tmp_path / name}" in text
+
+
+def test_the_report_is_drawn_again_from_records_alone(report, tmp_path):
+    causal = replace(WORK, is_causal=True)
+    page = report({WORK: METHODS, causal: (*METHODS, "performer")})
+    (tmp_path / "table.md").unlink()
+    assert ROUNDS.report(tmp_path, "table") == [tmp_path / "table.md"]
+    assert (tmp_path / "table.md").read_text() == page
+
+
+def test_records_that_do_not_say_who_was_left_out_get_the_reason_when_they_are_drawn(report, measurements, tmp_path):
+    measurements.seconds = {"sdpa": 50.0}
+    lengths = [replace(WORK, length=length) for length in (64, 128, 256)]
+    report(dict.fromkeys(lengths[:2], METHODS[:2]) | {lengths[2]: METHODS[:1]}, "length")
+    lines = (tmp_path / "length.jsonl").read_text().splitlines()
+    records = [{name: value for name, value in json.loads(line).items() if name != "left_out"} for line in lines]
+    (tmp_path / "length.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    page, _ = ROUNDS.report(tmp_path, "length")
+    assert "- sdpa left out: a forward and backward pass would take about 1600 s." in page.read_text()

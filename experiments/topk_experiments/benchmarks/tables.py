@@ -195,9 +195,9 @@ def head(records: Sequence[Json], *, threads: int, device: str = "cpu", dtype: s
     device  as in the records of points: "cpu", or the name of a GPU
     dtype   where the title does not name it
     """
-    here = records[-1]["environment"]
-    computer = f"{here['cpu']}, {threads} threads" if device == "cpu" else device
-    parts = [computer, *([dtype] if dtype else []), f"PyTorch {here['torch']}", days_and_commits(records)]
+    last = records[-1]["environment"]
+    computer = f"{last['cpu']}, {threads} threads" if device == "cpu" else device
+    parts = [computer, *([dtype] if dtype else []), f"PyTorch {last['torch']}", days_and_commits(records)]
     return f"{', '.join(parts)}."
 
 

@@ -1,4 +1,4 @@
-"""What differs between measuring on the CPU and on a GPU."""
+"""The differences between measuring on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ DEVICES = ("cpu", "cuda")
 
 
 def check_device(device: str) -> None:
-    """
+    """Check that a device exists.
+
     Raises:
-        ValueError: there is no such kind of device, or none of it here.
+        ValueError: the kind is unknown, or torch finds no such device.
     """
     if device not in DEVICES:
         raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
@@ -24,7 +25,7 @@ def check_device(device: str) -> None:
 
 
 def device_name(device: str) -> str:
-    """The name of the processor that computes."""
+    """The name of the processor or GPU."""
     if device == "cpu":
         return cpu_model()
     import torch
@@ -33,7 +34,7 @@ def device_name(device: str) -> str:
 
 
 def synchronize(device: str) -> None:
-    """Wait until everything that was asked of the device is done."""
+    """Wait until the device has finished all its work."""
     if device == "cuda":
         import torch
 
@@ -41,12 +42,12 @@ def synchronize(device: str) -> None:
 
 
 def peak_meter(device: str) -> PeakMeter | CudaPeakMeter:
-    """Measures the peak of memory in a `with` block: resident memory of the process, or what tensors take on a GPU."""
+    """A meter for the peak of memory in a `with` block: resident memory on the CPU, memory of tensors on a GPU."""
     return PeakMeter() if device == "cpu" else CudaPeakMeter()
 
 
 def limit_memory_on(device: str, mib: float) -> None:
-    """Let this process run out of memory beyond so much: of all its memory on the CPU, of the GPU's there."""
+    """Limit the memory of this process in MiB: all its memory on the CPU, the GPU's memory on a GPU."""
     if device != "cuda":
         limit_memory_to(mib)
         return

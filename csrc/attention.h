@@ -1,4 +1,4 @@
-// What the tensor side and the kernels say to each other: pointers, sizes and options, no tensors.
+// The interface between the tensor side and the attention kernels: pointers, sizes and options, no tensors.
 //
 // B batch, H query heads, G key heads (H a multiple of G), N queries, M keys, D head size, E value size
 #pragma once
@@ -9,14 +9,14 @@ namespace topk {
 
 enum class DType : int32_t { float32, float64, bfloat16, float16, boolean };
 
-// A 4-d array that is read. Strides count elements; an axis of size 1 that broadcasts has stride 0.
+// A 4-d array that is only read. Strides count elements; an axis of size 1 that broadcasts has stride 0.
 struct View {
   const void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
   DType dtype = DType::float32;
 };
 
-// Runs task(state, i) for every i in [0, num_tasks), on several threads, in no order; returns when all are done.
+// Runs task(state, i) for every i in [0, num_tasks), on several threads and in any order; returns when all are done.
 struct Parallel {
   void (*run)(int64_t num_tasks, void* state, void (*task)(void* state, int64_t index)) = nullptr;
   int64_t num_threads = 1;
@@ -34,8 +34,8 @@ struct Sizes {
 
 // Which keys the rows of each head keep, and where its entries lie.
 //
-// The entries of batch b, head h, query i begin at (b * total_k + first_k[h]) * N + i * k[h]: k[h] of them, ascending by
-// key, then -1 (weight 0) in slots that stay empty. With one k for all heads this is a [B, H, N, k] array.
+// The entries of batch b, head h, query i begin at (b * total_k + first_k[h]) * N + i * k[h]. They are k[h] slots: kept
+// keys in ascending order, then -1 (weight 0) in the empty slots. With one k for all heads this is a [B, H, N, k] array.
 struct HeadK {
   const int64_t* k;        // [H], each in 1..M
   const int64_t* first_k;  // [H], sums of the k before
@@ -78,7 +78,7 @@ struct AttentionBackward {
   int64_t grad_relative_bias_stride;  // 0 for one head
 };
 
-// All kernels allocate scratch memory per thread and return false where there is none to have.
+// All kernels allocate scratch memory per thread and return false if there is not enough memory.
 struct AttentionKernels {
   bool (*forward)(const AttentionForward& call, const Parallel& parallel);
   bool (*backward)(const AttentionBackward& call, const Parallel& parallel);

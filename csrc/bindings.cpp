@@ -1,5 +1,5 @@
-// Where tensors end: the operators of torch.ops.topk_attention, on the LibTorch stable ABI. Python has checked every
-// argument (functional/) and given shapes, dtypes and devices their canonical form (backends/cpu/).
+// The tensor side: the operators of torch.ops.topk_attention, on the LibTorch stable ABI. No file below sees a tensor.
+// Python has checked every argument (functional/) and made shapes, dtypes and devices canonical (backends/cpu/).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,14 +11,14 @@
 #include <tuple>
 #include <vector>
 
-#include "targets.h"
+#include "dispatch.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The kernels in use: the best there are unless others are forced.
+// The kernels in use: the best that this processor can run, unless others are forced.
 const topk::Kernels* used_kernels = topk::kernels_of("");
 
 const topk::Kernels& kernels() { return *used_kernels; }
@@ -48,7 +48,7 @@ topk::View view_of(const Tensor& tensor) {
 
 topk::View view_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? view_of(*tensor) : topk::View(); }
 
-// Copies only where the last axis is not contiguous.
+// The tensor with a contiguous last axis; copies only where it has none.
 Tensor with_whole_rows(const Tensor& tensor) {
   const bool whole = tensor.size(3) <= 1 || tensor.stride(3) == 1;
   return whole ? tensor : torch::stable::contiguous(tensor);
@@ -64,11 +64,12 @@ topk::Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   return dropout;
 }
 
-struct HeadK {
-  explicit HeadK(const std::vector<int64_t>& head_k) : k(head_k) {
-    for (int64_t one : k) {
+// The arrays that a topk::HeadK points into.
+struct HeadKArrays {
+  explicit HeadKArrays(const std::vector<int64_t>& head_k) : k(head_k) {
+    for (int64_t k_of_head : k) {
       first.push_back(total);
-      total += one;
+      total += k_of_head;
     }
   }
   topk::HeadK view() const { return {k.data(), first.data(), total}; }
@@ -77,7 +78,7 @@ struct HeadK {
   int64_t total = 0;
 };
 
-// Tasks go to torch's own threads, each to the next one that is free.
+// Torch's own threads run the tasks; each free thread takes the next one.
 void run_in_parallel(int64_t num_tasks, void* state, void (*task)(void*, int64_t)) {
   std::atomic<int64_t> next = 0;
   const int64_t num_threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
@@ -107,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   query = with_whole_rows(query);
   key = with_whole_rows(key);
   value = with_whole_rows(value);
-  const HeadK per_head(head_k);
+  const HeadKArrays per_head(head_k);
   topk::AttentionForward call = {};
   topk::Sizes& s = call.sizes;
   s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
@@ -154,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   key = with_whole_rows(key);
   value = with_whole_rows(value);
   const ScalarType accumulated = accumulation_dtype(query);
-  const HeadK per_head(head_k);
+  const HeadKArrays per_head(head_k);
   topk::AttentionBackward call = {};
   topk::Sizes& s = call.sizes;
   s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
@@ -292,7 +293,7 @@ std::string cpu_targets() {
   return names;
 }
 
-// Use the target of this name from now on, the best there is for an empty one.
+// Use the target of this name from now on; the best one if the name is empty.
 void force_cpu_target(std::string target) {
   const topk::Kernels* found = topk::kernels_of(target);
   STD_TORCH_CHECK(found != nullptr, "this processor cannot run CPU target ", target);

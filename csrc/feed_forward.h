@@ -1,4 +1,4 @@
-// What the tensor side and the feed-forward kernels say to each other.
+// The interface between the tensor side and the feed-forward kernels.
 //
 // T tokens, D model size, F neurons, X size of a row of any table
 #pragma once
@@ -23,7 +23,7 @@ struct ChooseNeurons {
   DType dtype;
   Matrix x, w_in, w_gate;     // [T, D], [F, D], [F, D]; w_gate.data may be null
   const void *b_in, *b_gate;  // A [F]; may be null
-  Activation activation;      // of the gate; ranks neurons by |activation(gate) * in|, without a gate by `in`
+  Activation activation;      // of the gate; neurons are ranked by |activation(gate) * in|, without a gate by `in`
   int32_t* neurons;           // written: [T, k], ascending
   void* values;               // written: A [T, k], x w_in' + b_in of the chosen neurons
   void* gates;                // written where there is a gate: A [T, k]

@@ -7,16 +7,16 @@ from topk_attention.environment import code_sha256, environment, package_version
 
 
 def test_the_environment_tells_versions_and_processor():
-    here = environment()
-    assert {"topk_attention", "torch", "transformers", "python", "cpu", "num_cpus", "commit", "date"} <= set(here)
-    assert all(here[name] for name in ("topk_attention", "torch", "python", "system", "cpu", "date"))
+    current = environment()
+    assert {"topk_attention", "torch", "transformers", "python", "cpu", "num_cpus", "commit", "date"} <= set(current)
+    assert all(current[name] for name in ("topk_attention", "torch", "python", "system", "cpu", "date"))
 
 
 def test_a_package_that_is_not_installed_has_no_version():
     assert package_version("there-is-no-such-package") is None
 
 
-def test_a_library_inside_somebody_elses_repository_has_no_commit(tmp_path, monkeypatch):
+def test_a_library_inside_another_projects_repository_has_no_commit(tmp_path, monkeypatch):
     module = tmp_path / "site-packages" / "topk_attention" / "environment.py"
     module.parent.mkdir(parents=True)
     for arguments in (

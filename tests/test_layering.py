@@ -4,6 +4,7 @@ The experiments are a project of their own and stand on all of these; no file of
 """
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,68 @@ BACKENDS = {"reference", "chunked", "cpu", "sdpa"}
 
 def imported_modules(path: Path) -> set[str]:
     """Absolute names of all modules of both packages that a file imports, wherever in the file."""
+    return {name for module, names in imports_of(path) for name in (module, *names)}
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(
+    path: Path, inside: Callable[[ast.AST], bool] = lambda node: isinstance(node, ast.Module)
+) -> list[tuple[str, list[str]]]:
+    """For each import of our own modules: the module, and the absolute names that are imported from it.
+
+    inside  look only inside the nodes for which this is true
+    """
     root = EXPERIMENTS if EXPERIMENTS in path.parents else PRODUCT
     parts = [root.name, *path.relative_to(root).with_suffix("").parts]
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = parts[: len(parts) - node.level] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.partition(".")[0] in LAYERS}
+    found: list[tuple[str, list[str]]] = []
+    for outer in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(outer) if inside(outer) else ():
+            if isinstance(node, ast.Import):
+                found += [(alias.name, []) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = parts[: len(parts) - node.level] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                found.append((module, [f"{module}.{alias.name}" for alias in node.names]))
+    return [(module, names) for module, names in found if module.partition(".")[0] in LAYERS]
+
+
+def module_name(path: Path) -> str:
+    """The absolute name under which a file is imported."""
+    parts = Path(name_of(path)).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """For each module of a package the modules of the same package that it imports when it runs, also in functions."""
+    paths = {module_name(path): path for path in root.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        never_run = imports_of(path, is_for_type_checkers)
+        for module, names in [imported for imported in imports_of(path) if imported not in never_run]:
+            submodules = {imported for imported in names if imported in paths}
+            graph[name] |= submodules
+            if module in paths and (not names or len(submodules) < len(names)):
+                graph[name].add(module)
+    return graph
+
+
+def modules_on_circles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that remain when those without imports, or without importers, are taken away again and again."""
+    left = {name: set(imported) for name, imported in graph.items()}
+    while True:
+        imported_by_others = set().union(*left.values()) if left else set()
+        ends = {name for name, imported in left.items() if not imported or name not in imported_by_others}
+        if not ends:
+            return set(left)
+        left = {name: imported - ends for name, imported in left.items() if name not in ends}
 
 
 def name_of(path: Path) -> str:
@@ -78,6 +130,32 @@ def test_backends_never_import_one_another(path):
         parts = name.split(".")
         if parts[0] == "topk_attention" and parts[1:2] == ["backends"] and len(parts) > 2 and own in BACKENDS:
             assert parts[2] not in BACKENDS - {own}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("root", [PRODUCT, EXPERIMENTS], ids=lambda root: root.name)
+def test_no_module_imports_itself_by_way_of_others(root):
+    assert not modules_on_circles(import_graph(root))
+
+
+def test_the_search_for_circles_finds_one():
+    graph = import_graph(PRODUCT)
+    assert "topk_attention.convert.sites" in graph["topk_attention.convert.search"]
+    graph["topk_attention.convert.sites"].add("topk_attention.convert.search")
+    assert {"topk_attention.convert.sites", "topk_attention.convert.search"} <= modules_on_circles(graph)
+
+
+# Files of the product that import their own package inside a function, and why they may.
+LATE_IMPORTS = {
+    "topk_attention/functional/attention.py": "each case of the dispatch imports the one backend that it calls",
+    "topk_attention/functional/feed_forward.py": "each case of the dispatch imports the one backend that it calls",
+    "topk_attention/cli/commands.py": "the command line starts fast: a command imports what it needs when it runs",
+}
+
+
+@pytest.mark.parametrize("path", PRODUCT_FILES, ids=name_of)
+def test_the_product_imports_its_own_modules_at_the_top_of_a_file(path):
+    late = imports_of(path, is_function)
+    assert bool(late) == (name_of(path) in LATE_IMPORTS), late
 
 
 def test_the_layering_test_sees_imports():

@@ -1,6 +1,6 @@
 // All kernels of one CPU target. Compiled once per target with TOPK_TARGET as the name of its namespace and that target's
-// compiler flags. Nothing here may come from the standard library's templates: such code, compiled for one target, could
-// be shared with the rest of the process by the linker.
+// compiler flags. Nothing in these files may use the standard library's templates: the linker could share such
+// code, compiled for one target, with the rest of the process.
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__x86_64__)
@@ -13,17 +13,18 @@ namespace topk {
 namespace TOPK_TARGET {
 namespace {
 
-#include "vectors.h"
-#include "numbers.h"
-#include "arena.h"
-#include "rows.h"
-#include "selection.h"
-#include "scores.h"
-#include "forward.h"
-#include "backward.h"
-#include "activations.h"
-#include "choose_neurons.h"
-#include "neuron_sums.h"
+// Each -inl.h file may be included only at this point, inside the namespace of a target; it relies on those before it.
+#include "vectors-inl.h"
+#include "numbers-inl.h"
+#include "arena-inl.h"
+#include "rows-inl.h"
+#include "selection-inl.h"
+#include "scores-inl.h"
+#include "forward-inl.h"
+#include "backward-inl.h"
+#include "activations-inl.h"
+#include "choose_neurons-inl.h"
+#include "neuron_sums-inl.h"
 
 #define FOR_DTYPE(run)                                                       \
   switch (call.dtype) {                                                      \

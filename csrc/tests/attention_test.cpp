@@ -21,17 +21,17 @@ struct Result {
   std::vector<int32_t> indices;
 };
 
-struct HeadK {
+struct HeadKArrays {
   std::vector<int64_t> first;
   topk::HeadK view;
 
-  explicit HeadK(const Case& c) {
+  explicit HeadKArrays(const Case& c) {
     for (int64_t h = 0; h < c.sizes.num_heads; ++h) first.push_back(c.total_k(h));
     view = {c.k.data(), first.data(), c.total_k(c.sizes.num_heads)};
   }
 };
 
-topk::AttentionForward forward_call(const Case& c, const HeadK& head_k, Array& output) {
+topk::AttentionForward forward_call(const Case& c, const HeadKArrays& head_k, Array& output) {
   topk::AttentionForward call = {};
   call.sizes = c.sizes;
   call.dtype = c.dtype;
@@ -55,7 +55,7 @@ topk::AttentionForward forward_call(const Case& c, const HeadK& head_k, Array& o
 
 void forward(const Case& c, Result& r) {
   const topk::Sizes& s = c.sizes;
-  const HeadK head_k(c);
+  const HeadKArrays head_k(c);
   r.output = Array(c.dtype, {s.batch, s.num_heads, s.num_queries, s.value_dim}, c.output_layout);
   r.indices.assign(c.num_entries(), -77);
   r.indices.shrink_to_fit();
@@ -69,7 +69,7 @@ void forward(const Case& c, Result& r) {
 // The bits of `wanted` stand for the gradients of query, key, value, bias and relative_bias.
 void backward(const Case& c, Result& r, unsigned wanted = 31) {
   const topk::Sizes& s = c.sizes;
-  const HeadK head_k(c);
+  const HeadKArrays head_k(c);
   const DType accumulated = accumulation(c.dtype);
   r.grad_query = Array(c.dtype, {s.batch, s.num_heads, s.num_queries, s.head_dim});
   r.grad_key = zeros(accumulated, {s.batch, s.num_key_heads, s.num_keys, s.head_dim});
@@ -473,7 +473,7 @@ void scores_in_any_order_are_right() {
         }
 }
 
-// Whether the kernels look at key j first when their panels have this many keys: forward.h, choose_sample.
+// Whether the kernels look at key j first when their panels have this many keys: forward-inl.h, choose_sample.
 bool is_sampled(int64_t j, int64_t num_keys, int64_t panel) {
   const int64_t num_panels = (num_keys + panel - 1) / panel;
   const int64_t num_sampled = (std::max<int64_t>(256, num_keys / 8) + panel - 1) / panel;
@@ -661,7 +661,7 @@ void gradients_not_wanted_change_no_bit_of_others() {
 
 void entries_need_not_be_saved() {
   const Case c = make_case({1, 2, 1, 9, 600, 8, 4}, 30);
-  const HeadK head_k(c);
+  const HeadKArrays head_k(c);
   on_every_target([&] {
     Result saved;
     forward(c, saved);
@@ -673,7 +673,7 @@ void entries_need_not_be_saved() {
 
 void want_of_memory_is_reported() {
   const Case c = make_case({1, 1, 1, 3, 5, 4, 4}, 2);
-  const HeadK head_k(c);
+  const HeadKArrays head_k(c);
   Array output = c.grad_output;
   topk::AttentionForward call = forward_call(c, head_k, output);
   call.sizes.value_dim = int64_t(1) << 50;
@@ -727,7 +727,7 @@ void offsets_of_more_than_32_bits_are_right() {
     view.stride[1] = far;
     return view;
   };
-  HeadK far_heads(c);
+  HeadKArrays far_heads(c);
   far_heads.first[1] = far / 3;
   far_heads.view.total_k = 2 * far_heads.first[1];
   on_every_target([&] {

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "../targets.h"
+#include "../dispatch.h"
 #include "arrays.h"
 
 namespace topk_test {

@@ -1,4 +1,4 @@
-"""Where numbers were made: versions, processor, date and a hash of the code that computes."""
+"""The environment in which numbers were computed: versions, processor, date and a hash of the code."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def git_commit() -> str | None:
             return None
         return done.stdout.strip()
 
-    # A package installed inside somebody else's repository is not tracked by it.
+    # Another project's repository may contain the installed package, but does not track it.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = git("rev-parse", "--short", "HEAD")
@@ -75,16 +75,16 @@ def git_commit() -> str | None:
 
 
 def product_sha256() -> str:
-    """Start of the hash of everything in this package that computes: a commit does not tell uncommitted edits apart."""
+    """Start of the hash of all code in this package that computes. A commit does not tell uncommitted edits apart."""
     package = Path(__file__).parent
     files = [file for pattern in ("*.py", "*.so", "*.pyd") for file in package.rglob(pattern)]
     return code_sha256(package, (file for file in files if file.relative_to(package).parts[0] != "cli"))
 
 
 def code_sha256(folder: Path, files: Iterable[Path]) -> str:
-    """Start of the hash of code. Comments, docstrings and layout of Python files do not count; other files count whole.
+    """Start of the hash of code. Comments, docstrings and layout of Python files do not count.
 
-    files  below the folder
+    files  below the folder; those that are not Python count in full
     """
     whole = hashlib.sha256()
     for file in sorted(files):
@@ -94,7 +94,7 @@ def code_sha256(folder: Path, files: Iterable[Path]) -> str:
 
 
 def _code_of(source: str) -> str:
-    """A text that is the same for sources that differ in comments, docstrings and layout alone."""
+    """A text that is the same for sources that differ only in comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(

@@ -1,4 +1,4 @@
-"""Files that are whole whenever one looks."""
+"""Writes files so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: a reader, or a run cut short, never leaves or sees half of it."""
+    """Replace a file in one step. A reader never sees half of it, and an interrupted run never leaves half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -17,9 +17,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a file of records."""
+    """Append one record to a file, as one line of JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A line that was cut short by a full disk or a lost machine must not swallow this one.
+    # The last line may be incomplete, after a full disk or a crash. Start a new line, so that this one stays readable.
     start = "" if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n") else "\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(start + json.dumps(record, ensure_ascii=False) + "\n")

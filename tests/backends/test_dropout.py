@@ -86,8 +86,8 @@ def test_an_entry_does_not_depend_on_which_others_are_asked_for(dropout_p):
         mask(3, dropout_p, rows=7, columns=5, first_row=100, first_column=2000), whole[100:107, 2000:2005]
     )
     columns = torch.randint(COLUMNS, (ROWS, 10))
-    some = keep_mask(torch.tensor(3), torch.arange(ROWS)[:, None], columns, dropout_p)
-    assert torch.equal(some, whole.gather(1, columns))
+    gathered = keep_mask(torch.tensor(3), torch.arange(ROWS)[:, None], columns, dropout_p)
+    assert torch.equal(gathered, whole.gather(1, columns))
 
 
 def test_what_a_low_probability_drops_a_higher_one_drops_too():

@@ -1,4 +1,4 @@
-"""No matrix of queries x keys or of tokens x neurons exists at any time, and little is kept for the backward pass."""
+"""No matrix of queries x keys or of tokens x neurons exists at any time, and little is saved for the backward pass."""
 
 import importlib
 import itertools
@@ -111,7 +111,7 @@ LONG = 2 * LENGTH
     ],
     ids=["plain", "causal", "padding mask", "float key mask", "queries without keys", "causal with padding"],
 )
-def test_auto_over_every_key_never_holds_even_a_bool_for_each_query_and_key(
+def test_auto_never_holds_even_a_bool_for_each_query_and_key_of_full_attention(
     monkeypatch, is_causal, attn_mask, num_queries
 ):
     monkeypatch.setattr(sdpa, "_MASK_BYTES", 2**16)

@@ -5,10 +5,10 @@ import importlib
 import pytest
 import torch
 
-from topk_attention.backends import every_key
+from topk_attention.backends import full_attention
 
 attention = importlib.import_module("topk_attention.backends.chunked.attention")
-full_attention = importlib.import_module("topk_attention.backends.chunked.full_attention")
+chunked_full_attention = importlib.import_module("topk_attention.backends.chunked.full_attention")
 feed_forward = importlib.import_module("topk_attention.backends.chunked.feed_forward")
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 4, 2, 5, 7, 3, 6
@@ -86,33 +86,33 @@ def test_topk_attention_backward_is_a_proper_operator(case, wanted):
 
 @CASES
 @REQUIRES_GRAD
-def test_full_attention_is_a_proper_operator(case, requires_grad):
+def test_chunked_full_attention_is_a_proper_operator(case, requires_grad):
     _, *options = topk_options(case)
-    torch.library.opcheck(full_attention.full_attention_op, (*attention_tensors(case, requires_grad), *options))
+    torch.library.opcheck(chunked_full_attention.full_attention_op, (*attention_tensors(case, requires_grad), *options))
 
 
 @CASES
 @WANTED
-def test_full_attention_backward_is_a_proper_operator(case, wanted):
+def test_chunked_full_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     _, *options = topk_options(case)
-    output, log_sums = full_attention.full_attention_op(*tensors, *options)
+    output, log_sums = chunked_full_attention.full_attention_op(*tensors, *options)
     shapes = [list(x.shape) if x is not None else [] for x in tensors[4:6]]
     arguments = (torch.randn_like(output), output, log_sums, *tensors, *options, *wanted, *shapes)
-    torch.library.opcheck(full_attention.full_attention_backward_op, arguments)
+    torch.library.opcheck(chunked_full_attention.full_attention_backward_op, arguments)
 
 
-def every_key_arguments(case, requires_grad):
+def full_arguments(case, requires_grad):
     query, key, value, mask, *_ = attention_tensors(case, requires_grad)
     query = query.detach()[..., :2].contiguous().requires_grad_(requires_grad)
     key, value = (x.detach()[..., :2].contiguous().requires_grad_(requires_grad) for x in (key, value))
     if case == "nan":
         with torch.no_grad():
             value[1, 1, -1] = torch.nan
-    return query, key, value, mask, case in ("everything", "nan"), 0.5, None
+    return query, key, value, mask, None, None, None, case in ("everything", "nan"), 0.5, 0.0, None
 
 
-EVERY_KEY_CASES = pytest.mark.parametrize(
+FULL_CASES = pytest.mark.parametrize(
     "case", ["plain", "bool mask and bias", "float mask and relative bias", "everything", "nan"]
 )
 
@@ -124,19 +124,21 @@ def check_operator(operator, arguments, case):
         torch.library.opcheck(operator, arguments)
 
 
-@EVERY_KEY_CASES
+@FULL_CASES
 @REQUIRES_GRAD
-def test_attention_over_every_key_is_a_proper_operator(case, requires_grad):
-    arguments = every_key_arguments(case, requires_grad)
-    assert bool(every_key.every_key_op(*arguments)[2]) == (case != "nan")
-    check_operator(every_key.every_key_op, arguments, case)
+def test_full_attention_is_a_proper_operator(case, requires_grad):
+    arguments = full_arguments(case, requires_grad)
+    assert bool(full_attention.full_attention_op(*arguments)[2]) == (case != "nan")
+    check_operator(full_attention.full_attention_op, arguments, case)
 
 
-@EVERY_KEY_CASES
-def test_attention_over_every_key_backward_is_a_proper_operator(case):
-    arguments = every_key_arguments(case, False)
-    output, *saved = every_key.every_key_op(*arguments)
-    check_operator(every_key.every_key_backward_op, (torch.randn_like(output), output, *saved, *arguments), case)
+@FULL_CASES
+@WANTED
+def test_full_attention_backward_is_a_proper_operator(case, wanted):
+    arguments = full_arguments(case, False)
+    output, *saved = full_attention.full_attention_op(*arguments)
+    arguments = (torch.randn_like(output), output, *saved, *arguments, *wanted, [], [])
+    check_operator(full_attention.full_attention_backward_op, arguments, case)
 
 
 @pytest.mark.usefixtures("kernels")

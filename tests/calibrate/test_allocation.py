@@ -25,7 +25,7 @@ def falling(scale, power=1.5):
 
 
 def random_layers(num_layers=3, num_heads=4):
-    """Measured curves wobble, have kinks and end in zero."""
+    """Measured curves are noisy, have kinks and end in zero."""
     generator = np.random.default_rng(0)
     layers = {}
     for number in range(num_layers):
@@ -73,7 +73,7 @@ def test_a_larger_budget_takes_no_key_away_from_smooth_curves():
     before = (0, 0, 0, 0)
     for mean_k in (2, 4, 8, 16, 32, 64, 128):
         ((*ks,),) = with_mean_k(layers, mean_k).values()
-        # A candidate's step up or down goes to whom the rest is given.
+        # The head that gets the remaining keys may be one candidate up or down.
         assert all(k >= 0.94 * old - 1 for k, old in zip(ks, before, strict=True))
         before = ks
 

@@ -207,9 +207,9 @@ def test_no_square_mask_is_kept_for_the_backward_pass(monkeypatch):
 def test_batches_of_any_order_and_length_give_the_same(batches):
     model = tiny_llama()
     short, long = batches[0][:, :9], batches[1]
-    one = calibrate(model, [short, long], target=MeanK(20))
-    assert one == calibrate(model, iter([long, short]), target=MeanK(20))
-    assert one.curves[paths(model)[0]].ks[-1] == LENGTH
+    calibration = calibrate(model, [short, long], target=MeanK(20))
+    assert calibration == calibrate(model, iter([long, short]), target=MeanK(20))
+    assert calibration.curves[paths(model)[0]].ks[-1] == LENGTH
 
 
 def test_a_mapping_gives_the_same_as_its_token_ids(batches):

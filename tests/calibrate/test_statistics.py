@@ -1,4 +1,4 @@
-"""Curves against doing it: run top-k attention itself at every k and look at what went missing."""
+"""Curves compared with direct measurements: run top-k attention at every k and measure what it loses."""
 
 from itertools import pairwise
 
@@ -55,7 +55,7 @@ def lost_by_doing_it(query, key, value, grad, **options):
 
 def some_keys_hidden():
     mask = torch.rand(BATCH, 1, QUERIES, KEYS) > 0.3
-    mask[0, 0, 2] = False  # a query that sees nothing
+    mask[0, 0, 2] = False  # a query that sees no key
     return mask
 
 
@@ -177,7 +177,7 @@ def test_feed_forward_curves_are_what_topk_feed_forward_loses_at_every_k(gated, 
     with observed(lambda call, output: collector.see_feed_forward("layer", call, grad)):
         full = topk_feed_forward(x, k=None, **weights)
     curves = collector.feed_forward["layer"]
-    # The mass is the sum of |activations|: what an output layer of ones puts out for them.
+    # The mass is the sum of |activations|: the output of an output layer of ones.
     hidden = torch.eye(NEURONS).double()
     plain = weights | {"b_out": None, "w_out": hidden}
     total = topk_feed_forward(x, k=None, **plain).abs().sum(1)
@@ -200,7 +200,7 @@ def test_the_grid_rises_from_1_to_the_largest_in_small_steps(largest):
     assert len(grid) <= 4 * largest.bit_length() + 1
 
 
-def test_curves_average_over_rows_whatever_the_batches():
+def test_curves_average_over_rows_for_any_batches():
     lost, change = torch.rand(2, 10, 3), torch.randn(2, 10, 3)
     curves = Curves.empty(2, (1, 2, 3))
     for part in (slice(0, 1), slice(1, 7), slice(7, 10)):

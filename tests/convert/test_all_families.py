@@ -13,10 +13,10 @@ from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of,
 from topk_attention import convert, is_cross_attention, is_self_attention, topk_attention, unconvert
 
 GENERATING = ("t5", "flan_t5", "gpt2", "llama", "mistral", "qwen2", "bart", "whisper")
-# Random models would say one token over and over.
+# Random models would repeat one token.
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
 CROSS = ("t5", "flan_t5", "bart", "whisper")
-# How a family's configuration calls the dropout of its attention weights.
+# The name of the dropout of attention weights in a family's configuration.
 ATTENTION_DROPOUT = {
     "t5": "dropout_rate",
     "flan_t5": "dropout_rate",
@@ -66,7 +66,7 @@ def test_with_every_key_and_neuron_kept_outputs_and_all_gradients_are_the_origin
 def test_with_k_at_the_number_of_keys_every_backend_gives_the_originals_outputs_and_gradients(
     model, inputs, fast_backend
 ):
-    """By name, a backend runs its own top-k; "auto" hands such calls to PyTorch's attention."""
+    """By name, a backend runs its own top-k; "auto" gives such calls to PyTorch's attention."""
     expected = output_and_gradients(model, inputs)
     convert(model, attention_k=24, backend=fast_backend)
     assert_same(output_and_gradients(model, inputs), expected)
@@ -202,7 +202,7 @@ def test_a_deep_copy_of_a_converted_model_shares_nothing_with_it(model, inputs):
         assert not torch.equal(output_of(twin, inputs), expected)
 
 
-def test_layers_that_where_leaves_out_run_ordinary_attention(family, model, inputs):
+def test_layers_that_where_does_not_pick_run_full_attention(family, model, inputs):
     expected = output_and_gradients(model, inputs)
     report = convert(model, attention_k=1000, where=lambda path, module: "1" in path.split("."))
     assert 0 < len(report.replaced) < family.num_attention

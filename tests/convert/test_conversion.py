@@ -1,4 +1,4 @@
-"""What `convert` says, what it refuses, and that a refusal leaves the model as it was."""
+"""What `convert` reports, what it refuses, and that a refusal leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_report_says_why_a_layer_was_skipped():
             {"attention_k": [[1, 2], 3]},
             r"attention_k for model.layers.0.self_attn must hold one int for each of its 4 heads",
         ),
-        ({"attention_k": {"model.layers.7.self_attn": 3}}, r"not there or not picked: model.layers.7.self_attn"),
+        ({"attention_k": {"model.layers.7.self_attn": 3}}, r"do not exist or are not picked: model.layers.7.self_attn"),
         ({"attention_k": 3, "where": lambda path, module: False}, r"convert replaced nothing in LlamaForCausalLM"),
         ({"attention_k": 3, "backend": "fast"}, r'backend must be one of "auto", .*got \'fast\''),
     ],
@@ -80,7 +80,7 @@ def test_a_model_without_known_layers_is_an_error():
     from transformers import MambaConfig, MambaModel
 
     model = MambaModel(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="no layer of a kind this version knows"):
+    with pytest.raises(ValueError, match="no layer of a kind that this version knows"):
         convert(model, attention_k=3)
 
 
@@ -92,7 +92,7 @@ def test_unconverting_a_model_that_was_not_converted_is_an_error():
 def test_a_configuration_that_does_not_fit_the_model_is_an_error():
     model = tiny_llama()
     model.config.topk_attention = {"attention_k": {"layers.9.self_attn": 3}, "feed_forward_k": {}}
-    with pytest.raises(ValueError, match=r"configuration names layers that are not there: layers.9.self_attn"):
+    with pytest.raises(ValueError, match=r"configuration names layers that do not exist: layers.9.self_attn"):
         convert(model)
 
 
@@ -156,7 +156,7 @@ def test_an_environment_variable_chooses_k_for_the_name_alone(tmp_path, tokens, 
     loaded = type(model).from_pretrained(tmp_path / "converted", attn_implementation="topk")
     with pytest.raises(RuntimeError, match="TOPK_ATTENTION_K is 5, but this checkpoint was saved with k = 4; unset"):
         loaded(tokens)
-    convert(loaded, attention_k=6)  # what is said in code goes first
+    convert(loaded, attention_k=6)  # the k in code takes precedence
     assert layer_settings(loaded.model.layers[0].self_attn).k == 6
 
 

@@ -268,7 +268,7 @@ def test_beam_search_equals_eager(tokens):
     ids=lambda way: "-".join(way),
 )
 def test_other_ways_to_generate_give_the_same_tokens(way, k, tokens, left_padding):
-    """As the original at the limit; below it, as a model that computes everything anew for each token."""
+    """As the original at the limit; below it, as a model that computes everything again for each token."""
     rows = slice(1, None) if "prompt_lookup_num_tokens" in way else slice(None)  # it takes one sequence
     options = {"attention_mask": left_padding[rows], "max_new_tokens": 10, "do_sample": False}
     beams = {name: way[name] for name in way if name.startswith("num_")}
@@ -333,7 +333,7 @@ def test_a_keys_hidden_by_the_lowest_float_is_not_chosen(tokens):
         torch.testing.assert_close(model(tokens, attention_mask=lowest).logits, model(tokens).logits)
 
 
-def test_layers_that_where_leaves_out_run_ordinary_attention(model, tokens, right_padding):
+def test_layers_that_where_does_not_pick_run_full_attention(model, tokens, right_padding):
     with torch.no_grad():
         expected = hidden_states(model, tokens, attention_mask=right_padding)
         report = convert(model, attention_k={first_attention(model): 1000})

@@ -1,4 +1,4 @@
-"""Which feed-forward networks are found, and why others are left alone."""
+"""Which feed-forward networks are found, and why others are skipped."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_a_network_with_parts_of_unknown_use_is_skipped_with_the_reason():
         convert(model, feed_forward_k=6)
 
 
-def test_a_network_that_drops_out_by_itself_is_skipped_with_the_reason():
+def test_a_network_with_dropout_in_its_own_code_is_skipped_with_the_reason():
     model = tiny_vit()
     for layer in model.layers:
         layer.mlp.hidden_dropout = 0.1
-    with pytest.raises(ValueError, match=r"ViTMLP drops out by itself \(hidden_dropout\)"):
+    with pytest.raises(ValueError, match=r"ViTMLP applies dropout in its own code \(hidden_dropout\)"):
         convert(model, feed_forward_k=6)
 
 
@@ -70,8 +70,10 @@ def test_an_activation_that_is_not_the_configurations_is_noticed(family, other):
         if isinstance(getattr(module, name), nn.Module):
             delattr(module, name)
         setattr(module, name, other)
-    told = getattr(other, "__name__", type(other).__name__)
-    with pytest.raises(ValueError, match=f"its activation, {told}, is not '.*', which the configuration names"):
+    name_of_other = getattr(other, "__name__", type(other).__name__)
+    with pytest.raises(
+        ValueError, match=f"its activation, {name_of_other}, is not '.*', which the configuration names"
+    ):
         convert(model, feed_forward_k=6)
 
 

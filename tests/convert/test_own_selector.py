@@ -1,4 +1,4 @@
-"""Models that choose keys by themselves hand their choice over as indices=."""
+"""Models that choose keys themselves pass their choice on as indices=."""
 
 from __future__ import annotations
 

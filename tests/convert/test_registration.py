@@ -1,4 +1,4 @@
-"""The name "topk" is known to transformers whichever library is imported first, and importing ours stays cheap."""
+"""transformers knows the name "topk" whichever library is imported first, and importing ours stays cheap."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from convert_models import FAMILIES, LargestTensor, inputs_of, output_and_gradients, output_of, tiny_flan_t5, tiny_t5
 from topk_attention import convert, unconvert
-from topk_attention.convert.t5 import TableBias, _bias_of
+from topk_attention.convert.position_bias import TableBias, _bias_of
 
 
 @pytest.mark.parametrize("tensor_offset", [False, True])

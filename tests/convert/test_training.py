@@ -131,7 +131,7 @@ def test_with_every_key_and_neuron_kept_trainer_sees_the_losses_of_the_original(
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_bfloat16_autocast_in_trainer_goes_its_own_way_below_the_limit(name, tmp_path):
-    """Rounding lets each step keep some other keys and neurons; training goes on all the same."""
+    """Rounding lets each step keep some other keys and neurons; training continues nevertheless."""
     full = train(language_model(name), tmp_path / "full", is_seq2seq=name in ("t5", "bart"))
     half = train(language_model(name), tmp_path / "half", is_seq2seq=name in ("t5", "bart"), bf16=True)
     assert half != full

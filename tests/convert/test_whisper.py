@@ -1,4 +1,4 @@
-"""Whisper-base, pretrained, on eleven seconds of speech: what it hears with few keys."""
+"""Whisper-base, pretrained, on eleven seconds of speech: its transcript with few keys."""
 
 from __future__ import annotations
 

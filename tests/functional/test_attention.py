@@ -36,7 +36,7 @@ def test_output_and_gradients_are_those_of_softmax_over_the_k_best_keys(backend,
     assert_same(output_and_gradients(attend(backend, k=k, is_causal=is_causal), *inputs), expected)
 
 
-def ordinary_attention_options(name):
+def full_attention_options(name):
     options = {
         "plain": {},
         "bool mask": {"attn_mask": torch.rand(SIZES.batch, 1, KEYS, KEYS) < 0.7},
@@ -54,7 +54,7 @@ def ordinary_attention_options(name):
 @pytest.mark.parametrize("name", ["plain", "bool mask", "float mask", "causal", "grouped heads", "scale"])
 def test_with_k_at_least_the_number_of_keys_it_is_scaled_dot_product_attention(backend, tiling, name, k):
     sizes = SIZES._replace(queries=KEYS, key_heads=2 if name == "grouped heads" else SIZES.heads)
-    inputs, options = attention_inputs(sizes), ordinary_attention_options(name)
+    inputs, options = attention_inputs(sizes), full_attention_options(name)
     expected = output_and_gradients(lambda *x: F.scaled_dot_product_attention(*x, **options), *inputs)
     assert_same(output_and_gradients(attend(backend, k=k, **options), *inputs), expected)
 
@@ -232,8 +232,8 @@ def test_heads_and_batches_do_not_mix(backend, tiling, k):
     together = topk_attention(query, key, value, k=k, backend=backend)
     for b in range(SIZES.batch):
         for h in range(SIZES.heads):
-            one = (x[b : b + 1, h : h + 1] for x in (query, key, value))
-            assert_same([topk_attention(*one, k=k, backend=backend)], [together[b : b + 1, h : h + 1]])
+            one_head = (x[b : b + 1, h : h + 1] for x in (query, key, value))
+            assert_same([topk_attention(*one_head, k=k, backend=backend)], [together[b : b + 1, h : h + 1]])
 
 
 @pytest.mark.parametrize("k", [3, None])

@@ -1,4 +1,4 @@
-"""Dropout acts on kept weights, and one seed draws one mask whatever the backend and the chunking."""
+"""Dropout acts on kept weights, and one seed draws one mask on every backend and for every chunking."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Each wrong argument is named, with what was needed and what came."""
+"""Each wrong argument is named, with what it must be and what it is."""
 
 import math
 

@@ -64,7 +64,7 @@ def masks(draw, shape):
 
 @st.composite
 def biases(draw, shape):
-    """A bias's source and what makes the bias of it."""
+    """The tensor that a bias is made from, and the function that makes it."""
     _, heads, queries, keys = shape
     heads = draw(st.sampled_from([1, heads]))
     kind = draw(st.sampled_from(["none", "dense", "relative", "bucketed", "one-way bucketed", "alibi"]))

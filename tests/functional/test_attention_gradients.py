@@ -90,7 +90,7 @@ BACKWARD_OPERATORS = {
 
 
 class ComputedGradients(TorchDispatchMode):
-    """Sees what the backward operators return for query, key, value and the biases."""
+    """Records what the backward operators return for query, key, value and the biases."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))

@@ -97,7 +97,7 @@ def test_a_query_that_sees_fewer_than_k_keys_uses_all_of_them(backend, tiling, k
 
 
 def mask_out(hidden, kind):
-    """Options that hide the keys where `hidden` [N, M] is True, in one of the ways there are."""
+    """Options that hide the keys where `hidden` [N, M] is True, in one of the possible ways."""
     minus_inf = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -math.inf)
     return {"bool": {"attn_mask": ~hidden}, "float": {"attn_mask": minus_inf}, "bias": {"bias": minus_inf}}[kind]
 
@@ -212,7 +212,7 @@ def test_a_nan_row_reaches_no_gradient_of_keys_and_queries_it_has_nothing_to_do_
     query, key, value = attention_inputs()
     mask = torch.ones(SIZES.queries, SIZES.keys, dtype=torch.bool)
     mask[:, 7] = False
-    mask[2] = torch.arange(SIZES.keys) == 7  # query 2 and key 7 have but each other
+    mask[2] = torch.arange(SIZES.keys) == 7  # query 2 and key 7 see only each other
     function = attend(backend, k=k, attn_mask=mask)
     clean = output_and_gradients(function, query, key, value)
     {"query": query[:, :, 2], "key": key[:, :, 7], "value": value[:, :, 7]}[where].fill_(math.nan)

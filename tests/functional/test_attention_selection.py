@@ -1,4 +1,4 @@
-"""What return_selection tells about the kept keys."""
+"""What return_selection returns about the kept keys."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A bias is added to the scores, is never held as a full matrix unless it came as one, and gets its gradient."""
+"""A bias is added to the scores, is never a full matrix unless it was given as one, and gets its gradient."""
 
 import itertools
 import math

@@ -56,13 +56,13 @@ def test_compiled_attention_of_several_things_at_once_equals_eager_attention(fas
 
 @pytest.mark.parametrize("num_queries", [1, 7, 11])
 @pytest.mark.parametrize("name", ["plain", "causal", "padding_mask", "bool_mask", "grouped_query_heads", "alibi"])
-def test_compiled_attention_over_every_key_equals_eager_attention(name, num_queries):
+def test_compiled_full_attention_equals_eager_attention(name, num_queries):
     call = named_call(name, SIZES._replace(queries=num_queries, value_dim=3), smallest_gap=0)
     assert_compiled_equals_eager(lambda *tensors: call(*tensors, k=None), *call.tensors)
 
 
 @pytest.mark.parametrize("num_queries", [1, 11])
-def test_a_hidden_nan_does_not_spread_in_compiled_code_over_every_key(num_queries):
+def test_a_hidden_nan_does_not_spread_in_compiled_full_attention(num_queries):
     query, key, value = attention_inputs(SIZES._replace(queries=num_queries, value_dim=3))
     mask = torch.arange(SIZES.keys) != 4
 

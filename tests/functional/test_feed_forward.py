@@ -428,7 +428,12 @@ def integer_layers(draw):
     }
     chunks = draw(st.one_of(st.none(), st.integers(1, tokens + 1)))
     share = draw(st.sampled_from([0.0, 1 / 32, 1.0]))
-    return Layer(*(x if there else None for x, there in zip(tensors, present, strict=True))), options, chunks, share
+    return (
+        Layer(*(x if is_present else None for x, is_present in zip(tensors, present, strict=True))),
+        options,
+        chunks,
+        share,
+    )
 
 
 @given(integer_layers())

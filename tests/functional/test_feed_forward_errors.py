@@ -1,4 +1,4 @@
-"""Each wrong argument of topk_feed_forward is named, with what was needed and what came."""
+"""Each wrong argument of topk_feed_forward is named, with what it must be and what it is."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How a top-k layer keeps its output weights: neuron by neuron in memory, and in all else as before."""
+"""A top-k layer stores its output weights neuron by neuron in memory and changes nothing else about them."""
 
 import copy
 

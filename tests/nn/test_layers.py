@@ -1,4 +1,4 @@
-"""Layers around projections that they are handed."""
+"""Layers that are built from given projections."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ FAMILIES = {
 def inputs_of(family: Family, dtype=torch.float64) -> dict[str, torch.Tensor]:
     """A batch of two, the first padded on the right where the family knows padding."""
     generator = torch.Generator().manual_seed(1)
-    # All different: without positions of their own, equal tokens would tie in T5.
+    # All different: T5 has no position embeddings, so equal tokens would tie.
     tokens, decoder_tokens = (
         3 + torch.randperm(VOCABULARY - 3, generator=generator)[: 2 * length].view(2, length) for length in (24, 15)
     )

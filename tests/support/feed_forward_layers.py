@@ -26,12 +26,12 @@ class Layer(NamedTuple):
         return [x for x in self if x is not None]
 
     def with_tensors(self, tensors):
-        """The same layer of other tensors, one for each that is there."""
+        """The same layer of other tensors, one for each that is present."""
         tensors = iter(tensors)
         return Layer(*(None if old is None else next(tensors) for old in self))
 
     def run(self, **options):
-        """Output and gradients of every tensor that is there."""
+        """Output and gradients of every tensor that is present."""
         return output_and_gradients(lambda *tensors: apply(self.with_tensors(tensors), **options), *self.present())
 
     def run_dense(self, **options):

@@ -1,6 +1,6 @@
 """Whisper-base from the packages that carry it as a CTranslate2 file in two parts, and speech to run it on.
 
-As a program it writes the model to a folder that transformers loads: python tests/convert/whisper_base.py FOLDER
+As a program it writes the model to a folder that transformers loads: python tests/support/whisper_base.py FOLDER
 """
 
 from __future__ import annotations
@@ -153,35 +153,35 @@ def _state_dict(weights: dict[str, np.ndarray], size: int) -> dict[str, torch.Te
         "proj_out.weight": tensor("decoder/embeddings/weight"),
     }
 
-    def linear(there: str, here: str, *parts: str) -> None:
-        """One layer, or several that lie below one another."""
-        weight, bias = tensor(f"{there}/weight"), tensor(f"{there}/bias")
+    def linear(source: str, target: str, *parts: str) -> None:
+        """One layer, or several whose weights are stacked."""
+        weight, bias = tensor(f"{source}/weight"), tensor(f"{source}/bias")
         for i, part in enumerate(parts or ("",)):
             rows = slice(i * size, (i + 1) * size) if parts else slice(None)
-            state[f"{here}{part}.weight"] = weight[rows]
+            state[f"{target}{part}.weight"] = weight[rows]
             if part != "k_proj":
-                state[f"{here}{part}.bias"] = bias[rows]
+                state[f"{target}{part}.bias"] = bias[rows]
 
-    def norm(there: str, here: str) -> None:
-        state[f"{here}.weight"], state[f"{here}.bias"] = tensor(f"{there}/gamma"), tensor(f"{there}/beta")
+    def norm(source: str, target: str) -> None:
+        state[f"{target}.weight"], state[f"{target}.bias"] = tensor(f"{source}/gamma"), tensor(f"{source}/beta")
 
     for conv in ("conv1", "conv2"):
         linear(f"encoder/{conv}", f"model.encoder.{conv}")
     for part in ("encoder", "decoder"):
         norm(f"{part}/layer_norm", f"model.{part}.layer_norm")
         for name in _layer_names(weights, part):
-            there, here = f"{part}/{name}", f"model.{part}.layers.{name[6:]}"
-            linear(f"{there}/self_attention/linear_0", f"{here}.self_attn.", "q_proj", "k_proj", "v_proj")
-            linear(f"{there}/self_attention/linear_1", f"{here}.self_attn.out_proj")
-            norm(f"{there}/self_attention/layer_norm", f"{here}.self_attn_layer_norm")
+            source, target = f"{part}/{name}", f"model.{part}.layers.{name[6:]}"
+            linear(f"{source}/self_attention/linear_0", f"{target}.self_attn.", "q_proj", "k_proj", "v_proj")
+            linear(f"{source}/self_attention/linear_1", f"{target}.self_attn.out_proj")
+            norm(f"{source}/self_attention/layer_norm", f"{target}.self_attn_layer_norm")
             if part == "decoder":
-                linear(f"{there}/attention/linear_0", f"{here}.encoder_attn.q_proj")
-                linear(f"{there}/attention/linear_1", f"{here}.encoder_attn.", "k_proj", "v_proj")
-                linear(f"{there}/attention/linear_2", f"{here}.encoder_attn.out_proj")
-                norm(f"{there}/attention/layer_norm", f"{here}.encoder_attn_layer_norm")
-            norm(f"{there}/ffn/layer_norm", f"{here}.final_layer_norm")
-            linear(f"{there}/ffn/linear_0", f"{here}.fc1")
-            linear(f"{there}/ffn/linear_1", f"{here}.fc2")
+                linear(f"{source}/attention/linear_0", f"{target}.encoder_attn.q_proj")
+                linear(f"{source}/attention/linear_1", f"{target}.encoder_attn.", "k_proj", "v_proj")
+                linear(f"{source}/attention/linear_2", f"{target}.encoder_attn.out_proj")
+                norm(f"{source}/attention/layer_norm", f"{target}.encoder_attn_layer_norm")
+            norm(f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
+            linear(f"{source}/ffn/linear_0", f"{target}.fc1")
+            linear(f"{source}/ffn/linear_1", f"{target}.fc2")
     return state
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from topk_attention.backends import choose_backend
 from topk_attention.environment import environment
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 from topk_attention.nn import TopKFeedForward
 
 from ..models.text import read_text
@@ -65,7 +65,7 @@ class CurveConfig:
 
     def __post_init__(self) -> None:
         for k in self.k:
-            check_k("k", k)
+            check_count("k", k)
         check_model_and_training(self)
         choose_backend(self.backend)
 

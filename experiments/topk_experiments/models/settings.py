@@ -11,7 +11,7 @@ from typing import Any
 from topk_attention.calibrate import Calibration
 from topk_attention.convert import convert, unconvert
 from topk_attention.convert.settings import CONFIG_ATTRIBUTE
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ..runs.records import Json
 
@@ -33,7 +33,7 @@ class Setting:
         for name in ("attention_k", "feed_forward_k"):
             k = getattr(self, name)
             if isinstance(k, int):
-                check_k(name.replace("_", "-"), k)
+                check_count(name.replace("_", "-"), k)
 
     @property
     def is_full(self) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from topk_attention.backends import choose_backend
 from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
 from topk_attention.environment import environment, now
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ..models.pretrained import (
     ModelSource,
@@ -108,7 +108,7 @@ class CalibrationConfig:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
         for name, ks in (("uniform", self.uniform), ("also-mean-k", self.mean_ks)):
             for k in ks or ():
-                check_k(name, k)
+                check_count(name, k)
         if self.report == self.out:
             raise ValueError(f"report and out must be two files, got {self.out} for both")
         choose_backend(self.backend)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from .interface import AttentionMethod, visible_keys
 
@@ -25,7 +25,7 @@ class VanillaAttention(AttentionMethod):
     def __init__(self, query_chunk_size: int | None = None) -> None:
         super().__init__()
         if query_chunk_size is not None:
-            check_k("query_chunk_size", query_chunk_size)
+            check_count("query_chunk_size", query_chunk_size)
         self.query_chunk_size = query_chunk_size
 
     def attend(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topk_attention.backends.autocast import autocast_off
 from topk_attention.backends.calls import accumulation_dtype
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from .interface import AttentionMethod
 from .linear_attention import FeatureMap, linear_attention
@@ -46,7 +46,7 @@ class RandomFeatureMethod(AttentionMethod):
             ("num_features", num_features),
             ("query_chunk_size", self.chunk_size),
         ):
-            check_k(name, number)
+            check_count(name, number)
         self.smallest_weight = smallest_weight
         self.smallest_share = smallest_share
 

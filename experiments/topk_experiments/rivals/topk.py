@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from topk_attention.functional import topk_attention
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from .interface import AttentionMethod
 
@@ -22,7 +22,7 @@ class LibraryAttention(AttentionMethod):
         super().__init__()
         for name, number in (("k", k), ("query_chunk_size", query_chunk_size)):
             if number is not None:
-                check_k(name, number)
+                check_count(name, number)
         self.k = k
         self.backend = backend
         self.query_chunk_size = query_chunk_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topk_attention.backends import choose_backend
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 # Entries whose k-th and next rank are closer than this may be chosen either way in float32, and are left out.
 NEAR_TIE = 1e-5
@@ -112,7 +112,7 @@ def check_runs(ks: Sequence[int], backend: str) -> None:
     ValueError: k must not hold a number twice, got 16, 32, 16
     """
     for k in ks:
-        check_k("k", k)
+        check_count("k", k)
     if len(set(ks)) != len(ks):
         raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, ks))}")
     choose_backend(backend)

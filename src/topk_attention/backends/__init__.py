@@ -1,4 +1,4 @@
-"""How the operations are computed. Backends never import one another; this file knows them all and chooses."""
+"""How the operations are computed. Backends never import one another; this file imports them and chooses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ class Choice(NamedTuple):
 
 
 def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None = None) -> Choice:
-    """The backend that runs a call (without one: most calls), and why. Only "auto" chooses; a named one runs or raises.
+    """The backend that runs a call, and why; without a call, the backend that runs most calls.
 
-    Beside the names in BACKENDS "auto" may choose "sdpa", PyTorch's own attention. That leaves a call to "chunked"
-    after all if NaN or inf in a key or value would spread: that shows in the numbers alone.
+    Only "auto" chooses; a named backend runs or raises. In addition to the names in BACKENDS "auto" may choose "sdpa",
+    PyTorch's own attention. If NaN or inf in a key or value would spread there, which only the numbers show, "chunked"
+    computes the call.
+
+    Raises:
+        ValueError: there is no backend of this name, or it does not take the call's device.
+        RuntimeError: the backend cannot run on this machine.
     """
     if requested == "auto":
         return _choose(call)
@@ -33,24 +38,26 @@ def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None 
     if requested == "cpu":
         _check_cpu(call)
         if _selects_nothing(call):
-            return Choice("chunked", "k=None is chunking alone: with nothing to select there is nothing to save")
+            return Choice("chunked", "k=None is chunking alone: it selects nothing, so there is nothing to save")
     return Choice(requested, "asked for by name")
 
 
 def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
-    """The kernels save each kept key or neuron for the backward pass. With k=None that would be all there are."""
+    """Whether the call selects nothing. The kernels would save every key or neuron for its backward pass."""
     if isinstance(call, AttentionCall):
         return call.head_k is None and not call.return_selection
     return isinstance(call, FeedForwardCall) and call.k is None
 
 
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
-    if isinstance(call, AttentionCall) and call.keeps_every_key():
+    if isinstance(call, AttentionCall) and call.is_full_attention():
         obstacle = sdpa.obstacle(call)
         if obstacle is None:
-            return Choice("sdpa", "every visible key is kept: PyTorch's attention computes the same, and faster")
+            return Choice("sdpa", "full attention, over every visible key: PyTorch's own computes the same, and faster")
         if not call.return_selection:
-            return Choice("chunked", f"every visible key is kept, which selects nothing; not PyTorch's: {obstacle}")
+            return Choice(
+                "chunked", f"full attention, over every visible key, selects nothing; not PyTorch's: {obstacle}"
+            )
     if isinstance(call, FeedForwardCall) and (call.k is None or call.k >= call.w_in.shape[0]):
         return Choice("chunked", "every neuron is kept: dense products")
     if _device(call) != "cpu":

@@ -1,4 +1,4 @@
-"""Activations of feed-forward layers and their derivatives, by the names transformers uses in its configurations."""
+"""Activations of feed-forward layers and their derivatives, by the names in transformers' configurations."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ ACTIVATIONS: dict[str, _Activation] = {
 
 
 def activate(pre_activation: Tensor, name: str) -> Tensor:
+    """The activation of this name, element by element."""
     return ACTIVATIONS[name].value(pre_activation)
 
 

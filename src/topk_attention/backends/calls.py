@@ -1,7 +1,6 @@
-"""What the public functions hand to a backend, once every argument has been checked.
+"""What the public functions pass to a backend, after they have checked every argument.
 
-A call is plain data: tensors in canonical shapes and the options that apply to them. Backends read it and never
-check it again.
+A call is plain data: tensors in canonical shapes, and the options that apply to them. Backends do not check it again.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """Memory for an output [B, H, N, E] in which each query's heads lie side by side, as the next projection reads
-    them: joining the heads then copies nothing."""
+    """Memory for an output [B, H, N, E] that stores the heads of each query side by side.
+
+    The next projection reads them in this order, so that joining the heads copies nothing.
+    """
     batch, num_heads, num_queries, _ = query.shape
     return query.new_empty(batch, num_queries, num_heads, value.shape[3]).transpose(1, 2)
 
@@ -55,8 +56,8 @@ class AttentionCall:
     query_chunk_size: int | None
     return_selection: bool
 
-    def keeps_every_key(self) -> bool:
-        """Whether every head keeps all keys that its queries see."""
+    def is_full_attention(self) -> bool:
+        """Whether every head keeps all keys that its queries see, so that nothing is selected."""
         return self.head_k is None or all(k >= self.key.shape[2] for k in self.head_k)
 
 

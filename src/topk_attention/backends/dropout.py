@@ -1,7 +1,7 @@
 """Dropout as a function of position, so that every backend and every chunking draws the same mask.
 
-A stateful generator would tie the draw to the order in which chunks are visited. Here the decision for one entry is
-a hash of (seed, row, column): the backward pass repeats it without storing anything.
+With a stateful generator the draw would depend on the order of the chunks. In this file the decision for one entry is
+a hash of (seed, row, column), which the backward pass computes again without storing anything.
 """
 
 from __future__ import annotations

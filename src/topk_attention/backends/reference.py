@@ -1,6 +1,6 @@
-"""The specification: dense scores choose the keys, then autograd differentiates attention over the chosen ones.
+"""The specification: dense scores choose the keys, then autograd differentiates attention over the chosen keys.
 
-Short and slow on purpose. Every other backend is tested against this file, in float64.
+It is deliberately short and slow. Every other backend is tested against this file, in float64.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
 
 
 def _nan_where_not_finite(rows: Tensor) -> Tensor:
-    """Any score of a query or key that holds NaN or inf becomes NaN, never a mere -inf that would hide it."""
+    """The rows with NaN in place of inf, so that their scores are NaN. A score of -inf would hide the key."""
     return torch.where(rows.isfinite(), rows, torch.nan)
 
 

@@ -1,8 +1,8 @@
-"""PyTorch's own attention, for calls that keep every visible key: there it computes the same, and faster.
+"""PyTorch's own attention, for calls of full attention: it computes the same there, and faster.
 
-Only "auto" comes here, by way of `every_key`, which sees to the last difference: PyTorch's lets NaN and inf spread out
-of hidden keys. A mask that differs from query to query is written out for some queries at a time, so memory stays
-linear in length.
+Only "auto" chooses it. The calls pass through `full_attention`, which takes care of the one difference: PyTorch's lets
+NaN and inf spread out of hidden keys. A mask that differs from query to query is written out for a few queries at a
+time, so memory stays linear in length.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from .calls import AttentionCall, accumulation_dtype, empty_output
 
-# Not a public function: the public one has no backward pass that takes a mask anew, and would keep each part's.
+# This function is not public. The backward pass of the public one takes no mask anew: it would keep every part's mask.
 _NAME = "_scaled_dot_product_flash_attention_for_cpu"
-_IS_THERE = hasattr(torch.ops.aten, _NAME) and hasattr(torch.ops.aten, f"{_NAME}_backward")
+_EXISTS = hasattr(torch.ops.aten, _NAME) and hasattr(torch.ops.aten, f"{_NAME}_backward")
 # Bytes of a mask that is written out.
 _MASK_BYTES = 4 * 2**20
-# PyTorch's blocks have 32, 64 or 256 queries, the more there are the larger; parts of fewer queries get small blocks.
+# PyTorch's blocks have 32, 64 or 256 queries, larger ones for more queries. Parts with fewer queries get small blocks.
 _FEWEST_QUERIES = 256
 
 
 def obstacle(call: AttentionCall) -> str | None:
-    """Why PyTorch's attention would not do for this call, None where it does."""
-    if not call.keeps_every_key():
+    """Why PyTorch's attention cannot compute this call, None where it can."""
+    if not call.is_full_attention():
         return "k is smaller than the number of keys"
     if call.return_selection:
         return "it returns no selection"
@@ -45,24 +45,21 @@ def obstacle(call: AttentionCall) -> str | None:
         return "with strided rows it takes memory quadratic in length"
     if 0 in (*call.query.shape, *call.key.shape):
         return "there is nothing to compute"
-    if not _IS_THERE:
+    if not _EXISTS:
         return "this version of PyTorch has none that can be called in parts"
     return None
 
 
-def hides_keys(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool:
-    """Whether some query may not see some key."""
-    return attn_mask is not None or _hides_the_future(query, is_causal)
-
-
 def _hides_the_future(query: Tensor, is_causal: bool) -> bool:
-    """Not where the last query is the only one: it sees every key."""
+    """Whether some query may not see some key by causality. A query that is the only one sees every key."""
     return is_causal and query.shape[2] > 1
 
 
 def takes_one_call(call: AttentionCall) -> bool:
-    """Whether the public function can take the whole call: it aligns causal queries with the first key, and takes no
-    mask beside."""
+    """Whether PyTorch's public function can take the whole call.
+
+    With is_causal it aligns the first query with the first key, and takes no mask.
+    """
     if call.attn_mask is not None and call.attn_mask.shape[2] != 1:  # it would write the mask out in floats
         return False
     if not _hides_the_future(call.query, call.is_causal):
@@ -150,11 +147,11 @@ class _Part(NamedTuple):
 def _parts(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Iterator[_Part]:
     num_queries, num_keys = query.shape[2], key.shape[2]
     hides_the_future = _hides_the_future(query, is_causal)
-    everyone = slice(0, num_queries)
+    all_queries = slice(0, num_queries)
     if hides_the_future and attn_mask is None and num_queries == num_keys:
-        yield _Part(everyone, num_keys, None, True)
+        yield _Part(all_queries, num_keys, None, True)
     elif not hides_the_future and (attn_mask is None or attn_mask.shape[2] == 1):
-        yield _Part(everyone, num_keys, None if attn_mask is None else _additive(attn_mask, query.dtype), False)
+        yield _Part(all_queries, num_keys, None if attn_mask is None else _additive(attn_mask, query.dtype), False)
     else:
         num_masks = 1 if attn_mask is None else attn_mask.shape[0] * attn_mask.shape[1]
         size = max(_MASK_BYTES // (num_masks * num_keys * query.element_size()), _FEWEST_QUERIES)
@@ -167,7 +164,7 @@ def _parts(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
 def _mask_of(
     queries: range, num_queries: int, num_keys: int, attn_mask: Tensor | None, is_causal: bool, device: torch.device
 ) -> Tensor:
-    """The mask of some queries, [B|1, H|1, n, m], with causality written into it and without keys that none sees."""
+    """The mask of a range of queries, [B|1, H|1, n, m], with causality, and without keys that none of them sees."""
     last_key_of_first_query = queries.start + num_keys - num_queries
     num_visible = max(1, last_key_of_first_query + len(queries)) if is_causal else num_keys
     if attn_mask is None:

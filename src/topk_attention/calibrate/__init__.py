@@ -1,4 +1,4 @@
-"""How large k must be, per layer and head, on a user's own text."""
+"""Finds how large k must be, per layer and head, on a user's own text."""
 
 from .allocation import LossIncrease, LostMass, MeanK
 from .calibration import Calibration, calibrate

@@ -1,4 +1,4 @@
-"""From curves to one k per head: what a budget buys, and what a bound costs."""
+"""Chooses one k per head from measured curves, for a budget of keys or for a bound on a loss."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ Allocation = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MeanK:
-    """Keys (or neurons) per query on average over all heads and layers; spent where the loss feels them most."""
+    """A budget: keys (or neurons) per query, on average over all heads and layers.
+
+    The heads whose keys matter most to the loss get the most.
+    """
 
     mean_k: float
 
 
 @dataclass(frozen=True)
 class LostMass:
-    """The softmax weight that a head may lose, on average over queries, e.g. 0.05."""
+    """A bound on the softmax weight that each head may lose, on average over queries, e.g. 0.05."""
 
     bound: float
 
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """How much the loss may rise over full attention's, in nats per token, e.g. 0.01 (about 1 % of perplexity).
+    """A bound on the rise of the loss above that of full attention, in nats per token, e.g. 0.01 (about 1 % of
+    perplexity).
 
-    Searched: the smallest mean k that stays within it on the calibration text itself.
+    `calibrate` searches the smallest mean k that stays within the bound on the calibration text itself.
     """
 
     bound: float
@@ -40,12 +44,11 @@ Target = MeanK | LostMass | LossIncrease
 
 
 def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int = 1) -> Allocation:
-    """Spend mean_k keys a head so that the loss, as far as it can be told head by head, is least.
+    """Spend a mean of mean_k keys a head so that the forecast of the loss, a sum over heads, is smallest.
 
-    A head's share is half its loss error (the curvature) and what can be believed of its loss change: dropping keys of
-    some heads raises the loss on any text of a kind, of others lowers it. Every head stops where one more key would
-    save the same everywhere (a Lagrange multiplier, found by bisection). Keys by which the loss would only rise stay
-    unspent.
+    The forecast for a head is half its loss error (the curvature) plus the reliable part of its loss change. Dropped
+    keys of some heads raise the loss on every text of a kind, those of other heads lower it. One more key saves equally
+    much in every head (a Lagrange multiplier, found by bisection). Keys that would only raise the loss are not spent.
 
     Raises:
         ValueError: mean_k is below smallest_k, or above the largest k of the curves.
@@ -55,11 +58,12 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
         raise ValueError(
             f"mean_k must be between {smallest_k} and {largest_k}, the largest k that was measured, got {mean_k:g}"
         )
-    # As much as two halves of the text agree: more was worse on other texts, as heads that are chosen for their changes
-    # add up in curvature too, which a sum over heads does not see (LOG.md).
-    believed = agreement(curves)
+    # The changes count as far as two halves of the text agree on them. With a larger weight results on other texts were
+    # worse: heads that are chosen for their changes also add up in curvature, which a sum over heads does not show
+    # (LOG.md).
+    reliability = agreement(curves)
     rows = [
-        _interpolated(np.array(c.ks), error.numpy(), believed * change.numpy(), smallest_k)
+        _interpolated(np.array(c.ks), error.numpy(), reliability * change.numpy(), smallest_k)
         for c in curves.values()
         for error, change in zip(c.loss_error, c.loss_change.mean(0), strict=True)
     ]
@@ -79,9 +83,10 @@ def with_mean_k(curves: Mapping[str, Curves], mean_k: float, *, smallest_k: int 
 
 
 def agreement(curves: Mapping[str, Curves]) -> float:
-    """How far the signed changes of the loss in two halves of the text are the same, between 0 and 1.
+    """How far two halves of the text agree on the signed changes of the loss, between 0 and 1.
 
-    Their product over their mean square, each change measured in units of the curve's error at that k.
+    It is the product of the two changes divided by their mean square. Each change is in units of the curve's error at
+    that k.
     """
     both = squares = 0.0
     for c in curves.values():
@@ -108,22 +113,23 @@ def within_lost_mass(curves: Mapping[str, Curves], bound: float) -> Allocation:
 
 
 def mean_of(allocation: Allocation) -> float:
+    """The mean k over all heads of all layers."""
     return float(np.mean([k for ks in allocation.values() for k in ks]))
 
 
 def _interpolated(
     ks: np.ndarray, errors: np.ndarray, changes: np.ndarray, smallest_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every candidate k, ever further apart, and the cost there: of errors the logarithm is interpolated."""
+    """Candidate k, in geometric steps, and the cost of each. Errors are interpolated by their logarithm."""
     candidates = np.unique(np.round(np.geomspace(smallest_k, ks[-1], 200)).astype(int))
-    # Measured curves wobble; a larger k never does worse.
+    # Measured curves are noisy. A larger k never has a larger error.
     falling = np.minimum.accumulate(np.maximum(errors, 1e-30))
     at, known = np.log(candidates), np.log(ks)
     return candidates, np.exp(np.interp(at, known, np.log(falling))) / 2 + np.interp(at, known, changes)
 
 
 def _spend_rest(rows: list[tuple[np.ndarray, np.ndarray]], chosen: list[int], mean_k: float) -> list[int]:
-    """Where curves are not convex the price leaves a rest; it goes to the heads that gain most for each key of it."""
+    """Spend the keys that remain where curves are not convex, on the heads that gain most for each further key."""
     rest = int(mean_k * len(rows)) - sum(chosen)
     while rest > 0:
         best = (0.0, 0, 0)  # gain per key, row, k
@@ -131,7 +137,7 @@ def _spend_rest(rows: list[tuple[np.ndarray, np.ndarray]], chosen: list[int], me
             at = int(np.searchsorted(ks, chosen[number]))
             end = int(np.searchsorted(ks, chosen[number] + rest, side="right"))
             if end > at + 1:
-                # Not only the next k: beyond a flat stretch there may be gains again.
+                # Not only the next k: after a flat part the curve may fall again.
                 gains = (errors[at] - errors[at + 1 : end]) / (ks[at + 1 : end] - ks[at])
                 step = int(np.argmax(gains))
                 best = max(best, (float(gains[step]), number, int(ks[at + 1 + step])))

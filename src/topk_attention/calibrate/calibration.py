@@ -1,4 +1,4 @@
-"""`calibrate`: one pass over a user's own text says how large k must be, for each head."""
+"""`calibrate`: measures a model on a user's own text and chooses one k for each head."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from ..backends.calls import AttentionCall, FeedForwardCall
 from ..convert import convert, unconvert
-from ..convert.sites import attention_sites, feed_forward_sites
+from ..convert.search import attention_sites, feed_forward_sites
 from ..functional.observation import observed
 from .allocation import Allocation, LossIncrease, LostMass, MeanK, Target, mean_of, with_mean_k, within_lost_mass
 from .statistics import Collector, Curves
 
-# progress(what is being done, steps done, steps in all)
+# progress(name of the current work, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 Batch = Tensor | Mapping[str, Any]
 # objective(the model's output, the arguments it was called with)
 Objective = Callable[[Any, Mapping[str, Any]], Tensor]
-# Above any sequence: such a k keeps every key.
-_EVERY_KEY = 2**31 - 1
+# Longer than any sequence: with this k attention is full attention.
+_FULL_K = 2**31 - 1
 _SEARCH_STEPS = 6
 _VERSION = 2
 
@@ -35,10 +35,12 @@ _VERSION = 2
 class Calibration(Mapping[str, tuple[int, ...]]):
     """One k per head, by the path of its attention layer: `convert(model, attention_k=calibration)` takes it.
 
-    attention      path -> k per head
-    feed_forward   path -> k, for `convert(model, feed_forward_k=calibration.feed_forward)`; empty unless asked for
-    curves         path -> what was measured, see `Curves`
-    about          what it was measured on and for: free words and numbers, saved with it
+    attention            path -> k per head
+    feed_forward         path -> k, for `convert(model, feed_forward_k=calibration.feed_forward)`; empty without a
+                         feed_forward_target
+    curves               path -> what was measured, see `Curves`
+    feed_forward_curves  the same for feed-forward layers
+    about                notes on the data and the target: any words and numbers; saved with it
     """
 
     attention: Allocation
@@ -58,10 +60,16 @@ class Calibration(Mapping[str, tuple[int, ...]]):
 
     @property
     def mean_k(self) -> float:
+        """Keys per query, on average over all heads and layers."""
         return mean_of(self.attention)
 
     def reallocated(self, target: Target) -> Calibration:
-        """The same measurements spent for another target; `LossIncrease` needs the model, hence `calibrate`."""
+        """The same measurements, with k chosen for another target.
+
+        Raises:
+            TypeError: the target is of the wrong kind.
+            ValueError: the target is `LossIncrease`, whose search needs the model, or its number is out of range.
+        """
         if isinstance(target, LossIncrease):
             raise ValueError("LossIncrease is searched with the model: call calibrate(model, batches, target=...)")
         _check_target("target", target, (MeanK, LostMass))
@@ -141,29 +149,31 @@ def calibrate(
     largest_k: int = 2048,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure how much each head needs, on text like the user's own, and give each its k.
+    """Measure how many keys each head needs, on text like that of later use, and choose a k for each.
 
-    model    a transformers model as `convert` takes it, not converted; comes back as it was
-    batches  token ids [B, N], or mappings of the model's arguments. Their length should be that of later use: a head's
-             need grows with it
-    target   `MeanK(64)`: a budget, spent where the loss feels it most. `LostMass(0.05)`: no head loses more softmax
-             weight. `LossIncrease(0.01)`: the smallest budget that keeps the loss, searched on the batches themselves
+    model    a transformers model as `convert` takes it, not converted; it is unchanged afterwards
+    batches  token ids [B, N], or mappings of the model's arguments; as long as in later use, because a head needs more
+             keys in a longer sequence
+    target   `MeanK(64)`: a budget, spent where it matters most to the loss. `LostMass(0.05)`: the softmax weight that
+             each head may lose. `LossIncrease(0.01)`: the smallest budget that keeps the loss, searched on the batches
     feed_forward_target  the same for the neurons of feed-forward layers, one k per layer
-    objective            what must not change, from the model's output and its arguments: a loss (a number, mean over
-                         tokens), or a tensor whose squared error counts, such as sentence embeddings [B, D]
+    objective            objective(output, arguments) -> what must not change: a loss (a number, mean over tokens), or a
+                         tensor whose squared error counts, such as sentence embeddings [B, D]
     queries_per_head     queries of each sequence whose scores are sorted
     largest_k            the largest k that is considered
+    progress             progress(name of the current work, steps done, steps in all) is called after each step
 
-    A budget is spent by what the loss forecasts for each head at every k: the curvature, and the direction in which
-    dropped keys move the loss, as far as the earlier and the later half of each sequence agree on it. More batches make
-    the direction surer, and it is worth most where the text is like that of later use.
+    A budget is spent according to a forecast of the loss for each head at every k. The forecast has two parts: the
+    curvature, and the direction in which dropped keys move the loss. The direction counts as far as the earlier and the
+    later half of each sequence agree on it. It is more reliable with more batches, and most useful if the text is like
+    that of later use.
 
-    Without an objective the loss is the model's own where a batch has labels, next-token prediction for causal language
-    models, and for any other model every number of its output counts alike. The squared error of outputs is estimated
-    by projecting them on random signs.
+    Without an objective the loss is the model's own where a batch has labels, and next-token prediction for causal
+    language models. For any other model all numbers of its output count equally. Their squared error is estimated by
+    projecting them on random signs.
 
-    Costs a forward pass, a backward pass without weight gradients, and one sort per measured query and head; memory is
-    that of such a backward pass. A `LossIncrease` adds a forward pass per search step.
+    The cost is a forward pass, a backward pass without weight gradients, and one sort per measured query and head. The
+    memory is that of such a backward pass. A `LossIncrease` adds a forward pass for each search step.
 
     Raises:
         TypeError: a target is of the wrong kind.
@@ -214,7 +224,13 @@ def measure(
     needs_loss: bool = False,
     progress: Progress | None = None,
 ) -> float:
-    """Show every attention layer (and feed-forward layer) of a full pass to the collector; returns the mean loss."""
+    """Let the collector measure every attention layer (and feed-forward layer) in passes of the model in full.
+
+    Returns the mean loss.
+
+    Raises:
+        ValueError: the model was converted already, or a loss is needed and there is none.
+    """
     if hasattr(getattr(model, "config", None), "topk_attention"):
         raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
@@ -239,13 +255,13 @@ def measure(
             report("backward", path)
 
         report("forward", path)
-        if not output.requires_grad:  # nothing before it does: gradients start here
+        if not output.requires_grad:  # no earlier layer needs gradients: they start at this one
             output.requires_grad_()
         output.register_hook(measure_errors)
 
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
-        stack.enter_context(_converted(model, _EVERY_KEY, neurons if with_feed_forward else None))
+        stack.enter_context(_converted(model, _FULL_K, neurons if with_feed_forward else None))
         stack.enter_context(_without_weight_gradients(model))
         stack.enter_context(torch.enable_grad())
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
@@ -258,7 +274,7 @@ def measure(
             loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))
             (loss * _token_ids(batch).numel()).backward()
             losses.append(loss.item())
-    # The backward pass came by them from the last to the first.
+    # The backward pass visited the layers from the last to the first.
     for curves in (collector.attention, collector.feed_forward):
         in_order = {path: curves[path] for path in layers if path in curves}
         curves.clear()
@@ -267,7 +283,7 @@ def measure(
 
 
 def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
-    """Before anything is measured."""
+    """Raise where a target is of the wrong kind or out of range, before the measurement."""
     if not isinstance(target, kinds):
         raise TypeError(f"{name} must be {_listed(kind.__name__ for kind in kinds)}, got {type(target).__name__}")
     if isinstance(target, MeanK) and target.mean_k < 1:
@@ -299,7 +315,7 @@ def _search(
     target: LossIncrease,
     progress: Progress | None,
 ) -> Calibration:
-    """Bisect the logarithm of the mean k."""
+    """The smallest mean k within the bound, by bisection of its logarithm."""
     full = calibration.about["loss"]
     low, high = 1.0, float(max(c.ks[-1] for c in calibration.curves.values()))
     tried: list[dict[str, float]] = []
@@ -328,8 +344,10 @@ def _loss_with(model: nn.Module, batches: list[Batch], objective: Objective | No
 def _loss(
     model: nn.Module, batch: Batch, objective: Objective | None, *, must_be_own: bool = False, seed: int = 0
 ) -> tuple[Tensor, bool]:
-    """The loss and True, or outputs projected on random signs and False: the square of its change is then, in
-    expectation over signs, the squared error of the outputs."""
+    """The loss and True, or the outputs projected on random signs and False.
+
+    The square of the change of such a projection is, in expectation over the signs, the squared error of the outputs.
+    """
     arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "labels" not in arguments and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         arguments["labels"] = arguments["input_ids"]
@@ -347,12 +365,11 @@ def _loss(
     if value.ndim == 0:
         return value, True
     if must_be_own:
-        gave = (
-            f"{type(model).__name__} gave none; add labels to the batches"
-            if objective is None
-            else (f"objective gave a tensor of shape {list(value.shape)}")
-        )
-        raise ValueError(f"LossIncrease needs a loss and {gave}")
+        if objective is None:
+            problem = f"{type(model).__name__} gave none; add labels to the batches"
+        else:
+            problem = f"objective gave a tensor of shape {list(value.shape)}"
+        raise ValueError(f"LossIncrease needs a loss and {problem}")
     signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return (value * signs.to(value)).sum() / _token_ids(batch).numel(), False
 
@@ -369,7 +386,7 @@ def _token_ids(batch: Batch) -> Tensor:
 
 @contextmanager
 def _without_weight_gradients(model: Any) -> Iterator[None]:
-    """The backward pass then computes gradients from each layer to the one before it alone."""
+    """Within this context the backward pass computes the gradients of activations alone, not those of weights."""
     parameters = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -399,5 +416,5 @@ def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iter
         yield
     finally:
         unconvert(model)
-        if model.config._attn_implementation != former:  # loaded with "topk", which is converted to "sdpa" and back
+        if model.config._attn_implementation != former:  # it was loaded with "topk"; unconvert leaves "sdpa"
             model.set_attn_implementation(former)

@@ -1,10 +1,10 @@
-"""What attention heads and feed-forward layers would lose at each k, measured in one full pass over a model.
+"""Measures what attention heads and feed-forward layers would lose at each k, in one pass of a model in full.
 
-For a query with softmax weights p, sorted from the largest, and values v, top-k attention puts out
-sum of the first k p_j v_j / sum of the first k p_j. With g the gradient of the loss with respect to the head's output,
-the products g . v_j turn the output error, as far as the loss feels it, into one number per query, and two running sums
-give that number for all k at once: no square tensor, one sort per row. Its square says how far the loss may move (half
-the mean square is the curvature's share), its mean which way.
+Take a query with softmax weights p, sorted from the largest, and values v. The output of top-k attention is
+sum of the first k p_j v_j / sum of the first k p_j. Let g be the gradient of the loss with respect to the output of the
+head. The products g . v_j turn the error of the output into one number per query: the first-order change of the loss.
+Two running sums give that number for all k at once, with one sort per row and without a square tensor. Its square says
+how far the loss may move (half the mean square is the share of the curvature). Its mean says in which direction.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROWS_AT_A_TIME = 128
 
 
 def k_grid(largest: int) -> tuple[int, ...]:
-    """The k that curves are kept at: four to a doubling, up to and including the largest."""
+    """The k at which curves are measured: four for each doubling, up to and including the largest."""
     powers = range(4 * largest.bit_length() + 1)
     return tuple(sorted({k for power in powers if (k := round(2 ** (power / 4))) < largest} | {largest}))
 
@@ -32,11 +32,13 @@ def k_grid(largest: int) -> tuple[int, ...]:
 class Curves:
     """Means over the queries (or tokens) seen so far, at each k of a grid.
 
+    ks           the grid, K of them
     lost_mass    [H, K]     softmax weight outside the k best keys; for a feed-forward layer the share of the sum of
                             |activations| outside the k best neurons
     loss_error   [H, K]     square of the first-order change of the loss, in nats squared
-    loss_change  [2, H, K]  that change with its sign, in nats, for the earlier and for the later half of what was seen
-                            each time: noise differs between halves; zero where the sign means nothing
+    loss_change  [2, H, K]  that change with its sign, in nats, for the earlier and for the later half of each text,
+                            because noise differs between the halves; zero where the sign means nothing
+    num_rows     queries (or tokens) so far
     """
 
     ks: tuple[int, ...]
@@ -52,7 +54,7 @@ class Curves:
         return Curves(ks, nothing, nothing.clone(), torch.stack([nothing, nothing]))
 
     def add(self, lost_mass: Tensor, loss_change: Tensor, *, signed: bool = True) -> None:
-        """Count rows in, in the order of the text: both [H, rows, K]."""
+        """Add rows, in the order of the text, to the means; both tensors are [H, rows, K]."""
         rows = lost_mass.shape[1]
         share = rows / (self.num_rows + rows)
         self.lost_mass += share * (lost_mass.double().mean(1).cpu() - self.lost_mass)
@@ -69,11 +71,11 @@ class Curves:
 
 @dataclass(frozen=True)
 class SampledCall:
-    """An attention call and the queries of it that are looked at.
+    """An attention call and those of its queries that are measured.
 
+    call     where its bias or its mask had one row for each query, it keeps the rows of these queries alone; a whole
+             mask [N, M], kept until the backward pass, would make memory quadratic
     queries  [R] int64
-    call     its bias and its mask have rows for these queries alone where they had one for each query: a mask [N, M]
-             kept until the backward pass would make memory quadratic
     """
 
     call: AttentionCall
@@ -93,7 +95,7 @@ class Collector:
 
     queries_per_head  queries of a sequence whose rows are sorted, spread evenly over it
     largest_k         curves end here
-    signed            whether the sign of a change of the loss means anything
+    signed            whether the sign of a change of the loss has a meaning
     """
 
     queries_per_head: int
@@ -104,9 +106,9 @@ class Collector:
 
     @torch.no_grad()
     def sample(self, call: AttentionCall, number: int) -> SampledCall:
-        """What has to be kept of the number-th call of a forward pass for `see_attention`."""
+        """The part of the number-th call of a forward pass that `see_attention` needs."""
         num_queries = call.query.shape[2]
-        # Another offset for each layer: no query is left out of all of them.
+        # Each layer has another offset, so every query is measured in one of the layers.
         step = max(1, num_queries // self.queries_per_head)
         return SampledCall.of(call, torch.arange(number % step, num_queries, step, device=call.query.device))
 
@@ -134,7 +136,7 @@ class Collector:
                 ]
                 lost.append(torch.cat([part[0] for part in parts]))
                 change.append(torch.cat([part[1] for part in parts]))
-            missing = (0, len(curves.ks) - len(at))  # more keys than this sequence has lose nothing
+            missing = (0, len(curves.ks) - len(at))  # a k above the number of keys loses nothing
             curves.add(F.pad(torch.stack(lost), missing), F.pad(torch.stack(change), missing), signed=self.signed)
 
     @torch.no_grad()
@@ -153,7 +155,7 @@ class Collector:
                 hidden = activate(F.linear(x, call.w_gate, call.b_gate), call.activation) * value
                 ranked_by = hidden.abs()
             order = ranked_by.argsort(dim=1, descending=True)
-            hidden = hidden.to(accumulation_dtype(hidden.dtype))  # running sums in bfloat16 would stand still
+            hidden = hidden.to(accumulation_dtype(hidden.dtype))  # a running sum in bfloat16 would stop growing
             effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
             mass = hidden.abs().gather(1, order).cumsum(1)
             lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
@@ -161,7 +163,7 @@ class Collector:
 
 
 def _num_visible(sampled: SampledCall, places: Tensor) -> int:
-    """Keys that queries at these places of the sample may see: sorting the hidden ones of a causal call is idle."""
+    """How many keys the queries at these places of the sample may see, so that hidden keys are not sorted."""
     call = sampled.call
     if not call.is_causal:
         return call.key.shape[2]
@@ -174,7 +176,7 @@ def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
 
 
 def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> Tensor:
-    """Scores [rows, num_visible] of one head's queries at some places of the sample, -inf where hidden."""
+    """Scores [rows, num_visible] of one head's queries at these places of the sample, -inf where hidden."""
     call, rows = sampled.call, sampled.queries[places]
     num_queries, num_keys, num_visible = call.query.shape[2], call.key.shape[2], _num_visible(sampled, places)
     keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1], :num_visible]
@@ -198,9 +200,9 @@ def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> Tens
 def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """Lost mass and change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
     at = at.clamp(max=scores.shape[1] - 1)
-    p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees nothing
+    p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees no key
     effect = (p * (grad_output.to(values.dtype) @ values.mT).gather(1, order)).cumsum(1)
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
-    # Of a row that sees nothing the mass is zero: it loses nothing.
+    # A row that sees no key has mass zero, so it loses nothing.
     return (mass[:, -1:] - mass[:, at]).clamp(min=0), effect[:, at] / kept - effect[:, -1:]

@@ -1,35 +1,35 @@
-"""What runs here: versions, processor, backends."""
+"""Describes this installation: versions, processor, backends."""
 
 from __future__ import annotations
 
 from ..backends import BACKENDS, choose_backend, cpu
-from ..convert import registration
+from ..convert.settings import NAME
 from ..environment import environment, package_version
 
 
 def describe_environment() -> str:
-    """Lines for a person, or for a bug report: nothing in them names a person or a folder."""
+    """Lines for a user to read or to put into a bug report. They name no person and no folder."""
     import torch
 
-    here = environment()
+    versions = environment()
     chosen = choose_backend("auto")
     lines = [
-        f"topk_attention  {here['topk_attention']}" + (f" ({here['commit']})" if here["commit"] else ""),
-        f"python          {here['python']}",
-        f"torch           {here['torch'] or 'not installed'}",
-        f"transformers    {here['transformers'] or 'not installed'}",
-        f"system          {here['system']}",
-        f"cpu             {here['cpu']}",
-        f"threads         {torch.get_num_threads()} of {here['num_cpus']}",
+        f"topk_attention  {versions['topk_attention']}" + (f" ({versions['commit']})" if versions["commit"] else ""),
+        f"python          {versions['python']}",
+        f"torch           {versions['torch'] or 'not installed'}",
+        f"transformers    {versions['transformers'] or 'not installed'}",
+        f"system          {versions['system']}",
+        f"cpu             {versions['cpu']}",
+        f"threads         {torch.get_num_threads()} of {versions['num_cpus']}",
         "",
         "backends",
         *(f"  {name:<12}  {_can_run(name)}: {meaning}" for name, meaning in BACKENDS.items()),
         f'  "auto" uses {chosen.name}: {chosen.reason}',
-        "  (where k is no smaller than the number of keys: sdpa, PyTorch's own attention, unless dropout, a bias,",
-        "  a mask or values of another kind, or a NaN that would spread forbids it)",
+        "  (full attention, where k is at least the number of keys, uses sdpa, PyTorch's own, unless dropout, a bias,",
+        "  a mask or values of another kind, or a NaN that would spread prevents it)",
         f"  kernels: {_kernels()}",
         "",
-        f'attn_implementation="{registration.NAME}"  {_registration()}',
+        f'attn_implementation="{NAME}"  {_registration()}',
     ]
     return "\n".join(lines)
 
@@ -50,9 +50,9 @@ def _can_run(backend: str) -> str:
 def _registration() -> str:
     if package_version("transformers") is None:
         return "not available: transformers is not installed"
-    # Importing it is what registers; this also finds an installation that does not import.
+    # The import registers the names. It also shows whether transformers can be imported at all.
     from transformers import AttentionInterface, AttentionMaskInterface
 
     names = (("attention", AttentionInterface()), ("mask", AttentionMaskInterface()))
-    missing = [name for name, interface in names if registration.NAME not in interface]
+    missing = [name for name, interface in names if NAME not in interface]
     return "is registered with transformers" if not missing else f"is NOT registered: {', '.join(missing)} missing"

@@ -1,5 +1,6 @@
-"""EleutherAI's lm-evaluation-harness with top-k attention: its own command in a process that knows the name "topk", a
-model "hf-topk" for it, and a record of what it found.
+"""Runs EleutherAI's lm-evaluation-harness with top-k attention and records its results.
+
+The harness's own command runs in a process in which transformers knows "topk" and the harness knows "hf-topk".
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ MODEL = "hf-topk"
 
 
 def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
-    """Run the command `lm_eval` with these arguments; with `record`, append its results to that file as a line.
+    """Run the command `lm_eval` with these arguments. With `record`, append its results to that file as one line.
 
-    Where that fails, the harness's own file of results is kept, and it is said where.
+    If the results cannot be recorded, the harness's own file of results is kept, and its path is printed.
 
     Raises:
         ValueError: the arguments name an output path of their own beside a record.
@@ -52,7 +53,7 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
             raise ValueError("lm_eval wrote no results; run it without --record to see why")
         append_json_line(record, as_record(json.loads(found[-1].read_text(encoding="utf-8"))))
     except BaseException:
-        # An evaluation can take hours: what it found is not thrown away because it could not be written down.
+        # An evaluation can take hours, so its results are kept even if they could not be recorded.
         if kept := _results_in(folder):
             print(f"the results were not recorded; they are kept in {kept[-1]}", file=sys.stderr)
         else:
@@ -66,7 +67,7 @@ def _results_in(folder: str) -> list[Path]:
 
 
 def as_record(results: dict[str, Any]) -> dict[str, Any]:
-    """What the harness's results say, without folders and the machine's name."""
+    """The harness's results as a record, without folders and the machine's name."""
     config = results["config"]
     options = {name: _without_folder(value) for name, value in config["model_args"].items()}
     return {
@@ -90,7 +91,7 @@ def as_record(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_folder(value: Any) -> Any:
-    """A file's or folder's own name; anything else as it is, the id of a model on the hub too."""
+    """The last part of the path of a file or folder; anything else, such as the id of a model on the hub, as it is."""
     if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
         return Path(value).name
     return value
@@ -98,10 +99,11 @@ def _without_folder(value: Any) -> Any:
 
 @cache
 def register() -> type:
-    """Let the harness know a model "hf-topk": its own "hf", converted after loading.
+    """Register a model "hf-topk" with the harness: its own "hf", converted after loading.
 
-    Two arguments beside those of "hf": attention_k (a number, or the file of a calibration) and feed_forward_k. Without
-    either, the model must be a checkpoint that remembers its k. topk_backend is the backend of `convert`.
+    It has three arguments in addition to those of "hf": attention_k (a number, or the file of a calibration),
+    feed_forward_k, and topk_backend, the backend of `convert`. Without a k the model must be a checkpoint that
+    remembers its k.
 
     Returns the model's class.
 

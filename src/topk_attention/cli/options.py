@@ -1,4 +1,4 @@
-"""Options that several commands share, what is read from them, and how errors are told."""
+"""Options that several commands share, how they are parsed, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" t
 
 
 def new_console() -> Console:
+    """A console for output; 120 columns wide where the output goes to a file."""
     console = Console()
     return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
 
 
 def integers(name: str, listed: str) -> list[int]:
+    """The whole numbers of a comma-separated list; `name` is the option's, for an error."""
     try:
         return [int(entry) for entry in listed.split(",") if entry.strip()]
     except ValueError:
@@ -29,16 +31,17 @@ def integers(name: str, listed: str) -> list[int]:
 
 
 def names(listed: str) -> list[str]:
+    """The entries of a comma-separated list."""
     return [entry.strip() for entry in listed.split(",") if entry.strip()]
 
 
 @contextmanager
 def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: str = "cli") -> Iterator[None]:
-    """What a user can put right ends with one line and status 2; Ctrl-C with 130 and how to go on.
+    """End with one line and status 2 at an error that a user can correct, and with status 130 at Ctrl-C.
 
     kept     where finished work is kept, for the message after Ctrl-C
-    command  the name of the command
-    extra    the extra of topk-attention that brings a missing package
+    command  the name of the command, for the line that resumes it
+    extra    the extra of topk-attention that installs a missing package
     """
     try:
         yield

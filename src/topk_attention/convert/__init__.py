@@ -1,6 +1,6 @@
-"""Hugging Face models with top-k attention and feed-forward layers, their weights where they were.
+"""Converts Hugging Face models to top-k attention and feed-forward layers; their weights are not copied.
 
-Nothing here imports transformers until a model is there.
+To import this package does not import transformers.
 """
 
 from .conversion import convert, unconvert

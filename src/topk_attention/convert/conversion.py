@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..backends import choose_backend
-from ..functional.checks import check_k
-from . import t5, torch_layers
-from .registration import NAME, register
+from ..functional.checks import check_count
+from . import position_bias, torch_layers
+from .registration import register
 from .report import ConversionReport, ReportEntry
-from .settings import ALL, CONFIG_ATTRIBUTE, K, LayerSettings, ModelSettings, set_layer_settings
-from .sites import AttentionSite, FeedForwardSite, attention_sites, feed_forward_sites
+from .search import attention_sites, feed_forward_sites
+from .settings import ALL, CONFIG_ATTRIBUTE, NAME, K, LayerSettings, ModelSettings, set_layer_settings
+from .sites import AttentionSite, FeedForwardSite
 
 Where = Callable[[str, nn.Module], bool]
 AnyK = K | Sequence[K | Sequence[int]] | Mapping[str, K | Sequence[int]]
 
-# What a converted model remembers of its former attention, on the model alone: it is not saved.
+# A converted model remembers its former attention in this attribute. `save_pretrained` does not save it.
 _FORMER_ATTENTION = "_topk_attention_former_implementation"
 
 
@@ -31,33 +32,34 @@ def convert(
     where: Where | None = None,
     backend: str | None = None,
 ) -> ConversionReport:
-    """Let a model use its k best keys per query and k best neurons per token, in place.
+    """Change a model in place: each query uses its k best keys, each token its k best feed-forward neurons.
 
     model           a transformers model whose layers take their attention from transformers' attention interface, or
                     any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer or ...DecoderLayer
     attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head or
-                    "all"), or a mapping from layer path to such an entry; None leaves attention alone
-    feed_forward_k  neurons kept per token: an int, "all", one such entry per layer, or a mapping from path; None leaves
-                    them alone
-    where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. Lists count
-                    the layers it picks.
-    backend         handed on to `topk_attention` and `topk_feed_forward`; "auto", or what a saved model remembers
+                    "all"), or a mapping from layer path to such an entry; with None attention stays as it is
+    feed_forward_k  neurons kept per token: an int, "all", one such entry per layer, or a mapping from layer path; with
+                    None the networks stay as they are
+    where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. A list of k has
+                    one entry for each layer that it picks.
+    backend         the backend of `topk_attention` and `topk_feed_forward`; by default what a saved model remembers,
+                    otherwise "auto"
 
-    Weights stay where they are and keep their names: `save_pretrained` writes an ordinary checkpoint whose
+    The weights are not copied and keep their names. `save_pretrained` therefore writes an ordinary checkpoint, and its
     configuration remembers every k. After `from_pretrained`, `convert(model)` without any k restores them. (A module
-    without a configuration remembers nothing.) Calling it again with another k changes it; `unconvert` gives the
-    original model back.
+    without a configuration remembers nothing.) A second call with another k changes it. `unconvert` gives the original
+    model back.
 
-    Attention layers that are left out run PyTorch's own attention. "all" leaves nothing out and saves memory alone: of
-    attention where PyTorch's own takes memory quadratic in length (dropout, T5's position bias), of networks whose
-    neurons the backward pass then computes again.
+    Attention layers that are not picked run PyTorch's own attention. "all" keeps every key or every neuron: the results
+    stay the same, and only memory is saved. Attention saves it where PyTorch's own needs memory quadratic in length
+    (dropout, T5's position bias). Networks save it because the backward pass computes the neurons again.
 
-    Returns a report of what was replaced, what was skipped and why.
+    Returns a report of what was replaced, what was skipped, and why.
 
     Raises:
         TypeError: the model is of neither kind, or a k is of the wrong type.
-        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. The model
-            is then unchanged.
+        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. After an
+            error the model is unchanged.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(
@@ -72,86 +74,138 @@ def convert(
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
         choose_backend(backend)
-    prefix = getattr(model, "base_model_prefix", "")
-    attention_backend = feed_forward_backend = backend or "auto"
+    wanted = _Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto")
     if attention_k is None and feed_forward_k is None:
-        stored = ModelSettings.from_config(config)
-        if stored is None:
-            raise ValueError(
-                "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
-            )
-        attention_backend = backend or stored.attention_backend
-        feed_forward_backend = backend or stored.feed_forward_backend
-        attention_k = _with_prefix(stored.attention_k, [site.path for site in attention], prefix)
-        feed_forward_k = _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix)
-        attention_k, feed_forward_k = attention_k or None, feed_forward_k or None
-
-    attention_plan = _plan_attention(attention, attention_k, where) if attention_k is not None else []
-    feed_forward_plan = _plan_feed_forward(feed_forward, feed_forward_k, where) if feed_forward_k is not None else []
-    not_found = [
-        kind
-        for kind, k, plan in (
-            ("attention", attention_k, attention_plan),
-            ("feed-forward", feed_forward_k, feed_forward_plan),
-        )
-        if k is not None and not plan
-    ]
-    entries = tuple(entry for _, entry in [*attention_plan, *feed_forward_plan])
-    report = ConversionReport(type(model).__name__, entries, tuple(not_found))
+        wanted = _wanted_by_config(model, config, attention, feed_forward, backend)
+    plan = _plan(attention, feed_forward, wanted, where)
+    report = ConversionReport(type(model).__name__, plan.entries, plan.not_found)
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
+    _apply(model, config, plan, wanted)
+    if config is not None:
+        _remember(model, _configs(config, attention), plan, wanted)
+    return report
 
-    if any(site.reads_interface and entry.replaced for site, entry in attention_plan):
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The k of both kinds of layer, None where the layers of a kind stay as they are, and their backends."""
+
+    attention_k: AnyK | None
+    feed_forward_k: AnyK | None
+    attention_backend: str
+    feed_forward_backend: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will happen at each site. A kind of layer that stays as it is has no entries."""
+
+    attention: list[tuple[AttentionSite, ReportEntry]]
+    feed_forward: list[tuple[FeedForwardSite, ReportEntry]]
+    not_found: tuple[str, ...]  # kinds of layer that a k is given for and of which the model has none
+
+    @property
+    def entries(self) -> tuple[ReportEntry, ...]:
+        return tuple(entry for _, entry in [*self.attention, *self.feed_forward])
+
+
+def _wanted_by_config(
+    model: nn.Module,
+    config: Any,
+    attention: Sequence[AttentionSite],
+    feed_forward: Sequence[FeedForwardSite],
+    backend: str | None,
+) -> _Wanted:
+    """What a saved model remembers of its conversion."""
+    stored = ModelSettings.from_config(config)
+    if stored is None:
+        raise ValueError(
+            "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
+        )
+    prefix = _prefix_of(model)
+    return _Wanted(
+        _with_prefix(stored.attention_k, [site.path for site in attention], prefix) or None,
+        _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
+        backend or stored.attention_backend,
+        backend or stored.feed_forward_backend,
+    )
+
+
+def _plan(
+    attention: Sequence[AttentionSite],
+    feed_forward: Sequence[FeedForwardSite],
+    wanted: _Wanted,
+    where: Where | None,
+) -> _Plan:
+    """Decide for each site, and raise where a k does not fit, before anything changes."""
+    attention_plan: list[tuple[AttentionSite, ReportEntry]] = []
+    feed_forward_plan: list[tuple[FeedForwardSite, ReportEntry]] = []
+    not_found = []
+    if wanted.attention_k is not None:
+        attention_plan = _plan_attention(attention, wanted.attention_k, where)
+        not_found += [] if attention_plan else ["attention"]
+    if wanted.feed_forward_k is not None:
+        feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, where)
+        not_found += [] if feed_forward_plan else ["feed-forward"]
+    return _Plan(attention_plan, feed_forward_plan, tuple(not_found))
+
+
+def _apply(model: nn.Module, config: Any, plan: _Plan, wanted: _Wanted) -> None:
+    """Change the layers as planned."""
+    if any(site.reads_interface and entry.replaced for site, entry in plan.attention):
         _use_topk_attention(model)
-    for site, entry in attention_plan:
-        settings = LayerSettings(entry.k, attention_backend)
+    for site, entry in plan.attention:
+        settings = LayerSettings(entry.k, wanted.attention_backend)
         if not site.reads_interface:
             torch_layers.use_topk_attention(site.module, settings)
         elif config is not None and config._attn_implementation == NAME:
             set_layer_settings(site.module, settings)
-            t5.keep_bias_small(site.module)
-    for feed_forward_site, entry in feed_forward_plan:
+            position_bias.keep_bias_small(site.module)
+    for feed_forward_site, entry in plan.feed_forward:
         if isinstance(entry.k, int) or entry.k == ALL:
-            feed_forward_site.replace(None if entry.k == ALL else entry.k, feed_forward_backend)
-        elif feed_forward_site.restore is not None:  # an earlier conversion picked it, this one does not
+            feed_forward_site.replace(None if entry.k == ALL else entry.k, wanted.feed_forward_backend)
+        elif feed_forward_site.restore is not None:  # an earlier conversion replaced it, this one does not pick it
             feed_forward_site.restore()
     torch_layers.watch_nested_tensors(model)
-    if config is None:
-        return report
-    remembered = ModelSettings.from_config(config) or ModelSettings({}, {})
-    if attention_k is not None:
-        every_k = {entry.k for _, entry in attention_plan}
+
+
+def _remember(model: nn.Module, configs: Sequence[Any], plan: _Plan, wanted: _Wanted) -> None:
+    """Write every k into the configurations, the model's own first. `save_pretrained` saves them with the model."""
+    prefix = _prefix_of(model)
+    remembered = ModelSettings.from_config(configs[0]) or ModelSettings({}, {})
+    if wanted.attention_k is not None:
+        different_k = {entry.k for _, entry in plan.attention}
         remembered = replace(
             remembered,
-            attention_k=_stored(report, "attention", prefix),
-            attention_backend=attention_backend,
-            every_attention_k=every_k.pop() if len(every_k) == 1 else None,
+            attention_k=_k_by_path(plan.attention, prefix),
+            attention_backend=wanted.attention_backend,
+            every_attention_k=different_k.pop() if len(different_k) == 1 else None,
         )
-    if feed_forward_k is not None:
+    if wanted.feed_forward_k is not None:
         remembered = replace(
             remembered,
-            feed_forward_k=_stored(report, "feed_forward", prefix),
-            feed_forward_backend=feed_forward_backend,
+            feed_forward_k=_k_by_path(plan.feed_forward, prefix),
+            feed_forward_backend=wanted.feed_forward_backend,
         )
-    for holder in _configs(config, attention):
-        setattr(holder, CONFIG_ATTRIBUTE, remembered.to_json())
-    return report
+    for config in configs:
+        setattr(config, CONFIG_ATTRIBUTE, remembered.to_json())
 
 
 def unconvert(model: Any) -> None:
     """Give the original model back: its own attention, its own feed-forward layers, the same weights.
 
     Raises:
-        ValueError: the model was not converted.
+        ValueError: the model was not converted, or was restored already.
     """
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if not hasattr(config, CONFIG_ATTRIBUTE) and not any(map(torch_layers.is_converted, model.modules())):
-        raise ValueError(f"{type(model).__name__} was not converted, or was already given back")
+        raise ValueError(f"{type(model).__name__} was not converted, or was restored already")
     for site in attention:
         if site.reads_interface:
             set_layer_settings(site.module, None)
-            t5.give_bias_back(site.module)
+            position_bias.give_bias_back(site.module)
         elif torch_layers.is_converted(site.module):
             torch_layers.restore_attention(site.module)
     for feed_forward_site in feed_forward:
@@ -163,9 +217,9 @@ def unconvert(model: Any) -> None:
     if hasattr(model, _FORMER_ATTENTION):
         model.set_attn_implementation(getattr(model, _FORMER_ATTENTION))
         delattr(model, _FORMER_ATTENTION)
-    for holder in _configs(config, attention):
-        if hasattr(holder, CONFIG_ATTRIBUTE):
-            delattr(holder, CONFIG_ATTRIBUTE)
+    for part in _configs(config, attention):
+        if hasattr(part, CONFIG_ATTRIBUTE):
+            delattr(part, CONFIG_ATTRIBUTE)
 
 
 def _attention_sites(model: Any) -> list[AttentionSite]:
@@ -207,7 +261,7 @@ def _plan_attention(
                     f"got {len(layer_k)}"
                 )
             reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
-            if t5.builds_bias_in_full(site.module):
+            if position_bias.builds_bias_in_full(site.module):
                 reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
         plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
     return plan
@@ -237,7 +291,7 @@ def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
     entries: dict[str, Any]
     if isinstance(k, Mapping):
         if unknown := sorted(set(k) - set(paths)):
-            raise ValueError(f"{name} names layers that are not there or not picked: {', '.join(unknown)}")
+            raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
         entries = dict(k)
     elif isinstance(k, list | tuple):
         if len(k) != len(paths):
@@ -252,19 +306,20 @@ def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
 def _as_k(name: str, entry: Any) -> K:
     if entry == ALL:
         return ALL
-    for one in entry if isinstance(entry, list | tuple) else [entry]:
-        check_k(name, one)
+    for k in entry if isinstance(entry, list | tuple) else [entry]:
+        check_count(name, k)
     return tuple(entry) if isinstance(entry, list | tuple) else int(entry)
 
 
 def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
-    """Stored paths lack the base model's prefix, because a checkpoint loads with or without a head."""
+    """Stored k by the model's own paths. A checkpoint loads with or without a head, so it is stored without the prefix
+    of the base model."""
     by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
-    # A checkpoint also loads without its decoder, say. Where a part is there, all its layers must be.
+    # A checkpoint also loads in part, for example without its decoder. Every part that the model has must be complete.
     parts = {name.split(".")[0] for name in by_name}
     wanted = {name: k for name, k in stored.items() if name.split(".")[0] in parts}
     if unknown := sorted(set(wanted or stored) - set(by_name)):
-        raise ValueError(f"the model's configuration names layers that are not there: {', '.join(unknown)}")
+        raise ValueError(f"the model's configuration names layers that do not exist: {', '.join(unknown)}")
     return {by_name[name]: k for name, k in wanted.items()}
 
 
@@ -277,20 +332,25 @@ def _use_topk_attention(model: Any) -> None:
     if former != NAME:
         setattr(model, _FORMER_ATTENTION, former)
     elif not hasattr(model, _FORMER_ATTENTION):
-        setattr(model, _FORMER_ATTENTION, "sdpa")  # loaded with attn_implementation="topk": its default otherwise
+        setattr(model, _FORMER_ATTENTION, "sdpa")  # loaded with attn_implementation="topk"; "sdpa" is the default
 
 
 def _configs(config: Any, sites: Sequence[AttentionSite]) -> list[Any]:
-    """The model's configuration and those of its parts, which is what their layers can see."""
+    """The model's configuration first, then those of its parts: a layer can read only that of its own part."""
     parts = [part for site in sites if (part := getattr(site.module, "config", None)) is not None]
     return list({id(part): part for part in (config, *parts)}.values())
 
 
-def _stored(report: ConversionReport, kind: str, prefix: str) -> dict[str, Any]:
-    return {entry.path.removeprefix(f"{prefix}."): entry.k for entry in report.replaced if entry.kind == kind}
+def _prefix_of(model: nn.Module) -> str:
+    """The name under which a model with a head holds its base model."""
+    return getattr(model, "base_model_prefix", "")
+
+
+def _k_by_path(plan: Sequence[tuple[AttentionSite | FeedForwardSite, ReportEntry]], prefix: str) -> dict[str, Any]:
+    return {entry.path.removeprefix(f"{prefix}."): entry.k for _, entry in plan if entry.replaced}
 
 
 def _describe(report: ConversionReport, model: nn.Module) -> str:
     if report.entries:
         return str(report)
-    return f"{type(model).__name__}: no layer of a kind this version knows"
+    return f"{type(model).__name__}: no layer of a kind that this version knows"

@@ -1,4 +1,4 @@
-"""The mask that transformers builds for `attn_implementation="topk"`: a description, never a [B, 1, N, M] tensor."""
+"""The mask for `attn_implementation="topk"`: a description of what is visible in place of a [B, 1, N, M] tensor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CompactMask:
     use_vmap: bool
     device: torch.device | str
 
-    # generate() prepares masks ahead for static caches and treats them as the 4-D tensors they usually are.
+    # generate() prepares masks in advance for static caches. It treats them as the 4-D tensors that they usually are.
     ndim = 4
 
     @property
@@ -40,10 +40,10 @@ class CompactMask:
         return (self.batch_size, 1, self.q_length, self.kv_length)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Part of the mask in full, for models whose own selector of keys asks for it."""
+        """Part of the mask as a tensor, for models whose own selector of keys reads it."""
         return self.dense()[index]
 
-    # Written out: an object with __getitem__ alone would count as a sequence without end.
+    # Without this line Python would take an object with __getitem__ alone for an endless sequence.
     __iter__ = None
 
     def contiguous(self) -> CompactMask:
@@ -62,7 +62,7 @@ class CompactMask:
             return None
         padding = prepare_padding_mask(self.padding, self.kv_length, self.kv_offset)
         padding = padding[:, self.kv_offset : self.kv_offset + self.kv_length].bool()
-        # Reading the values is impossible while tracing; the padding then stays.
+        # The values cannot be read while tracing; then the padding stays.
         if not torch.compiler.is_compiling() and bool(padding.all()):
             return None
         return padding[:, None, None, :]
@@ -101,13 +101,13 @@ def compact_mask(
     device: torch.device | str = "cpu",
     **_: object,
 ) -> CompactMask:
-    """What transformers calls in place of its own mask builders; always returns a mask, so nothing is left to guess."""
+    """transformers calls this in place of its own mask builders. It always returns a mask, so nothing is guessed."""
     from transformers.masking_utils import causal_mask_function
 
-    if isinstance(attention_mask, CompactMask):  # made ahead by generate()
+    if isinstance(attention_mask, CompactMask):  # prepared by generate()
         return attention_mask
     if isinstance(q_offset, Tensor):
-        # The cache counts on in this very tensor before attention reads the mask.
+        # The cache increases this same tensor before attention reads the mask, so keep a copy.
         q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
     return CompactMask(
         batch_size,

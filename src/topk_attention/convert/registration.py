@@ -1,4 +1,4 @@
-"""Makes `attn_implementation="topk"` known to transformers, whichever of the two libraries is imported first."""
+"""Registers `attn_implementation="topk"` with transformers, whichever of the two libraries is imported first."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-NAME = "topk"
+from .attention_function import topk_attention_forward
+from .masks import compact_mask
+from .settings import NAME
+
 _MODELING_UTILS = "transformers.modeling_utils"
 
 
 def register() -> None:
-    """Register the attention and its mask under one name: with one alone, padding or causality would be lost."""
+    """Register the attention and its mask under one name. With one of them alone padding or causality would be lost."""
     from transformers import AttentionInterface, AttentionMaskInterface
-
-    from .attention_function import topk_attention_forward
-    from .masks import compact_mask
 
     AttentionInterface.register(NAME, topk_attention_forward)
     AttentionMaskInterface.register(NAME, compact_mask)
 
 
 def register_when_transformers_is_imported() -> None:
-    """Now, if transformers is there; otherwise as soon as it is imported.
+    """Register now if transformers is imported already, otherwise as soon as it is imported.
 
-    Importing transformers here would cost every user of the plain functions several seconds.
+    To import transformers at this point would cost every user of the plain functions several seconds.
     """
     if _MODELING_UTILS in sys.modules:
         register()
@@ -36,20 +36,20 @@ def register_when_transformers_is_imported() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the import of transformers' attention registry go its usual way and registers when it is done."""
+    """Leaves the import of transformers' attention registry to the usual finders, and registers after it."""
 
-    is_asking_others = False
+    is_searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODELING_UTILS or self.is_asking_others:
+        if fullname != _MODELING_UTILS or self.is_searching:
             return None
-        self.is_asking_others = True
+        self.is_searching = True
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self.is_asking_others = False
+            self.is_searching = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec
@@ -69,5 +69,5 @@ class _Loader(importlib.abc.Loader):
             sys.meta_path.remove(self.finder)
         register()
 
-    def __getattr__(self, name: str) -> object:  # get_source and the like, which tracebacks and inspect use
+    def __getattr__(self, name: str) -> object:  # e.g. get_source, which tracebacks and inspect use
         return getattr(self.loader, name)

@@ -11,9 +11,17 @@ from .settings import K
 
 @dataclass(frozen=True)
 class ReportEntry:
-    path: str  # as in model.named_modules()
+    """What `convert` did to one layer.
+
+    path    the layer's name, as in model.named_modules()
+    kind    "attention" or "feed_forward"
+    k       what the layer uses now; None where it was skipped
+    reason  why it was skipped, or the k in words
+    """
+
+    path: str
     kind: Literal["attention", "feed_forward"]
-    k: K | None  # None where skipped
+    k: K | None
     reason: str
 
     @property
@@ -23,9 +31,11 @@ class ReportEntry:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """One entry per attention and feed-forward layer that was looked at. `print(report)` shows them all.
+    """What `convert` did: one entry per attention and feed-forward layer. `print(report)` shows them all.
 
-    not_found  kinds of layer that a k was given for and of which the model has none that is known
+    model_class  name of the model's class
+    entries      one for each layer that was examined
+    not_found    kinds of layer that a k was given for, and of which no known layer was found
     """
 
     model_class: str

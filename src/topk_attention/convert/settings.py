@@ -9,18 +9,20 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..functional.checks import check_k
+from ..functional.checks import check_count
 
-# What a model loaded with attn_implementation="topk" uses when nothing else was said: the k of the paper's
-# attention-layer and Long Range Arena settings.
+# transformers knows this library's attention by this name: attn_implementation="topk".
+NAME = "topk"
+# The k of a model that is loaded with attn_implementation="topk" and without a k: that of the paper's attention-layer
+# and Long Range Arena settings.
 DEFAULT_ATTENTION_K = 128
-# Says another one, for programs that let one choose the implementation and nothing else.
+# The environment variable for another k. It serves programs in which a user can choose the implementation alone.
 K_VARIABLE = "TOPK_ATTENTION_K"
 
 CONFIG_ATTRIBUTE = "topk_attention"
 _LAYER_ATTRIBUTE = "_topk_attention_layer"
 
-# Every key, or every neuron: nothing is left out, and the library computes it in chunks all the same.
+# Keeps every key, or every neuron. The library still computes the layer in chunks.
 ALL: Literal["all"] = "all"
 
 K = int | tuple[int, ...] | Literal["all"]
@@ -28,14 +30,14 @@ K = int | tuple[int, ...] | Literal["all"]
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one attention layer runs; k = None leaves it to PyTorch's attention."""
+    """How one attention layer runs. With k = None it runs PyTorch's own attention."""
 
     k: K | None
     backend: str = "auto"
 
     @property
     def kept_keys(self) -> int | tuple[int, ...] | None:
-        """As `topk_attention` takes it."""
+        """The k in the form that `topk_attention` takes."""
         return None if self.k == ALL else self.k
 
 
@@ -43,7 +45,11 @@ class LayerSettings:
 class ModelSettings:
     """What `convert` did to a model, by layer path without the model's base prefix.
 
-    every_attention_k  the k of all attention layers where they share one: a layer then needs no path to find its own
+    attention_k           k by layer path
+    feed_forward_k        k by layer path
+    attention_backend     the backend of all attention layers
+    feed_forward_backend  the backend of all feed-forward layers
+    every_attention_k     the k of all attention layers where they share one; a layer then finds its k without its path
     """
 
     attention_k: dict[str, K]
@@ -53,6 +59,8 @@ class ModelSettings:
     every_attention_k: K | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The form in which a configuration holds these settings."""
+
         def plain(k: K | None) -> Any:
             return list(k) if isinstance(k, tuple) else k
 
@@ -66,6 +74,7 @@ class ModelSettings:
 
     @staticmethod
     def from_config(config: object) -> ModelSettings | None:
+        """The settings that a model's configuration holds, or None."""
         stored = getattr(config, CONFIG_ATTRIBUTE, None)
         if stored is None:
             return None
@@ -83,6 +92,7 @@ class ModelSettings:
 
 
 def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> None:
+    """Store the settings of a layer on its module; None removes them."""
     if settings is not None:
         setattr(module, _LAYER_ATTRIBUTE, settings)
     elif hasattr(module, _LAYER_ATTRIBUTE):
@@ -90,11 +100,14 @@ def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> Non
 
 
 def layer_settings(module: nn.Module) -> LayerSettings:
-    """What `convert` told this layer. Where attn_implementation="topk" is all that was said: the k that the model was
-    saved with, that of the environment variable TOPK_ATTENTION_K, or the default.
+    """The settings that `convert` gave to this layer.
+
+    A model that was only loaded with attn_implementation="topk" takes, in this order, the k that it was saved with, the
+    k of the environment variable TOPK_ATTENTION_K, or the default.
 
     Raises:
-        RuntimeError: the model was saved with settings that a layer cannot restore by itself, or two k contradict.
+        RuntimeError: the model was saved with settings that a layer cannot restore by itself, or with another k than
+            the environment variable holds.
         ValueError: the environment variable holds no k.
     """
     settings = getattr(module, _LAYER_ATTRIBUTE, None)
@@ -135,5 +148,5 @@ def _k_of_the_environment() -> int | None:
         return None
     if not value.isdecimal():
         raise ValueError(f"the environment variable {K_VARIABLE} must be a whole number, got {value!r}")
-    check_k(K_VARIABLE, int(value))
+    check_count(K_VARIABLE, int(value))
     return int(value)

@@ -1,9 +1,8 @@
-"""The places in a model that a conversion can change. One file per way in which families differ finds them."""
+"""The places in a model that a conversion can change, and what every finder of feed-forward networks checks."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from ..backends.activations import ACTIVATIONS, activate
 from ..nn.feed_forward import is_plain_linear, weight_and_bias
 
-# What families call their activation in their configuration.
+# The names that model families use for the activation in their configurations.
 _ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention layer: one that reads its function from transformers' attention interface, or PyTorch's own."""
+    """An attention layer: PyTorch's own, or one that reads its function from transformers' attention interface."""
 
     path: str
     module: nn.Module
@@ -36,15 +35,16 @@ class FeedForwardSite:
     module: nn.Module
     num_neurons: int
     obstacle: str | None  # why it cannot be replaced
-    replace: Callable[[int | None, str], None]  # with k (None: all) and a backend; again with another k to change it
-    restore: Callable[[], None] | None  # None where it is still the original
+    replace: Callable[[int | None, str], None]  # takes k (None: all) and a backend; a second call changes them
+    restore: Callable[[], None] | None  # None where the network is still the original
 
 
 def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str | None:
-    """Why these layers cannot become a top-k network, or None.
+    """Why these layers cannot become a top-k network; None where they can.
 
-    activation  its name in the configuration
-    act         what the model calls in its place
+    linears     the network's linear layers by name
+    activation  the activation's name in the configuration
+    act         the function or module that the model calls
     """
     for name, linear in linears.items():
         if not is_plain_linear(linear):
@@ -57,25 +57,25 @@ def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str
 
 
 def is_activation(act: Any, name: str) -> bool:
-    """Whether a callable is the activation of this name, tried from its bend to its tails."""
+    """Whether a callable is the activation of this name. Its values between -8 and 8 decide."""
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return False
     x = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         try:
             values = act(x.clone())  # some work in place
-        except (TypeError, RuntimeError):  # no function of one number each
+        except (TypeError, RuntimeError):  # it does not map one tensor to another, element by element
             return False
         return isinstance(values, Tensor) and torch.allclose(values, activate(x, name), rtol=0, atol=1e-5)
 
 
 def name_of(function: Any) -> str:
-    """What a function or a module is called."""
+    """The name of a function, or of the class of a module."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:
-    """The activation's name in the configuration of a module, of what surrounds it or of a part of it."""
+    """The activation's name in the configuration of a module, of a module around it or of one of its parts."""
     parts = path.split(".")
     holders = [
         module,
@@ -98,51 +98,3 @@ def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds the one at this path, and its name there."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
-
-
-def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
-    from . import torch_layers
-
-    for path, module in model.named_modules():
-        if reads_attention_interface(module):
-            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module), True)
-        elif torch_layers.is_attention(module):
-            yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
-
-
-def reads_attention_interface(module: nn.Module) -> bool:
-    """Whether the module looks its attention function up in transformers' table, as its code shows.
-
-    Families differ in what they call their projections, and nothing else that is seen from outside tells a layer that
-    does from one that does not.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
-    from . import bert, inline, network, torch_layers
-
-    # A network that several layers share is replaced in each of them; its weights stay shared.
-    for path, module in model.named_modules(remove_duplicate=False):
-        yield from network.feed_forward_sites(model, path, module)
-    for path, module in model.named_modules():
-        yield from bert.feed_forward_sites(model, path, module)
-        yield from inline.feed_forward_sites(model, path, module)
-        yield from torch_layers.feed_forward_sites(path, module)
-
-
-def _attention_obstacle(module: nn.Module) -> str | None:
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "its scores have a soft cap"
-    if getattr(module, "sinks", None) is not None:
-        return "it has attention sinks"
-    return None
-
-
-def _num_heads(module: nn.Module) -> int | None:
-    for holder in (module, getattr(module, "config", None)):
-        for name in ("num_attention_heads", "num_heads", "n_heads"):
-            if isinstance(num_heads := getattr(holder, name, None), int):
-                return num_heads
-    return None

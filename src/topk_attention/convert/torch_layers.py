@@ -1,7 +1,7 @@
 """PyTorch's own layers: nn.MultiheadAttention, and the networks of nn.TransformerEncoderLayer and ...DecoderLayer.
 
-A converted layer stays the module it was, with its weights, hooks and names; only its class changes, to a subclass that
-computes with top-k. That subclass also keeps PyTorch's fused inference path, which would read the weights past it, out.
+A converted layer remains the same module, with its weights, hooks and names. Only its class changes, to a subclass that
+computes with top-k. PyTorch's fused inference path would read the weights directly; the subclass switches it off.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _NESTED = "_topk_attention_former_use_nested_tensor"
 
 
 class TopKMultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention whose queries use their k best keys. It returns no weights, and zeros for a query that sees
-    no key, where the original returns NaN."""
+    """nn.MultiheadAttention whose queries use their k best keys.
 
-    # The fused path of nn.TransformerEncoderLayer asks for this.
+    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN.
+    """
+
+    # The fused path of nn.TransformerEncoderLayer reads this and then does not run.
     _qkv_same_embed_dim = property(lambda self: False)
 
     def forward(
@@ -56,7 +58,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
             projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for projected in self._project(query, key, value)
         ]
-        # The hint that the mask is the causal one spares reading it.
+        # If the caller says that the mask is the causal one, the mask is not read.
         is_causal = is_causal and query.shape[1] == key.shape[1]
         settings = layer_settings(self)
         output = topk_attention(
@@ -82,7 +84,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         return map(F.linear, inputs, weights, biases)
 
     def _mask(self, mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
-        """[N, M] or [B * H, N, M], True = may not attend, as top-k attention wants it."""
+        """The mask [N, M] or [B * H, N, M], True = may not attend, in the form that `topk_attention` takes."""
         if mask is None:
             return None
         if mask.dim() == 3:
@@ -91,7 +93,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
 
     @staticmethod
     def _padding(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """[B, M], True = not a key, as numbers to add: beside a mask of its own shape it stays small."""
+        """The mask [B, M], True = not a key, as a bias [B, 1, 1, M]: merged with the other mask it would be larger."""
         if mask is None:
             return None
         if mask.dtype == torch.bool:
@@ -193,12 +195,15 @@ def _network_output(layer: Any, x: Tensor) -> Tensor:
 
 
 def _activation_name(activation: Any) -> str:
-    """These layers hold a function and no name; equal values tell which it is."""
+    """The activation's name. These layers hold only a function, so compare its values with those of each activation."""
     return next((name for name in ACTIVATIONS if is_activation(activation, name)), name_of(activation))
 
 
 def watch_nested_tensors(model: nn.Module) -> None:
-    """nn.TransformerEncoder hands padded batches on as nested tensors, which top-k layers do not take."""
+    """Switch nested tensors off in each nn.TransformerEncoder that holds a top-k layer, otherwise back on.
+
+    The encoder would pass padded batches on as nested tensors, which top-k layers do not take.
+    """
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder):
             continue

@@ -1,4 +1,4 @@
-"""What the operations mean: public functions, their checks and their biases."""
+"""What the operations mean: the public functions, their argument checks and their biases."""
 
 from .attention import Selection, topk_attention
 from .bias import ALiBi, BucketedBias, RelativeBias

@@ -11,26 +11,25 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
-from ..backends.autocast import autocast_off
+from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
 from .checks import (
-    autocast,
+    check_count,
     check_dropout,
     check_floating,
-    check_k,
     check_no_tangent,
     check_same_dtype_and_device,
     shape_of,
 )
-from .observation import show
+from .observation import notify_observer
 
 _BIAS_TYPES = Bias.__args__
 
 
 class Selection(NamedTuple):
-    """Which keys each query kept. K is the largest k, never more than the number of keys.
+    """Which keys each query kept. K is the largest k, at most the number of keys.
 
     indices  [..., H, N, K]  int32, ascending; -1 marks an empty slot
     weights  [..., H, N, K]  float32 (float64 for float64 inputs), softmax weights before dropout, 0 in empty slots;
@@ -113,42 +112,51 @@ def topk_attention(
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises; "auto" takes what is fastest, PyTorch's own attention where every visible key is kept;
-                for k=None "cpu" chunks queries as "chunked" does: its kernels would save every key of every query
-    query_chunk_size  queries of one head whose scores exist at a time, at most; by default what fits a memory budget
-                ("cpu" with a k takes a few dozen and PyTorch's own attention what it likes, whatever is said here)
+                or raises; "auto" takes the fastest, which is PyTorch's own for full attention; for k=None "cpu" chunks
+                queries as "chunked" does, because its kernels would save every key of every query
+    query_chunk_size  the most queries of one head whose scores exist at a time; by default what fits a memory budget;
+                "cpu" with a k (a few dozen queries) and PyTorch's own attention ignore it
     return_selection  also return which keys were kept
 
-    Returns [B, H, N, E] in the dtype of query, or with return_selection that and a `Selection`.
+    Returns [B, H, N, E] in the dtype of query; with return_selection a pair of that and a `Selection`.
 
-    The softmax runs over the kept scores alone. With k >= M this is ordinary attention. Of tied keys the one with the
-    lower index is kept, on every backend. A query that may attend to nothing returns zeros and gets zero gradient;
-    one that may attend to fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden
-    key or value never reaches the output; in a key that a query sees it makes the query's output NaN.
+    With is_causal the last query sees the last key, for any number of queries (rows) and keys (columns)::
 
-    Sums are kept in float32 (float64 for float64). Saved for the backward pass: query, key, value, and for each kept
-    key an int32 index and a float weight. Under autocast query, key and value are cast as for
-    `scaled_dot_product_attention`. The gradient itself cannot be differentiated again, and forward-mode derivatives are
-    for backend="reference" alone.
+        5 queries, 5 keys      2 queries, 5 keys      5 queries, 3 keys
+        x . . . .              x x x x .              . . .
+        x x . . .              x x x x x              . . .
+        x x x . .                                     x . .
+        x x x x .                                     x x .
+        x x x x x                                     x x x
+
+    The softmax runs over the kept scores alone. With k >= M this is full attention. Of tied keys the one with the lower
+    index is kept, on every backend. A query that sees no key returns zeros and gets zero gradient. A query that sees
+    fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden key or value never reaches
+    the output. In a key that a query sees, it makes the query's output NaN.
+
+    Sums are kept in float32 (float64 for float64). The backward pass needs query, key, value, and for each kept key an
+    int32 index and a float weight; these are saved. Under autocast query, key and value are cast as for
+    `scaled_dot_product_attention`. The gradient cannot be differentiated again. Forward-mode derivatives exist only for
+    backend="reference".
 
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
-        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, for which the backend has no rule.
+        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
     >>> topk_attention(q, key, v, k=32).shape
     torch.Size([2, 8, 128, 64])
     """
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = in_autocast_dtype(query), in_autocast_dtype(key), in_autocast_dtype(value)
     _check_shapes(query, key, value, enable_gqa)
     *batch, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[-2]
     check_dropout(dropout_p)
     if query_chunk_size is not None:
-        check_k("query_chunk_size", query_chunk_size)
+        check_count("query_chunk_size", query_chunk_size)
     full_shape = (*batch, num_heads, num_queries, num_keys)
     dense_bias, relative_bias = _lower_bias(bias, query, full_shape)
     call = AttentionCall(
@@ -167,7 +175,7 @@ def topk_attention(
         return_selection=return_selection,
     )
     output, indices, weights = _run(call, backend)
-    show(call, output)
+    notify_observer(call, output)
     if len(batch) != 1:
         output = output.view(*batch, *output.shape[1:])
     if indices is None or weights is None:
@@ -179,8 +187,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
     choice = choose_backend(backend, call)
     if choice.name != "reference":
         check_no_tangent("topk_attention", choice.name, call.query, call.key, call.value, call.bias, call.relative_bias)
-    if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads, or no keys at all: every query returns zeros
-        zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of nothing: gradients are zeros
+    if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads or no keys: every query returns zeros
+        zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of no element: zero gradients
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
         nothing = call.query.new_empty(*call.query.shape[:3], 0, dtype=accumulation_dtype(call.query.dtype))
         return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
@@ -191,9 +199,9 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
 
                 return cpu.attention(call)
             case "sdpa":
-                from ..backends import every_key
+                from ..backends import full_attention
 
-                return every_key.attention(call), None, None
+                return full_attention.attention(call), None, None
             case "reference":
                 from ..backends import reference
 
@@ -224,11 +232,13 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             else ""
         )
         wanted: list[int | str] = [*batch, "heads", "M", head_dim] if enable_gqa else expected
-        raise ValueError(f"key must have shape {_show(wanted)} to match query, got {shape_of(key)}{hint}")
+        raise ValueError(f"key must have shape {_shape_text(wanted)} to match query, got {shape_of(key)}{hint}")
     if num_heads % max(key_heads, 1) != 0 or (key_heads == 0) != (num_heads == 0):
         raise ValueError(f"query heads must be a multiple of key heads, got {num_heads} and {key_heads}")
     if list(value.shape[:-1]) != list(key.shape[:-1]):
-        raise ValueError(f"value must have shape {_show([*key.shape[:-1], 'E'])} to match key, got {shape_of(value)}")
+        raise ValueError(
+            f"value must have shape {_shape_text([*key.shape[:-1], 'E'])} to match key, got {shape_of(value)}"
+        )
     if key.shape[-2] >= 2**31:
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
 
@@ -238,7 +248,7 @@ def _with_one_batch_axis(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 4 else tensor.reshape(math.prod(tensor.shape[:-3]), *tensor.shape[-3:])
 
 
-def _show(shape: Sequence[int | str]) -> str:
+def _shape_text(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
@@ -256,20 +266,20 @@ def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys
     if isinstance(k, Tensor | np.ndarray):
         k = k.tolist()
     if not isinstance(k, list | tuple | range):
-        check_k("k", k)
+        check_count("k", k)
         return (min(cast(int, k), num_keys),) * num_heads
     per_head = list(k)
     if len(per_head) != num_heads:
         raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
-    for one in per_head:
-        check_k("k", one)
-    return tuple(min(one, num_keys) for one in per_head)
+    for k_of_head in per_head:
+        check_count("k", k_of_head)
+    return tuple(min(k_of_head, num_keys) for k_of_head in per_head)
 
 
 def _lower_bias(
     bias: Tensor | Bias | None, query: Tensor, full_shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The dense and the relative part of a bias; one of them at most is there."""
+    """The dense and the relative part of a bias; at least one of them is None."""
     if bias is None:
         return None, None
     if isinstance(bias, _BIAS_TYPES):
@@ -312,7 +322,7 @@ def _broadcastable(name: str, tensor: Tensor, query: Tensor, full_shape: tuple[i
         for size, full in zip(aligned, full_shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name} must broadcast to {_show(full_shape)}, got {shape_of(tensor)}")
+        raise ValueError(f"{name} must broadcast to {_shape_text(full_shape)}, got {shape_of(tensor)}")
     tensor = tensor.view(aligned) if tensor.ndim != len(aligned) else tensor
     batch = full_shape[:-3]
     if all(size == 1 for size in aligned[:-3]):

@@ -1,7 +1,7 @@
-"""Biases that attention adds to its scores without ever holding an [N, M] tensor.
+"""Biases that attention adds to its scores, without an [N, M] tensor at any time.
 
-Each is a small description of a bias that depends on the distance between query and key alone. It is handed to
-`topk_attention(bias=...)`, and the gradient reaches the tensor it was made of.
+Each class describes a bias that depends only on the distance between query and key. Pass it to
+`topk_attention(bias=...)`. The gradient reaches the tensor that the bias is made from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class RelativeBias:
 
     values  [H, N + M - 1]  any floating dtype; gets a gradient
 
-    Column N - 1 belongs to the key with the query's own index, columns to its left to earlier keys.
+    Column N - 1 is for the key with the query's own index. Columns to its left are for earlier keys.
 
     >>> import torch
     >>> bias = RelativeBias(torch.zeros(8, 128 + 128 - 1, requires_grad=True))
@@ -46,7 +46,7 @@ class RelativeBias:
 
 @dataclass(frozen=True, eq=False)
 class BucketedBias:
-    """T5's relative position bias: near distances have a bucket each, far ones share logarithmic buckets.
+    """T5's relative position bias: each near distance has its own bucket, far distances share logarithmic buckets.
 
     R buckets, H heads (or 1 for all)
 
@@ -123,8 +123,11 @@ class ALiBi:
 
     @staticmethod
     def geometric_slopes(num_heads: int) -> Tensor:
-        """The slopes of the paper, [num_heads] float32: a geometric sequence from 2^(-8 / H) for H a power of two;
-        otherwise that of the next smaller power, filled up with every other slope of the next larger one."""
+        """The slopes of the paper, [num_heads] float32.
+
+        For H a power of two they are a geometric sequence that begins at 2^(-8 / H). Otherwise they are the sequence of
+        the next smaller power, followed by every other slope of the next larger one.
+        """
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         power = 2 ** int(math.log2(num_heads))
@@ -144,12 +147,15 @@ Bias = RelativeBias | BucketedBias | ALiBi
 
 
 def _accumulated(parameters: Tensor) -> Tensor:
-    """In half precision a bucket's gradient would stop growing at 256 and far distances would round or overflow."""
+    """The parameters in the accumulation dtype.
+
+    In half precision a bucket's gradient would stop growing at 256, and far distances would round or overflow.
+    """
     return parameters.to(accumulation_dtype(parameters.dtype))
 
 
 def _key_minus_query(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Position of the key less that of the query for each column of a relative table, int64 [N + M - 1]."""
+    """Position of the key minus that of the query, for each column of a relative table, int64 [N + M - 1]."""
     # Column j - i + N - 1; the query stands at i + M - N.
     return torch.arange(num_queries + num_keys - 1, device=device) - (num_keys - 1)
 

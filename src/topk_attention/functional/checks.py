@@ -1,4 +1,4 @@
-"""Argument checks that both operations share. Each error names the argument, what was needed and what came."""
+"""Argument checks that both operations share. Each error names the argument, what it must be, and what it is."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.autocast import autocast_is_on
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shape_of(tensor: Tensor) -> str:
+    """A tensor's shape for a message, such as [2, 8, 128, 64]."""
     return str(list(tensor.shape))
 
 
 def check_floating(name: str, tensor: Tensor | None) -> None:
+    """Raise unless this is a tensor of a dtype that the operations take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
@@ -25,6 +25,7 @@ def check_floating(name: str, tensor: Tensor | None) -> None:
 
 
 def check_same_dtype_and_device(name: str, first: Tensor, **others: Tensor | None) -> None:
+    """Raise unless every other tensor has the dtype and the device of the first."""
     for other_name, other in others.items():
         if other is None:
             continue
@@ -38,39 +39,33 @@ def check_same_dtype_and_device(name: str, first: Tensor, **others: Tensor | Non
             )
 
 
-def check_k(name: str, k: object) -> None:
+def check_count(name: str, count: object) -> None:
+    """Raise unless this is an int, at least 1, that fits int32: a k, or the size of a chunk."""
     # The usual case first: SupportsIndex is looked for attribute by attribute, which takes 6 us.
-    is_int = type(k) is int or (
-        isinstance(k, SupportsIndex | torch.SymInt) and not isinstance(k, bool) and not isinstance(k, Tensor)
+    is_int = type(count) is int or (
+        isinstance(count, SupportsIndex | torch.SymInt)
+        and not isinstance(count, bool)
+        and not isinstance(count, Tensor)
     )
     if not is_int:
-        raise TypeError(f"{name} must be an int, got {type(k).__name__} {k!r}")
-    if not 1 <= int(cast(SupportsIndex, k)) < 2**31:
-        raise ValueError(f"{name} must be at least 1 and below 2^31, got {k}")
+        raise TypeError(f"{name} must be an int, got {type(count).__name__} {count!r}")
+    if not 1 <= int(cast(SupportsIndex, count)) < 2**31:
+        raise ValueError(f"{name} must be at least 1 and below 2^31, got {count}")
 
 
 def check_dropout(dropout_p: float) -> None:
+    """Raise unless this is a probability below 1."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
 
 
 def check_no_tangent(operation: str, backend: str, *tensors: Tensor | None) -> None:
-    """Forward-mode differentiation, as in `torch.func.jvp`, would pass by an operator of our own without a word."""
+    """Raise if a tensor carries a tangent: the library's operators would silently lose it.
+
+    Tangents belong to forward-mode differentiation, as in `torch.func.jvp`.
+    """
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             f'{operation} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) on "{backend}"; '
             'use backend="reference", or the backward pass'
         )
-
-
-def autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the autocast dtype where autocast is on, as for matrix products: all but float64."""
-    if not isinstance(tensor, Tensor) or not autocast_is_on(tensor.device.type):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def autocast_optional(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else autocast(tensor)

@@ -6,20 +6,18 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..backends.activations import ACTIVATIONS
-from ..backends.autocast import autocast_off
+from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import FeedForwardCall
 from ..backends.dropout import draw_seed
 from .checks import (
-    autocast,
-    autocast_optional,
+    check_count,
     check_dropout,
     check_floating,
-    check_k,
     check_no_tangent,
     check_same_dtype_and_device,
     shape_of,
 )
-from .observation import show
+from .observation import notify_observer
 
 
 def topk_feed_forward(
@@ -37,7 +35,7 @@ def topk_feed_forward(
     backend: str = "auto",
     token_chunk_size: int | None = None,
 ) -> Tensor:
-    """A feed-forward layer in which each token uses only its k best neurons (Gupta et al. 2021, section 2).
+    """Let each token use only its k best feed-forward neurons (Gupta et al. 2021, section 2).
 
     D model size, F neurons (d_ff), O output size
 
@@ -46,48 +44,51 @@ def topk_feed_forward(
     w_out       [O, F]  as in `nn.Linear`
     k           neurons kept per token, an int or None for all (token chunking alone)
     w_gate      [F, D]  makes the layer gated: activation(x w_gate') * (x w_in')
-    b_in, b_gate  [F], b_out  [O]
-    activation  "relu", "gelu", "gelu_tanh", "silu", "identity" or another name transformers gives to one of them
+    b_in        [F]
+    b_gate      [F]  needs w_gate
+    b_out       [O]
+    activation  "relu", "gelu", "gelu_tanh", "silu", "identity", or another name that transformers gives to one of them
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
-                or raises; for k=None "cpu" chunks tokens as "chunked" does: its kernels would save every neuron of
-                every token
-    token_chunk_size  tokens whose pre-activations exist at a time, at most; by default what fits a memory budget
-                (on "cpu" with a k at most 192 a thread, whatever is said here)
+                or raises; for k=None "cpu" chunks tokens as "chunked" does, because its kernels would save every neuron
+                of every token
+    token_chunk_size  the most tokens whose pre-activations exist at a time; by default what fits a memory budget; "cpu"
+                with a k ignores it and takes at most 192 tokens a thread
 
     Returns [..., O] in the dtype of x.
 
-    A plain layer keeps the k largest pre-activations x w_in' + b_in, which for ReLU-like activations are the largest
-    activations; a gated one the k largest |activation(gate) * in|. Of tied neurons the one with the lower index is
-    kept. With k >= F this is the ordinary layer.
+    A plain layer keeps the k largest pre-activations x w_in' + b_in. For ReLU-like activations these are the largest
+    activations. A gated layer keeps the k largest |activation(gate) * in|. Of tied neurons the one with the lower index
+    is kept. With k >= F this is the dense layer.
 
-    NaN counts as the best neuron of all. A token that holds NaN gets an output of NaN and spoils no other token's; in
-    the backward pass it reaches the gradients of the neurons that it keeps, as far as the activation's derivative lets
-    NaN through, and no others. Output weights of a neuron that no token keeps are not read. (The reference multiplies
-    all rows by all weights: there both may spread.)
+    NaN counts as the best neuron of all. A token that holds NaN gets an output of NaN and changes no other token's. In
+    the backward pass the NaN reaches the gradients of the neurons that the token keeps, as far as the activation's
+    derivative lets it through, and no others. Output weights of a neuron that no token keeps are not read. (The
+    reference multiplies all rows by all weights, so NaN may spread in both places.)
 
-    Saved for the backward pass: x, the weights, and for each kept neuron an int32 index and a float pre-activation (two
-    for a gated layer). The gradient itself cannot be differentiated again, and forward-mode derivatives are for
-    backend="reference" alone.
+    The backward pass needs x, the weights, and for each kept neuron an int32 index and a float pre-activation (two for
+    a gated layer); these are saved. The gradient cannot be differentiated again. Forward-mode derivatives exist only
+    for backend="reference".
 
     Raises:
         TypeError: k is of the wrong type.
         ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
-        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, for which the backend has no rule.
+        NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.
 
     >>> import torch
     >>> x, w_in, w_out = torch.randn(2, 128, 64), torch.randn(256, 64), torch.randn(64, 256)
     >>> topk_feed_forward(x, w_in, w_out, k=32).shape
     torch.Size([2, 128, 64])
     """
-    x, w_in, w_out = autocast(x), autocast(w_in), autocast(w_out)
-    w_gate, b_in, b_out, b_gate = map(autocast_optional, (w_gate, b_in, b_out, b_gate))
+    x, w_in, w_out = in_autocast_dtype(x), in_autocast_dtype(w_in), in_autocast_dtype(w_out)
+    w_gate, b_in = in_autocast_dtype(w_gate), in_autocast_dtype(b_in)
+    b_out, b_gate = in_autocast_dtype(b_out), in_autocast_dtype(b_gate)
     _check_shapes(x, w_in, w_out, w_gate, b_in, b_out, b_gate)
     if k is not None:
-        check_k("k", k)
+        check_count("k", k)
     if token_chunk_size is not None:
-        check_k("token_chunk_size", token_chunk_size)
+        check_count("token_chunk_size", token_chunk_size)
     check_dropout(dropout_p)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -106,7 +107,7 @@ def topk_feed_forward(
         token_chunk_size=token_chunk_size,
     )
     output = _run(call, backend)
-    show(call, output)
+    notify_observer(call, output)
     return output.view(*x.shape[:-1], w_out.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""Lets another part of the library look at each call of the public operations, with its arguments and its output."""
+"""Lets another part of the library observe each call of the public operations, with its arguments and its output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _observer: Observer | None = None
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Within this context every call is shown to the observer, once its output is there."""
+    """Within this context the observer gets every call, after its output is computed."""
     global _observer
     before, _observer = _observer, observer
     try:
@@ -26,6 +26,7 @@ def observed(observer: Observer) -> Iterator[None]:
         _observer = before
 
 
-def show(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
+def notify_observer(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
+    """Give a call and its output to the observer, if there is one."""
     if _observer is not None:
         _observer(call, output)

@@ -1,4 +1,4 @@
-"""Layers that are handed their projections: weights are used where they are, never copied."""
+"""Layers that are built from existing linear layers, whose weights they use and never copy."""
 
 from .attention import TopKAttention
 from .feed_forward import TopKFeedForward

@@ -11,7 +11,7 @@ from ..functional.bias import Bias
 
 
 class TopKAttention(nn.Module):
-    """Multi-head attention in which each query uses its k best keys, around four projections it is handed.
+    """Multi-head attention in which each query uses its k best keys, built from four given projections.
 
     B batch, N queries, M keys, C input size, H heads, G key heads, D head size
 
@@ -19,6 +19,8 @@ class TopKAttention(nn.Module):
     key_projection     C -> G * D
     value_projection   C -> G * E
     output_projection  H * E -> any size
+    num_heads          H
+    num_key_heads      G, by default H
     k                  keys kept per query: an int, one int per head, or None for all
 
     The other options are those of `topk_attention`; dropout applies in training mode only.

@@ -11,7 +11,7 @@ from ..functional import topk_feed_forward
 
 
 def is_plain_linear(layer: object) -> bool:
-    """nn.Linear itself, or transformers' Conv1D, which is one with its weight transposed."""
+    """Whether this is nn.Linear itself, or transformers' Conv1D, a linear layer whose weight is transposed."""
     return type(layer) is nn.Linear or _is_conv1d(layer)
 
 
@@ -20,15 +20,15 @@ def _is_conv1d(layer: object) -> bool:
 
 
 def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Of a plain linear layer: weight [out, in] and bias [out]."""
+    """Weight [out, in] and bias [out] of a plain linear layer."""
     return (layer.weight.t() if _is_conv1d(layer) else layer.weight), layer.bias
 
 
 def plain_linear(owner: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of the owner's linear layer of this name, to be used without calling it.
+    """Weight [out, in] and bias of the owner's linear layer of this name. The caller uses them and not the layer.
 
     Raises:
-        TypeError: it has become something else, such as an adapter, whose own computation would be skipped.
+        TypeError: the layer was replaced, for example by an adapter, whose own computation would be skipped.
     """
     linear = getattr(owner, name)
     if not is_plain_linear(linear):
@@ -41,9 +41,9 @@ def plain_linear(owner: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def store_by_neuron(linear_out: nn.Module | None = None, *, linear_in: nn.Module | None = None) -> None:
-    """Let the weights of a network's layers lie in memory neuron by neuron, as top-k reads them.
+    """Store the weights of a network's layers neuron by neuron in memory, the order in which top-k reads them.
 
-    Shape, values, name and the parameter itself stay; only its strides change, which a dense layer does not mind. A
+    Shape, values, name and the parameter itself stay. Only its strides change, and a dense layer works with both. A
     state dict loads into either form.
     """
     for linear, neuron_axis in ((linear_in, 0), (linear_out, 1)):
@@ -56,7 +56,7 @@ def store_by_neuron(linear_out: nn.Module | None = None, *, linear_in: nn.Module
 
 @torch.no_grad()
 def store_as_usual(*linears: nn.Module) -> None:
-    """Undo `store_by_neuron`, so that a dense layer rounds as it did."""
+    """Undo `store_by_neuron`, so that a dense layer rounds as it did before."""
     for linear in linears:
         weight = getattr(linear, "weight", None)
         if isinstance(weight, nn.Parameter) and not weight.is_contiguous():
@@ -64,7 +64,7 @@ def store_as_usual(*linears: nn.Module) -> None:
 
 
 class TopKFeedForward(nn.Module):
-    """A feed-forward network in which each token uses its k best neurons, around linear layers it is handed.
+    """A feed-forward network in which each token uses its k best neurons, built from given linear layers.
 
     C input size, F neurons, O output size
 
@@ -72,11 +72,15 @@ class TopKFeedForward(nn.Module):
     linear_out   nn.Linear(F, O)
     linear_gate  nn.Linear(C, F) for a gated network, activation(gate) * in, or None
     k            neurons kept per token, or None for all
-    names        what the layers are called in the state dict, in the order in, out, gate: give the original's names
-                 and its checkpoints load into this layer, and the other way round
+    activation   as in `topk_feed_forward`
+    dropout_p    probability of dropping a kept activation, in training mode only
+    backend      as in `topk_feed_forward`
+    token_chunk_size  as in `topk_feed_forward`
+    names        the layers' names in the state dict, in the order in, out, gate; with the names of the original
+                 network, checkpoints of either load into the other
 
-    The weights are used where they are; that of linear_out changes its strides, so that each neuron's output weights
-    lie together. Dropout acts on kept activations, in training mode only.
+    The weights are not copied. That of linear_out changes its strides, so that each neuron's output weights lie
+    together in memory.
 
     >>> import torch
     >>> layer = TopKFeedForward(nn.Linear(64, 256), nn.Linear(256, 64), k=32, activation="gelu")

@@ -1,4 +1,4 @@
-"""Scores made to mislead the kernels' guesses: what is kept stays what the reference keeps."""
+"""Scores that mislead the kernels' guesses: the kernels keep what the reference keeps."""
 
 import math
 
@@ -44,7 +44,7 @@ PATTERNS = {
     "one dominates, last": lambda panel: (torch.arange(NUM_KEYS) == NUM_KEYS - 1) * 30,
     "two levels": lambda panel: torch.arange(NUM_KEYS) % 2,
     "up and down": lambda panel: (torch.arange(NUM_KEYS) * 2654435761 % 4099) / 64,
-    # Fewer than k keys reach the guess: the rows are done again.
+    # Fewer than k keys reach the guess: the rows are computed again.
     "the sample is best": lambda panel: in_sampled_panels(panel) * 8 + noise(),
     "the sample is best, equal elsewhere": lambda panel: torch.where(in_sampled_panels(panel), 8 + noise(), 0),
     "a few of the sample are best": lambda panel: in_sampled_panels(panel) * (noise() > 0.7) * 8 + noise(),
@@ -60,9 +60,9 @@ PATTERNS = {
 
 @DTYPES
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_whatever_the_scores_the_best_keys_are_kept(cpu_target, pattern, dtype):
+def test_for_all_scores_the_best_keys_are_kept(cpu_target, pattern, dtype):
     scores = PATTERNS[pattern](panel_of(cpu_target, dtype)).to(dtype)
-    key = scores[None, None, :, None]  # a head size of 1 and queries of 1 make the scores what we like
+    key = scores[None, None, :, None]  # a head size of 1 and queries of 1 let the test choose the scores
     query, value = torch.ones(1, 1, 14, 1, dtype=dtype), torch.zeros(1, 1, NUM_KEYS, 1, dtype=dtype)
     query[:, :, 1::3] = -1
     for k in (1, 64, 300, 500, NUM_KEYS // 2 + 1, NUM_KEYS - 1):

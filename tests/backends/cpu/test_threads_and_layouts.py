@@ -67,7 +67,7 @@ def test_results_are_equal_to_the_bit_for_any_number_of_threads(several_threads,
 
 
 def as_rows_of_tokens(x):
-    """[B, L, H, D] seen as [B, H, L, D]: how a projection leaves it."""
+    """[B, L, H, D] seen as [B, H, L, D], the layout of a projection's output."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from topk_attention.functional.checks import check_dropout, check_k
+from topk_attention.functional.checks import check_count, check_dropout
 
 from ...rivals.names import METHODS, check_method, kept, method_of, split_backend
 from ...runs.checks import check_at_least, check_one_of
@@ -42,9 +42,9 @@ class Work:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_k("k", self.k)
+        check_count("k", self.k)
         if self.chunk_size is not None:
-            check_k("chunk-sizes", self.chunk_size)
+            check_count("chunk-sizes", self.chunk_size)
         check_dropout(self.dropout_p)
         check_one_of(BIASES, self, "bias")
         check_at_least(1, self, "length", "num_features", "num_heads", "head_dim")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
@@ -71,7 +71,7 @@ class ErrorBenchmark:
             raise ValueError("there is nothing to measure: give at least one length and one method")
         for name, numbers in (("k", self.k), ("features", self.features), ("lengths", self.lengths)):
             for number in numbers or ():
-                check_k(name, number)
+                check_count(name, number)
         if any(number % 2 for number in self.features or ()):
             raise ValueError(f"features must be even, half sines and half cosines for rfa, got {self.features}")
         if min(self.lengths) < 2:

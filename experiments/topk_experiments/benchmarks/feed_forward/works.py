@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from topk_attention.backends.activations import ACTIVATIONS
-from topk_attention.functional.checks import check_k
+from topk_attention.functional.checks import check_count
 
 from ...rivals.names import check_method, kept
 from ...runs.checks import check_at_least, check_one_of
@@ -36,7 +36,7 @@ class Work:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        check_k("k", self.k)
+        check_count("k", self.k)
         check_one_of(list(ACTIVATIONS), self, "activation")
         check_at_least(1, self, "d_model", "d_ff", "tokens")
 

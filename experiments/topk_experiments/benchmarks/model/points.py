@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from topk_attention.backends import choose_backend
-from topk_attention.functional.checks import check_dropout, check_k
+from topk_attention.functional.checks import check_count, check_dropout
 
 from ...models.pretrained import ModelSource
 from ...rivals import METHODS as EVERY_METHOD
@@ -66,9 +66,9 @@ class Point:
             raise ValueError(f"shape must be among {', '.join(SHAPES)}, got {self.shape!r}; or give --config")
         if self.method not in METHODS:
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {self.method!r}")
-        check_k("k", self.k)
+        check_count("k", self.k)
         if self.feed_forward_k not in (None, ALL):
-            check_k("feed_forward_k", self.feed_forward_k)
+            check_count("feed_forward_k", self.feed_forward_k)
         check_dropout(self.dropout_p)
         check_at_least(1, self, "length", "decoder_length", "threads", "num_features")
         if self.method == "rfa" and self.num_features % 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from topk_attention.convert.masks import CompactMask, compact_mask
-from topk_attention.convert.sites import attention_sites
+from topk_attention.convert.search import attention_sites
 
 from ...rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
 from .points import RANDOM, Point

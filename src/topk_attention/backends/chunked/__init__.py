@@ -1,7 +1,7 @@
 """Exact top-k attention and feed-forward in plain PyTorch, on any device, with memory linear in length.
 
-Queries are taken in chunks and keys in blocks; the k best of all earlier blocks are merged with those of the next.
-Only indices and weights of kept entries outlive a chunk. The backward pass touches k rows a query.
+Queries come in chunks and keys in blocks. The k best keys of all earlier blocks are merged with those of the next.
+After a chunk only indices and weights of kept entries remain. The backward pass reads k rows per query.
 """
 
 from .attention import attention

@@ -1,5 +1,4 @@
-"""Top-k attention as two operators, forward and backward, and the entry point that picks between them and full
-attention."""
+"""Top-k attention as two operators, forward and backward. The entry point chooses between them and full attention."""
 
 from __future__ import annotations
 
@@ -13,12 +12,17 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
-from ..gradients import differentiate_attention, save_attention
+from ..operators import (
+    differentiate_topk_attention,
+    empty_attention_gradients,
+    run_topk_attention,
+    save_topk_attention,
+)
 from . import full_attention
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
 from .selection import select_topk
-from .tables import Tables, part_of_heads, row_table_starts
+from .tables import Tables, part_of_heads, row_table_starts, zero_gradients
 from .tiles import (
     HeadGroup,
     Step,
@@ -37,34 +41,9 @@ from .tiles import (
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
-    num_keys = call.key.shape[2]
-    if call.keeps_every_key() and not call.return_selection:
+    if call.is_full_attention() and not call.return_selection:
         return full_attention.full_attention(call), None, None
-    head_k = call.head_k or (num_keys,) * call.query.shape[1]
-    value = call.value
-    if value.shape[3] == 0:  # the selection is wanted all the same
-        value = F.pad(value, (0, 1))
-    inputs = (call.query, call.key, call.value, call.bias, call.relative_bias)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    output, indices, weights = topk_attention_op(
-        call.query,
-        call.key,
-        value,
-        call.attn_mask,
-        call.bias,
-        call.relative_bias,
-        call.seed,
-        head_k,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.query_chunk_size,
-        needs_gradient or call.return_selection,
-    )
-    output = output[..., : call.value.shape[3]]
-    if not call.return_selection:
-        return output, None, None
-    return output, _padded(indices, call, head_k, -1), _padded(weights, call, head_k, 0)
+    return run_topk_attention(call, topk_attention_op, _padded, call.query_chunk_size)
 
 
 def _padded(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
@@ -169,81 +148,95 @@ def topk_attention_backward_op(
     num_key_heads, num_keys = key.shape[1:3]
     dtype = weights.dtype
     tables = Tables(key, value, dtype)
-    grad_query = torch.zeros_like(query) if query_wanted else query.new_empty(0)
-    grad_key, grad_value = (
-        torch.zeros_like(x, dtype=dtype) if is_wanted else x.new_empty(0, dtype=dtype)
-        for x, is_wanted in ((key, key_wanted), (value, value_wanted))
+    wanted = (query_wanted, key_wanted, value_wanted)
+    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = zero_gradients(
+        query, key, value, wanted, bias_shape, relative_bias_shape, dtype
     )
-    grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
-    grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
     needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
     for group in head_groups(head_k, batch, num_key_heads, num_queries) if grad_output.numel() > 0 else ():
         rows_per_step = backward_rows(num_keys, group.k)
         query_chunk = max(1, min(rows_per_step // group.queries_per_key_head, num_queries))
         for step in steps(group, batch, num_queries, query_chunk, rows_per_step):
-            entries = _entries_of_step(indices, group, step, batch, num_queries).reshape(step.num_rows, group.k)
-            p = _entries_of_step(weights, group, step, batch, num_queries).reshape(step.num_rows, group.k)
-            empty_slots = _none_unless_any(entries < 0)
-            if empty_slots is not None:
-                entries = _stand_ins(entries, empty_slots)
+            rows = _kept_rows(query, grad_output, indices, weights, group, step)
             key_table, value_table = tables.of(step)
-            in_table = _table_indices(entries, step, num_keys)
-            rows_query, rows_grad = rows_of(query, step).to(dtype), rows_of(grad_output, step).to(dtype)
-            if empty_slots is not None:
-                # A row without keys still points at some key: nothing of it may get there, not even 0 * NaN.
-                row_is_empty = empty_slots[:, :1]
-                rows_query = rows_query.masked_fill(row_is_empty, 0)
-                rows_grad = rows_grad.masked_fill(row_is_empty, 0)
-
+            in_table = _table_indices(rows.indices, step, num_keys)
             survivors = None
             if seed is not None:
-                survivors = _survivors(
-                    seed, row_numbers(step, num_heads, num_queries, query.device), entries, dropout_p
-                )
+                numbers = row_numbers(step, num_heads, num_queries, query.device)
+                survivors = _survivors(seed, numbers, rows.indices, dropout_p)
             by_key = transpose_selection(in_table, key_table.shape[0]) if key_wanted or value_wanted else None
             if value_wanted and by_key is not None:
                 part = part_of_heads(grad_value, step)
-                part += weighted_sum_by_target(by_key, rows_grad, _drop(p, survivors, dropout_p)).view(part.shape)
+                part += weighted_sum_by_target(
+                    by_key, rows.grad_output, _drop(rows.weights, survivors, dropout_p)
+                ).view(part.shape)
             if not needs_grad_scores:
                 continue
-            grad_p = _drop(dot_with_rows(rows_grad, value_table, in_table), survivors, dropout_p)
-            # d softmax: p * (dp - sum_j p_j dp_j)
-            grad_scores = p * grad_p
-            if empty_slots is not None:
-                grad_scores.masked_fill_(empty_slots, 0)
-            grad_scores -= p * grad_scores.sum(1, keepdim=True)
-            if empty_slots is not None:
-                grad_scores.masked_fill_(empty_slots, 0)
-
-            _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores, entries, step, num_queries, num_keys)
+            grad_weights = _drop(dot_with_rows(rows.grad_output, value_table, in_table), survivors, dropout_p)
+            grad_scores = _softmax_backward(rows, grad_weights)
+            _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores, rows.indices, step, num_queries, num_keys)
             grad_scores *= scale
             if query_wanted:
                 rows_grad_query = weighted_sum_of_rows(key_table, in_table, grad_scores)
-                if empty_slots is not None:
-                    rows_grad_query.masked_fill_(row_is_empty, 0)
+                if rows.empty_slots is not None:
+                    rows_grad_query.masked_fill_(rows.empty_slots[:, :1], 0)
                 write_rows(grad_query, step, rows_grad_query)
             if key_wanted and by_key is not None:
                 part = part_of_heads(grad_key, step)
-                part += weighted_sum_by_target(by_key, rows_query, grad_scores).view(part.shape)
+                part += weighted_sum_by_target(by_key, rows.query, grad_scores).view(part.shape)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
 
 
 @topk_attention_backward_op.register_fake
 def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
     *are_wanted, bias_shape, relative_shape = wanted
-    return (
-        *(
-            torch.empty_like(x) if is_wanted else x.new_empty(0)
-            for x, is_wanted in zip((query, key, value), are_wanted, strict=True)
-        ),
-        query.new_empty(bias_shape or (0,), dtype=weights.dtype),
-        query.new_empty(relative_shape or (0,), dtype=weights.dtype),
-    )
+    return tuple(empty_attention_gradients(query, key, value, are_wanted, bias_shape, relative_shape, weights.dtype))
 
 
 topk_attention_op.register_autograd(
-    differentiate_attention("chunked_topk_attention", topk_attention_backward_op), setup_context=save_attention
+    differentiate_topk_attention("chunked_topk_attention", topk_attention_backward_op),
+    setup_context=save_topk_attention,
 )
+
+
+class _KeptRows(NamedTuple):
+    """What the backward pass reads of one step's rows."""
+
+    indices: Tensor  # [rows, k], always valid key indices
+    weights: Tensor  # [rows, k], 0 in empty slots
+    query: Tensor  # [rows, D], 0 in rows without keys
+    grad_output: Tensor  # [rows, E], 0 in rows without keys
+    empty_slots: Tensor | None  # [rows, k], None where every slot of the step is filled
+
+
+def _kept_rows(
+    query: Tensor, grad_output: Tensor, indices: Tensor, weights: Tensor, group: HeadGroup, step: Step
+) -> _KeptRows:
+    """The step's part of the inputs and of the flat selection, in the accumulation dtype."""
+    batch, _, num_queries, _ = query.shape
+    kept, weights = (
+        _entries_of_step(selection, group, step, batch, num_queries).reshape(step.num_rows, group.k)
+        for selection in (indices, weights)
+    )
+    rows_query, rows_grad = (rows_of(x, step).to(weights.dtype) for x in (query, grad_output))
+    empty_slots = _none_unless_any(kept < 0)
+    if empty_slots is not None:
+        kept = _stand_ins(kept, empty_slots)
+        # A row without keys still points at a key. That key must not receive anything, not even 0 * NaN.
+        row_is_empty = empty_slots[:, :1]
+        rows_query, rows_grad = (x.masked_fill(row_is_empty, 0) for x in (rows_query, rows_grad))
+    return _KeptRows(kept, weights, rows_query, rows_grad, empty_slots)
+
+
+def _softmax_backward(rows: _KeptRows, grad_weights: Tensor) -> Tensor:
+    """The gradient of each kept score: p * (dp - sum_j p_j dp_j), 0 in empty slots."""
+    grad_scores = rows.weights * grad_weights
+    if rows.empty_slots is not None:
+        grad_scores.masked_fill_(rows.empty_slots, 0)
+    grad_scores -= rows.weights * grad_scores.sum(1, keepdim=True)
+    if rows.empty_slots is not None:
+        grad_scores.masked_fill_(rows.empty_slots, 0)
+    return grad_scores
 
 
 class _Chosen(NamedTuple):
@@ -259,7 +252,7 @@ def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_bloc
     query = query_rows(inputs, step)
     scores = query.new_empty(step.num_rows, 0)
     indices = torch.empty(step.num_rows, 0, dtype=torch.int64, device=query.device)
-    # A step that sees no key at all still scores one, and hides it.
+    # A step that sees no key scores one nevertheless, and hides it.
     for keys in split(range(max(inputs.num_visible_keys(step), 1)), key_block):
         tile = score_tile(inputs, step, query, key_table, keys, memory)
         block_scores, block_indices = select_topk(tile.view(step.num_rows, len(keys)), k)
@@ -284,9 +277,9 @@ def _none_unless_any(mask: Tensor) -> Tensor | None:
 
 
 def _stand_ins(indices: Tensor, empty_slots: Tensor) -> Tensor:
-    """Point each empty slot at its row's first key, which the row may look at; rows without keys point at key 0.
+    """Point each empty slot at its row's first key, which the row may see; rows without keys point at key 0.
 
-    With weight 0 a slot adds 0 * value, which is NaN for a value that the row must not see.
+    A slot with weight 0 adds 0 * value. For a NaN that the row must not see, that would be NaN.
     """
     return torch.where(empty_slots, indices[:, :1].masked_fill(empty_slots[:, :1], 0), indices)
 
@@ -296,7 +289,7 @@ def _survivors(seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) ->
 
 
 def _drop(weights: Tensor, survivors: Tensor | None, dropout_p: float) -> Tensor:
-    return weights if survivors is None else weights * survivors / (1 - dropout_p)  # a product, so that NaN stays NaN
+    return weights if survivors is None else weights * survivors / (1 - dropout_p)  # a product: NaN stays NaN
 
 
 def _entries_of_step(selection: Tensor, group: HeadGroup, step: Step, batch: int, num_queries: int) -> Tensor:
@@ -314,7 +307,7 @@ def _save(entries: Tensor, selection: Tensor, group: HeadGroup, step: Step, batc
 
 
 def _table_indices(indices: Tensor, step: Step, num_keys: int) -> Tensor:
-    """Key indices as row numbers of the step's tables; int32 where they fit, it halves the traffic."""
+    """Key indices as row numbers of the step's tables, int32 where they fit, which halves the memory traffic."""
     batches, key_heads, _, _ = step.shape
     if batches * key_heads > 1:
         indices = indices + row_table_starts(step, num_keys, indices.device)
@@ -330,7 +323,7 @@ def _add_bias_gradients(
     num_queries: int,
     num_keys: int,
 ) -> None:
-    """Add each kept entry's score gradient to the bias entry it came from; broadcast axes sum."""
+    """Add each kept entry's score gradient to its entry of the bias; broadcast axes are summed."""
     device = grad_scores.device
     shape = (len(step.batches), len(step.query_heads), len(step.queries), -1)
     grad_scores, indices = grad_scores.view(shape), indices.view(shape).long()

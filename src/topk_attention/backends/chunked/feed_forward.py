@@ -17,7 +17,12 @@ from ..activations import activate, activate_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
-from ..gradients import differentiate_feed_forward, empty_feed_forward_gradients, save_feed_forward
+from ..operators import (
+    differentiate_feed_forward,
+    empty_feed_forward_gradients,
+    needs_gradient,
+    save_feed_forward,
+)
 from .rows import Transposed, dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .selection import select_topk
 from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split
@@ -25,7 +30,7 @@ from .tiles import BACKWARD_BYTES_PER_ENTRY, TILE_BYTES, split
 # Up to this share of kept neurons a gathered product reads less than the dense one costs. Measured on two cores with
 # d_model = 768 and d_ff = 3,072 to 65,536.
 _GATHERED_PRODUCT_UP_TO = 1 / 32
-# Matrix products over fewer tokens than this spend their time reading the weights.
+# Matrix products over fewer tokens than this spend most of their time reading the weights.
 _FEWEST_TOKENS = 64
 _ENTRIES_PER_NEURON = 8
 
@@ -33,7 +38,7 @@ _ENTRIES_PER_NEURON = 8
 def feed_forward(call: FeedForwardCall) -> Tensor:
     """Returns [T, O]."""
     tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    save_selection = needs_gradient(*tensors)
     output, _, _, _ = feed_forward_op(
         *tensors,
         call.seed,
@@ -41,7 +46,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
         call.activation,
         call.dropout_p,
         call.token_chunk_size,
-        needs_gradient,
+        save_selection,
     )
     return output
 
@@ -66,8 +71,8 @@ def feed_forward_op(
     """Returns output [T, O] and the selection: neurons int32 [T, k], their pre-activations [T, k] and their gate
     pre-activations [T, k].
 
-    The selection is empty unless asked for, and always where k keeps every neuron: then the backward pass computes
-    the pre-activations again.
+    The selection is empty unless asked for. It is always empty where k keeps every neuron: then the backward pass
+    computes the pre-activations again.
     """
     layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
     num_tokens, num_neurons = x.shape[0], w_in.shape[0]
@@ -133,7 +138,6 @@ def feed_forward_backward_op(
     layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
     num_tokens, num_neurons = x.shape[0], w_in.shape[0]
     k = neurons.shape[1]
-    keeps_every_neuron = k == num_neurons
     w_in_wanted, w_out_wanted, w_gate_wanted = wanted
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_w_in, grad_w_out_t, grad_w_gate = (
@@ -146,26 +150,17 @@ def feed_forward_backward_op(
     for tokens in _backward_token_chunks(num_tokens, num_neurons, k, token_chunk_size):
         part = slice(tokens.start, tokens.stop)
         rows_x, rows_grad = x[part].to(layer.dtype), grad_output[part].to(layer.dtype).contiguous()
-        if keeps_every_neuron:
+        if k == num_neurons:
             kept = None
             value, gate = layer.pre_activations(x[part])
-            grad_hidden = rows_grad @ layer.w_out_t.mT
         else:
             kept, value, gate = neurons[part], values[part], None if w_gate is None else gates[part]
-            if k > num_neurons * _GATHERED_PRODUCT_UP_TO:
-                grad_hidden = (rows_grad @ layer.w_out_t.mT).gather(1, kept.long())
-            else:
-                grad_hidden = dot_with_rows(rows_grad, layer.w_out_t, kept)
+        grad_hidden = layer.grad_hidden(rows_grad, kept)
         hidden = layer.hidden(value, gate, activation)
         if seed is not None:
             factor = _dropout_factor(seed, tokens, kept, dropout_p, hidden)
             hidden, grad_hidden = hidden * factor, grad_hidden * factor
-        if gate is None:
-            grad_value, grad_gate = activate_backward(grad_hidden, value, activation), None
-        else:
-            grad_value = grad_hidden * activate(gate, activation)
-            grad_gate = activate_backward(grad_hidden * value, gate, activation)
-
+        grad_value, grad_gate = layer.grad_pre_activations(grad_hidden, value, gate, activation)
         sums: _DenseSums | _SparseSums = _DenseSums() if kept is None else _SparseSums(kept, num_neurons)
         rows_grad_x = sums.over_neurons(layer.w_in, grad_value)
         if w_in_wanted:
@@ -195,7 +190,7 @@ def feed_forward_backward_op(
 
 @feed_forward_backward_op.register_fake
 def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tensor, ...]:
-    return empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1])
+    return tuple(empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1]))
 
 
 feed_forward_op.register_autograd(
@@ -242,6 +237,23 @@ class _Layer(NamedTuple):
     def hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
         return activate(values, activation) if gates is None else activate(gates, activation) * values
 
+    def grad_hidden(self, rows_grad: Tensor, neurons: Tensor | None) -> Tensor:
+        """The gradient of the hidden layer [T, k], from that of the output [T, O]; neurons = None are all."""
+        if neurons is None:
+            return rows_grad @ self.w_out_t.mT
+        if neurons.shape[1] > self.w_in.shape[0] * _GATHERED_PRODUCT_UP_TO:
+            return (rows_grad @ self.w_out_t.mT).gather(1, neurons.long())
+        return dot_with_rows(rows_grad, self.w_out_t, neurons)
+
+    @staticmethod
+    def grad_pre_activations(
+        grad_hidden: Tensor, values: Tensor, gates: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the pre-activations and, in a gated layer, of those of the gate."""
+        if gates is None:
+            return activate_backward(grad_hidden, values, activation), None
+        return grad_hidden * activate(gates, activation), activate_backward(grad_hidden * values, gates, activation)
+
 
 class _DenseSums:
     """Products over every neuron, for a chunk of tokens."""
@@ -264,7 +276,7 @@ class _SparseSums:
         self._num_neurons = num_neurons
 
     @functools.cached_property
-    def _by_neuron(self) -> Transposed:  # where all weights are frozen nobody asks for it
+    def _by_neuron(self) -> Transposed:  # not needed where all weights are frozen
         return transpose_selection(self.neurons, self._num_neurons)
 
     def over_neurons(self, weights: Tensor, coefficients: Tensor) -> Tensor:
@@ -283,7 +295,7 @@ def _token_chunks(num_tokens: int, num_neurons: int, token_chunk_size: int | Non
 
 
 def _backward_token_chunks(num_tokens: int, num_neurons: int, k: int, token_chunk_size: int | None) -> Iterator[range]:
-    """Each chunk adds a whole [F, D] block to the weight gradients, so it should bring several entries per neuron."""
+    """Each chunk adds a whole [F, D] block to the weight gradients, so it should have several entries per neuron."""
     entries = max(TILE_BYTES // BACKWARD_BYTES_PER_ENTRY, _ENTRIES_PER_NEURON * num_neurons)
     return split(range(num_tokens), token_chunk_size or max(entries // k, _FEWEST_TOKENS))
 

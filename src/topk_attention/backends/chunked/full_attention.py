@@ -1,10 +1,12 @@
-"""Ordinary attention over every visible key, in query chunks and key blocks (Gupta et al. 2021, section 2: query
-chunking; the running softmax is that of Milakov and Gimelshein 2018). What top-k attention is when k reaches the
-number of keys."""
+"""Full attention, over every visible key, in query chunks and key blocks. Top-k attention with k at the number of keys.
+
+Sources: Gupta et al. 2021, section 2 (query chunking); Milakov and Gimelshein 2018 (the running softmax).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +15,15 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
+from ..operators import FullInputs, differentiate_full_attention, empty_attention_gradients, save_full_attention
 from .scores import ScoreInputs, block_of, query_rows, score_tile
-from .tables import Tables, part_of_heads
+from .tables import Tables, part_of_heads, zero_gradients
 from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
 
 
 def full_attention(call: AttentionCall) -> Tensor:
     """Returns [B, H, N, E]."""
-    output, _ = full_attention_op(
-        call.query,
-        call.key,
-        call.value,
-        call.attn_mask,
-        call.bias,
-        call.relative_bias,
-        call.seed,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.query_chunk_size,
-    )
+    output, _ = full_attention_op(*FullInputs.of(call))
     return output
 
 
@@ -70,7 +61,7 @@ def full_attention_op(
                 visible = (~scores.isneginf()).to(dtype)
                 sees_broken_value |= visible @ block_of(value_is_broken, step, keys).to(dtype) > 0
             new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-            # Rows that have seen no key yet keep -inf; 0 stands in for it so that -inf - -inf never happens.
+            # Rows that have seen no key yet keep -inf. Subtract 0 from them, because -inf - -inf would be NaN.
             reference = new_largest.masked_fill(new_largest.isneginf(), 0)
             scores.sub_(reference).exp_()
             shrink = (largest - reference).exp_()
@@ -84,7 +75,7 @@ def full_attention_op(
         if value_is_broken is not None:
             result.masked_fill_(sees_broken_value, torch.nan)
         write_rows(output, step, result)
-        # An empty row gets +inf, so that the backward pass finds weight exp(score - inf) = 0 for all keys.
+        # A row without keys gets +inf, so that the backward pass computes weight exp(score - inf) = 0 for all keys.
         write_rows(log_sums, step, (largest + total.log()).masked_fill_(row_is_empty, torch.inf))
     return output, log_sums
 
@@ -130,49 +121,35 @@ def full_attention_backward_op(
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
-    grad_query = torch.zeros_like(query) if query_wanted else query.new_empty(0)
-    grad_key, grad_value = (
-        torch.zeros_like(x, dtype=dtype) if is_wanted else x.new_empty(0, dtype=dtype)
-        for x, is_wanted in ((key, key_wanted), (value, value_wanted))
+    wanted = (query_wanted, key_wanted, value_wanted)
+    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = zero_gradients(
+        query, key, value, wanted, bias_shape, relative_bias_shape, dtype
     )
-    grad_bias = query.new_zeros(bias_shape or (0,), dtype=dtype)
-    grad_relative_bias = query.new_zeros(relative_bias_shape or (0,), dtype=dtype)
     needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
     for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
         key_table, value_table = (_finite_values(table)[0] for table in tables.of(step))
         step_grad_key = part_of_heads(grad_key, step) if key_wanted else None
         step_grad_value = part_of_heads(grad_value, step) if value_wanted else None
-        shape = query_part.shape[:2]
-        rows_grad = rows_of(grad_output, step).to(dtype)
-        # sum_j p_j dp_j is output . grad_output, also under dropout (Dao et al. 2022, FlashAttention, appendix B).
-        mean_grad = (rows_grad * rows_of(output, step)).sum(-1, keepdim=True).view(*shape, 1)
-        log_sum = rows_of(log_sums, step)
-        # A row without keys reaches no gradient, not even as 0 * NaN.
-        row_is_empty = log_sum.isposinf()
-        rows_grad = rows_grad.masked_fill(row_is_empty, 0).view(*shape, -1)
-        rows_query, _ = _finite_values(rows_of(query, step).to(dtype))
-        rows_query = rows_query.masked_fill(row_is_empty, 0).view(*shape, -1)
-        mean_grad = mean_grad.masked_fill(row_is_empty.view(*shape, 1), 0)
-        log_sum = log_sum.view(*shape, 1)
+        rows = _step_rows(query, output, grad_output, log_sums, step)
         rows_grad_query = torch.zeros_like(query_part)
         for keys, tile in tiles:
             p = tile.flatten(0, 1).flatten(1, 2)
             hidden = p.isneginf() if inputs.rows_may_lack_keys else None
-            p.sub_(log_sum).exp_()
-            if hidden is not None:  # not even a row that is NaN reaches keys that it does not see
+            p.sub_(rows.log_sums).exp_()
+            if hidden is not None:  # a row must not reach keys that it does not see, also where it is NaN
                 p.masked_fill_(hidden, 0)
             factor = None
             if seed is not None:
                 factor = _dropout_factor(seed, step, keys, num_heads, num_queries, dropout_p, p)
             if step_grad_value is not None:
                 p_dropped = p if factor is None else p * factor
-                _add_to_block(step_grad_value, keys, p_dropped.mT @ rows_grad)
+                _add_to_block(step_grad_value, keys, p_dropped.mT @ rows.grad_output)
             if not needs_grad_scores:
                 continue
-            grad_p = rows_grad @ block_of(value_table, step, keys).mT
+            grad_p = rows.grad_output @ block_of(value_table, step, keys).mT
             if factor is not None:
                 grad_p *= factor
-            grad_scores = grad_p.sub_(mean_grad).mul_(p)
+            grad_scores = grad_p.sub_(rows.mean_grad).mul_(p)
             if hidden is not None:
                 grad_scores.masked_fill_(hidden, 0)
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores.view(tile.shape), step, keys, num_queries)
@@ -180,7 +157,7 @@ def full_attention_backward_op(
             if query_wanted:
                 rows_grad_query.baddbmm_(grad_scores, block_of(key_table, step, keys))
             if step_grad_key is not None:
-                _add_to_block(step_grad_key, keys, grad_scores.mT @ rows_query)
+                _add_to_block(step_grad_key, keys, grad_scores.mT @ rows.query)
         if query_wanted:
             write_rows(grad_query, step, rows_grad_query)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
@@ -188,53 +165,46 @@ def full_attention_backward_op(
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, query, key, value, *options):
-    *wanted, bias_shape, relative_shape = options[-5:]
-    return (
-        *(
-            torch.empty_like(x) if is_wanted else x.new_empty(0)
-            for x, is_wanted in zip((query, key, value), wanted, strict=True)
-        ),
-        query.new_empty(bias_shape or (0,), dtype=log_sums.dtype),
-        query.new_empty(relative_shape or (0,), dtype=log_sums.dtype),
+    *_, query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = options
+    wanted = (query_wanted, key_wanted, value_wanted)
+    return tuple(empty_attention_gradients(query, key, value, wanted, bias_shape, relative_shape, log_sums.dtype))
+
+
+full_attention_op.register_autograd(
+    differentiate_full_attention(full_attention_backward_op), setup_context=save_full_attention
+)
+
+
+class _StepRows(NamedTuple):
+    """What the backward pass reads of one step's rows, all [b * g, r * n, X] in the accumulation dtype."""
+
+    query: Tensor  # X = D, 0 in rows without keys and where it is not finite
+    grad_output: Tensor  # X = E, 0 in rows without keys
+    mean_grad: Tensor  # X = 1, sum_j p_j dp_j, 0 in rows without keys
+    log_sums: Tensor  # X = 1, inf in rows without keys
+
+
+def _step_rows(query: Tensor, output: Tensor, grad_output: Tensor, log_sums: Tensor, step: Step) -> _StepRows:
+    batches, key_heads, queries_per_key_head, queries = step.shape
+    rows_log_sums = rows_of(log_sums, step)
+    dtype = rows_log_sums.dtype
+    # A row without keys reaches no gradient, not even as 0 * NaN.
+    row_is_empty = rows_log_sums.isposinf()
+    rows_query, _ = _finite_values(rows_of(query, step).to(dtype))
+    rows_grad = rows_of(grad_output, step).to(dtype)
+    # sum_j p_j dp_j is output . grad_output, also under dropout (Dao et al. 2022, FlashAttention, appendix B).
+    mean_grad = (rows_grad * rows_of(output, step)).sum(-1, keepdim=True)
+    rows_query, rows_grad, mean_grad, rows_log_sums = (
+        x.view(batches * key_heads, queries_per_key_head * queries, x.shape[1])
+        for x in (*(x.masked_fill(row_is_empty, 0) for x in (rows_query, rows_grad, mean_grad)), rows_log_sums)
     )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, is_causal, scale, dropout_p, query_chunk_size = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *tensors)
-    ctx.options = (is_causal, scale, dropout_p, query_chunk_size)
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 11
-    output, log_sums, *tensors = ctx.saved_tensors
-    bias, relative_bias = tensors[4:6]
-    bias_shape, relative_shape = (
-        tuple(x.shape) if x is not None and x.requires_grad else () for x in (bias, relative_bias)
-    )
-    wanted = ctx.needs_input_grad[:3]
-    *gradients, grad_bias, grad_relative_bias = full_attention_backward_op(
-        grad_output, output, log_sums, *tensors, *ctx.options, *wanted, bias_shape, relative_shape
-    )
-    return (
-        *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)),
-        None,
-        grad_bias.to(bias.dtype) if bias_shape else None,
-        grad_relative_bias.to(relative_bias.dtype) if relative_shape else None,
-        *(None,) * 5,
-    )
-
-
-full_attention_op.register_autograd(_backward, setup_context=_setup_context)
+    return _StepRows(rows_query, rows_grad, mean_grad, rows_log_sums)
 
 
 def _tiles(
     inputs: ScoreInputs, tables: Tables, num_key_heads: int, query_chunk_size: int | None
 ) -> Iterator[tuple[Step, Tensor, Iterator[tuple[range, Tensor]]]]:
-    """Walk all score tiles: for each step its scaled queries and the tiles of its visible keys, one at a time."""
+    """All score tiles: for each step its scaled queries, and the tiles of its visible keys, one at a time."""
     batch, num_heads, num_queries, _ = inputs.query.shape
     if batch * num_heads * num_queries == 0:
         return
@@ -257,9 +227,9 @@ def _add_to_block(grad: Tensor, keys: range, sums: Tensor) -> None:
 
 
 def _finite_values(table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The table with 0 for NaN and inf, and where those were, or None if nowhere.
+    """The table with 0 in place of NaN and inf, and a bool mask of their places, None if there are none.
 
-    In a dense product a hidden NaN would spoil every row (0 * NaN), so rows that do see one are marked separately.
+    In a dense product a hidden NaN would reach every row (0 * NaN), so rows that see one are marked separately.
     """
     if table.sum().isfinite():
         return table, None
@@ -279,7 +249,7 @@ def _dropout_factor(
 def _add_bias_gradients(
     grad_bias: Tensor, grad_relative_bias: Tensor, grad_scores: Tensor, step: Step, keys: range, num_queries: int
 ) -> None:
-    """Add a tile of score gradients [b, g, r, n, keys] to the biases the tile used; broadcast axes sum."""
+    """Add a tile of score gradients [b, g, r, n, keys] to the biases of the tile; broadcast axes are summed."""
     if grad_bias.numel() > 0:
         part = narrow(grad_bias, step, keys)
         part += grad_scores.sum_to_size(part.shape)
@@ -296,7 +266,8 @@ def _add_bias_gradients(
 def _sums_of_diagonals(tile: Tensor) -> Tensor:
     """[H, n, m] -> [H, n + m - 1], from the lower left corner to the upper right.
 
-    Rows padded by n and read back with one column less shift by one place each, which turns diagonals into columns.
+    Each row is padded by n and all are read back with one column less. That shifts each row by one place more than the
+    row before, which turns diagonals into columns.
     """
     num_heads, n, m = tile.shape
     padded = F.pad(tile.flip(1), (0, n)).flatten(1)[:, : n * (m + n - 1)]

@@ -1,6 +1,6 @@
-"""Three sparse products: what attention does with k rows of a table per query.
+"""Three sparse products, in which each query uses k rows of a table.
 
-Each has a portable form out of gathers and sums, and on the CPU a fused one that never builds the gathered rows.
+Each has a portable form, made of gathers and sums, and on the CPU a fused form without a copy of the gathered rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The portable forms gather this many rows of the table at once, at most.
+# The portable forms gather at most this many elements of the table at once.
 _GATHERED_ELEMENTS = 2**21
 
 
@@ -42,16 +42,18 @@ def dot_with_rows(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
 
 
 @functools.cache
-def _take_the_beta_warning() -> None:
-    """torch announces once per process that CSR tensors are in beta; only their oldest part is used here, so take the
-    announcement instead of showing it to users."""
+def _hide_the_beta_warning() -> None:
+    """Trigger and hide torch's warning, once per process, that CSR tensors are in beta.
+
+    This file uses only their oldest part.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1.0]), size=(1, 1))
 
 
 def _sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
-    _take_the_beta_warning()
+    _hide_the_beta_warning()
     num_rows, k = indices.shape
     pattern = torch.sparse_csr_tensor(
         torch.arange(0, num_rows * k + 1, k, dtype=indices.dtype, device=rows.device),
@@ -82,7 +84,7 @@ class Transposed(NamedTuple):
 
 
 def transpose_selection(indices: Tensor, num_targets: int) -> Transposed:
-    """indices [R, K], int32 or int64, in 0..num_targets-1"""
+    """Sort the entries of a selection: indices [R, K], int32 or int64, in 0..num_targets-1."""
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=num_targets).cumsum(0)
@@ -93,8 +95,8 @@ def transpose_selection(indices: Tensor, num_targets: int) -> Transposed:
 def weighted_sum_by_target(transposed: Transposed, rows: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights[r, j] * rows[r] over all entries (r, j) that point at a target
 
-    Each target sums its own entries in row order: no atomics, the same result for any number of threads, and no
-    [R, K, D] tensor.
+    Each target sums its own entries in row order. This needs no atomics and no [R, K, D] tensor, and the result is the
+    same for any number of threads.
 
     rows     [R, D]
     weights  [R, K]

@@ -13,7 +13,7 @@ from .tiles import Step, narrow, rows_of
 
 
 class ScoreInputs(NamedTuple):
-    """Everything but the keys that scores depend on.
+    """All that scores depend on, except the keys.
 
     B batch, H query heads, N queries, M keys, D head size
     """
@@ -36,11 +36,11 @@ class ScoreInputs(NamedTuple):
 
     @property
     def rows_may_lack_keys(self) -> bool:
-        """Whether some query may see fewer keys than there are."""
+        """Whether some query may see fewer than all keys."""
         return self.is_causal or any(part is not None for part in (self.attn_mask, self.bias, self.relative_bias))
 
     def num_visible_keys(self, step: Step) -> int:
-        """Keys from this number on are in the future of every query of the step."""
+        """The number of keys that some query of the step may see; all later keys are in the future."""
         if not self.is_causal:
             return self.num_keys
         return max(0, min(self.num_keys, step.queries.stop + self.num_keys - self.num_queries))
@@ -56,7 +56,7 @@ def query_rows(inputs: ScoreInputs, step: Step) -> Tensor:
 def score_tile(
     inputs: ScoreInputs, step: Step, query: Tensor, key_table: Tensor, keys: range, memory: Tensor
 ) -> Tensor:
-    """Scores [b, g, r, n, m] of the step's queries against a block of keys, -inf where a query may not look.
+    """Scores [b, g, r, n, m] of the step's queries against a block of keys, -inf where a query may not see a key.
 
     query   what `query_rows` returned
     key_table  the keys of the step's heads, [b * g * M, D]
@@ -83,7 +83,7 @@ def block_of(table: Tensor, step: Step, keys: range) -> Tensor:
 
 
 def _hide(inputs: ScoreInputs, step: Step, keys: range, tile: Tensor) -> None:
-    """Write -inf over hidden scores, also over those that are NaN: NaN + -inf alone would stay NaN."""
+    """Write -inf over hidden scores, also over those that are NaN: adding -inf would leave them NaN."""
     if inputs.relative_bias is not None and inputs.relative_bias.isneginf().any():
         tile.masked_fill_(relative_tile(inputs.relative_bias, step, keys, inputs.num_queries).isneginf(), -torch.inf)
     for mask in (inputs.bias, inputs.attn_mask):
@@ -91,7 +91,7 @@ def _hide(inputs: ScoreInputs, step: Step, keys: range, tile: Tensor) -> None:
             part = narrow(mask, step, keys)
             tile.masked_fill_(part.isneginf() if part.is_floating_point() else ~part, -torch.inf)
     if inputs.is_causal:
-        # Only the block's last columns reach into the future of some query.
+        # Only the last columns of the block are in the future of a query.
         last_key_of_first_query = step.queries.start + inputs.num_keys - inputs.num_queries
         first = max(keys.start, last_key_of_first_query + 1)
         if first < keys.stop:
@@ -103,8 +103,8 @@ def _hide(inputs: ScoreInputs, step: Step, keys: range, tile: Tensor) -> None:
 def relative_tile(relative_bias: Tensor, step: Step, keys: range, num_queries: int) -> Tensor:
     """The tile's part of a relative bias, [1, g|1, r|1, n, m].
 
-    Along a row the bias moves forward through its table, from row to row backward: sliding windows give the rows in
-    reverse.
+    From column to column the bias moves one step forward in its table, from row to row one step back. So sliding
+    windows over the table are the rows in reverse order.
     """
     _, key_heads, queries_per_key_head, _ = step.shape
     first = keys.start - (step.queries.stop - 1) + num_queries - 1

@@ -11,7 +11,7 @@ from torch import Tensor
 # Bytes of one score tile. Measured at N = M = 8,192, D = 64, k = 64: 1 MiB is 25 to 50 % slower, 2 MiB 30 %, and from
 # 4 to 32 MiB speed is flat.
 TILE_BYTES = 4 * 2**20
-# A block narrower than a few k would spend its time merging instead of scoring.
+# With a block narrower than a few k most of the time would go into merging instead of scoring.
 _KEY_BLOCK_PER_K = 8
 _QUERY_CHUNK_BEFORE_KEYS_ARE_BLOCKED = 128
 # The backward pass holds about this much for each kept entry: sort keys, order, row numbers, weights.
@@ -86,7 +86,7 @@ class TileShape(NamedTuple):
 
 
 def tile_shape(group: HeadGroup, num_queries: int, num_keys: int, itemsize: int, query_chunk: int | None) -> TileShape:
-    """Chunk and block sizes such that one step's scores take about TILE_BYTES; a given query_chunk is kept."""
+    """Chunk and block sizes with which one step's scores take about TILE_BYTES; a given query_chunk is kept."""
     tile_scores = TILE_BYTES // itemsize
     rows_of_a_query = group.queries_per_key_head
     rows = min(query_chunk or _QUERY_CHUNK_BEFORE_KEYS_ARE_BLOCKED, num_queries) * rows_of_a_query
@@ -97,7 +97,7 @@ def tile_shape(group: HeadGroup, num_queries: int, num_keys: int, itemsize: int,
 
 
 def steps(group: HeadGroup, batch: int, num_queries: int, query_chunk: int, rows_per_step: int) -> Iterator[Step]:
-    """Cut batches x heads x queries into steps: short sequences share a step while rows_per_step allows."""
+    """Cut batches x heads x queries into steps. Short sequences share a step, up to rows_per_step."""
     queries_per_key_head = group.queries_per_key_head
     heads_per_step = batches_per_step = 1
     if query_chunk >= num_queries:
@@ -116,14 +116,15 @@ def steps(group: HeadGroup, batch: int, num_queries: int, query_chunk: int, rows
 def backward_rows(num_keys: int, k: int) -> int:
     """Rows of one backward step.
 
-    Each step adds one [num_keys, D] block to the key gradient, so a step needs about as many entries as there are
-    keys; with fewer the additions alone would cost O(N * M).
+    Each step adds one [num_keys, D] block to the key gradient. So a step needs at least about one entry per key;
+    with fewer entries the additions alone would cost O(N * M).
     """
     entries = max(TILE_BYTES // BACKWARD_BYTES_PER_ENTRY, num_keys)
     return max(entries // k, 1)
 
 
 def split(whole: range, size: int) -> Iterator[range]:
+    """Consecutive parts of this size; the last one may be shorter."""
     for start in range(whole.start, whole.stop, size):
         yield range(start, min(start + size, whole.stop))
 

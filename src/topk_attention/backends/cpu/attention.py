@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import AttentionCall, accumulation_dtype, empty_output
-from ..gradients import differentiate_attention, save_attention
+from ..operators import differentiate_topk_attention, run_topk_attention, save_topk_attention
 
 _FORWARD = "topk_attention::cpu_attention_forward"
 _BACKWARD = "topk_attention::cpu_attention_backward"
@@ -21,36 +21,11 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights.
 
     For each query and head the kernels hold k entries of 8 bytes for the backward pass, also where k is the number of
-    keys. Calls with k=None do not come here unless they ask for the selection.
+    keys. A call with k=None reaches this backend only if it asks for the selection.
     """
-    num_keys = call.key.shape[2]
-    head_k = call.head_k or (num_keys,) * call.query.shape[1]
-    value = call.value
-    if value.shape[3] == 0:  # the selection is wanted all the same
-        value = F.pad(value, (0, 1))
-    relative_bias = call.relative_bias
-    if relative_bias is not None:
-        relative_bias = relative_bias.to(accumulation_dtype(call.query.dtype))
-    inputs = (call.query, call.key, call.value, call.bias, relative_bias)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    output, indices, weights = forward_op(
-        call.query,
-        call.key,
-        value,
-        call.attn_mask,
-        call.bias,
-        relative_bias,
-        call.seed,
-        head_k,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        needs_gradient or call.return_selection,
-    )
-    output = output[..., : call.value.shape[3]]
-    if not call.return_selection:
-        return output, None, None
-    return output, _padded(indices, call, head_k, -1), _padded(weights, call, head_k, 0)
+    if call.relative_bias is not None:
+        call = replace(call, relative_bias=call.relative_bias.to(accumulation_dtype(call.query.dtype)))
+    return run_topk_attention(call, forward_op, _padded)
 
 
 def _padded(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
@@ -93,7 +68,7 @@ def _refuse_second_derivatives(ctx, *_):
 
 
 torch.library.register_autograd(
-    _FORWARD, differentiate_attention("cpu_attention_forward", backward_op), setup_context=save_attention
+    _FORWARD, differentiate_topk_attention("cpu_attention_forward", backward_op), setup_context=save_topk_attention
 )
-# Without this torch would warn and take the gradients for constants.
+# Without this torch would warn and treat the gradients as constants.
 torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)

@@ -14,11 +14,16 @@ from ..activations import activate, activate_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
-from ..gradients import differentiate_feed_forward, empty_feed_forward_gradients, save_feed_forward
+from ..operators import (
+    differentiate_feed_forward,
+    empty_feed_forward_gradients,
+    needs_gradient,
+    save_feed_forward,
+)
 from . import library  # noqa: F401  loads the kernels
 
 _kernels = torch.ops.topk_attention
-# Entries [tokens, k] whose activations, or gradients, exist at a time beside what is saved.
+# Entries [tokens, k] whose activations, or gradients, exist at a time in addition to what is saved.
 _ENTRIES_AT_A_TIME = 2**17
 # The numbers of topk::Activation.
 _ACTIVATIONS = {
@@ -51,16 +56,16 @@ def _(table, neurons, coefficients):
 def feed_forward(call: FeedForwardCall) -> Tensor:
     """Returns [T, O]."""
     tensors = (call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.b_out)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    # Without gradients and outside of compiled code the operator's wrapping does nothing but cost 60 us.
-    run = feed_forward_op if needs_gradient or torch.compiler.is_compiling() else _feed_forward
+    save_selection = needs_gradient(*tensors)
+    # Without gradients and outside compiled code the operator's wrapper has no effect and costs 60 us.
+    run = feed_forward_op if save_selection or torch.compiler.is_compiling() else _feed_forward
     output, _, _, _ = run(
         *tensors,
         call.seed,
         min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
         call.activation,
         call.dropout_p,
-        needs_gradient,
+        save_selection,
     )
     return output
 
@@ -181,7 +186,7 @@ def feed_forward_backward_op(
 
 @feed_forward_backward_op.register_fake
 def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tensor, ...]:
-    return empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1])
+    return tuple(empty_feed_forward_gradients(x, w_in, w_out, w_gate, b_in, b_gate, options[-1]))
 
 
 feed_forward_op.register_autograd(
@@ -197,7 +202,7 @@ def _token_chunks(num_tokens: int, k: int) -> Iterator[tuple[int, slice]]:
 
 
 def _hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
-    """A tensor of its own: "identity" would hand back what is saved."""
+    """The hidden layer, as a new tensor: "identity" alone would return the saved one."""
     hidden = activate(values if gates is None else gates, activation)
     if gates is not None:
         return hidden * values

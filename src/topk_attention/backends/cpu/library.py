@@ -1,4 +1,4 @@
-"""Loads the compiled kernels and says what they can do here."""
+"""Loads the compiled kernels and says what they can do on this processor."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def problem() -> str | None:
 
 
 def cpu_targets() -> tuple[str, ...]:
-    """The instruction sets with kernels of their own that this processor can run, best first."""
+    """The instruction sets for which there are kernels and which this processor can run, best first."""
     return _TARGETS
 
 
 def cpu_target() -> str:
-    """The one in use: the best, unless `forced_cpu_target` says otherwise."""
+    """The instruction set in use: the best, unless `forced_cpu_target` is in force."""
     return _forced or _TARGETS[0]
 
 

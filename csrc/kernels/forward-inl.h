@@ -1,0 +1,412 @@
+// Top-k attention, forward: scores, selection, softmax and the weighted sum of values, block of rows by block of rows.
+//
+// How a block of rows finds its k best keys (exact for all data; only the speed depends on the guess):
+//   1. Score a sample of key panels that are spread over all keys the block may see. It gives each row a threshold that
+//      more than k keys almost certainly reach: the rank that k has in the sample, plus a margin.
+//   2. Score all other panels. Compare each score while it is in a register, and store only what reaches the threshold.
+//      A row whose store is full keeps its k best and raises its threshold to the worst of them.
+//   3. Take the k best of what was stored. If fewer than k keys reached a guessed threshold, compute the row again
+//      without a guess.
+
+// Rows of one head group that are worked on together.
+struct RowBlock {
+  int64_t batch, key_head, first_row, num_rows;
+};
+
+// Bytes for a thread's stored candidates and packed keys, so that they stay in the second-level cache.
+constexpr int64_t kCandidateBytes = 640 << 10, kPackedKeyBytes = 384 << 10;
+constexpr int64_t kManyKeys = 16384;
+// Below this many visible keys the sample is all of them.
+constexpr int64_t kSampleAll = 512, kSmallestSample = 256;
+
+inline int64_t capacity_for(int64_t k, int64_t num_keys) { return smaller(3 * k + 128, num_keys); }
+
+template <class A>
+int64_t slots_for(int64_t k, int64_t num_keys) {
+  return capacity_for(k, num_keys) + kPanel<A> + kLanes<A>;  // a whole panel may come in when it is nearly full
+}
+
+template <class A>
+int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads) {
+  const int64_t total = sizes.batch * sizes.num_heads * sizes.num_queries;
+  const int64_t row_bytes = slots_for<A>(largest_k, sizes.num_keys) * int64_t(sizeof(A) + sizeof(int32_t));
+  // Every block packs all keys again. With many keys larger blocks are faster, although their candidates leave the cache.
+  const int64_t bytes = sizes.num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes;
+  const int64_t that_fit = larger<int64_t>(bytes / row_bytes, 8 * kTileRows);
+  const int64_t for_balance = larger<int64_t>(ceil_div(total, 4 * num_threads), 4 * kTileRows);
+  return ceil_div<int64_t>(smaller(that_fit, for_balance), kTileRows) * kTileRows;
+}
+
+template <class T, class A>
+class Forward {
+ public:
+  Forward(const AttentionForward& call, int64_t max_rows) : call_(call), s_(call.sizes) {
+    for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
+    capacity_ = capacity_for(largest_k_, s_.num_keys);
+    slots_ = slots_for<A>(largest_k_, s_.num_keys);
+    const int64_t all_panels = ceil_div<int64_t>(s_.num_keys, kPanel<A>);
+    key_panels_ = kPackedKeyBytes / (s_.head_dim * int64_t(sizeof(A)) * kPanel<A>);
+    key_panels_ = larger<int64_t>(key_panels_, ceil_div<int64_t>(kSampleAll, kPanel<A>));
+    key_panels_ = smaller(key_panels_, all_panels);
+    const int64_t tiles = ceil_div<int64_t>(max_rows, kTileRows);
+    arena_.allocate([&](Arena& arena) {
+      query_ = arena.take<A>(tiles * kTileRows * s_.head_dim);
+      keys_ = arena.take<A>(key_panels_ * kPanel<A> * s_.head_dim);
+      scores_ = arena.take<A>(kTileRows * key_panels_ * kPanel<A>);
+      additive_ = arena.take<A>(kPanel<A>);
+      thresholds_ = arena.take<A>(tiles * kTileRows);
+      rows_ = arena.take<Row>(max_rows);
+      candidate_scores_ = arena.take<A>(max_rows * slots_);
+      candidate_indices_ = arena.take<int32_t>(max_rows * slots_);
+      spare_scores_ = arena.take<A>(slots_);
+      spare_indices_ = arena.take<int32_t>(slots_);
+      weights_ = arena.take<A>(slots_);
+      sums_ = arena.take<A>(s_.value_dim);
+      spare_row_ = arena.take<A>(s_.value_dim);
+      spare_rows_ = arena.take<A>(kLanes<A> * s_.head_dim);
+      panels_ = arena.take<int32_t>(all_panels);
+      sampled_ = arena.take<int32_t>(all_panels);
+    });
+  }
+
+  bool ready() const { return arena_.ready(); }
+
+  void run(const RowBlock& block) {
+    start(block);
+    const int64_t num_panels = ceil_div<int64_t>(most_visible_, kPanel<A>);
+    const int64_t num_sampled = choose_sample(num_panels);
+    visit_sample(num_sampled);
+    visit(num_panels - num_sampled);
+    bool again = false;
+    for (int64_t r = 0; r < block_.num_rows; ++r) {
+      Row& row = rows_[r];
+      row.is_done = !row.is_guess || row.found.count >= row.k;
+      if (row.is_done)
+        finish(r);
+      else
+        again = true;
+    }
+    if (!again) return;
+    for (int64_t r = 0; r < block_.num_rows; ++r) {
+      Row& row = rows_[r];
+      thresholds_[r] = row.is_done ? kInfinity<A> : -Types<A>::largest;
+      row.found = {row.found.scores, row.found.indices, 0, 0, thresholds_[r]};
+    }
+    for (int64_t p = 0; p < num_panels; ++p) panels_[p] = int32_t(p);
+    visit(num_panels);
+    for (int64_t r = 0; r < block_.num_rows; ++r)
+      if (!rows_[r].is_done) finish(r);
+  }
+
+ private:
+  struct Row {
+    int64_t head, query, k;
+    int64_t visible;  // keys before this one are not in the row's future
+    bool is_guess, is_done;
+    Candidates<A> found;
+  };
+
+  void start(const RowBlock& block) {
+    block_ = block;
+    additive_part_ = Additive<A>(call_, block.batch);
+    const int64_t heads_per_key_head = s_.num_heads / s_.num_key_heads;
+    most_visible_ = 0;
+    const T* query = static_cast<const T*>(call_.query.data) + block.batch * call_.query.stride[0];
+    for (int64_t r = 0; r < block.num_rows; ++r) {
+      Row& row = rows_[r];
+      row.head = block.key_head * heads_per_key_head + (block.first_row + r) / s_.num_queries;
+      row.query = (block.first_row + r) % s_.num_queries;
+      row.k = call_.head_k.k[row.head];
+      row.visible = s_.num_keys;
+      if (call_.is_causal) {
+        row.visible = smaller(row.query + s_.num_keys - s_.num_queries + 1, s_.num_keys);
+        row.visible = larger<int64_t>(row.visible, 0);
+      }
+      most_visible_ = larger(most_visible_, row.visible);
+      row.is_guess = row.is_done = false;
+      thresholds_[r] = -Types<A>::largest;  // -inf, a hidden key, never reaches it
+      row.found = {candidate_scores_ + r * slots_, candidate_indices_ + r * slots_, 0, 0, thresholds_[r]};
+      pack_columns<T, A, true>(query + row.head * call_.query.stride[1] + row.query * call_.query.stride[2], 0, 1, 1,
+                         s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows, kTileRows, spare_rows_);
+    }
+    for (int64_t r = block.num_rows; r % kTileRows != 0; ++r) {
+      thresholds_[r] = kInfinity<A>;
+      A* column = query_of(r / kTileRows) + r % kTileRows;
+      for (int64_t d = 0; d < s_.head_dim; ++d) column[d * kTileRows] = 0;
+    }
+  }
+
+  A* query_of(int64_t tile) { return query_ + tile * kTileRows * s_.head_dim; }
+
+  // Fills sampled_ with the panels of the sample and panels_ with all others, both ascending.
+  int64_t choose_sample(int64_t num_panels) {
+    int64_t num_sampled = num_panels;
+    if (most_visible_ > kSampleAll) {
+      const int64_t wanted = larger<int64_t>(kSmallestSample, most_visible_ / 8);
+      num_sampled = smaller(key_panels_, ceil_div<int64_t>(wanted, kPanel<A>));
+    }
+    int64_t others = 0;
+    for (int64_t p = 0, next = 0; p < num_panels; ++p) {
+      if (next < num_sampled && p == (2 * next + 1) * num_panels / (2 * num_sampled))
+        sampled_[next++] = int32_t(p);
+      else
+        panels_[others++] = int32_t(p);
+    }
+    return num_sampled;
+  }
+
+  void pack(const int32_t* panels, int64_t count) {
+    const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
+                    block_.key_head * call_.key.stride[1];
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t first = int64_t(panels[p]) * kPanel<A>;
+      if (p + 1 < count) {
+        const int64_t next = int64_t(panels[p + 1]) * kPanel<A>;
+        for (int64_t r = next; r < smaller(next + kPanel<A>, s_.num_keys); ++r)
+          prefetch_row(keys + r * call_.key.stride[2], s_.head_dim);
+      }
+      pack_columns<T, A, true>(keys + first * call_.key.stride[2], call_.key.stride[2], s_.num_keys - first, kPanel<A>,
+                         s_.head_dim, A(1), keys_ + p * kPanel<A> * s_.head_dim, kPanel<A>, spare_rows_);
+    }
+  }
+
+  int64_t num_tiles() const { return ceil_div<int64_t>(block_.num_rows, kTileRows); }
+  int64_t rows_of(int64_t tile) const { return smaller<int64_t>(kTileRows, block_.num_rows - tile * kTileRows); }
+
+  // The largest and the smallest number of keys that a row of the tile may see.
+  int64_t most_visible_of(int64_t tile) const {
+    int64_t most = 0;
+    for (int64_t r = 0; r < rows_of(tile); ++r) most = larger(most, rows_[tile * kTileRows + r].visible);
+    return most;
+  }
+  int64_t least_visible_of(int64_t tile) const {
+    int64_t least = s_.num_keys;
+    for (int64_t r = 0; r < rows_of(tile); ++r) least = smaller(least, rows_[tile * kTileRows + r].visible);
+    return least;
+  }
+
+  // Add biases, hide what is hidden, and compare again.
+  void finish_tile(int64_t tile, int64_t first_key, A* scores, int64_t stride, uint64_t* reached) {
+    const A* additive = nullptr;
+    for (int64_t r = 0; r < rows_of(tile); ++r) {
+      const Row& row = rows_[tile * kTileRows + r];
+      const bool same = r > 0 && !additive_part_.varies_with_query() && rows_[tile * kTileRows + r - 1].head == row.head;
+      if (additive_part_.any() && !same)
+        additive = additive_part_.panel(row.head, row.query, first_key, additive_);
+      reached[r] = finish_panel(scores + r * stride, additive, row.visible - first_key, thresholds_[tile * kTileRows + r]);
+    }
+  }
+
+  void visit_sample(int64_t num_sampled) {
+    pack(sampled_, num_sampled);
+    const int64_t stride = num_sampled * kPanel<A>;
+    uint64_t reached[kTileRows];
+    for (int64_t tile = 0; tile < num_tiles(); ++tile) {
+      const int64_t least_visible = least_visible_of(tile);
+      for (int64_t p = 0; p < num_sampled; ++p) {
+        const int64_t first_key = int64_t(sampled_[p]) * kPanel<A>;
+        A* scores = scores_ + p * kPanel<A>;
+        score_tile(rows_of(tile), query_of(tile), keys_ + p * kPanel<A> * s_.head_dim, s_.head_dim,
+                   thresholds_ + tile * kTileRows, scores, stride, reached);
+        if (additive_part_.any() || first_key + kPanel<A> > least_visible)
+          finish_tile(tile, first_key, scores, stride, reached);
+      }
+      for (int64_t r = 0; r < rows_of(tile); ++r) {
+        guess_threshold(tile * kTileRows + r, scores_ + r * stride, num_sampled);
+        Row& row = rows_[tile * kTileRows + r];
+        for (int64_t p = 0; p < num_sampled; ++p)
+          take(tile * kTileRows + r, scores_ + r * stride + p * kPanel<A>, int64_t(sampled_[p]) * kPanel<A>);
+        row.found.second_run = row.found.count;
+      }
+    }
+  }
+
+  // Set the threshold to a score that, judging by the sample, a few more than k keys reach. Where the sample holds all
+  // keys that the row sees, exactly k reach it.
+  void guess_threshold(int64_t r, const A* scores, int64_t num_sampled) {
+    Row& row = rows_[r];
+    int64_t seen = 0, eligible = 0;
+    for (int64_t p = 0; p < num_sampled; ++p)
+      seen += smaller<int64_t>(kPanel<A>, larger<int64_t>(0, row.visible - int64_t(sampled_[p]) * kPanel<A>));
+    if (seen == 0) return;
+    const int64_t n = num_sampled * kPanel<A>;
+    Vector<A> lowest = broadcast(Types<A>::largest);
+    const Vector<A> hidden = broadcast(-kInfinity<A>), finite = broadcast(-Types<A>::largest);
+    for (int64_t i = 0; i < n; i += kLanes<A>) {
+      const Vector<A> v = load(scores + i);
+      eligible += count_bits(not_less(v, finite));
+      lowest = v > hidden && v < lowest ? v : lowest;
+    }
+    A low = lowest[0];
+    for (int lane = 1; lane < kLanes<A>; ++lane) low = smaller<A>(low, lowest[lane]);
+    int64_t rank = row.k, most = row.k;
+    if (seen < row.visible) {
+      const double expected = double(row.k) * double(seen) / double(row.visible);
+      rank = int64_t(expected + 3.3 * __builtin_sqrt(expected) + 2);
+      most = rank + rank / 8;
+    }
+    if (eligible <= rank) return;
+    thresholds_[r] = row.found.threshold = find_cut(scores, n, rank, most, low, eligible).at;
+    row.is_guess = seen < row.visible;
+  }
+
+  // Score panels_[0 .. count) and take what reaches the thresholds.
+  void visit(int64_t count) {
+    uint64_t reached[kTileRows];
+    A* const scores = scores_;
+    for (int64_t first = 0; first < count; first += key_panels_) {
+      const int64_t in_block = smaller(key_panels_, count - first);
+      pack(panels_ + first, in_block);
+      for (int64_t tile = 0; tile < num_tiles(); ++tile) {
+        const int64_t most_visible = most_visible_of(tile), least_visible = least_visible_of(tile);
+        for (int64_t p = 0; p < in_block; ++p) {
+          const int64_t first_key = int64_t(panels_[first + p]) * kPanel<A>;
+          if (first_key >= most_visible) break;
+          score_tile(rows_of(tile), query_of(tile), keys_ + p * kPanel<A> * s_.head_dim, s_.head_dim,
+                     thresholds_ + tile * kTileRows, scores, kPanel<A>, reached);
+          if (additive_part_.any() || first_key + kPanel<A> > least_visible)
+            finish_tile(tile, first_key, scores, kPanel<A>, reached);
+          take_reached(tile, scores, first_key, reached);
+        }
+      }
+    }
+  }
+
+  // Store the scores of a panel whose bits are set. Most rows have none. A loop over the set of rows that have some costs
+  // one mispredicted branch for the tile; a branch for each row would cost one for each row.
+  void take_reached(int64_t tile, const A* scores, int64_t first_key, const uint64_t* reached) {
+    uint32_t rows_left = 0;
+    const int64_t num_rows = rows_of(tile);
+    for (int64_t r = 0; r < num_rows; ++r) rows_left |= uint32_t(reached[r] != 0) << r;
+    for (; rows_left != 0; rows_left &= rows_left - 1) {
+      const int r = __builtin_ctz(rows_left);
+      Candidates<A>& found = rows_[tile * kTileRows + r].found;
+      uint64_t bits = reached[r];
+      int64_t count = found.count;
+      do {
+        const int lane = __builtin_ctzll(bits);
+        found.scores[count] = scores[r * kPanel<A> + lane];
+        found.indices[count++] = int32_t(first_key) + lane;
+        bits &= bits - 1;
+      } while (bits != 0);
+      found.count = count;
+      if (count > capacity_) make_room(tile * kTileRows + r);
+    }
+  }
+
+  void make_room(int64_t r) {
+    Row& row = rows_[r];
+    keep_best(row.found, row.k, spare_scores_, spare_indices_);
+    thresholds_[r] = row.found.threshold;
+    row.is_guess = false;  // k keys reached it
+  }
+
+  // Store those of a panel's scores that reach the row's threshold.
+  void take(int64_t r, const A* scores, int64_t first_key) {
+    Candidates<A>& found = rows_[r].found;
+    const Vector<A> threshold = broadcast(thresholds_[r]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      const uint32_t lanes = not_less(load(scores + v * kLanes<A>), threshold);
+      found.count += append_lanes(scores + v * kLanes<A>, int32_t(first_key + v * kLanes<A>), lanes,
+                                  found.scores + found.count, found.indices + found.count);
+    }
+    if (found.count > capacity_) make_room(r);
+  }
+
+  // Softmax, dropout, the sum of values; writes the row's output and entries.
+  void finish(int64_t r) {
+    Row& row = rows_[r];
+    Candidates<A>& found = row.found;
+    keep_best(found, row.k, spare_scores_, spare_indices_);
+    const int64_t count = found.count, padded = ceil_div<int64_t>(count, kLanes<A>) * kLanes<A>;
+    for (int64_t i = count; i < padded; ++i) found.scores[i] = -kInfinity<A>;
+    Vector<A> highest = broadcast(-kInfinity<A>), total = {};
+    for (int64_t i = 0; i < padded; i += kLanes<A>) {
+      const Vector<A> v = load(found.scores + i);
+      highest = v > highest ? v : highest;
+    }
+    A high = highest[0];
+    for (int lane = 1; lane < kLanes<A>; ++lane) high = larger<A>(high, highest[lane]);
+    for (int64_t i = 0; i < padded; i += kLanes<A>) {
+      const Vector<A> power = exponential(load(found.scores + i) - high);
+      store<A>(weights_ + i, power);
+      total += power;
+    }
+    const A inverse = A(1) / sum_of_lanes<A>(total);
+    for (int64_t i = 0; i < padded; i += kLanes<A>) store<A>(weights_ + i, load(weights_ + i) * inverse);
+
+    const int64_t first_entry =
+        (block_.batch * call_.head_k.total_k + call_.head_k.first_k[row.head]) * s_.num_queries + row.query * row.k;
+    if (call_.indices != nullptr) {
+      int32_t* indices = call_.indices + first_entry;
+      for (int64_t i = 0; i < row.k; ++i) indices[i] = i < count ? found.indices[i] : -1;
+    }
+    if (call_.weights != nullptr) {
+      A* weights = static_cast<A*>(call_.weights) + first_entry;
+      for (int64_t i = 0; i < row.k; ++i) weights[i] = i < count ? weights_[i] : A(0);
+    }
+    if (call_.dropout.active) {
+      const int64_t number = (block_.batch * s_.num_heads + row.head) * s_.num_queries + row.query;
+      const DropoutRow draw(call_.dropout, number);
+      const A factor = A(1 / (1 - call_.dropout.p));
+      // A product, so that NaN stays NaN.
+      for (int64_t i = 0; i < count; ++i) weights_[i] *= draw.keeps(found.indices[i]) ? factor : A(0);
+    }
+    const T* values = static_cast<const T*>(call_.value.data) + block_.batch * call_.value.stride[0] +
+                      block_.key_head * call_.value.stride[1];
+    weighted_sum_of_rows<T, A>(values, call_.value.stride[2], found.indices, weights_, count, s_.value_dim, sums_,
+                               spare_row_);
+    T* output = static_cast<T*>(call_.output) + block_.batch * call_.output_stride[0] +
+                row.head * call_.output_stride[1] + row.query * call_.output_stride[2];
+    for (int64_t e = 0; e < s_.value_dim; ++e) output[e] = narrow_to<T>(sums_[e]);
+  }
+
+  const AttentionForward& call_;
+  const Sizes s_;
+  int64_t largest_k_ = 1, capacity_ = 0, slots_ = 0, key_panels_ = 0;
+  Arena arena_;
+  A *query_, *keys_, *scores_, *additive_, *thresholds_, *candidate_scores_, *spare_scores_, *weights_, *sums_;
+  A *spare_row_, *spare_rows_;
+  Row* rows_;
+  int32_t *candidate_indices_, *spare_indices_, *panels_, *sampled_;
+  RowBlock block_ = {};
+  int64_t most_visible_ = 0;
+  Additive<A> additive_part_{call_, 0};
+};
+
+// Each free thread takes the next block of rows.
+template <class T, class A>
+bool run_forward(const AttentionForward& call, const Parallel& parallel) {
+  const Sizes& s = call.sizes;
+  int64_t largest_k = 1;
+  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
+  const int64_t rows_of_group = s.num_heads / s.num_key_heads * s.num_queries;
+  const int64_t block_rows = smaller(rows_per_block<A>(s, largest_k, parallel.num_threads), rows_of_group);
+  const int64_t blocks_of_group = ceil_div(rows_of_group, block_rows);
+
+  struct State {
+    const AttentionForward& call;
+    int64_t block_rows, rows_of_group, blocks_of_group, num_blocks, next;
+    bool ok;
+  } state = {call, block_rows, rows_of_group, blocks_of_group, s.batch * s.num_key_heads * blocks_of_group, 0, true};
+
+  const int64_t num_workers = smaller(parallel.num_threads, state.num_blocks);
+  parallel.run(num_workers, &state, [](void* opaque, int64_t) {
+    State& state = *static_cast<State*>(opaque);
+    Forward<T, A> worker(state.call, state.block_rows);
+    if (!worker.ready()) {
+      __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
+      return;
+    }
+    for (;;) {
+      const int64_t n = __atomic_fetch_add(&state.next, 1, __ATOMIC_RELAXED);
+      if (n >= state.num_blocks) return;
+      const int64_t group = n / state.blocks_of_group;
+      // The last rows first: under causality they see the most keys, and long work should start early.
+      const int64_t first = (state.blocks_of_group - 1 - n % state.blocks_of_group) * state.block_rows;
+      const int64_t key_heads = state.call.sizes.num_key_heads;
+      worker.run({group / key_heads, group % key_heads, first, smaller(state.block_rows, state.rows_of_group - first)});
+    }
+  });
+  return state.ok;
+}

@@ -1,0 +1,219 @@
+"""Tables of the site that are made from the records in results/ whenever the site is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "results"
+Record = dict[str, Any]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def markdown(name: str) -> str:
+    """The table of this name as Markdown.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    if name not in TABLES:
+        raise ValueError(f"no table {name!r}; there are {', '.join(TABLES)}")
+    header, rows = TABLES[name]()
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def attention_speed() -> Table:
+    """The attention operation against PyTorch's."""
+    rows = []
+    peaks = _peaks("attention-kernel/table.jsonl")
+    for record in _timings("attention-kernel/table.jsonl"):
+        work = record["request"]["work"]
+        forward, both = _ratios(record["methods"], "sdpa", "topk-cpu")
+        bias = {"none": "", "learned": ", learned relative bias"}[work["bias"]]
+        extra = ", causal" * work["is_causal"] + bias
+        extra += f", dropout {work['dropout_p']:g}" * (work["dropout_p"] > 0)
+        label = f"H = {work['num_heads']}, L = {work['length']:,}, k = {work['k']}{extra}"
+        ours, theirs = (_mib(peaks[_subject(work, method)]) for method in ("topk-cpu", "sdpa"))
+        rows.append([label, f"{forward:.1f}", f"{both:.1f}", ours, theirs])
+    return ["work", "forward", "forward + backward", "peak memory, top-k", "peak memory, PyTorch"], rows
+
+
+def feed_forward_speed() -> Table:
+    """The feed-forward operation against the dense layer."""
+    rows = []
+    peaks = _peaks("feed-forward-kernel/table.jsonl")
+    for record in _timings("feed-forward-kernel/table.jsonl"):
+        work = record["request"]["work"]
+        forward, both = _ratios(record["methods"], "dense", "topk-cpu")
+        ours, theirs = (peaks[_subject(work, method)] for method in ("topk-cpu", "dense"))
+        row = [
+            f"{work['d_model']:,}",
+            f"{work['d_ff']:,}" + " gated" * work["is_gated"],
+            f"{work['k']}",
+            f"{work['tokens']:,}",
+            f"{forward:.2f}",
+            f"{both:.2f}",
+            f"{_mib(ours)} of {_mib(theirs)}",
+        ]
+        rows.append(row)
+    header = ["d_model", "d_ff", "k", "tokens", "forward", "forward + backward", "peak memory, top-k of dense"]
+    return header, rows
+
+
+def attention_layer() -> Table:
+    """One attention layer against its length: memory and time of each method."""
+    names = {
+        ("topk", "cpu"): "top-k (cpu)",
+        ("sdpa", None): "PyTorch's flash attention",
+        ("query-chunks", "chunked"): "every key, in query chunks",
+        ("vanilla", None): "vanilla",
+        ("vanilla-chunks", None): "vanilla, 1,024 queries at a time",
+        ("performer", None): "Performer",
+        ("rfa", None): "RFA",
+    }
+    cells: dict[tuple[int, str], str] = {}
+    for record in _lines("attention/attention.jsonl"):
+        point = record["point"]
+        name = names.get((point["implementation"], point["backend"]))
+        if name is None or point["k"] not in (None, 128):
+            continue
+        finished = record["outcome"] == "finished"
+        text = f"{record['peak_mib'] / 1024:.2f} / {record['elapsed_s']:.2g}" if finished else record["outcome"]
+        cells[point["length"], name] = text
+    lengths = sorted({length for length, _ in cells})
+    columns = [name for name in names.values() if any(name == column for _, column in cells)]
+    return ["L", *columns], [
+        [f"{length:,}", *(cells.get((length, column), "not tried") for column in columns)] for length in lengths
+    ]
+
+
+def pretrained() -> Table:
+    """SmolLM2 on a text, the same k for every head."""
+    record = _json("demo/demo.json")
+    rows = [
+        [
+            "full attention" if run["k"] is None else f"k = {run['k']}",
+            f"{run['perplexity']:.2f}",
+            f"{run['elapsed_s']:.1f}",
+            f"{run['peak_mib']:.0f}",
+        ]
+        for run in record["runs"]
+    ]
+    return ["attention", "perplexity", "time [s]", "peak memory above the model [MiB]"], rows
+
+
+def calibration() -> Table:
+    """Perplexity with one k for every head and with a k for each."""
+    texts = {
+        "smollm2-moby-dick": "Moby-Dick, 4,096 tokens",
+        "smollm2-python": "Python's documentation, 4,096 tokens",
+        "smollm2-8192": "Moby-Dick, 8,192 tokens",
+    }
+    means = (32, 64, 128)
+    rows = []
+    for name, text in texts.items():
+        runs = _json(f"calibration/{name}.record.json")["runs"]
+        found = {(run["kind"], run["mean_k"]): f"{run['perplexity']:.2f}" for run in runs}
+        for kind, label in (("uniform", "the same k for every head"), ("calibrated", "a k for each head")):
+            rows.append([text, found["full", None], label, *(found.get((kind, mean), "") for mean in means)])
+    return ["text", "full attention", "keys", *(f"mean k = {mean}" for mean in means)], rows
+
+
+def calibration_feed_forward() -> Table:
+    """Perplexity on 2,048 tokens with a part of the keys, of the neurons, or of both."""
+    rows = []
+    for run in _json("calibration/smollm2-feed-forward.record.json")["runs"]:
+        keys = "all" if run["mean_k"] is None else f"{run['mean_k']:.0f}"
+        neurons = "all" if run["feed_forward_mean_k"] is None else f"{run['feed_forward_mean_k']:.0f} of 1,536"
+        kind = {"full": "", "uniform": "the same everywhere", "calibrated": "calibrated"}[run["kind"]]
+        rows.append([keys, neurons, kind, f"{run['perplexity']:.2f}"])
+    return ["mean k, keys", "mean k, neurons", "how they are shared out", "perplexity"], rows
+
+
+def sentence_embeddings() -> Table:
+    """How far MiniLM's sentence embeddings move."""
+    rows = [
+        [
+            "all" if run["mean_k"] is None else f"{run['mean_k']:.0f} of 512",
+            {"full": "", "uniform": "the same everywhere", "calibrated": "calibrated"}[run["kind"]],
+            f"{run['hidden_error']:.3f}",
+            f"{run['cosine']:.3f}",
+        ]
+        for run in _json("calibration/minilm-moby-dick.record.json")["runs"]
+    ]
+    return ["mean k, keys", "how they are shared out", "relative error of hidden states", "cosine of embeddings"], rows
+
+
+def language_model() -> Table:
+    """A small GPT trained from scratch."""
+    arms = _json("language-model/input-bytes.json")["arms"]
+    return ["trained with", "nats a byte", "perplexity of a byte"], [
+        [arm["name"], f"{arm['validation_loss']:.3f}", f"{arm['perplexity']:.2f}"] for arm in arms
+    ]
+
+
+def feed_forward_curve() -> Table:
+    """A small language model with dense and with top-k feed-forward layers."""
+    arms = _json("feed-forward-curve/feed-forward-curve.json")["arms"]
+    return ["neurons per token", "validation loss [nats per byte]"], [
+        ["all" if arm["k"] is None else f"{arm['k']}", f"{arm['curve'][-1]['validation_loss']:.3f}"] for arm in arms
+    ]
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "attention-layer": attention_layer,
+    "attention-speed": attention_speed,
+    "calibration": calibration,
+    "calibration-feed-forward": calibration_feed_forward,
+    "feed-forward-curve": feed_forward_curve,
+    "feed-forward-speed": feed_forward_speed,
+    "language-model": language_model,
+    "pretrained": pretrained,
+    "sentence-embeddings": sentence_embeddings,
+}
+
+
+def _json(name: str) -> Record:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _lines(name: str) -> list[Record]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _key(work: Record) -> str:
+    return json.dumps(work, sort_keys=True)
+
+
+def _timings(name: str) -> list[Record]:
+    """The last timing of each work, in the order of the file."""
+    records = [record for record in _lines(name) if record["measured"] == "time_methods"]
+    return list({_key(record["request"]["work"]): record for record in records}.values())
+
+
+def _subject(work: Record, method: str) -> tuple[str, str]:
+    """What the peak of a method was recorded for: only top-k methods have a k of their own."""
+    return _key(work if method.startswith("topk") else work | {"k": 1}), method
+
+
+def _peaks(name: str) -> dict[tuple[str, str], float]:
+    """Peak memory in MiB of each work and method."""
+    return {
+        (_key(record["request"]["work"]), record["request"]["method"]): record["peak_mib"]
+        for record in _lines(name)
+        if record["measured"] == "measure_memory" and record["outcome"] == "finished"
+    }
+
+
+def _ratios(methods: Record, slow: str, fast: str) -> tuple[float, float]:
+    """How many times as fast, forward and forward with backward, by the medians."""
+    forward, both = (
+        methods[slow][part]["median_s"] / methods[fast][part]["median_s"] for part in ("forward", "forward_backward")
+    )
+    return forward, both
+
+
+def _mib(value: float) -> str:
+    return f"{value:.1f} MiB" if value < 1024 else f"{value / 1024:.1f} GiB"

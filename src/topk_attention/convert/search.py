@@ -1,0 +1,56 @@
+"""Finds the places in a model that a conversion can change: attention layers and feed-forward networks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import nn
+
+from . import inline_network, network_module, split_network, torch_layers
+from .sites import AttentionSite, FeedForwardSite
+
+
+def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
+    """Every attention layer of the model, in the order of its modules."""
+    for path, module in model.named_modules():
+        if reads_attention_interface(module):
+            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module), True)
+        elif torch_layers.is_attention(module):
+            yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
+
+
+def reads_attention_interface(module: nn.Module) -> bool:
+    """Whether the module looks up its attention function in transformers' table. Its code shows it.
+
+    Model families give different names to their projections. Only the code of the layer tells the two kinds apart.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
+    """Every feed-forward network of the model, one file per form that a network can have."""
+    # A network that several layers share is replaced in each of them; its weights stay shared.
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield from network_module.feed_forward_sites(model, path, module)
+    for path, module in model.named_modules():
+        yield from split_network.feed_forward_sites(model, path, module)
+        yield from inline_network.feed_forward_sites(model, path, module)
+        yield from torch_layers.feed_forward_sites(path, module)
+
+
+def _attention_obstacle(module: nn.Module) -> str | None:
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "its scores have a soft cap"
+    if getattr(module, "sinks", None) is not None:
+        return "it has attention sinks"
+    return None
+
+
+def _num_heads(module: nn.Module) -> int | None:
+    for holder in (module, getattr(module, "config", None)):
+        for name in ("num_attention_heads", "num_heads", "n_heads"):
+            if isinstance(num_heads := getattr(holder, name, None), int):
+                return num_heads
+    return None

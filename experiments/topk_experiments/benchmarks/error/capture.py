@@ -70,7 +70,7 @@ def capture(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     path, wanted = Path(request["path"]), set(request["layers"])
     model = load_model(ModelSource(**request["model"]))
-    convert(model, attention_k=_EVERY_KEY)
+    convert(model, attention_k=_FULL_K)
     calls: dict[int, AttentionCall] = {}
     number = 0
 

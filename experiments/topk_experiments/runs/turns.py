@@ -1,47 +1,163 @@
-"""Time of methods that take turns, so that whatever else the machine does meets them all alike."""
+"""Time of methods that take turns, so that whatever else the machine does affects them all alike."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .memory import PeakMemory, limit_memory, ran_out_of_memory
+from .memory import PeakMeter, ran_out_of_memory
 from .process import Send
 from .records import Json
+from .steps import measure_step, start_point
 from .timing import Stopwatch
 
 MODES = ("forward", "forward_backward")
 _FEWEST_ROUNDS = 3
 # Calls of a turn together take at least this long: a single one of a millisecond would be mostly noise.
 _TURN_S = 0.02
-# Of what is free at the start. Beyond it a method is out of memory, before others on the machine suffer.
-_MEMORY_FRACTION = 0.9
 
-Operation = Callable[..., Tensor]
+Tensors = tuple[Tensor, ...]
 
 
-def prepare(request: Json) -> None:
-    """First thing in a process that measures."""
-    torch.set_num_threads(request["threads"])
-    limit_memory(_MEMORY_FRACTION)
+def leaves(tensors: Tensors) -> Tensors:
+    """The same tensors, each requiring a gradient."""
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
-def step(mode: str, operation: Operation, inputs: tuple[Tensor, ...], output_gradient: Tensor) -> Callable[[], object]:
-    """One call of an operation in a mode; gradients are made anew and dropped."""
+class Method(NamedTuple):
+    """A method, ready to compute one work.
+
+    run     of the tensors that `stored` returns -> output
+    stored  inputs and weights as the method wants them, from those of the work; all require a gradient
+    truth   of the same tensors in float64 -> the right output; None: the reference backend computes it
+    """
+
+    run: Callable[..., Tensor]
+    stored: Callable[[Tensors], Tensors] = leaves
+    truth: Callable[..., Tensor] | None = None
+
+
+class Operation(NamedTuple):
+    """What is timed: all that a process that measures needs to know of it. A request names the module that holds it.
+
+    new_work    from the fields of a record
+    new_point   from the fields of a point: a work with its method, device and mode
+    new_method  (name, work) -> the method
+    new_inputs  work -> random inputs and weights; the first has the shape of the output
+    check       (name, work, seed) -> largest error of the method, None for an approximation
+    floor       (work, inputs) -> one call of the part that no method avoids
+    tiny        work -> the same at a small size, to load what a method needs
+    """
+
+    new_work: Callable[..., Any]
+    new_point: Callable[..., Any]
+    new_method: Callable[[str, Any], Method]
+    new_inputs: Callable[[Any], Tensors]
+    check: Callable[[str, Any, int], float | None]
+    floor: Callable[[Any, Tensors], Callable[[], object]]
+    tiny: Callable[[Any], Any]
+
+
+def _operation(request: Json) -> Operation:
+    """OPERATION of the module that a request names."""
+    return importlib.import_module(request["operation"]).OPERATION
+
+
+def step(mode: str, run: Callable[..., Tensor], tensors: Tensors, output_gradient: Tensor) -> Callable[[], object]:
+    """One call in a mode; gradients are made anew and dropped."""
 
     def forward() -> None:
         with torch.no_grad():
-            operation(*inputs)
+            run(*tensors)
 
     def forward_backward() -> None:
-        torch.autograd.grad(operation(*inputs), inputs, output_gradient)
+        torch.autograd.grad(run(*tensors), tensors, output_gradient, allow_unused=True)
 
     return forward if mode == "forward" else forward_backward
+
+
+def time_methods(request: Json, send: Send) -> Json:
+    """Check each method of a work, then time all of them and the floor in turns."""
+    start_point(request)
+    operation = _operation(request)
+    work, seed = operation.new_work(**request["work"]), request["seed"]
+    checks = {name: operation.check(name, work, seed) for name in request["methods"]}
+    torch.manual_seed(seed)
+    inputs = operation.new_inputs(work)
+    output_gradient = torch.randn(inputs[0].shape)
+    methods = {name: operation.new_method(name, work) for name in request["methods"]}
+    # Methods that store the tensors alike share them.
+    stored = {method.stored: method.stored(inputs) for method in methods.values()}
+    steps = {
+        (name, mode): step(mode, method.run, stored[method.stored], output_gradient)
+        for mode in MODES
+        for name, method in methods.items()
+    }
+    return time_in_turns(steps, operation.floor(work, inputs), checks, request, send)
+
+
+def measure_memory(request: Json, send: Send) -> Json:
+    """Peak memory of a method's first forward and backward pass, beyond its tensors and the weights' gradients.
+
+    Inputs, weights and the gradient of the output exist, and have been written to, before the first pass. The weights'
+    gradients are allocated during it, and their size is subtracted; output, gradients of the inputs and everything
+    between count. A layer with weights has a second pass, in which new gradients are added to those of the first:
+    autograd holds what it adds, a second gradient of a weight, until it has been added. A tiny pass before the first
+    loads what the method needs.
+    """
+    start_point(request)
+    operation = _operation(request)
+    work = operation.new_work(**request["work"])
+    torch.manual_seed(request["seed"])
+    for sized in (operation.tiny(work), work):
+        method = operation.new_method(request["method"], sized)
+        tensors = method.stored(operation.new_inputs(sized))
+        output_gradient = torch.randn(tensors[0].shape)
+        with PeakMeter() as meter:
+            method.run(*tensors).backward(output_gradient)
+    memory = meter.read()
+    record: Json = {
+        "peak_mib": memory.peak_mib - work.gradients_mib,
+        "baseline_mib": memory.baseline_mib,
+        "total_peak_mib": memory.total_peak_mib,
+        "memory_method": memory.method,
+    }
+    if not work.gradients_mib:
+        return record
+    tensors[0].grad = None
+    with PeakMeter() as second:
+        method.run(*tensors).backward(output_gradient)
+    return record | {"gradients_mib": work.gradients_mib, "peak_of_second_pass_mib": second.read().peak_mib}
+
+
+def measure_point(request: Json, send: Send) -> Json:
+    """Check one method at one work, then measure memory and time of its steps.
+
+    In mode "forward" its tensors exist before; in mode "forward_backward" they count as memory, with all gradients.
+    """
+    start_point(request)
+    operation = _operation(request)
+    point = operation.new_point(**request["point"])
+    with torch.device(point.device):
+        largest_error = operation.check(point.method, point, point.seed)  # also the warm-up, at a tiny size
+
+        def new_step() -> Callable[[], object]:
+            method = operation.new_method(point.method, point)
+            tensors = method.stored(operation.new_inputs(point))
+            return step(point.mode, method.run, tensors, torch.randn(tensors[0].shape))
+
+        if point.mode == "forward":
+            ready = new_step()
+            result = measure_step(lambda: ready, point.device, request, send)
+        else:
+            result = measure_step(new_step, point.device, request, send)
+    return result | {"largest_error_in_check": largest_error}
 
 
 def time_in_turns(
@@ -54,7 +170,7 @@ def time_in_turns(
     """Warm all methods up, then time them in turn, round after round.
 
     steps    (method, mode) -> one call
-    floor    what no method can do without
+    floor    one call of the part that no method avoids
     checks   method -> its largest error
     request  repetitions: rounds; fewer where they would take longer than `enough_s` together, but three at least
 
@@ -92,7 +208,7 @@ def time_in_turns(
         taken.clear()
     rounds = min(request["repetitions"], max(_FEWEST_ROUNDS, int(request["enough_s"] / take_turns_s)))
     for number in range(1, rounds + 1):
-        send({"round": number, "rounds": rounds})
+        send({"doing": f"round {number} of {rounds}"})
         take_turns()
     watches = [watch for taken in stopwatches.values() for watch in taken]
 
@@ -116,14 +232,4 @@ def time_in_turns(
         "floor": summary(floor_turn),
         "rounds": rounds,
         "other_cores": max((watch.other_cores for watch in watches if watch.other_cores is not None), default=None),
-    }
-
-
-def memory_record(memory: PeakMemory, **more: Any) -> Json:
-    return {
-        "peak_mib": memory.peak_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
-        "memory_method": memory.method,
-        **more,
     }

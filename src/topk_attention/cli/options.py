@@ -36,12 +36,14 @@ def names(listed: str) -> list[str]:
 
 
 @contextmanager
-def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: str = "cli") -> Iterator[None]:
+def errors_in_words(
+    kept: str = "", *, command: str = "topk-attention", install: str = "'topk-attention[cli]'"
+) -> Iterator[None]:
     """End with one line and status 2 at an error that a user can correct, and with status 130 at Ctrl-C.
 
     kept     where finished work is kept, for the message after Ctrl-C
     command  the name of the command, for the line that resumes it
-    extra    the extra of topk-attention that installs a missing package
+    install  what pip must install to bring a missing package
     """
     try:
         yield
@@ -50,8 +52,8 @@ def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: s
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        wanted = "lm-eval" if package == "lm_eval" else extra
-        typer.echo(f"error: {package} is not installed; pip install 'topk-attention[{wanted}]'", err=True)
+        wanted = "'topk-attention[lm-eval]'" if package == "lm_eval" else install
+        typer.echo(f"error: {package} is not installed; pip install {wanted}", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)

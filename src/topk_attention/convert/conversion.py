@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..backends import choose_backend
-from ..functional.checks import check_count
 from . import position_bias, torch_layers
+from .plan import AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
 from .registration import register
 from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
-from .settings import ALL, CONFIG_ATTRIBUTE, NAME, K, LayerSettings, ModelSettings, set_layer_settings
+from .settings import ALL, CONFIG_ATTRIBUTE, NAME, LayerSettings, ModelSettings, set_layer_settings
 from .sites import AttentionSite, FeedForwardSite
-
-Where = Callable[[str, nn.Module], bool]
-AnyK = K | Sequence[K | Sequence[int]] | Mapping[str, K | Sequence[int]]
 
 # A converted model remembers its former attention in this attribute. `save_pretrained` does not save it.
 _FORMER_ATTENTION = "_topk_attention_former_implementation"
@@ -74,10 +71,10 @@ def convert(
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
         choose_backend(backend)
-    wanted = _Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto")
+    wanted = Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto")
     if attention_k is None and feed_forward_k is None:
-        wanted = _wanted_by_config(model, config, attention, feed_forward, backend)
-    plan = _plan(attention, feed_forward, wanted, where)
+        wanted = wanted_by_config(model, config, attention, feed_forward, backend)
+    plan = make_plan(attention, feed_forward, wanted, where)
     report = ConversionReport(type(model).__name__, plan.entries, plan.not_found)
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
@@ -87,71 +84,7 @@ def convert(
     return report
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """The k of both kinds of layer, None where the layers of a kind stay as they are, and their backends."""
-
-    attention_k: AnyK | None
-    feed_forward_k: AnyK | None
-    attention_backend: str
-    feed_forward_backend: str
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What will happen at each site. A kind of layer that stays as it is has no entries."""
-
-    attention: list[tuple[AttentionSite, ReportEntry]]
-    feed_forward: list[tuple[FeedForwardSite, ReportEntry]]
-    not_found: tuple[str, ...]  # kinds of layer that a k is given for and of which the model has none
-
-    @property
-    def entries(self) -> tuple[ReportEntry, ...]:
-        return tuple(entry for _, entry in [*self.attention, *self.feed_forward])
-
-
-def _wanted_by_config(
-    model: nn.Module,
-    config: Any,
-    attention: Sequence[AttentionSite],
-    feed_forward: Sequence[FeedForwardSite],
-    backend: str | None,
-) -> _Wanted:
-    """What a saved model remembers of its conversion."""
-    stored = ModelSettings.from_config(config)
-    if stored is None:
-        raise ValueError(
-            "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
-        )
-    prefix = _prefix_of(model)
-    return _Wanted(
-        _with_prefix(stored.attention_k, [site.path for site in attention], prefix) or None,
-        _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
-        backend or stored.attention_backend,
-        backend or stored.feed_forward_backend,
-    )
-
-
-def _plan(
-    attention: Sequence[AttentionSite],
-    feed_forward: Sequence[FeedForwardSite],
-    wanted: _Wanted,
-    where: Where | None,
-) -> _Plan:
-    """Decide for each site, and raise where a k does not fit, before anything changes."""
-    attention_plan: list[tuple[AttentionSite, ReportEntry]] = []
-    feed_forward_plan: list[tuple[FeedForwardSite, ReportEntry]] = []
-    not_found = []
-    if wanted.attention_k is not None:
-        attention_plan = _plan_attention(attention, wanted.attention_k, where)
-        not_found += [] if attention_plan else ["attention"]
-    if wanted.feed_forward_k is not None:
-        feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, where)
-        not_found += [] if feed_forward_plan else ["feed-forward"]
-    return _Plan(attention_plan, feed_forward_plan, tuple(not_found))
-
-
-def _apply(model: nn.Module, config: Any, plan: _Plan, wanted: _Wanted) -> None:
+def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
     """Change the layers as planned."""
     if any(site.reads_interface and entry.replaced for site, entry in plan.attention):
         _use_topk_attention(model)
@@ -170,9 +103,9 @@ def _apply(model: nn.Module, config: Any, plan: _Plan, wanted: _Wanted) -> None:
     torch_layers.watch_nested_tensors(model)
 
 
-def _remember(model: nn.Module, configs: Sequence[Any], plan: _Plan, wanted: _Wanted) -> None:
+def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Wanted) -> None:
     """Write every k into the configurations, the model's own first. `save_pretrained` saves them with the model."""
-    prefix = _prefix_of(model)
+    prefix = prefix_of(model)
     remembered = ModelSettings.from_config(configs[0]) or ModelSettings({}, {})
     if wanted.attention_k is not None:
         different_k = {entry.k for _, entry in plan.attention}
@@ -242,87 +175,6 @@ def _config_of(model: nn.Module) -> Any:
     )
 
 
-def _plan_attention(
-    sites: Sequence[AttentionSite], k: AnyK, where: Where | None
-) -> list[tuple[AttentionSite, ReportEntry]]:
-    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("attention_k", k, [site.path for site in chosen])
-    plan = []
-    for site in sites:
-        layer_k = per_path.get(site.path)
-        if site.obstacle is not None:
-            reason = site.obstacle
-        elif layer_k is None:
-            reason = "attention_k has no entry for it" if site in chosen else "not picked by where="
-        else:
-            if isinstance(layer_k, tuple) and site.num_heads is not None and len(layer_k) != site.num_heads:
-                raise ValueError(
-                    f"attention_k for {site.path} must hold one int for each of its {site.num_heads} heads, "
-                    f"got {len(layer_k)}"
-                )
-            reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
-            if position_bias.builds_bias_in_full(site.module):
-                reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
-        plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
-    return plan
-
-
-def _plan_feed_forward(
-    sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
-) -> list[tuple[FeedForwardSite, ReportEntry]]:
-    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen])
-    plan = []
-    for site in sites:
-        layer_k = per_path.get(site.path)
-        if isinstance(layer_k, tuple):
-            raise TypeError(f"feed_forward_k for {site.path} must be an int, got {list(layer_k)}")
-        if layer_k is not None:
-            reason = f"k = {layer_k} of {site.num_neurons} neurons"
-        elif site.obstacle is not None:
-            reason = site.obstacle
-        else:
-            reason = "feed_forward_k has no entry for it" if site in chosen else "not picked by where="
-        plan.append((site, ReportEntry(site.path, "feed_forward", layer_k, reason)))
-    return plan
-
-
-def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
-    entries: dict[str, Any]
-    if isinstance(k, Mapping):
-        if unknown := sorted(set(k) - set(paths)):
-            raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
-        entries = dict(k)
-    elif isinstance(k, list | tuple):
-        if len(k) != len(paths):
-            raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
-        entries = dict(zip(paths, k, strict=True))
-    else:
-        _as_k(name, k)  # also where there is no layer
-        entries = dict.fromkeys(paths, k)
-    return {path: _as_k(name, entry) for path, entry in entries.items()}
-
-
-def _as_k(name: str, entry: Any) -> K:
-    if entry == ALL:
-        return ALL
-    for k in entry if isinstance(entry, list | tuple) else [entry]:
-        check_count(name, k)
-    return tuple(entry) if isinstance(entry, list | tuple) else int(entry)
-
-
-def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
-    """Stored k by the model's own paths. A checkpoint loads with or without a head, so it is stored without the prefix
-    of the base model."""
-    by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
-    # A checkpoint also loads in part, for example without its decoder. Every part that the model has must be complete.
-    parts = {name.split(".")[0] for name in by_name}
-    wanted = {name: k for name, k in stored.items() if name.split(".")[0] in parts}
-    if unknown := sorted(set(wanted or stored) - set(by_name)):
-        raise ValueError(f"the model's configuration names layers that do not exist: {', '.join(unknown)}")
-    return {by_name[name]: k for name, k in wanted.items()}
-
-
 def _use_topk_attention(model: Any) -> None:
     register()
     former = model.config._attn_implementation
@@ -339,11 +191,6 @@ def _configs(config: Any, sites: Sequence[AttentionSite]) -> list[Any]:
     """The model's configuration first, then those of its parts: a layer can read only that of its own part."""
     parts = [part for site in sites if (part := getattr(site.module, "config", None)) is not None]
     return list({id(part): part for part in (config, *parts)}.values())
-
-
-def _prefix_of(model: nn.Module) -> str:
-    """The name under which a model with a head holds its base model."""
-    return getattr(model, "base_model_prefix", "")
 
 
 def _k_by_path(plan: Sequence[tuple[AttentionSite | FeedForwardSite, ReportEntry]], prefix: str) -> dict[str, Any]:

@@ -70,15 +70,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         return  # a whole layer that computes its network inside its own forward method
     activation = activation_of(model, path, original)
     obstacle = obstacle_of(linears, activation, getattr(original, act))
-    if obstacle is None and others:
-        obstacle = f"{type(original).__name__} does more than its projections: {', '.join(sorted(others))}"
-    if obstacle is None and (own := _own_dropout(original)) is not None:
-        obstacle = f"{type(original).__name__} applies dropout in its own code ({own}), at an unknown place"
-    if obstacle is None and not _is_plain(original, kind, str(activation)):
-        formula = f"{kind.linear_out}(act({kind.linear_in}))"
-        if kind.linear_gate is not None:
-            formula = "down(act(gate) * up)"
-        obstacle = f"{type(original).__name__} computes something else than {formula}"
+    if obstacle is None:
+        obstacle = _obstacle(original, kind, str(activation), others)
     owner, name = attribute_owner(model, path)
 
     def replace(k: int | None, backend: str) -> None:
@@ -111,6 +104,23 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         replace,
         None if original is module else restore,
     )
+
+
+def _obstacle(network: nn.Module, kind: _Kind, activation: str, others: set[str]) -> str | None:
+    """Why a network with known layers cannot be replaced; None where it can.
+
+    others  names of its further modules
+    """
+    name = type(network).__name__
+    if others:
+        return f"{name} does more than its projections: {', '.join(sorted(others))}"
+    if (dropout := _own_dropout(network)) is not None:
+        return f"{name} applies dropout in its own code ({dropout}), at an unknown place"
+    if not _is_plain(network, kind, activation):
+        gated = kind.linear_gate is not None
+        formula = "down(act(gate) * up)" if gated else f"{kind.linear_out}(act({kind.linear_in}))"
+        return f"{name} computes something else than {formula}"
+    return None
 
 
 def _kind_of(module: nn.Module) -> _Kind | None:

@@ -23,7 +23,7 @@ class GreyImages:
     """Which of ten things is in a 32 x 32 image? The model reads the grey pixels row by row.
 
     source          folder of the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin and test_batch.bin),
-                    whose colours are turned into grey; or an .npz file with x_train, y_train, x_test and y_test, the
+                    whose colours are converted to grey; or an .npz file with x_train, y_train, x_test and y_test, the
                     images uint8 [N, 32, 32]
     num_validation  training images held out for validation
     """
@@ -56,7 +56,7 @@ class GreyImages:
                 f"source must be the folder of CIFAR-10's binary version or an .npz file, got {self.source}"
             )
         if len(labels) == 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"labels of {source.name} must be 0 to 9, and some, got {sorted(set(labels.tolist()))}")
+            raise ValueError(f"{source.name} must hold labels, all of them 0 to 9, got {sorted(set(labels.tolist()))}")
         writer = ExamplesWriter()
         for image, label in zip(images, labels, strict=True):
             writer.add([image], int(label))

@@ -1,6 +1,6 @@
-"""Questions from files in the forms that question-answering sets are published in, or from the Hugging Face hub.
+"""Questions from files in the published forms of question-answering sets, or from the Hugging Face hub.
 
-The form is told from the content, never from a name:
+The content decides the form, never the name:
 
 - UnifiedQA's lines, see `unifiedqa`;
 - JSON or JSON lines of rows as the hub has them: ARC, OpenBookQA and CommonsenseQA (choices with labels and an
@@ -30,9 +30,9 @@ _MCTEST_ESCAPES = ((r"\newline", "\n"), (r"\tab", "\t"))
 
 
 def read_questions(source: str | Path) -> QuestionSet:
-    """All questions of a file, of the one data file in a folder, or of "ID:CONFIGURATION:SPLIT" on the hub.
+    """All questions of a file, of the only data file in a folder, or of "ID:CONFIGURATION:SPLIT" on the hub.
 
-    Of a folder's files one in UnifiedQA's form is taken only where there is no other, because it has lost its capitals.
+    A file in UnifiedQA's form is read only if the folder holds no other: it has lost its capitals.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -75,7 +75,7 @@ def _from_file(path: Path) -> Iterator[Question]:
         else:
             yield from map(parse_line, filter(str.strip, content.split("\n")))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is in no form of question file that is known here: {error}") from error
+        raise ValueError(f"{path} has none of the known forms of question files: {error}") from error
 
 
 def _from_json(content: Any) -> Iterator[Question]:
@@ -100,7 +100,7 @@ def _own_row(row: dict[str, Any]) -> Question:
 
 
 def _instruction_row(row: dict[str, Any]) -> Question:
-    """Question, blank line, numbered answers, blank line, what to answer with; answers count from 1."""
+    """Question, blank line, numbered answers from 1, blank line, the format of the answer."""
     body, found, _ = row["instruction"].rpartition("\n\nAnswer format:")
     before, numbered, listed = body.partition("\n\nAnswer1: ")
     if not found or not numbered:
@@ -111,7 +111,7 @@ def _instruction_row(row: dict[str, Any]) -> Question:
 
 
 def _labelled_row(row: dict[str, Any]) -> Question:
-    """Choices with labels, in either of two ways to write them, and the label of the right one."""
+    """Choices with labels, in either of two notations, and the label of the right one."""
     asked: Any = row.get("question_stem") or row["question"]
     choices: Any = row.get("choices")
     if isinstance(asked, dict):
@@ -132,7 +132,7 @@ def _boolq_row(row: dict[str, Any]) -> Question:
 
 def _squad_row(row: dict[str, Any]) -> Question:
     answers, starts = row["answers"]["text"], row["answers"]["answer_start"]
-    # Unanswerable questions of SQuAD 2 have no answer; UnifiedQA wants these words.
+    # Unanswerable questions of SQuAD 2 have no answer; UnifiedQA expects these words.
     if not answers:
         return Question(row["question"].strip(), ("<no answer>",), passage=row["context"])
     return Question(row["question"].strip(), tuple(answers), passage=row["context"], answer_starts=tuple(starts))

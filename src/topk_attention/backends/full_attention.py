@@ -1,8 +1,8 @@
 """Full attention, over every visible key, for "auto": PyTorch's own attention where its result is right everywhere,
 and `chunked` where NaN or inf in a key or value would spread to queries that may not see it.
 
-The numbers themselves decide between the two. Compiled code and `torch.vmap` cannot read numbers, so an operator decides
-for them.
+The numbers themselves decide between the two. Compiled code and `torch.vmap` cannot read numbers, so an operator
+decides for them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..functional import topk_attention
 from .masks import CompactMask
 from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
-from .settings import LayerSettings, layer_settings
+from .settings import LayerSettings, layer_settings, left_alone
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
@@ -78,7 +78,7 @@ def topk_attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | TableBias | NoBias | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention with the arguments that transformers v5 passes.
 
     B batch, H heads, G key heads, N queries, M keys
@@ -88,19 +88,14 @@ def topk_attention_forward(
     value          [B, G, M, E]
     position_bias  [1|B, H, N, M], or the table that it is made from
 
-    Returns output [B, N, H, E] and None in place of weights.
+    Returns output [B, N, H, E] and None in place of weights; weights come from a layer left on its own attention.
 
     Raises:
         ValueError: an argument asks for what top-k attention does not compute.
     """
-    settings = layer_settings(module)
-    if settings.left_alone:
-        return _own_attention(
-            settings.left_alone,
-            module,
-            _LayerCall(settings, query, key, value, attention_mask, None, scaling, dropout),
-            kwargs | {"is_causal": is_causal, "position_bias": position_bias},
-        )
+    if (own := left_alone(module)) is not None:
+        call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
+        return _own_attention(own, module, call, kwargs | {"is_causal": is_causal, "position_bias": position_bias})
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
@@ -112,6 +107,7 @@ def topk_attention_forward(
             "topk_attention.convert(model, attention_k=...) reads it from its table instead",
             stacklevel=2,
         )
+    settings = layer_settings(module)
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
     if (indices := kwargs.get("indices")) is not None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Code that adds a mask to scores means a mask of numbers: 0 where a query may see a key.
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
@@ -22,8 +21,8 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd_
 class CompactMask:
     """Which keys each query may see, as transformers describes it.
 
-    As an argument of a torch function, and for every attribute of a tensor, it is the mask [B, 1, N, M] bool, True = may
-    attend. Added to scores it is a mask of numbers, as in eager attention.
+    As an argument of a torch function, and for every attribute of a tensor, it is the mask [B, 1, N, M] bool, True =
+    may attend. Added to scores it is a mask of numbers, as in eager attention.
 
     B batch, N queries, M keys
 

@@ -15,7 +15,7 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
     """Every attention layer of the model, in the order of its modules."""
     for path, module in model.named_modules():
         if reads_attention_interface(module):
-            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module), True)
+            yield AttentionSite(path, module, _num_heads(module), attention_obstacle(module), True)
         elif torch_layers.is_attention(module):
             yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
 
@@ -40,7 +40,7 @@ def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
         yield from torch_layers.feed_forward_sites(path, module)
 
 
-def _attention_obstacle(module: nn.Module) -> str | None:
+def attention_obstacle(module: nn.Module) -> str | None:
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "its scores have a soft cap"
     if getattr(module, "sinks", None) is not None:

@@ -103,6 +103,12 @@ def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> Non
         delattr(module, _LAYER_ATTRIBUTE)
 
 
+def left_alone(module: nn.Module) -> str | None:
+    """The attention implementation of a layer that `convert` could not convert and left as it was; None for others."""
+    settings = getattr(module, _LAYER_ATTRIBUTE, None)
+    return None if settings is None else settings.left_alone
+
+
 def layer_settings(module: nn.Module) -> LayerSettings:
     """The settings that `convert` gave to this layer.
 
@@ -124,7 +130,7 @@ def layer_settings(module: nn.Module) -> LayerSettings:
 def _settings_of_the_name_alone(config: object) -> LayerSettings:
     wanted = _k_of_the_environment()
     stored = ModelSettings.from_config(config)
-    if stored is not None and stored.attention_k:
+    if stored is not None and (stored.attention_k or stored.feed_forward_k):
         k = stored.every_attention_k
         if k is None or stored.feed_forward_k:
             raise RuntimeError(

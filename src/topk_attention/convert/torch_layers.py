@@ -27,8 +27,9 @@ _NESTED = "_topk_attention_former_use_nested_tensor"
 class TopKMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose queries use their k best keys.
 
-    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN. Masks are those
-    of the original: bool, True = may not attend, or float, added to the scores; a mask that requires a gradient gets it.
+    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN. Masks are
+    those of the original: bool, True = may not attend, or float, added to the scores; one that requires a gradient gets
+    it.
     """
 
     # The fused path of nn.TransformerEncoderLayer reads this and then does not run.
@@ -67,7 +68,8 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         mask = None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype)
         bias = self._padding(key_padding_mask, query.dtype)
         if mask is not None and mask.requires_grad:  # a mask gets no gradient, a bias does
-            mask, bias = None, mask if bias is None else mask + bias
+            bias = mask if bias is None else mask + bias
+            mask = None
         output = topk_attention(
             *heads,
             k=settings.kept_keys,

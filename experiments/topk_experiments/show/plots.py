@@ -52,6 +52,7 @@ _NAMES = (
 _OTHER_COLOURS = ("#6d597a", "#00798c", "#9c6644", "#5f6b2d", "#d1495b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 _LINES = ("-", "--", "-.", ":")
+_NARROW_INCHES, _NARROW_DPI = 4.4, 130  # of the picture for a phone
 QUOTED = "#6b6b6b"  # numbers of others, and levels that no method has
 MEMORY_AND_TIME = (
     ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
@@ -233,13 +234,40 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def png_of(figure: Any) -> bytes:
+def png_of(figure: Any, dpi: int = 150) -> bytes:
     """The figure as a PNG file."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
 
 
+def narrow_png_of(figure: Any) -> bytes | None:
+    """The figure for a phone, as a PNG file: its panels below one another. None where it has a single panel.
+
+    The figure stays as it is for a phone.
+    """
+    panels = [axes for axes in figure.axes if not hasattr(axes, "_colorbar")]
+    if len(panels) < 2 or len(panels) < len(figure.axes):
+        return None
+    # Panels keep about the height that they have side by side.
+    rows = max(axes.get_subplotspec().rowspan.stop for axes in panels)
+    grid = figure.add_gridspec(len(panels), 1)
+    for axes, place in zip(panels, grid, strict=True):
+        axes.set_subplotspec(place)
+    figure.set_size_inches(_NARROW_INCHES, figure.get_figheight() / rows * len(panels))
+    for legend in figure.legends:
+        legend.set_ncols(1)
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(legend.get_texts()))
+    return png_of(figure, _NARROW_DPI)
+
+
+def narrow(path: Path) -> Path:
+    """Where `save` puts the picture for a phone."""
+    return path.with_name(f"{path.stem}.narrow{path.suffix}")
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as a PNG file."""
+    """Write the figure as a PNG file, and beside it one for a phone where it has several panels."""
     write_whole(path, png_of(figure))
+    if (png := narrow_png_of(figure)) is not None:
+        write_whole(narrow(path), png)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ _NAMES = (
 _OTHER_COLOURS = ("#6d597a", "#00798c", "#9c6644", "#5f6b2d", "#d1495b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 _LINES = ("-", "--", "-.", ":")
-_NARROW_INCHES, _NARROW_DPI = 4.4, 130  # of the picture for a phone
+# Of the picture for a phone: width, resolution, and how many characters of its title fit into a line.
+_NARROW_INCHES, _NARROW_DPI, _NARROW_CHARACTERS = 4.4, 130, 60
 QUOTED = "#6b6b6b"  # numbers of others, and levels that no method has
 MEMORY_AND_TIME = (
     ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
@@ -254,10 +256,15 @@ def narrow_png_of(figure: Any) -> bytes | None:
     grid = figure.add_gridspec(len(panels), 1)
     for axes, place in zip(panels, grid, strict=True):
         axes.set_subplotspec(place)
+        axes.tick_params(axis="x", labelsize=7)
     figure.set_size_inches(_NARROW_INCHES, figure.get_figheight() / rows * len(panels))
-    for legend in figure.legends:
-        legend.set_ncols(1)
-        figure.set_figheight(figure.get_figheight() + 0.17 * len(legend.get_texts()))
+    if figure.get_suptitle():
+        figure.suptitle(textwrap.fill(figure.get_suptitle(), _NARROW_CHARACTERS), fontsize=9)
+    for legend in list(figure.legends):
+        legend.remove()
+        names = [text.get_text() for text in legend.get_texts()]
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(names))
+        figure.legend(legend.legend_handles, names, loc="outside lower center", frameon=False, fontsize=7)
     return png_of(figure, _NARROW_DPI)
 
 

@@ -131,6 +131,8 @@ def _obstacle(network: nn.Module, kind: _Kind, activation: str, others: set[str]
         return f"{name} applies dropout in its own code ({dropout}), at an unknown place"
     try:
         is_plain = _is_plain(network, kind, activation)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever its code raises: no reason to give up on the other layers
         return f"{name} could not be tried, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if not is_plain:

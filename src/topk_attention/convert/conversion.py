@@ -1,4 +1,4 @@
-"""`convert` and `unconvert`: plan first, then change the model, so that an error leaves it as it was."""
+"""`convert` and `unconvert`: plan first, then change the model, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..backends import choose_backend
+from ..nn.feed_forward import is_frozen, store_as_usual, store_by_neuron
 from . import position_bias, torch_layers
 from .by_name import (
     configs_around,
@@ -25,6 +26,8 @@ from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
 from .settings import ALL, CONFIG_ATTRIBUTE, NAME, LayerSettings, ModelSettings, set_layer_settings
 from .sites import AttentionSite, FeedForwardSite
+from .transaction import all_or_nothing, give_own_configuration
+from .unknown_layers import unknown_layers
 
 # Each transformers model in a converted one remembers the former attention of its configuration and of its parts here.
 # `save_pretrained` does not save it.
@@ -65,8 +68,11 @@ def convert(
 
     Raises:
         TypeError: the model is of neither kind, or a k is of the wrong type.
-        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. After an
-            error the model is unchanged.
+        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model.
+
+    Whatever is raised, an interruption by Ctrl-C included, the model is as it was. Its configuration becomes one of its
+    own: another model that shared the object does not change. Weights that train stay contiguous; if nothing in the
+    model requires a gradient, the networks' weights are stored by neuron, which is faster for a few tokens at a time.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(
@@ -77,6 +83,17 @@ def convert(
       encoder.layer.0.attention.self  replaced  k = 16
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
+    with all_or_nothing(model):
+        return _convert(model, attention_k, feed_forward_k, where, backend)
+
+
+def _convert(
+    model: nn.Module,
+    attention_k: AnyK | None,
+    feed_forward_k: AnyK | None,
+    where: Where | None,
+    backend: str | None,
+) -> ConversionReport:
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
@@ -85,12 +102,18 @@ def convert(
     if attention_k is None and feed_forward_k is None:
         wanted = wanted_by_config(model, config, attention, feed_forward, backend)
     plan = make_plan(attention, feed_forward, wanted, where)
+    plan = plan.with_unknown(
+        unknown_layers(model, [*(site.path for site in attention), *(site.path for site in feed_forward)])
+    )
     report = ConversionReport(type(model).__name__, plan.entries, plan.not_found)
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
+    give_own_configuration(model)
+    config = _config_of(model)
     _apply(model, config, plan, wanted)
     if config is not None:
         _remember(model, _configs(config, attention), plan, wanted)
+    _order_in_memory(model, plan)
     return report
 
 
@@ -113,6 +136,18 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
         elif feed_forward_site.restore is not None:  # an earlier conversion replaced it, this one does not pick it
             feed_forward_site.restore()
     torch_layers.watch_nested_tensors(model)
+
+
+def _order_in_memory(model: nn.Module, plan: Plan) -> None:
+    """Store the weights of top-k networks by neuron if nothing in the model trains, otherwise as usual."""
+    frozen = is_frozen(model)
+    for site in (site for site, entry in plan.feed_forward if entry.replaced):
+        if frozen:
+            for linear_in in site.linears_in:
+                store_by_neuron(linear_in=linear_in)
+            store_by_neuron(linear_out=site.linear_out)
+        else:
+            store_as_usual(*site.linears_in, site.linear_out)
 
 
 def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Wanted) -> None:
@@ -143,10 +178,17 @@ def unconvert(model: Any) -> None:
     Raises:
         ValueError: the model was not converted, or was restored already.
     """
+    with all_or_nothing(model):
+        _unconvert(model)
+
+
+def _unconvert(model: Any) -> None:
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if not hasattr(config, CONFIG_ATTRIBUTE) and not any(map(torch_layers.is_converted, model.modules())):
         raise ValueError(f"{type(model).__name__} was not converted, or was restored already")
+    give_own_configuration(model)
+    config = _config_of(model)
     for site in attention:
         if site.reads_interface:
             set_layer_settings(site.module, None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from torch import nn
 
 from . import inline_network, network_module, split_network, torch_layers
-from .sites import AttentionSite, FeedForwardSite
+from .sites import AttentionSite, FeedForwardSite, own_forward
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
@@ -25,7 +24,7 @@ def reads_attention_interface(module: nn.Module) -> bool:
 
     Model families give different names to their projections. Only the code of the layer tells the two kinds apart.
     """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    code = getattr(own_forward(module), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 

@@ -37,18 +37,13 @@ def test_dropout_never_hides_a_nan_that_a_query_sees(backend):
 @pytest.mark.parametrize("k", [3, 9])
 @pytest.mark.parametrize("chosen", ["auto", "cpu", "chunked", "reference"])
 def test_every_backend_runs_under_vmap(chosen, k):
-    query, key = torch.randn(3, 1, 2, 5, 8, requires_grad=True), torch.randn(3, 1, 2, 9, 8)
+    query, key = torch.randn(3, 1, 2, 5, 8), torch.randn(3, 1, 2, 9, 8)
 
     def attend(one_query, one_key):
         return topk_attention(one_query, one_key, one_key, k=k, backend=chosen)
 
-    def loss(one_query, one_key):
-        return attend(one_query, one_key).square().sum()
-
     expected = torch.stack([attend(*pair) for pair in zip(query, key, strict=True)])
     torch.testing.assert_close(torch.vmap(attend)(query, key), expected)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), query)
-    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(query.detach(), key), gradient)
 
 
 def test_values_of_size_zero_still_have_a_selection(backend):

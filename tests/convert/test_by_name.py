@@ -11,6 +11,7 @@ import torch
 from convert_models import FAMILIES, inputs_of, tiny_llama
 from topk_attention import convert, unconvert
 from topk_attention.calibrate import MeanK, calibrate
+from topk_attention.convert.search import reads_attention_interface
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -49,8 +50,10 @@ def test_a_class_that_computes_attention_itself_is_refused_when_it_is_built(name
         options["attention_types"] = [[["global"], 1]]
     if name == "Longformer":
         options |= {"attention_window": [6], "max_position_embeddings": 64, "intermediate_size": 48}
-    words = rf'{name}Model cannot run with attn_implementation="topk".*convert would replace'
+    words = rf'{name}Model cannot run with attn_implementation="topk".*topk_attention\.convert'
     config = config_of(name, **options)
+    if any(map(reads_attention_interface, model_class(name)(config).modules())):
+        pytest.skip(f"this version of transformers gives {name} the attention interface")
     config._attn_implementation = "topk"
     with pytest.raises(ValueError, match=words):
         model_class(name)(config)

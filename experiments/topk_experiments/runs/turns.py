@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import largest_error
 from .memory import PeakMeter, ran_out_of_memory
 from .process import Send
 from .records import Json
@@ -35,7 +36,7 @@ class Method(NamedTuple):
 
     run     of the tensors that `stored` returns -> output
     stored  inputs and weights as the method wants them, from those of the work; all require a gradient
-    truth   of the same tensors in float64 -> the right output; None: the reference backend computes it
+    truth   of the same tensors in float64 -> the right output; None: the operation's reference computes it
     """
 
     run: Callable[..., Tensor]
@@ -50,22 +51,59 @@ class Operation(NamedTuple):
     new_point   from the fields of a point: a work with its method, device and mode
     new_method  (name, work) -> the method
     new_inputs  work -> random inputs and weights; the first has the shape of the output
-    check       (name, work, seed) -> largest error of the method, None for an approximation
     floor       (work, inputs) -> one call of the part that no method avoids
-    tiny        work -> the same at a small size, to load what a method needs
+    tiny        work -> the same at a tiny size, to load what a method needs
+
+    For the check of an answer:
+    small        (name, work) -> the same at a small size; None for an approximation, which is not checked
+    reference    (name, work) -> what computes the right output from the tensors of a method
+    is_clear     (name, work, tensors) -> 0 for rows that depend on a near-tie, otherwise 1
+    input_names  work -> what errors call the tensors
+    least_scale  work -> as `largest_error` takes it
     """
 
     new_work: Callable[..., Any]
     new_point: Callable[..., Any]
     new_method: Callable[[str, Any], Method]
     new_inputs: Callable[[Any], Tensors]
-    check: Callable[[str, Any, int], float | None]
     floor: Callable[[Any, Tensors], Callable[[], object]]
     tiny: Callable[[Any], Any]
+    small: Callable[[str, Any], Any]
+    reference: Callable[[str, Any], Callable[..., Tensor]]
+    is_clear: Callable[[str, Any, Tensors], Tensor | float]
+    input_names: Callable[[Any], Sequence[str]]
+    least_scale: Callable[[Any], float] = lambda _: 0.0
 
 
-def _operation(request: Json) -> Operation:
-    """OPERATION of the module that a request names."""
+def check(operation: Operation, name: str, work: Any, seed: int = 0) -> float | None:
+    """Compare output and gradients of a method with the truth in float64, at a small size.
+
+    Returns the largest difference as a fraction of its tensor's largest entry; None for an approximation.
+
+    Raises:
+        CheckFailedError: they differ by more than rounding.
+    """
+    small = operation.small(name, work)
+    if small is None:
+        return None
+    torch.manual_seed(seed)
+    method = operation.new_method(name, small)
+    tensors = method.stored(operation.new_inputs(small))
+    return largest_error(
+        method.run,
+        method.truth or operation.reference(name, small),
+        tensors,
+        operation.is_clear(name, small, tensors),
+        names=operation.input_names(small),
+        what=f"{name}, {small}",
+        seed=seed,
+        least_scale=operation.least_scale(small),
+    )
+
+
+def _started(request: Json) -> Operation:
+    """OPERATION of the module that a request names, in a process that is set as the request asks."""
+    start_point(request)
     return importlib.import_module(request["operation"]).OPERATION
 
 
@@ -84,10 +122,9 @@ def step(mode: str, run: Callable[..., Tensor], tensors: Tensors, output_gradien
 
 def time_methods(request: Json, send: Send) -> Json:
     """Check each method of a work, then time all of them and the floor in turns."""
-    start_point(request)
-    operation = _operation(request)
+    operation = _started(request)
     work, seed = operation.new_work(**request["work"]), request["seed"]
-    checks = {name: operation.check(name, work, seed) for name in request["methods"]}
+    checks = {name: check(operation, name, work, seed) for name in request["methods"]}
     torch.manual_seed(seed)
     inputs = operation.new_inputs(work)
     output_gradient = torch.randn(inputs[0].shape)
@@ -111,8 +148,7 @@ def measure_memory(request: Json, send: Send) -> Json:
     autograd holds what it adds, a second gradient of a weight, until it has been added. A tiny pass before the first
     loads what the method needs.
     """
-    start_point(request)
-    operation = _operation(request)
+    operation = _started(request)
     work = operation.new_work(**request["work"])
     torch.manual_seed(request["seed"])
     for sized in (operation.tiny(work), work):
@@ -141,11 +177,10 @@ def measure_point(request: Json, send: Send) -> Json:
 
     In mode "forward" its tensors exist before; in mode "forward_backward" they count as memory, with all gradients.
     """
-    start_point(request)
-    operation = _operation(request)
+    operation = _started(request)
     point = operation.new_point(**request["point"])
     with torch.device(point.device):
-        largest_error = operation.check(point.method, point, point.seed)  # also the warm-up, at a tiny size
+        largest_error = check(operation, point.method, point, point.seed)  # also the warm-up, at a tiny size
 
         def new_step() -> Callable[[], object]:
             method = operation.new_method(point.method, point)

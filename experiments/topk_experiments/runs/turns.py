@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import importlib
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import largest_error
+from .checks import CheckFailedError
 from .memory import PeakMeter, ran_out_of_memory
 from .process import Send
 from .records import Json
-from .steps import measure_step, start_point
-from .timing import Stopwatch
+from .steps import Times, measure_step, start_point
 
 MODES = ("forward", "forward_backward")
+# Of a difference from the truth, as a fraction of its tensor's largest entry.
+_TOLERANCE = 1e-4
 _FEWEST_ROUNDS = 3
 # Calls of a turn together take at least this long: a single one of a millisecond would be mostly noise.
 _TURN_S = 0.02
@@ -52,14 +53,15 @@ class Operation(NamedTuple):
     new_method  (name, work) -> the method
     new_inputs  work -> random inputs and weights; the first has the shape of the output
     floor       (work, inputs) -> one call of the part that no method avoids
-    tiny        work -> the same at a tiny size, to load what a method needs
+    tiny        fields of a work and their largest sizes in a pass that loads what a method needs
 
     For the check of an answer:
     small        (name, work) -> the same at a small size; None for an approximation, which is not checked
     reference    (name, work) -> what computes the right output from the tensors of a method
     is_clear     (name, work, tensors) -> 0 for rows that depend on a near-tie, otherwise 1
     input_names  work -> what errors call the tensors
-    least_scale  work -> as `largest_error` takes it
+    least_scale  work -> a tensor whose largest entry is below this share of the largest of all is compared at that
+                 share: a gradient that is zero apart from rounding has no scale of its own
     """
 
     new_work: Callable[..., Any]
@@ -67,7 +69,7 @@ class Operation(NamedTuple):
     new_method: Callable[[str, Any], Method]
     new_inputs: Callable[[Any], Tensors]
     floor: Callable[[Any, Tensors], Callable[[], object]]
-    tiny: Callable[[Any], Any]
+    tiny: Mapping[str, int]
     small: Callable[[str, Any], Any]
     reference: Callable[[str, Any], Callable[..., Tensor]]
     is_clear: Callable[[str, Any, Tensors], Tensor | float]
@@ -75,8 +77,13 @@ class Operation(NamedTuple):
     least_scale: Callable[[Any], float] = lambda _: 0.0
 
 
+def at_most(work: Any, sizes: Mapping[str, int]) -> Any:
+    """The same work with no field above these sizes."""
+    return replace(work, **{name: min(size, getattr(work, name)) for name, size in sizes.items()})
+
+
 def check(operation: Operation, name: str, work: Any, seed: int = 0) -> float | None:
-    """Compare output and gradients of a method with the truth in float64, at a small size.
+    """Compare output and all gradients of a method with the truth in float64, at a small size.
 
     Returns the largest difference as a fraction of its tensor's largest entry; None for an approximation.
 
@@ -89,16 +96,29 @@ def check(operation: Operation, name: str, work: Any, seed: int = 0) -> float | 
     torch.manual_seed(seed)
     method = operation.new_method(name, small)
     tensors = method.stored(operation.new_inputs(small))
-    return largest_error(
-        method.run,
-        method.truth or operation.reference(name, small),
-        tensors,
-        operation.is_clear(name, small, tensors),
-        names=operation.input_names(small),
-        what=f"{name}, {small}",
-        seed=seed,
-        least_scale=operation.least_scale(small),
-    )
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
+    is_clear = operation.is_clear(name, small, tensors)
+    output_gradient = torch.randn(exact[0].shape, dtype=torch.float64) * is_clear
+
+    def results(function: Callable[..., Tensor], inputs: Tensors) -> list[Tensor]:
+        torch.manual_seed(seed)
+        output = function(*inputs)
+        gradients = torch.autograd.grad(output, inputs, output_gradient.to(output.dtype))
+        return [output.detach() * (output_gradient != 0), *gradients]
+
+    expected, found = results(method.truth or operation.reference(name, small), exact), results(method.run, tensors)
+    scales = [tensor.abs().max().item() for tensor in expected]
+    least = operation.least_scale(small) * max(scales)
+    names = ("output", *(f"gradient of {tensor}" for tensor in operation.input_names(small)))
+    largest = 0.0
+    for tensor, right, result, scale in zip(names, expected, found, scales, strict=False):
+        error = (result - right).abs().max().item() / (max(scale, least) or 1.0)
+        if not error <= _TOLERANCE:
+            raise CheckFailedError(
+                f"{name}, {small}: the {tensor} differs from the float64 reference by {error:.1e} of its largest entry"
+            )
+        largest = max(largest, error)
+    return largest
 
 
 def _started(request: Json) -> Operation:
@@ -151,7 +171,7 @@ def measure_memory(request: Json, send: Send) -> Json:
     operation = _started(request)
     work = operation.new_work(**request["work"])
     torch.manual_seed(request["seed"])
-    for sized in (operation.tiny(work), work):
+    for sized in (at_most(work, operation.tiny), work):
         method = operation.new_method(request["method"], sized)
         tensors = method.stored(operation.new_inputs(sized))
         output_gradient = torch.randn(tensors[0].shape)
@@ -213,49 +233,36 @@ def time_in_turns(
     """
     floor_turn = ("", "")
     turns: dict[tuple[str, str], Callable[[], object]] = {floor_turn: floor, **steps}
-    calls = dict.fromkeys(turns, 1)
     failures: dict[str, str] = {}
-    stopwatches: dict[tuple[str, str], list[Stopwatch]] = {turn: [] for turn in turns}
 
-    def take_turns() -> None:
+    def take_turns(times: Mapping[tuple[str, str], Times]) -> None:
         """One round; a method that runs out of memory is left out from then on."""
         for turn, run in turns.items():
             method, _ = turn
             if method in failures:
                 continue
             try:
-                with Stopwatch() as stopwatch:
-                    for _ in range(calls[turn]):
-                        run()
+                times[turn].take(run)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 failures[method] = str(error).strip() or type(error).__name__
-            else:
-                stopwatches[turn].append(stopwatch)
 
-    take_turns()
-    take_turns_s = 0.0
-    for turn, taken in stopwatches.items():
-        if taken:
-            calls[turn] = max(1, math.ceil(_TURN_S / taken[0].elapsed_s))
-            take_turns_s += calls[turn] * taken[0].elapsed_s
-        taken.clear()
-    rounds = min(request["repetitions"], max(_FEWEST_ROUNDS, int(request["enough_s"] / take_turns_s)))
+    warm_up = {turn: Times("cpu") for turn in turns}
+    take_turns(warm_up)
+    times = {turn: Times("cpu", calls=math.ceil(_TURN_S / (once.seconds or _TURN_S))) for turn, once in warm_up.items()}
+    round_s = sum(times[turn].calls * once.seconds for turn, once in warm_up.items())
+    rounds = min(request["repetitions"], max(_FEWEST_ROUNDS, int(request["enough_s"] / round_s)))
     for number in range(1, rounds + 1):
         send({"doing": f"round {number} of {rounds}"})
-        take_turns()
-    watches = [watch for taken in stopwatches.values() for watch in taken]
+        take_turns(times)
 
     def summary(turn: tuple[str, str]) -> Json:
-        times = [watch.elapsed_s / calls[turn] for watch in stopwatches[turn]]
-        return {
-            "median_s": statistics.median(times),
-            "fastest_s": min(times),
-            "slowest_s": max(times),
-            "calls_per_round": calls[turn],
-        }
+        record = times[turn].as_record()
+        spread = {"fastest_s": record["fastest_s"], "slowest_s": record["slowest_s"]}
+        return {"median_s": record["elapsed_s"], **spread, "calls_per_round": times[turn].calls}
 
+    busy = [of_turn.other_cores for of_turn in times.values() if of_turn.other_cores is not None]
     return {
         "methods": {
             method: {"outcome": "out of memory", "message": failures[method]}
@@ -266,5 +273,5 @@ def time_in_turns(
         },
         "floor": summary(floor_turn),
         "rounds": rounds,
-        "other_cores": max((watch.other_cores for watch in watches if watch.other_cores is not None), default=None),
+        "other_cores": max(busy, default=None),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...rivals.names import kept, method_of
 from ...runs.checks import NEAR_TIE
-from ...runs.turns import Operation, Tensors
+from ...runs.turns import Operation, Tensors, at_most
 from .methods import heads_of, input_names, is_package, new_inputs, new_method, reference, run_topk
 from .works import Point, Work
 
@@ -20,8 +20,6 @@ _LENGTH = 333
 # Of points, whose memory is measured in the same process: at 333 the check left holes in the heap that raised the peak
 # of a layer at L = 2,048 from 97 to as much as 114 MiB.
 _LENGTH_OF_POINTS = 193
-_HEADS = 2
-_WARM_UP_LENGTH = 64
 # The buffer must stay in cache, so that the product is timed and not the memory behind it. Of the tiles tried (1 to 8
 # MiB, 256 to 2,048 keys; L = 2,048, one thread) these were fastest: median 87 GFLOP/s, the others 72 to 81.
 _TILE_BYTES = 2 * 2**20
@@ -57,10 +55,7 @@ def small(method: str, work: Work) -> Work | None:
         return None
     longest = _LENGTH_OF_POINTS if isinstance(work, Point) else _LENGTH
     return replace(
-        work,
-        length=min(work.length, longest),
-        num_heads=min(work.num_heads, _HEADS),
-        k=min(work.k, longest // 4),
+        at_most(work, {"length": longest, "num_heads": 2, "k": longest // 4}),
         chunk_size=None if work.chunk_size is None else min(work.chunk_size, longest // 4),
         dropout_p=work.dropout_p if method_of(method).is_ours else 0.0,
     )
@@ -87,7 +82,7 @@ OPERATION = Operation(
     new_method,
     new_inputs,
     score_product,
-    tiny=lambda work: replace(work, length=min(work.length, _WARM_UP_LENGTH)),
+    tiny={"length": 64},
     small=small,
     reference=reference,
     is_clear=is_clear,

@@ -5,8 +5,7 @@ The floor is the first product, or for a gated layer the first two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +15,13 @@ from topk_attention.backends.activations import activate
 
 from ...rivals.names import kept
 from ...runs.checks import NEAR_TIE
-from ...runs.turns import Operation, Tensors
+from ...runs.turns import Operation, Tensors, at_most
 from .methods import new_inputs, new_method, reference
 from .works import Point, Work
 
 # At most. Odd, so that kernels meet full blocks and leftovers, and k a sixth of the neurons; few tokens stay few, as
 # kernels treat them separately.
 _CHECKED = {"tokens": 133, "d_model": 77, "d_ff": 501, "k": 83}
-_WARM_UP = {"tokens": 16, "d_model": 32, "d_ff": 64}
 # The products' results lie in one buffer of at most 8 MiB.
 _BLOCK_TOKENS = 512
 _BLOCK_NEURONS = 4096
@@ -58,18 +56,14 @@ def is_clear(method: str, work: Work, tensors: Tensors) -> Tensor | float:
     return best[:, k - 1 : k] - best[:, k:] >= NEAR_TIE
 
 
-def _at_most(work: Work, sizes: Mapping[str, int]) -> Work:
-    return replace(work, **{name: min(size, getattr(work, name)) for name, size in sizes.items()})
-
-
 OPERATION = Operation(
     Work,
     Point,
     new_method,
     new_inputs,
     first_products,
-    tiny=lambda work: _at_most(work, _WARM_UP),
-    small=lambda _, work: _at_most(work, _CHECKED),
+    tiny={"tokens": 16, "d_model": 32, "d_ff": 64},
+    small=lambda _, work: at_most(work, _CHECKED),
     reference=reference,
     is_clear=is_clear,
     input_names=lambda _: ("x", "w_in", "w_out", "w_gate"),

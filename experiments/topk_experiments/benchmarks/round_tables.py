@@ -146,24 +146,22 @@ class RoundTable:
             if row not in self.rows:
                 raise ValueError(f"works must be among {', '.join(self.rows)}, got {row!r}")
         if sweep is None:
-            chosen, usual = [self.rows[name] for name in works or self.rows], self.rivals
+            chosen, usual = [self.rows[row] for row in works or self.rows], self.rivals
         else:
             chosen, usual = list(self.sweeps[sweep].works), self.sweeps[sweep].rivals
             if sizes is not None:
                 chosen = [replace(chosen[0], **{sweep: size}) for size in sorted(set(sizes))]
-            chosen = [replace(work, **changes) for work in chosen]
         # Ours first; with backend "chunked" it is a rival of itself, named once.
-        ours = topk_method(backend)
+        ours, name = topk_method(backend), sweep or "table"
         methods = dict.fromkeys([ours, *(usual if rivals is None else rivals)])
-        name = sweep or "table"
         return name, {
             work: tuple(method for method in methods if method == ours or self._takes_part(name, method, work))
-            for work in chosen
+            for work in (replace(work, **changes) for work in chosen)
         }
 
     def _takes_part(self, name: str, method: str, work: Any) -> bool:
         """Whether a rival is measured at a work of a sweep, or of the table."""
-        longest = {} if name not in self.sweeps else self.sweeps[name].longest
+        longest = self.sweeps[name].longest if name in self.sweeps else {}
         return method not in longest or getattr(work, name) <= longest[method]
 
     def left_out(
@@ -178,15 +176,13 @@ class RoundTable:
         size = getattr(work, name)
         before = [result for result in results if replace(result.work, **{name: size}) == work]
         limit = "" if step_limit_s is None else f", more than {step_limit_s:g} s"
-        reasons: dict[str, str] = {}
-        for method in methods:
+        reasons = {method: self.why_not(method, work) for method in methods}
+        for method in (method for method, reason in reasons.items() if reason is None):
             times = {getattr(result.work, name): result.seconds(method, "forward_backward") for result in before}
             seconds = expected_s({at: known for at, known in times.items() if known is not None}, size, power)
-            if reason := self.why_not(method, work):
-                reasons[method] = reason
-            elif seconds is not None and seconds > (step_limit_s or 0.0):
+            if seconds is not None and seconds > (step_limit_s or 0.0):
                 reasons[method] = f"a forward and backward pass would take about {seconds:.0f} s{limit}"
-        return reasons
+        return {method: reason for method, reason in reasons.items() if reason is not None}
 
     def report(self, out: Path, name: str) -> list[Path]:
         """Write `NAME.md` and, for sweeps, `NAME.png` of all records on file in a folder; returns the files written."""
@@ -203,8 +199,8 @@ class RoundTable:
         records: list[Json] = []
         for result in results:
             for method in result.methods:
-                numbers = {"peak_mib": result.peak_mib(method)}
-                numbers |= {f"{mode}_s": result.seconds(method, mode) for mode in MODES}
+                numbers = {f"{mode}_s": result.seconds(method, mode) for mode in MODES}
+                numbers["peak_mib"] = result.peak_mib(method)
                 known = {field: number for field, number in numbers.items() if number is not None}
                 point = {"method": method, name: getattr(result.work, name)}
                 records.append({"point": point, "outcome": "finished", **known})

@@ -89,7 +89,7 @@ class PointBenchmark:
 
     points       have `as_record`, which identifies them; their strings say what is measured
     repetitions  timed steps of a point; fewer where they would take longer than `enough_s` together
-    limits       a point that exceeds them is stopped, and its record says so
+    limits       of the process of a point
     """
 
     points: Sequence[Any]
@@ -112,7 +112,7 @@ class RoundBenchmark:
     name          of its files in `out`
     plan          work -> methods that take turns at it; the first is the one with goals
     step_limit_s  a method whose forward and backward pass is expected to take longer is left out
-    limits        a process that exceeds them is stopped, and its record says so
+    limits        of each process
     """
 
     table: RoundTable

@@ -159,7 +159,7 @@ class PointTable:
         pictures = draw_sweep(swept, picture, x=size, x_label=axis, name=self.label, **options)
         if self.over_k is not None:
             axis, name = self.over_k
-            over_k = [record for record in at_size_with_most("k", records, size) if name(record["point"])]
+            over_k = [record for record in at_size_with_most_k(records, size) if name(record["point"])]
             if over_k:
                 title += f", {heading} = {over_k[0]['point'][size]:,}"
                 picture = out / f"{self.name}-k{suffix}.png"
@@ -265,22 +265,19 @@ def with_several(x: str, records: Sequence[Json]) -> list[Json]:
     return [record for record, same in zip(records, rest, strict=True) if rest.count(same) > 1]
 
 
-def at_size_with_most(x: str, records: Sequence[Json], size: str) -> list[Json]:
-    """The records of the size at which most different x were measured, the largest of several sizes.
+def at_size_with_most_k(records: Sequence[Json], size: str) -> list[Json]:
+    """The records of the size at which most different k were measured, the largest of several sizes.
 
-    Records without x are among them. None where at no size two different x were measured.
+    Records without k are among them. None where at no size two different k were measured.
 
-    >>> at_size_with_most("k", [{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")[2:]
+    >>> at_size_with_most_k([{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")[2:]
     [{'point': {'k': None, 'length': 64}}]
     """
-    swept: dict[int, set[int]] = {}
-    for record in records:
-        if record["point"][x] is not None:
-            swept.setdefault(record["point"][size], set()).add(record["point"][x])
-    best = max(swept, key=lambda at: (len(swept[at]), at), default=None)
-    if best is None or len(swept[best]) < 2:
-        return []
-    return [record for record in records if record["point"][size] == best]
+    ks: dict[int, set[int]] = {}
+    for point in (record["point"] for record in records if record["point"]["k"] is not None):
+        ks.setdefault(point[size], set()).add(point["k"])
+    best = max(ks, key=lambda at: (len(ks[at]), at), default=None)
+    return [record for record in records if best is not None and len(ks[best]) > 1 and record["point"][size] == best]
 
 
 @dataclass(frozen=True)

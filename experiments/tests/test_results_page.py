@@ -79,10 +79,14 @@ def test_every_table_and_picture_is_drawn_again_unless_that_is_left_out(tmp_path
     assert drawn == {
         "lra/table.md",
         "lra/curves.png",
+        "lra/curves.narrow.png",
         "whisper/transcripts.md",
         "language-model/input-bytes.png",
+        "language-model/input-bytes.narrow.png",
         "feed-forward-curve/feed-forward-curve.png",
+        "feed-forward-curve/feed-forward-curve.narrow.png",
         "demo/demo.png",
+        "demo/demo.narrow.png",
         "demo/demo.html",
     }
     assert page.index("What to conclude") < page.index("Every picture and table")

@@ -20,6 +20,7 @@ from .qa import report as qa
 from .results_conclusions import conclusions
 from .runs.records import write_whole
 from .show.html import counted, page, picture, scrolling
+from .show.plots import narrow
 
 PAGE = "report.html"
 TITLE = "Top-k attention: when it helps, and the paper's figures beside what a user would pick today"
@@ -200,7 +201,8 @@ def _section(out: Path, section: Section) -> str:
     if section.text:
         parts.append(f"<p>{escape(section.text)}</p>\n")
     for path in _files(out, section, ".png"):
-        parts.append(picture(f"{section.title}, {path.stem}", path.read_bytes()) + "\n")
+        on_a_phone = narrow(path).read_bytes() if narrow(path).exists() else None
+        parts.append(picture(f"{section.title}, {path.stem}", path.read_bytes(), on_a_phone) + "\n")
     for path in _files(out, section, ".md"):
         is_open = " open" if section.is_open else ""
         parts.append(
@@ -213,7 +215,7 @@ def _section(out: Path, section: Section) -> str:
 
 def _files(out: Path, section: Section, *suffixes: str) -> list[Path]:
     folder = out / section.folder
-    found = (path for path in folder.glob("*") if path.suffix in suffixes)
+    found = (path for path in folder.glob("*") if path.suffix in suffixes and ".narrow" not in path.suffixes)
     return sorted(found, key=lambda path: path.stem)  # attention before attention-k
 
 

@@ -191,7 +191,7 @@ def test_the_attention_benchmark_runs_from_start_to_end_and_again_without_measur
     assert (tmp_path / "attention.png").exists()
     before = (tmp_path / "attention.jsonl").read_text()
     again = runner.invoke(app, arguments)
-    assert again.output.count("there already") == 4
+    assert again.output.count("(on file, of ") == 4
     assert (tmp_path / "attention.jsonl").read_text() == before
 
 

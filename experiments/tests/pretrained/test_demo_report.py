@@ -3,6 +3,7 @@ import base64
 import pytest
 
 from topk_experiments.pretrained.demo_report import draw, html_page, run_name, summary, write_report
+from topk_experiments.show.plots import png_of
 
 
 def run(k, perplexity, elapsed_s=2.0, peak_mib=100.0):
@@ -85,7 +86,7 @@ def test_a_record_of_one_round_claims_no_difference_and_still_has_a_page(record,
 
 
 def test_the_page_escapes_what_comes_from_outside(record):
-    page = html_page(record, b"picture")
+    page = html_page(record)
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;.txt" in page
     assert "&lt;tiny&gt; &amp; co" in page
@@ -93,8 +94,8 @@ def test_the_page_escapes_what_comes_from_outside(record):
 
 
 def test_the_page_needs_no_other_file_and_has_a_row_for_each_run(record):
-    page = html_page(record, b"picture")
-    assert base64.b64encode(b"picture").decode() in page
+    page = html_page(record)
+    assert base64.b64encode(png_of(draw(record))).decode() in page
     assert "://" not in page  # "http" alone may be part of a picture
     assert page.count("<tr><td>") == 4
     assert "<td>full attention</td><td>20.00</td><td>2.0</td><td>one round</td><td>100</td><td>1,000</td>" in page
@@ -107,4 +108,4 @@ def test_runs_are_called_by_their_k():
 @pytest.mark.parametrize("num_runs", [1, 2, 4])
 def test_the_picture_can_be_drawn_after_any_run(record, num_runs):
     record["runs"] = record["runs"][:num_runs]
-    assert draw(record).startswith(b"\x89PNG")
+    assert png_of(draw(record)).startswith(b"\x89PNG")

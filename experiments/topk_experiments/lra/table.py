@@ -7,12 +7,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runs.records import Json, read_json_lines, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted
-from ..show.plots import QUOTED, legend_below, new_figure, png_of, styles
+from ..show.plots import QUOTED, legend_below, new_figure, save, styles
 from .configuration import METHOD_OPTIONS, TASKS
 from .quoted import NOTES, quoted_accuracies
 from .runs import RECORDS
@@ -67,7 +67,7 @@ def write_files(out: Path) -> tuple[Path, Path]:
         raise ValueError(f"no finished runs in {out / RECORDS}; train some with topk-experiments lra train")
     table, picture = out / TABLE, out / PICTURE
     write_whole(table, table_in_words(records))
-    write_whole(picture, draw_curves(records))
+    save(draw_curves(records), picture)
     return table, picture
 
 
@@ -321,8 +321,8 @@ def _where(records: Sequence[Json]) -> str:
     return "Measured on " + "; ".join(_in_order(places)) + "."
 
 
-def draw_curves(records: Sequence[Json]) -> bytes:
-    """PNG: validation accuracy against steps. A panel for each configuration, a line for each run."""
+def draw_curves(records: Sequence[Json]) -> Any:
+    """A figure: validation accuracy against steps. A panel for each configuration, a line for each run."""
     by_name = _setups(records)
     columns = min(2, len(by_name))
     rows = -(-len(by_name) // columns)
@@ -351,7 +351,7 @@ def draw_curves(records: Sequence[Json]) -> bytes:
         axes.set_title(f"{setup}: validation accuracy [%]", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
     legend_below(figure, columns=2 * columns)
-    return png_of(figure)
+    return figure
 
 
 def _by_method(records: Sequence[Json]) -> list[Json]:

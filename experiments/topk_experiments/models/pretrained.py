@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from topk_attention.environment import package_version
 
 from ..runs.progress import Say
@@ -83,7 +85,6 @@ def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dt
     Raises:
         ModelNotFoundError: transformers cannot load it with this class.
     """
-    import torch
     import transformers
 
     _be_quiet()

@@ -10,7 +10,7 @@ import numpy as np
 from topk_attention.calibrate import Calibration
 
 from ..runs.records import Json
-from ..show.plots import STYLES, new_figure, only_ticks_at, png_of
+from ..show.plots import STYLES, new_figure, only_ticks_at
 from .calibration_measures import Measure
 
 # With more cells than this, numbers in them cannot be read.
@@ -19,7 +19,7 @@ _MOST_TICKS = 9
 _CALIBRATED = STYLES["calibrated"]
 
 
-def heat_maps(calibration: Calibration) -> bytes:
+def heat_maps(calibration: Calibration) -> Any:
     """k, and the softmax weight lost at that k, by layer and head."""
     from matplotlib.colors import LogNorm
 
@@ -56,10 +56,10 @@ def heat_maps(calibration: Calibration) -> bytes:
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         axes.set_title(title, fontsize=10, loc="left")
-    return png_of(figure)
+    return figure
 
 
-def mass_against_k(calibration: Calibration) -> bytes:
+def mass_against_k(calibration: Calibration) -> Any:
     """The softmax weight that the k best keys hold: a line per layer, and how far heads differ."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -90,10 +90,10 @@ def mass_against_k(calibration: Calibration) -> bytes:
         axes.set_xlabel("k")
         axes.set_ylabel("softmax weight on the k best keys [%]")
         axes.grid(alpha=0.25)
-    return png_of(figure)
+    return figure
 
 
-def neurons_by_layer(calibration: Calibration) -> bytes:
+def neurons_by_layer(calibration: Calibration) -> Any:
     """k of each feed-forward layer, and the activation that the k best neurons hold."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -117,10 +117,10 @@ def neurons_by_layer(calibration: Calibration) -> bytes:
     mass.set_xlabel("k")
     mass.set_title("share of |activations| in the k best neurons [%]", fontsize=10, loc="left")
     mass.grid(alpha=0.25)
-    return png_of(figure)
+    return figure
 
 
-def quality_against_k(runs: Sequence[Json], measure: Measure) -> bytes:
+def quality_against_k(runs: Sequence[Json], measure: Measure) -> Any:
     """Calibrated k beside one k for every head, with full attention as a dashed line.
 
     runs  of attention alone, as `calibration.py` records them
@@ -145,7 +145,7 @@ def quality_against_k(runs: Sequence[Json], measure: Measure) -> bytes:
     axes.set_ylabel(measure.axis)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    return png_of(figure)
+    return figure
 
 
 def lost_mass_at(calibration: Calibration, path: str) -> list[float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from topk_attention.calibrate import Calibration
 
 from ..runs.records import Json, read_json, write_whole
-from ..show.html import footer, page, picture, table
+from ..show.html import drawn, footer, page, table
+from ..show.plots import save
 from .calibration_measures import Measure, measure_of
 from .calibration_pictures import heat_maps, mass_against_k, neurons_by_layer, quality_against_k
 
@@ -127,16 +128,16 @@ def html_page(record: Json, calibration: Calibration, file_name: str) -> str:
         f"{model['name']}: how large k must be",
         f"<p><strong>{escape(recommendation(record))}</strong></p>",
         f"<p>{escape(_caveat(record))}</p>",
-        picture(f"{measure.name} against mean k", quality_picture(record)),
+        drawn(f"{measure.name} against mean k", quality_picture(record)),
         table(table_rows(record)),
         f"<pre>{escape(_code(calibration, file_name))}</pre>",
         "<h2>Keys</h2>",
         f"<p>{escape(file_name)} gives each of {len(ks)} heads between {min(ks):,} and {max(ks):,} keys, "
         f"{calibration.mean_k:.1f} on average ({escape(record['calibrated_on']['target'])}).</p>",
-        picture("k and lost softmax weight by layer and head", heat_maps(calibration)),
-        picture("Softmax weight on the k best keys against k", mass_against_k(calibration)),
+        drawn("k and lost softmax weight by layer and head", heat_maps(calibration)),
+        drawn("Softmax weight on the k best keys against k", mass_against_k(calibration)),
         *(
-            ["<h2>Neurons</h2>", picture("Neurons kept by layer", neurons_by_layer(calibration))]
+            ["<h2>Neurons</h2>", drawn("Neurons kept by layer", neurons_by_layer(calibration))]
             if calibration.feed_forward
             else []
         ),
@@ -149,8 +150,8 @@ def html_page(record: Json, calibration: Calibration, file_name: str) -> str:
     )
 
 
-def quality_picture(record: Json) -> bytes:
-    """PNG: perplexity or embedding error against the mean k, of the runs that change attention alone."""
+def quality_picture(record: Json) -> Any:
+    """A figure: perplexity or embedding error against the mean k, of the runs that change attention alone."""
     return quality_against_k(_attention_runs(record), measure_of(record))
 
 
@@ -162,12 +163,10 @@ def redraw(results: Path) -> list[Path]:
         record, file = read_json(path), path.with_name(f"{name}.json")
         if record is None or not file.exists():
             continue
-        for target, content in (
-            (path.with_name(f"{name}.html"), html_page(record, Calibration.load(file), file.name)),
-            (path.with_name(f"{name}.png"), quality_picture(record)),
-        ):
-            write_whole(target, content)
-            written.append(target)
+        page_file, png = path.with_name(f"{name}.html"), path.with_name(f"{name}.png")
+        write_whole(page_file, html_page(record, Calibration.load(file), file.name))
+        save(quality_picture(record), png)
+        written += [page_file, png]
     return written
 
 

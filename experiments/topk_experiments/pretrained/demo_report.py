@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from ..runs.records import Json, read_json, write_whole
 from ..runs.timing import busy_note
-from ..show.html import counted, footer, page, picture, table
-from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at, png_of
+from ..show.html import counted, drawn, footer, page, table
+from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at, save
 
 # A perplexity at most this much above full attention's counts as close to it.
 _CLOSE = 0.05
@@ -35,11 +36,10 @@ def redraw(results: Path) -> list[Path]:
 
 def write_report(record: Json, out: Path) -> list[Path]:
     """Write `demo.png` and `demo.html`; return their paths."""
-    drawn, written = out / "demo.png", out / "demo.html"
-    png = draw(record)
-    write_whole(drawn, png)
-    write_whole(written, html_page(record, png))
-    return [drawn, written]
+    png, written = out / "demo.png", out / "demo.html"
+    save(draw(record), png)
+    write_whole(written, html_page(record))
+    return [png, written]
 
 
 def run_name(k: int | None) -> str:
@@ -97,7 +97,7 @@ def summary(record: Json) -> str:
     )
 
 
-def html_page(record: Json, png: bytes) -> str:
+def html_page(record: Json) -> str:
     """One page without other files: what was run, the table, the picture and what they say."""
     config, model, text = record["config"], record["model"], record["text"]
     note = busy_note([run.get("other_cores") for run in record["runs"]], record["environment"].get("num_cpus"))
@@ -112,7 +112,7 @@ def html_page(record: Json, png: bytes) -> str:
         "best keys.</p>",
         f"<p><strong>{escape(summary(record))}</strong></p>",
         table(table_rows(record)),
-        picture("Perplexity, time and peak memory against k", png),
+        drawn("Perplexity, time and peak memory against k", draw(record)),
         "<p>Each run had a process of its own. Numbers are medians over the rounds. Time is that of one forward pass "
         "over the whole window, logits included. Peak memory is resident memory above what the process held just "
         "before the pass, with the model loaded and warmed up; the last column includes that."
@@ -121,8 +121,8 @@ def html_page(record: Json, png: bytes) -> str:
     )
 
 
-def draw(record: Json) -> bytes:
-    """PNG: perplexity, seconds and peak memory against k, with full attention as a dashed line. Bars: all rounds.
+def draw(record: Json) -> Any:
+    """A figure: perplexity, seconds and peak memory against k, with full attention as a dashed line. Bars: all rounds.
 
     record  with at least one run
     """
@@ -159,7 +159,7 @@ def draw(record: Json) -> bytes:
         axes.text(0.98, 0.03, "lower is better", color=QUOTED, style="italic", **place)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return png_of(figure)
+    return figure
 
 
 def _values(setting: Json, field: str) -> list[float]:

@@ -11,7 +11,7 @@ from ..runs.progress import Say
 from ..runs.records import Json, days_and_commits, read_json_lines, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted
-from ..show.plots import png_of
+from ..show.plots import save
 from . import evaluation, finetuning
 from .groups import Group, evaluation_name, grouped, mean_of, training_name
 from .picture import METRICS, is_drawn, picture
@@ -47,7 +47,7 @@ def write_report(out: Path, say: Say) -> list[Path]:
         )
     evaluated, trained = grouped(evaluations, evaluation_name), grouped(trainings, training_name)
     write_whole(out / TABLE, markdown(evaluated, trained))
-    write_whole(out / PICTURE, png_of(picture(evaluated)))
+    save(picture(evaluated), out / PICTURE)
     written = [out / TABLE, out / PICTURE]
     for path in written:
         say(f"Written: {path}")

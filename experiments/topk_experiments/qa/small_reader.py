@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..models.pretrained import Say
 from ..models.text import read_text
 from ..runs.checks import check_at_least
@@ -111,7 +113,6 @@ def _new_tokenizer(questions: list[Question]) -> Any:
 
 def _new_t5(config: SmallReaderConfig, vocabulary: int) -> Any:
     """A T5 with ReLU feed-forward layers, relative position biases and no dropout."""
-    import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(config.seed)

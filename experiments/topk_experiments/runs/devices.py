@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from topk_attention.environment import cpu_model
 
 from .memory import CudaPeakMeter, PeakMeter, limit_memory_to
@@ -17,27 +19,20 @@ def check_device(device: str) -> None:
     """
     if device not in DEVICES:
         raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError('device="cuda" cannot be used here: torch finds no CUDA device; use "cpu"')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda" cannot be used here: torch finds no CUDA device; use "cpu"')
 
 
 def device_name(device: str) -> str:
     """The name of the processor or GPU."""
     if device == "cpu":
         return cpu_model()
-    import torch
-
     return torch.cuda.get_device_name()
 
 
 def synchronize(device: str) -> None:
     """Wait until the device has finished all its work."""
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
 
 
@@ -51,7 +46,5 @@ def limit_memory_on(device: str, mib: float) -> None:
     if device != "cuda":
         limit_memory_to(mib)
         return
-    import torch
-
     total_mib = torch.cuda.get_device_properties(0).total_memory / 2**20
     torch.cuda.set_per_process_memory_fraction(min(1.0, mib / total_mib))

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import torch
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _MIB = 2**20
@@ -73,8 +75,6 @@ class CudaPeakMeter:
     """The same for tensors on the current GPU, counted by torch's allocator."""
 
     def __enter__(self) -> CudaPeakMeter:
-        import torch
-
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -88,14 +88,10 @@ class CudaPeakMeter:
 
     def held_mib(self) -> float:
         """MiB in use now, above the baseline."""
-        import torch
-
         return torch.cuda.memory_allocated() / _MIB - self._baseline_mib
 
     def read(self) -> PeakMemory:
         """The peak so far; after the block, the peak of the block."""
-        import torch
-
         if self._result is not None:
             return self._result
         torch.cuda.synchronize()

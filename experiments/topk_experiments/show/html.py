@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from ..runs.records import Json
+from .plots import narrow_png_of, png_of
 
 # A table or a block of code that is wider than the screen scrolls in its own box; pictures shrink to the screen.
 _STYLE = """
@@ -59,9 +61,24 @@ def scrolling(html: str) -> str:
     return f'<div class="scroll">{html}</div>'
 
 
-def picture(description: str, png: bytes) -> str:
-    """A picture inside the page; a reader who cannot see it gets the description."""
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def picture(description: str, png: bytes, narrow: bytes | None = None) -> str:
+    """A picture inside the page; a reader who cannot see it gets the description.
+
+    narrow  the same for a phone
+    """
+    image = f'<img alt="{escape(description)}" src="{_data(png)}">'
+    if narrow is None:
+        return image
+    return f'<picture><source media="(max-width: 40rem)" srcset="{_data(narrow)}">{image}</picture>'
+
+
+def drawn(description: str, figure: Any) -> str:
+    """A figure inside the page. On a phone its panels stand below one another."""
+    return picture(description, png_of(figure), narrow_png_of(figure))
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def footer(record: Json, *more: str) -> str:

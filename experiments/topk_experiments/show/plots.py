@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ _NAMES = (
 _OTHER_COLOURS = ("#6d597a", "#00798c", "#9c6644", "#5f6b2d", "#d1495b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 _LINES = ("-", "--", "-.", ":")
+# Of the picture for a phone: width, resolution, and how many characters of its title fit into a line.
+_NARROW_INCHES, _NARROW_DPI, _NARROW_CHARACTERS = 4.4, 130, 60
 QUOTED = "#6b6b6b"  # numbers of others, and levels that no method has
 MEMORY_AND_TIME = (
     ("peak_mib", "Peak memory of a step [GiB]", 1 / 1024),
@@ -233,13 +236,45 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def png_of(figure: Any) -> bytes:
+def png_of(figure: Any, dpi: int = 150) -> bytes:
     """The figure as a PNG file."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
 
 
+def narrow_png_of(figure: Any) -> bytes | None:
+    """The figure for a phone, as a PNG file: its panels below one another. None where it has a single panel.
+
+    The figure stays as it is for a phone.
+    """
+    panels = [axes for axes in figure.axes if not hasattr(axes, "_colorbar")]
+    if len(panels) < 2 or len(panels) < len(figure.axes):
+        return None
+    # Panels keep about the height that they have side by side.
+    rows = max(axes.get_subplotspec().rowspan.stop for axes in panels)
+    grid = figure.add_gridspec(len(panels), 1)
+    for axes, place in zip(panels, grid, strict=True):
+        axes.set_subplotspec(place)
+        axes.tick_params(axis="x", labelsize=7)
+    figure.set_size_inches(_NARROW_INCHES, figure.get_figheight() / rows * len(panels))
+    if figure.get_suptitle():
+        figure.suptitle(textwrap.fill(figure.get_suptitle(), _NARROW_CHARACTERS), fontsize=9)
+    for legend in list(figure.legends):
+        legend.remove()
+        names = [text.get_text() for text in legend.get_texts()]
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(names))
+        figure.legend(legend.legend_handles, names, loc="outside lower center", frameon=False, fontsize=7)
+    return png_of(figure, _NARROW_DPI)
+
+
+def narrow(path: Path) -> Path:
+    """Where `save` puts the picture for a phone."""
+    return path.with_name(f"{path.stem}.narrow{path.suffix}")
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as a PNG file."""
+    """Write the figure as a PNG file, and beside it one for a phone where it has several panels."""
     write_whole(path, png_of(figure))
+    if (png := narrow_png_of(figure)) is not None:
+        write_whole(narrow(path), png)

@@ -1,4 +1,4 @@
-"""`convert` and `unconvert`: plan first, then change the model, so that an error leaves it as it was."""
+"""`convert` and `unconvert`: plan first, then change the model, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ from typing import Any
 from torch import nn
 
 from ..backends import choose_backend
+from ..nn.feed_forward import is_frozen, store_as_usual, store_by_neuron
 from . import position_bias, torch_layers
+from .by_name import (
+    configs_around,
+    every_config,
+    hand_written_attention,
+    implementation_of,
+    parts_of,
+    set_by_transformers,
+    set_implementations,
+)
 from .plan import AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
 from .registration import register
 from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
 from .settings import ALL, CONFIG_ATTRIBUTE, NAME, LayerSettings, ModelSettings, set_layer_settings
 from .sites import AttentionSite, FeedForwardSite
+from .transaction import all_or_nothing, give_own_configuration
+from .unknown_layers import unknown_layers
 
-# A converted model remembers its former attention in this attribute. `save_pretrained` does not save it.
+# Each transformers model in a converted one remembers the former attention of its configuration and of its parts here.
+# `save_pretrained` does not save it.
 _FORMER_ATTENTION = "_topk_attention_former_implementation"
 
 
@@ -55,8 +68,11 @@ def convert(
 
     Raises:
         TypeError: the model is of neither kind, or a k is of the wrong type.
-        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. After an
-            error the model is unchanged.
+        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model.
+
+    Whatever is raised, an interruption by Ctrl-C included, the model is as it was. Its configuration becomes one of its
+    own: another model that shared the object does not change. Weights that train stay contiguous; if nothing in the
+    model requires a gradient, the networks' weights are stored by neuron, which is faster for a few tokens at a time.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(
@@ -67,6 +83,17 @@ def convert(
       encoder.layer.0.attention.self  replaced  k = 16
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
+    with all_or_nothing(model):
+        return _convert(model, attention_k, feed_forward_k, where, backend)
+
+
+def _convert(
+    model: nn.Module,
+    attention_k: AnyK | None,
+    feed_forward_k: AnyK | None,
+    where: Where | None,
+    backend: str | None,
+) -> ConversionReport:
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
@@ -75,24 +102,32 @@ def convert(
     if attention_k is None and feed_forward_k is None:
         wanted = wanted_by_config(model, config, attention, feed_forward, backend)
     plan = make_plan(attention, feed_forward, wanted, where)
+    plan = plan.with_unknown(
+        unknown_layers(model, [*(site.path for site in attention), *(site.path for site in feed_forward)])
+    )
     report = ConversionReport(type(model).__name__, plan.entries, plan.not_found)
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
+    give_own_configuration(model)
+    config = _config_of(model)
     _apply(model, config, plan, wanted)
     if config is not None:
         _remember(model, _configs(config, attention), plan, wanted)
+    _order_in_memory(model, plan)
     return report
 
 
 def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
     """Change the layers as planned."""
     if any(site.reads_interface and entry.replaced for site, entry in plan.attention):
-        _use_topk_attention(model)
+        _use_topk_attention(model, plan)
     for site, entry in plan.attention:
         settings = LayerSettings(entry.k, wanted.attention_backend)
         if not site.reads_interface:
             torch_layers.use_topk_attention(site.module, settings)
-        elif config is not None and config._attn_implementation == NAME:
+        elif implementation_of(site.module, config) == NAME:
+            if site.obstacle is not None:
+                settings = replace(settings, left_alone=_former_of(model, site.module))
             set_layer_settings(site.module, settings)
             position_bias.keep_bias_small(site.module)
     for feed_forward_site, entry in plan.feed_forward:
@@ -101,6 +136,18 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
         elif feed_forward_site.restore is not None:  # an earlier conversion replaced it, this one does not pick it
             feed_forward_site.restore()
     torch_layers.watch_nested_tensors(model)
+
+
+def _order_in_memory(model: nn.Module, plan: Plan) -> None:
+    """Store the weights of top-k networks by neuron if nothing in the model trains, otherwise as usual."""
+    frozen = is_frozen(model)
+    for site in (site for site, entry in plan.feed_forward if entry.replaced):
+        if frozen:
+            for linear_in in site.linears_in:
+                store_by_neuron(linear_in=linear_in)
+            store_by_neuron(linear_out=site.linear_out)
+        else:
+            store_as_usual(*site.linears_in, site.linear_out)
 
 
 def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Wanted) -> None:
@@ -131,10 +178,17 @@ def unconvert(model: Any) -> None:
     Raises:
         ValueError: the model was not converted, or was restored already.
     """
+    with all_or_nothing(model):
+        _unconvert(model)
+
+
+def _unconvert(model: Any) -> None:
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if not hasattr(config, CONFIG_ATTRIBUTE) and not any(map(torch_layers.is_converted, model.modules())):
         raise ValueError(f"{type(model).__name__} was not converted, or was restored already")
+    give_own_configuration(model)
+    config = _config_of(model)
     for site in attention:
         if site.reads_interface:
             set_layer_settings(site.module, None)
@@ -147,9 +201,7 @@ def unconvert(model: Any) -> None:
     torch_layers.watch_nested_tensors(model)
     if config is None:
         return
-    if hasattr(model, _FORMER_ATTENTION):
-        model.set_attn_implementation(getattr(model, _FORMER_ATTENTION))
-        delattr(model, _FORMER_ATTENTION)
+    _give_attention_back(model)
     for part in _configs(config, attention):
         if hasattr(part, CONFIG_ATTRIBUTE):
             delattr(part, CONFIG_ATTRIBUTE)
@@ -175,16 +227,53 @@ def _config_of(model: nn.Module) -> Any:
     )
 
 
-def _use_topk_attention(model: Any) -> None:
+def _use_topk_attention(model: Any, plan: Plan) -> None:
+    """Set the name in the model's configurations, but not in those of which no layer is converted while some layer
+    cannot be: such a part keeps its own attention and its own masks."""
     register()
-    former = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    converted = {
+        id(_config_around(site.module, model))
+        for site, entry in plan.attention
+        if entry.replaced and site.reads_interface
+    }
+    obstructed = [site.path for site, _ in plan.attention if site.obstacle is not None]
+    around = dict(configs_around(model))
+    alone = [around[path] for path in (*obstructed, *(path for path, _ in hand_written_attention(model)))]
+    alone = [config for config in alone if id(config) not in converted]
+    before = [(config, config._attn_implementation) for config in every_config(model)]
+    set_by_transformers(model, NAME)
+    if not converted <= {id(config) for config in every_config(model) if config._attn_implementation == NAME}:
+        set_implementations(before)
         raise ValueError(f"{type(model).__name__} does not take its attention from transformers' attention interface")
-    if former != NAME:
-        setattr(model, _FORMER_ATTENTION, former)
-    elif not hasattr(model, _FORMER_ATTENTION):
-        setattr(model, _FORMER_ATTENTION, "sdpa")  # loaded with attn_implementation="topk"; "sdpa" is the default
+    set_implementations([(config, former) for config, former in before if any(config is part for part in alone)])
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation") and not hasattr(module, _FORMER_ATTENTION):
+            # Loaded with attn_implementation="topk" it has no former one; "sdpa" is the default.
+            formers = {id(config): "sdpa" if former == NAME else former for config, former in before}
+            setattr(module, _FORMER_ATTENTION, [formers[id(config)] for config in parts_of(module.config)])
+
+
+def _give_attention_back(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, _FORMER_ATTENTION):
+            set_implementations(list(zip(parts_of(module.config), getattr(module, _FORMER_ATTENTION), strict=True)))
+            delattr(module, _FORMER_ATTENTION)
+
+
+def _former_of(model: Any, module: nn.Module) -> str:
+    """The implementation that a layer's configuration named before the conversion."""
+    wanted = _config_around(module, model)
+    for holder in model.modules():
+        for part, former in zip(
+            parts_of(getattr(holder, "config", None)), getattr(holder, _FORMER_ATTENTION, ()), strict=False
+        ):
+            if part is wanted:
+                return str(former)
+    return "sdpa"
+
+
+def _config_around(module: nn.Module, model: Any) -> Any:
+    return getattr(module, "config", None) or model.config
 
 
 def _configs(config: Any, sites: Sequence[AttentionSite]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -36,9 +36,22 @@ class Plan:
     feed_forward: list[tuple[FeedForwardSite, ReportEntry]]
     not_found: tuple[str, ...]  # kinds of layer that a k is given for and of which the model has none
 
+    unknown: tuple[ReportEntry, ...] = ()  # layers that hold attention or a network in a form that nothing here knows
+
     @property
     def entries(self) -> tuple[ReportEntry, ...]:
-        return tuple(entry for _, entry in [*self.attention, *self.feed_forward])
+        return (*(entry for _, entry in [*self.attention, *self.feed_forward]), *self.unknown)
+
+    def with_unknown(self, entries: Sequence[ReportEntry]) -> Plan:
+        """The plan with those of these layers whose kind was asked for."""
+        kinds = {
+            "attention" if isinstance(site, AttentionSite) else "feed_forward"
+            for site, _ in (*self.attention, *self.feed_forward)
+        }
+        kinds |= {kind.replace("-", "_") for kind in self.not_found}
+        listed = tuple(entry for entry in entries if entry.kind in kinds)
+        named = {entry.kind.replace("_", "-") for entry in listed}
+        return replace(self, unknown=listed, not_found=tuple(kind for kind in self.not_found if kind not in named))
 
 
 def wanted_by_config(

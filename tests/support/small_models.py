@@ -16,9 +16,12 @@ _SIZES: dict[str, Any] = {
         ("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "embedding_size", "emb_dim", "projection_dim"), 32
     ),
     **dict.fromkeys(("word_embed_proj_dim", "encoder_hidden_size", "decoder_hidden_size", "out_hidden_size"), 32),
-    **dict.fromkeys(("conv_dim_out", "text_embed_dim", "entity_emb_size", "pooler_hidden_size", "text_hidden_size"), 32),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"), 4
+        ("conv_dim_out", "text_embed_dim", "entity_emb_size", "pooler_hidden_size", "text_hidden_size"), 32
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+        4,
     ),
     **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads", "decoder_num_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "n_head_kv", "num_kv_heads"), 2),
@@ -95,7 +98,9 @@ def _shrunk(config_class: Any) -> Any:
             default, "num_attention_heads", None
         ):
             sizes[name] = 4
-    sizes |= _OWN.get(config_class.model_type, {})
+    own = _OWN.get(config_class.model_type, {})
+    # Some names stand for others.
+    sizes = {name: size for name, size in sizes.items() if config_class.attribute_map.get(name) not in own} | own
     for name in config_class.sub_configs:
         inner = getattr(default, name, None)
         if inner is not None:

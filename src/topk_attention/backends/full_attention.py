@@ -51,7 +51,7 @@ def _without_gradient(call: AttentionCall) -> Tensor:
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for many tensors, in `torch.vmap`, also below `torch.func.grad`."""
+    """Whether it stands for many tensors, in `torch.vmap`."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return True

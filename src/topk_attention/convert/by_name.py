@@ -20,6 +20,10 @@ from .settings import NAME, ModelSettings
 
 _WATCHED = "_topk_attention_watches"
 _SHOWN_LAYERS = 3
+_WAY_OUT = (
+    "load it without attn_implementation= and call topk_attention.convert(model, attention_k=...), which says for each "
+    "layer whether it can be replaced and why not"
+)
 
 
 def implementation_of(module: nn.Module, config: Any) -> str | None:
@@ -81,10 +85,7 @@ def refusal_of_name(model: Any) -> str | None:
         torch_layers.is_attention(module) or (reads_attention_interface(module) and attention_obstacle(module) is None)
         for module in model.modules()
     ):
-        way_out = (
-            "load it without attn_implementation= and call topk_attention.convert(model, attention_k=...), which "
-            "reports for each layer whether it was replaced and why not"
-        )
+        way_out = _WAY_OUT
     else:
         way_out = "topk_attention.convert would replace no attention layer either; use its own attention"
     return f"{_refuses(type(model))}: {shown}; {way_out}"
@@ -144,10 +145,7 @@ def _refuse_before_layers_are_built(model_class: Any) -> None:
     @functools.wraps(original)
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == NAME and is_init_check and not self._can_set_attn_implementation():
-            raise ValueError(
-                f"{_refuses(type(self))}: its attention layers compute attention in their own code; "
-                "topk_attention.convert would replace none of them either; use its own attention"
-            )
+            raise ValueError(f"{_refuses(type(self))}: its file computes attention in its own code; {_WAY_OUT}")
         return original(self, requested_attention, is_init_check)
 
     model_class.get_correct_attn_implementation = get_correct_attn_implementation
@@ -175,7 +173,7 @@ def _refuse_when_set(model_class: Any) -> None:
         if _names_topk(attn_implementation):
             reason = refusal_of_name(self)
             if reason is None and attn_implementation == NAME and self.config._attn_implementation != NAME:
-                reason = f"{_refuses(type(self))}: it does not ask transformers' attention interface"
+                reason = f"{_refuses(type(self))}: it does not ask transformers' attention interface; {_WAY_OUT}"
             if reason is not None:
                 set_implementations(before)
                 raise ValueError(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -139,10 +140,16 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
 
 
 def _order_in_memory(model: nn.Module, plan: Plan) -> None:
-    """Store the weights of top-k networks by neuron if nothing in the model trains, otherwise as usual."""
+    """Store the weights of top-k networks by neuron if nothing in the model trains, otherwise as usual.
+
+    A network that several layers share (Zamba) stays as usual, because `save_pretrained` looks for shared weights and
+    reads only contiguous ones.
+    """
     frozen = is_frozen(model)
-    for site in (site for site, entry in plan.feed_forward if entry.replaced):
-        if frozen:
+    sites = [site for site, entry in plan.feed_forward if entry.replaced]
+    uses = Counter(id(site.linear_out.weight) for site in sites)
+    for site in sites:
+        if frozen and uses[id(site.linear_out.weight)] == 1:
             for linear_in in site.linears_in:
                 store_by_neuron(linear_in=linear_in)
             store_by_neuron(linear_out=site.linear_out)

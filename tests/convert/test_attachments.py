@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from convert_models import FAMILIES, NEURONS, inputs_of, output_of, tiny_bart, tiny_bert, tiny_llama
+from convert_models import FAMILIES, NEURONS, inputs_of, output_of, tiny_bart, tiny_bert, tiny_llama, tiny_t5
 from topk_attention import convert, unconvert
 
 # A model, and the part of its first network that comes after the activation.
@@ -337,3 +337,17 @@ def test_weights_that_are_sharded_are_skipped_with_the_reason(tmp_path):
         assert len(report.skipped) == len(report.replaced) == 2
     finally:
         dist.destroy_process_group()
+
+
+def test_what_hangs_on_the_table_of_the_position_bias_acts():
+    model, inputs = tiny_t5().double(), inputs_of(FAMILIES["t5"])
+    layer = model.encoder.block[0].layer[0].SelfAttention
+    layer.relative_attention_bias.register_forward_hook(lambda module, args, output: 3 * output)
+    expected = output_of(model, inputs)
+    convert(model, attention_k=1000)
+    torch.testing.assert_close(output_of(model, inputs), expected)
+    parametrize.register_parametrization(layer.relative_attention_bias, "weight", Doubled())
+    output = output_of(model, inputs)
+    assert not torch.allclose(output, expected)
+    unconvert(model)
+    torch.testing.assert_close(output_of(model, inputs), output)

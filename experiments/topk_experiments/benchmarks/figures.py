@@ -11,12 +11,11 @@ from ..rivals.names import METHODS, among
 from ..runs.progress import say
 from ..runs.steps import Limits
 from . import attention, feed_forward
-from .attention.plans import able_to, chunk_grid
-from .attention.plans import grid as attention_grid
-from .attention.works import CHUNK_METHODS
+from .attention.works import CHUNK_METHODS, able_to, chunk_grid
+from .attention.works import grid as attention_grid
 from .error import ErrorBenchmark, run_error_benchmark
-from .feed_forward.plans import DEFAULT
-from .feed_forward.plans import grid as feed_forward_grid
+from .feed_forward.works import DEFAULT
+from .feed_forward.works import grid as feed_forward_grid
 from .rounds import PointBenchmark, run_and_show_points
 from .tables import PointTable
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from ..rivals.names import TOPK, kept, topk_method
 from ..runs.ledger import newest, on_file
-from ..runs.progress import say
 from ..runs.records import Json, write_whole
 from ..runs.timing import expected_s
 from ..runs.turns import MODES
-from ..show.plots import draw_memory_and_time
-from .tables import Page, busy_notes, head
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .tables import Page, Quoted, busy_notes, draw_sweep, head
 
 _HEADINGS = ("method", "forward [s]", "times {rival}", "forward + backward [s]", "times {rival}", "peak [MiB]")
 _PANELS = (
@@ -44,12 +38,14 @@ class Sweep(NamedTuple):
     works    smallest first
     rivals   of ours, unless others are asked for
     longest  rival -> the largest size at which it is measured
+    quoted   somebody else's numbers for the picture
     """
 
     axis: str
     works: Sequence[Any]
     rivals: Sequence[str]
     longest: Mapping[str, int] = {}
+    quoted: Mapping[str, Quoted] = {}
 
 
 @dataclass
@@ -82,34 +78,42 @@ class Result:
         return self.memory.get(method, {}).get("peak_mib")
 
 
+@dataclass(frozen=True, kw_only=True)
 class RoundTable:
-    """The tables and pictures of an operation's methods that take turns. Operations fill in what follows."""
+    """The tables and pictures of an operation's methods that take turns.
 
-    schema: ClassVar[str]  # of the records
-    operation: ClassVar[str]  # module whose OPERATION is measured
-    new_work: ClassVar[Callable[..., Any]]  # from the fields of a record; a work has a `k` and a `goal`
-    methods: ClassVar[Sequence[str]]  # names of methods besides "topk-BACKEND"
-    rows: ClassVar[Mapping[str, Any]]  # of the table: name -> work
-    rivals: ClassVar[Sequence[str]]  # of ours in the table by default; ours is compared with the first
-    rival_is: ClassVar[str]  # what the first rival is
-    size: ClassVar[tuple[str, float]]  # the field on which times depend, and the power with which they grow at first
-    sweeps: ClassVar[Mapping[str, Sweep]]  # field of the work -> what is measured over it
-    floor: ClassVar[str]  # what is timed as the floor
-    memory_note: ClassVar[str]  # what counts as memory
-    # Sweep -> somebody else's numbers for the picture, as `draw_memory_and_time` takes them.
-    quoted: ClassVar[Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]] = {}
+    schema       of the records
+    operation    module whose OPERATION is measured
+    new_work     from the fields of a record; a work has a `k`
+    methods      names of methods besides "topk-BACKEND"
+    rows         of the table: name -> work
+    goals        work -> what our method should reach
+    rivals       of ours in the table by default; ours is compared with the first
+    rival_is     what the first rival is
+    size         the field on which times depend, and the power with which they grow at first
+    sweeps       field of the work -> what is measured over it
+    floor        what is timed as the floor
+    memory_note  what counts as memory
+    why_not      (method, work) -> why a method cannot do this work here; None where it can
+    title        (first work, field) -> of the picture over a field
+    memory_line  (result, ours, our peak, the first rival's) -> what a table says of them; None: nothing
+    """
 
-    def why_not(self, method: str, work: Any) -> str | None:
-        """Why a method cannot do this work here; None where it can."""
-        raise NotImplementedError
-
-    def title(self, work: Any, swept: str) -> str:
-        """Of the picture over a field, from its first work."""
-        raise NotImplementedError
-
-    def memory_lines(self, ours: str, result: Result) -> list[str]:
-        """Lines below a table: our memory beside the rival's."""
-        raise NotImplementedError
+    schema: str
+    operation: str
+    new_work: Callable[..., Any]
+    methods: Sequence[str]
+    rows: Mapping[str, Any]
+    goals: Mapping[Any, Goal]
+    rivals: Sequence[str]
+    rival_is: str
+    size: tuple[str, float]
+    sweeps: Mapping[str, Sweep]
+    floor: str
+    memory_note: str
+    why_not: Callable[[str, Any], str | None]
+    title: Callable[[Any, str], str]
+    memory_line: Callable[[Result, str, float, float], str | None]
 
     def plan(
         self,
@@ -138,65 +142,83 @@ class RoundTable:
             raise ValueError(f"{', '.join(changes) or 'sizes'} must go with a sweep")
         if sweep is not None and sweep not in self.sweeps:
             raise ValueError(f"sweep must be among {', '.join(self.sweeps)}, got {sweep!r}")
-        for name in works or ():
-            if name not in self.rows:
-                raise ValueError(f"works must be among {', '.join(self.rows)}, got {name!r}")
+        for row in works or ():
+            if row not in self.rows:
+                raise ValueError(f"works must be among {', '.join(self.rows)}, got {row!r}")
         if sweep is None:
-            chosen, usual = [self.rows[name] for name in works or self.rows], self.rivals
+            chosen, usual = [self.rows[row] for row in works or self.rows], self.rivals
         else:
             chosen, usual = list(self.sweeps[sweep].works), self.sweeps[sweep].rivals
             if sizes is not None:
                 chosen = [replace(chosen[0], **{sweep: size}) for size in sorted(set(sizes))]
-            chosen = [replace(work, **changes) for work in chosen]
         # Ours first; with backend "chunked" it is a rival of itself, named once.
-        ours = topk_method(backend)
+        ours, name = topk_method(backend), sweep or "table"
         methods = dict.fromkeys([ours, *(usual if rivals is None else rivals)])
-        return sweep or "table", {
-            work: tuple(name for name in methods if name == ours or self._takes_part(sweep, name, work))
-            for work in chosen
+        return name, {
+            work: tuple(method for method in methods if method == ours or self._takes_part(name, method, work))
+            for work in (replace(work, **changes) for work in chosen)
         }
 
-    def _takes_part(self, sweep: str | None, method: str, work: Any) -> bool:
-        longest = {} if sweep is None else self.sweeps[sweep].longest
-        return method not in longest or getattr(work, str(sweep)) <= longest[method]
+    def _takes_part(self, name: str, method: str, work: Any) -> bool:
+        """Whether a rival is measured at a work of a sweep, or of the table."""
+        longest = self.sweeps[name].longest if name in self.sweeps else {}
+        return method not in longest or getattr(work, name) <= longest[method]
 
     def left_out(
-        self, method: str, work: Any, results: Sequence[Result], step_limit_s: float | None = None
-    ) -> str | None:
-        """Why a method is not measured at this work; None where it is.
+        self, methods: Sequence[str], work: Any, results: Sequence[Result], step_limit_s: float | None = None
+    ) -> dict[str, str]:
+        """Of these methods those that are not measured at this work, and why.
 
         results       of works before, which say how long a step is going to take
         step_limit_s  None: unknown, and every method with an expected time took too long
         """
-        reason = self.why_not(method, work)
         name, power = self.size
         size = getattr(work, name)
-        same_but_for_size = {
-            getattr(result.work, name): seconds
-            for result in results
-            if replace(result.work, **{name: size}) == work
-            and (seconds := result.seconds(method, "forward_backward")) is not None
-        }
-        seconds = expected_s(same_but_for_size, size, power)
-        if reason is not None or seconds is None or seconds <= (step_limit_s or 0.0):
-            return reason
+        before = [result for result in results if replace(result.work, **{name: size}) == work]
         limit = "" if step_limit_s is None else f", more than {step_limit_s:g} s"
-        return f"a forward and backward pass would take about {seconds:.0f} s{limit}"
+        reasons = {method: self.why_not(method, work) for method in methods}
+        for method in (method for method, reason in reasons.items() if reason is None):
+            times = {getattr(result.work, name): result.seconds(method, "forward_backward") for result in before}
+            seconds = expected_s({at: known for at, known in times.items() if known is not None}, size, power)
+            if seconds is not None and seconds > (step_limit_s or 0.0):
+                reasons[method] = f"a forward and backward pass would take about {seconds:.0f} s{limit}"
+        return {method: reason for method, reason in reasons.items() if reason is not None}
 
     def report(self, out: Path, name: str) -> list[Path]:
         """Write `NAME.md` and, for sweeps, `NAME.png` of all records on file in a folder; returns the files written."""
-        results = self.results_on_file(out, name)
+        results = self._on_file(out, name)
         if not results:
             return []
+        times = [result.time for result in results]
+        threads = times[0]["request"]["threads"]
+        above = [head(times, threads=threads, dtype="float32"), "", *self.notes(results), ""]
         table, picture = out / f"{name}.md", out / f"{name}.png"
-        pages = [page.as_markdown() for page in self.pages(results)]
-        write_whole(table, "\n".join(["\n".join([self._head(results), "", *self.notes(results), ""]), *pages]))
+        write_whole(table, "\n".join(["\n".join(above), *(page.as_markdown() for page in self.pages(results))]))
         if name not in self.sweeps or len(results) < 2:
             return [table]
-        self._draw(results, name, picture)
-        return [table, picture]
+        records: list[Json] = []
+        for result in results:
+            for method in result.methods:
+                numbers = {f"{mode}_s": result.seconds(method, mode) for mode in MODES}
+                numbers["peak_mib"] = result.peak_mib(method)
+                known = {field: number for field, number in numbers.items() if number is not None}
+                point = {"method": method, name: getattr(result.work, name)}
+                records.append({"point": point, "outcome": "finished", **known})
+        return [
+            table,
+            *draw_sweep(
+                records,
+                picture,
+                x=name,
+                x_label=self.sweeps[name].axis,
+                title=f"{self.title(results[0].work, name)}, float32, {threads} threads",
+                name=lambda point: point["method"],
+                quoted=self.sweeps[name].quoted,
+                panels=_PANELS,
+            ),
+        ]
 
-    def results_on_file(self, out: Path, name: str) -> list[Result]:
+    def _on_file(self, out: Path, name: str) -> list[Result]:
         """The newest result of each work with the threads and the seed of the last record, sweeps by their size."""
         records = on_file(out / f"{name}.jsonl", self.schema)
         of_all = ("threads", "seed")
@@ -209,35 +231,16 @@ class RoundTable:
         memory = {(work, record["request"].get("method")): record for work, record in works}
         if name in self.sweeps:
             times.sort(key=lambda work_and_record: getattr(work_and_record[0], name))
-        methods = dict.fromkeys(method for _, record in times for method in record["request"]["methods"])
+        all_methods = dict.fromkeys(method for _, record in times for method in record["request"]["methods"])
         results: list[Result] = []
         for work, time in times:
-            peaks = {method: memory.get((measured_work(method, work), method)) for method in time["request"]["methods"]}
-            if "left_out" not in time:
-                time |= {"left_out": self._left_out_before(name, methods, work, time, results)}
+            measured = time["request"]["methods"]
+            if "left_out" not in time:  # a record of a time when they did not say so
+                missing = [m for m in all_methods if m not in measured and self._takes_part(name, m, work)]
+                time |= {"left_out": self.left_out(missing, work, results)}
+            peaks = {method: memory.get((measured_work(method, work), method)) for method in measured}
             results.append(Result(work, time, {method: peak for method, peak in peaks.items() if peak is not None}))
         return results
-
-    def _left_out_before(
-        self, name: str, methods: Iterable[str], work: Any, time: Json, results: Sequence[Result]
-    ) -> dict[str, str]:
-        """Method -> why it was not measured, for records that do not say so."""
-        sweep = name if name in self.sweeps else None
-        missing = [name for name in methods if name not in time["request"]["methods"]]
-        reasons = {
-            method: self.left_out(method, work, results) for method in missing if self._takes_part(sweep, method, work)
-        }
-        return {method: reason for method, reason in reasons.items() if reason is not None}
-
-    def show(self, results: Sequence[Result], console: Console) -> None:
-        for page in self.pages(results):
-            page.show(console)
-        for line in self.notes(results):
-            say(console, line)
-
-    def _head(self, results: Sequence[Result]) -> str:
-        times = [result.time for result in results]
-        return head(times, threads=times[0]["request"]["threads"], dtype="float32")
 
     def notes(self, results: Sequence[Result]) -> list[str]:
         """How the numbers were measured."""
@@ -269,60 +272,41 @@ class RoundTable:
 
     def _row(self, method: str, result: Result, ours: str) -> tuple[str, ...]:
         cells, times = [method], result.time_of(method)
+        goal = self.goals.get(result.work) if method == ours else None
         for mode in MODES:
-            goal = getattr(result.work.goal, mode) if result.work.goal is not None and method == ours else None
-            is_known = times["outcome"] == "finished"
-            cells.append(
-                "{median_s:.3g} ({fastest_s:.3g} to {slowest_s:.3g})".format(**times[mode])
-                if is_known
-                else times["outcome"]
-            )
-            seconds, rival_s = result.seconds(method, mode), result.seconds(self.rivals[0], mode)
-            ratio = math.nan if seconds is None or rival_s is None else rival_s / seconds
-            cells.append(ratio_cell(ratio, goal))
-        memory, peak_mib = result.memory.get(method), result.peak_mib(method)
-        return (*cells, f"{peak_mib:.1f}" if peak_mib is not None else "" if memory is None else memory["outcome"])
+            spread, is_known = "{median_s:.3g} ({fastest_s:.3g} to {slowest_s:.3g})", times["outcome"] == "finished"
+            seconds, rival_s = (result.seconds(name, mode) for name in (method, self.rivals[0]))
+            ratio = None if seconds is None or rival_s is None else rival_s / seconds
+            cells.append(spread.format(**times[mode]) if is_known else times["outcome"])
+            cells.append(ratio_cell(ratio, getattr(goal, mode, None)))
+        memory, peak_mib = result.memory.get(method, {"outcome": ""}), result.peak_mib(method)
+        return (*cells, memory["outcome"] if peak_mib is None else f"{peak_mib:.1f}")
 
     def _below(self, result: Result, ours: str) -> list[str]:
         """What else is known of a work: share of the floor, memory, and which methods are missing."""
-        lines = []
+        lines: list[str | None] = []
         forward_s = result.seconds(ours, "forward")
         if forward_s is not None:
             floor_s = result.time["floor"]["median_s"]
             lines.append(f"Floor: {floor_s:.3g} s, {floor_s / forward_s:.0%} of {ours}'s forward pass.")
-        lines += self.memory_lines(ours, result)
-        return lines + [f"{method} left out: {reason}." for method, reason in result.left_out.items()]
-
-    def _draw(self, results: Sequence[Result], name: str, path: Path) -> None:
-        curves: dict[str, list[Json]] = {}
-        for result in results:
-            for method in result.methods:
-                seconds = {f"{mode}_s": result.seconds(method, mode) for mode in MODES}
-                point = {name: getattr(result.work, name), "peak_mib": result.peak_mib(method), **seconds}
-                known = {field: value for field, value in point.items() if value is not None}
-                curves.setdefault(method, []).append(known)
-        threads = results[0].time["request"]["threads"]
-        draw_memory_and_time(
-            curves,
-            path,
-            x=name,
-            x_label=self.sweeps[name].axis,
-            title=f"{self.title(results[0].work, name)}, float32, {threads} threads",
-            panels=_PANELS,
-            quoted=self.quoted.get(name, {}),
-        )
+        mine, rivals = result.peak_mib(ours), result.peak_mib(self.rivals[0])
+        if mine is not None and rivals is not None:
+            lines.append(self.memory_line(result, ours, mine, rivals))
+        lines += [f"{method} left out: {reason}." for method, reason in result.left_out.items()]
+        return [line for line in lines if line is not None]
 
 
-def ratio_cell(ratio: float, goal: float | None) -> str:
-    """How many times as fast as the rival, and whether that reaches the goal; a ratio of NaN was not measured.
+def ratio_cell(ratio: float | None, goal: float | None) -> str:
+    """How many times as fast as the rival, and whether that reaches the goal; a ratio of None was not measured.
 
-    >>> ratio_cell(2.5, None), ratio_cell(2.5, 3.0), ratio_cell(float("nan"), 3.0)
+    >>> ratio_cell(2.5, None), ratio_cell(2.5, 3.0), ratio_cell(None, 3.0)
     ('2.50', '2.50, goal 3: missed', 'goal 3')
     """
-    verdict = "reached" if goal is not None and ratio >= goal else "missed"
-    if math.isnan(ratio):
-        return "" if goal is None else f"goal {goal:g}"
-    return f"{ratio:.2f}" + ("" if goal is None else f", goal {goal:g}: {verdict}")
+    parts = [] if ratio is None else [f"{ratio:.2f}"]
+    if goal is not None:
+        verdict = "" if ratio is None else f": {'reached' if ratio >= goal else 'missed'}"
+        parts.append(f"goal {goal:g}{verdict}")
+    return ", ".join(parts)
 
 
 def measured_work(method: str, work: Any) -> Any:

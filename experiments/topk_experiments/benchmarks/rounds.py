@@ -7,6 +7,7 @@ rounds  one process for all methods of a work, where they take turns: their time
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +20,11 @@ from ..rivals.names import TOPK, check_method, kept, on_backend
 from ..runs import turns
 from ..runs.checks import check_at_least
 from ..runs.devices import check_device, device_name
-from ..runs.ledger import Ledger
+from ..runs.ledger import Ledger, is_finished, made_when
 from ..runs.process import Send
 from ..runs.progress import say
 from ..runs.records import Json
 from ..runs.steps import Limits, run_within
-from .points import record_of, records_of
 from .round_tables import Result, RoundTable, measured_work
 from .tables import PointTable, memory_and_time
 
@@ -59,23 +59,26 @@ class Setting:
 
 
 def grid(
-    new_point: Callable[..., Any],
+    new_point: Any,
     size: str,
     sizes: Iterable[int],
     methods: Iterable[str],
-    ks: Sequence[int],
+    ks: Sequence[int] | None = None,
     backend: str = "auto",
     **settings: Any,
 ) -> list[Any]:
     """One point for each size and method, and for top-k for each k; smallest first.
 
-    size     the field that takes the sizes
-    backend  of the method "topk"
+    new_point  class of the points
+    size       the field that takes the sizes
+    methods    names that the points know, "topk-BACKEND", or "topk"
+    ks         None: the default of the points
+    backend    of "topk"
     """
-    points = []
+    points, chosen = [], [new_point.k] if ks is None else sorted(set(ks))
     for number, name in itertools.product(sorted(set(sizes)), dict.fromkeys(methods)):
         method = on_backend(name, backend, settings.get("device", "cpu"))
-        for k in sorted(set(ks))[: 1 if kept(method, 1) is None else None]:
+        for k in chosen[: 1 if kept(method, 1) is None else None]:
             points.append(new_point(method=method, k=k, **{size: number}, **settings))
     return points
 
@@ -84,8 +87,9 @@ def grid(
 class PointBenchmark:
     """Which points to measure and how.
 
+    points       have `as_record`, which identifies them; their strings say what is measured
     repetitions  timed steps of a point; fewer where they would take longer than `enough_s` together
-    limits       a point that exceeds them is stopped, and its record says so
+    limits       of the process of a point
     """
 
     points: Sequence[Any]
@@ -108,7 +112,7 @@ class RoundBenchmark:
     name          of its files in `out`
     plan          work -> methods that take turns at it; the first is the one with goals
     step_limit_s  a method whose forward and backward pass is expected to take longer is left out
-    limits        a process that exceeds them is stopped, and its record says so
+    limits        of each process
     """
 
     table: RoundTable
@@ -128,7 +132,7 @@ class RoundBenchmark:
         check_at_least(1, self, "repetitions", "threads")
         if not self.plan or not all(self.plan.values()):
             raise ValueError("there is nothing to measure: give at least one work and one method")
-        for method in dict.fromkeys(method for methods in self.plan.values() for method in methods):
+        for method in dict.fromkeys(itertools.chain(*self.plan.values())):
             check_method(method, self.table.methods)
 
 
@@ -140,14 +144,14 @@ def run_points(table: PointTable, benchmark: PointBenchmark, console: Console) -
     Raises:
         WorkerError: a point's answer is wrong, or its process died; the points before it are kept.
     """
-    ledger = _ledger(table, benchmark, table.name)
     limits = benchmark.limits
-    request = {"operation": table.operation, "repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
+    shared = {"operation": table.operation, "repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
 
     def run(point: Any, send: Send) -> Json:
-        asked = {"point": asdict(point), "memory_limit_gib": limits.memory_gib, **request}
-        return run_within(limits, f"{turns.__name__}:measure_point", asked, str(point))
+        request = {"point": asdict(point), "memory_limit_gib": limits.memory_gib, **shared}
+        return run_within(limits, f"{turns.__name__}:measure_point", request, str(point))
 
+    ledger = _ledger(table, benchmark, table.name)
     return records_of(benchmark.points, ledger, run, spares=limits.spare, in_words=memory_and_time, console=console)
 
 
@@ -166,12 +170,11 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
         WorkerError: an answer is wrong, or a process died; what was measured before is kept.
     """
     table, ledger = benchmark.table, _ledger(benchmark.table, benchmark, benchmark.name)
-    rounds = {"repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
     results: list[Result] = []
 
-    def record(function: str, asked: Json, **more: Any) -> Json:
+    def record(function: str, work: Any, asked: Json, **more: Any) -> Json:
         """Of a function of `turns`."""
-        request = asked | {"threads": benchmark.threads, "seed": benchmark.seed}
+        request = {"work": work.as_record(), **asked, "threads": benchmark.threads, "seed": benchmark.seed}
         what = " ".join([function.replace("_", " "), asked.get("method", "")]).strip()
 
         def run(send: Send) -> Json:
@@ -190,28 +193,30 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
 
     for number, (work, methods) in enumerate(benchmark.plan.items(), 1):
         say(console, f"[{number}/{len(benchmark.plan)}] {work}")
-        reasons = {method: table.left_out(method, work, results, benchmark.step_limit_s) for method in methods}
-        left_out = {method: reason for method, reason in reasons.items() if reason is not None}
+        left_out = table.left_out(methods, work, results, benchmark.step_limit_s)
         for method, reason in left_out.items():
             say(console, f"  {method} left out: {reason}")
         measured = [method for method in methods if method not in left_out]
         if not measured:
             continue
-        asked = {"work": work.as_record(), "methods": measured, **rounds}
-        result = Result(work, record("time_methods", asked, left_out=left_out))
+        asked = {"methods": measured, "repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
+        result = Result(work, record("time_methods", work, asked, left_out=left_out))
         results.append(result)
         for method in measured:
             if result.time_of(method)["outcome"] != "finished":
                 say(console, f"  {method}: {result.time_of(method)['outcome']}")
             if benchmark.with_memory:
-                asked = {"work": measured_work(method, work).as_record(), "method": method}
-                result.memory[method] = record("measure_memory", asked)
+                result.memory[method] = record("measure_memory", measured_work(method, work), {"method": method})
     return results
 
 
 def run_and_show_rounds(benchmark: RoundBenchmark, console: Console) -> None:
     """Measure what is missing, show the works asked for, and write the report of all on file."""
-    benchmark.table.show(run_rounds(benchmark, console), console)
+    results = run_rounds(benchmark, console)
+    for page in benchmark.table.pages(results):
+        page.show(console)
+    for note in benchmark.table.notes(results):
+        say(console, note)
     lines = benchmark.out / f"{benchmark.name}.jsonl"
     for path in (lines, *benchmark.table.report(benchmark.out, benchmark.name)):
         say(console, f"Written: {path}")
@@ -222,3 +227,52 @@ def _ledger(table: PointTable | RoundTable, benchmark: PointBenchmark | RoundBen
     folder = Path(str(importlib.import_module(table.operation).__file__)).parent
     lines = benchmark.out / f"{name}.jsonl"
     return Ledger(lines, schema=table.schema, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
+
+
+def records_of(points: Sequence[Any], ledger: Ledger, run: Callable[[Any, Send], Json], **how: Any) -> list[Json]:
+    """The record of each point, as `record_of` finds or makes it, in the order of the points."""
+    return [
+        record_of(
+            {"point": point.as_record()},
+            f"[{number}/{len(points)}] {point}",
+            ledger,
+            functools.partial(run, point),
+            **how,
+        )
+        for number, point in enumerate(points, 1)
+    ]
+
+
+def record_of(
+    configuration: Json,
+    label: str,
+    ledger: Ledger,
+    run: Callable[[Send], Json],
+    *,
+    spares: Callable[[Json], bool],
+    in_words: Callable[[Json], str],
+    console: Console,
+) -> Json:
+    """The record of a configuration: the one on file if it spares the run, otherwise that of a new run.
+
+    label     names what is measured
+    run       the outcome and the results of a new run; it may send {"doing": what it does now}
+    spares    of records of the same configuration, environment and code: whether one is good enough
+    in_words  the results of a finished run, in a few words
+
+    Raises:
+        WorkerError: the answer is wrong, or the process died. Nothing is written for this configuration.
+    """
+    from rich.text import Text
+
+    record, note = ledger.find(configuration, spares=spares), ""
+    if record is None:
+        with console.status(Text(f"{label} ...")) as status:
+            result = run(lambda message: status.update(Text(f"{label}: {message['doing']} ...")))
+        record = ledger.new_record(configuration) | result
+        ledger.append(record)
+    else:
+        note = f" ({made_when(record)})"
+    words = in_words(record) if is_finished(record) else f"{record['outcome']} ({record['message'].splitlines()[0]})"
+    say(console, f"{label}: {words}{note}")
+    return record

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ..runs.ledger import newest, on_file
 from ..runs.progress import say
@@ -17,6 +17,10 @@ from ..show.plots import MEMORY_AND_TIME, draw_memory_and_time
 if TYPE_CHECKING:
     from rich.console import Console
 
+Numbers = Mapping[int, tuple[float, float]]  # size -> (GiB, seconds)
+Panels = Sequence[tuple[str, str, float]]
+# Field of a panel -> which of (GiB, seconds) it shows, and how many of its unit that number has.
+_QUOTED = {"peak_mib": (0, 1024.0), "elapsed_s": (1, 1.0), "forward_backward_s": (1, 1.0)}
 # Headings above what `measured_cells` returns.
 MEASURED = ("memory [GiB]", "time [s]", "fastest to slowest [s]")
 
@@ -56,81 +60,55 @@ class Page:
         return "\n\n".join(parts).rstrip() + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
 class PointTable:
-    """The tables and pictures of points that each have a process of their own. Benchmarks fill in what follows."""
+    """The tables and pictures of points that each have a process of their own; functions are of a record's point.
 
-    name: ClassVar[str]  # of the files
-    schema: ClassVar[str]  # of the records
-    operation: ClassVar[str]  # module whose OPERATION is measured
-    settings: ClassVar[Sequence[str]]  # fields of a point in which all points of one table agree
-    size: ClassVar[tuple[str, str, str]]  # the field that a table is about, its heading, its label in a picture
-    k_axis: ClassVar[str] = ""  # label of k in the picture over k, where there is one
-    methods: ClassVar[str] = "method"  # heading of the methods' names
-    memory_note: ClassVar[str] = (
+    name            of the files
+    schema          of the records
+    operation       module whose OPERATION is measured
+    settings        fields of a point in which all points of one table agree
+    size            the field that a table is about, its heading, its label in a picture
+    title           what all points of a table share
+    picture_adds    to that title in a picture
+    label           what a table or a picture calls a method with its settings
+    order           sorts the rows of a table
+    curve_order     sorts the curves of a picture, which otherwise stand as they were measured
+    over_k          label of k in a picture over k, and what that picture calls a method ("": not in it); None: no such
+                    picture
+    methods         heading of the methods' names
+    paper           what a picture calls the paper's curve of the method, and its size -> (GiB, seconds) where the point
+                    has the paper's settings
+    paper_headings  of columns with these numbers beside ours
+    paper_rows      curves of the paper in rows below the table of such points: name -> size -> (GiB, seconds)
+    paper_note      where they come from
+    """
+
+    name: str
+    schema: str
+    operation: str
+    settings: Sequence[str]
+    size: tuple[str, str, str]
+    title: Callable[[Json], str]
+    picture_adds: Callable[[Json], str] = lambda _: ""
+    label: Callable[[Json], str]
+    order: Callable[[Json], Any]
+    curve_order: Callable[[Json], int] = lambda _: 0
+    over_k: tuple[str, Callable[[Json], str]] | None = None
+    methods: str = "method"
+    memory_note: str = (
         "Memory is the peak of the first step above what the process held before the layer was made, with weights, "
         "input and all gradients; time: median."
     )
-    panels: ClassVar[Sequence[tuple[str, str, float]]] = MEMORY_AND_TIME
-    paper_headings: ClassVar[Sequence[str]] = ()  # of columns with the paper's numbers beside ours
-    paper_note: ClassVar[str] = ""  # where the paper's numbers come from
-
-    def title(self, point: Json) -> str:
-        """What all points of a table share."""
-        raise NotImplementedError
-
-    def picture_title(self, point: Json) -> str:
-        """What all points of a picture share."""
-        return self.title(point)
-
-    def label(self, point: Json) -> str:
-        """What a table or a picture calls a method with its settings."""
-        raise NotImplementedError
-
-    def order(self, point: Json) -> Any:
-        """Sorts the rows of a table."""
-        return point[self.size[0]]
-
-    def curve_order(self, point: Json) -> int:
-        """Sorts the curves of a picture, which otherwise stand as they were measured."""
-        return 0
-
-    def k_label(self, point: Json) -> str:
-        """`label` in the picture over k, where k is no setting; empty: not in that picture."""
-        return self.label(point | {"k": None})
-
-    def paper(self, point: Json) -> tuple[str, Mapping[int, tuple[float, float]]]:
-        """What the paper calls the method, and its size -> (GiB, seconds) where the point has the paper's settings."""
-        return ("", {})
-
-    def paper_rows(self, point: Json) -> list[tuple[str, ...]]:
-        """The paper's numbers below the table of points like this one."""
-        return []
-
-    def paper_columns(self, point: Json) -> tuple[str, ...]:
-        """The paper's numbers for a point, under `paper_headings`."""
-        return ()
-
-    def page(self, records: Sequence[Json]) -> Page:
-        """The table of records of one setting."""
-        records = sorted(records, key=lambda record: self.order(record["point"]))
-        rows: list[tuple[str, ...]] = []
-        for record in records:
-            point, size = record["point"], record["point"][self.size[0]]
-            number = "" if size is None else f"{size:,}"
-            rows.append((self.label(point), number, *measured_cells(record), *self.paper_columns(point)))
-        quoted = self.paper_rows(records[0]["point"])
-        is_quoted = bool(quoted) or any(row[len(MEASURED) + 2 :] and row[-1] for row in rows)
-        notes = [
-            *how_measured(records),
-            self.memory_note,
-            *([self.paper_note] if is_quoted and self.paper_note else []),
-        ]
-        headings = (self.methods, self.size[1], *MEASURED, *self.paper_headings)
-        return Page(self.title(records[0]["point"]), headings, rows + quoted, notes)
+    panels: Panels = MEMORY_AND_TIME
+    paper: Callable[[Json], tuple[str, Numbers]]
+    paper_headings: Sequence[str] = ()
+    paper_rows: Callable[[Json], Mapping[str, Numbers]] = lambda _: {}
+    paper_note: str = ""
 
     def pages(self, records: Sequence[Json]) -> list[Page]:
         """A table for each setting."""
-        return [self.page(group) for group in by_setting(records, self.settings)]
+        return [self._page(group) for group in by_setting(records, self.settings)]
 
     def report(self, out: Path) -> list[Path]:
         """Write the tables and pictures of all records on file in a folder; returns the files written."""
@@ -145,11 +123,30 @@ class PointTable:
             written += self._draw(group, out, "" if number == 1 else f"-{number}")
         return written
 
+    def _page(self, records: Sequence[Json]) -> Page:
+        records = sorted(records, key=lambda record: self.order(record["point"]))
+        rows: list[tuple[str, ...]] = []
+        for record in records:
+            point, size = record["point"], record["point"][self.size[0]]
+            beside = self.paper(point)[1].get(size, ("",) * 2) if self.paper_headings else ()
+            numbers = [number if number == "" else f"{number:.2f}" for number in beside]
+            rows.append((self.label(point), "" if size is None else f"{size:,}", *measured_cells(record), *numbers))
+        below: list[tuple[str, ...]] = [
+            (name, f"{size:,}", f"{gib:.2f}", f"{seconds:.2f}", "")
+            for name, numbers in self.paper_rows(records[0]["point"]).items()
+            for size, (gib, seconds) in numbers.items()
+        ]
+        is_quoted = below or (self.paper_headings and any(row[-1] for row in rows))
+        notes = [*how_measured(records), self.memory_note, *([self.paper_note] if is_quoted else [])]
+        headings = (self.methods, self.size[1], *MEASURED, *self.paper_headings)
+        return Page(self.title(records[0]["point"]), headings, rows + below, notes)
+
     def _draw(self, records: Sequence[Json], out: Path, suffix: str) -> list[Path]:
         """Over the size, and over k at the size at which most k were measured."""
         records = sorted(records, key=lambda record: self.curve_order(record["point"]))
-        size, _, axis = self.size
-        title = self.picture_title(records[0]["point"])
+        size, heading, axis = self.size
+        first = records[0]["point"]
+        title = self.title(first) + self.picture_adds(first)
         swept = with_several(size, records)
         swept += [record for record in records if swept and record["point"][size] is None]
         quoted: dict[str, Quoted] = {}
@@ -157,27 +154,16 @@ class PointTable:
             label, numbers = self.paper(record["point"])
             if numbers:
                 quoted.setdefault(label, Quoted(numbers, like=self.label(record["point"])))
-        pictures = draw_sweep(
-            swept,
-            out / f"{self.name}{suffix}.png",
-            x=size,
-            x_label=axis,
-            title=title,
-            name=self.label,
-            quoted=quoted,
-            panels=self.panels,
-        )
-        over_k = at_size_with_most("k", records, size) if self.k_axis else []
-        over_k = [record for record in over_k if self.k_label(record["point"])]
-        if over_k:
-            pictures += draw_sweep(
-                over_k,
-                out / f"{self.name}-k{suffix}.png",
-                x="k",
-                x_label=self.k_axis,
-                title=f"{title}, {self.size[1]} = {over_k[0]['point'][size]:,}",
-                name=self.k_label,
-            )
+        picture = out / f"{self.name}{suffix}.png"
+        options: Json = {"title": title, "quoted": quoted, "panels": self.panels}
+        pictures = draw_sweep(swept, picture, x=size, x_label=axis, name=self.label, **options)
+        if self.over_k is not None:
+            axis, name = self.over_k
+            over_k = [record for record in at_size_with_most_k(records, size) if name(record["point"])]
+            if over_k:
+                title += f", {heading} = {over_k[0]['point'][size]:,}"
+                picture = out / f"{self.name}-k{suffix}.png"
+                pictures += draw_sweep(over_k, picture, x="k", x_label=axis, title=title, name=name)
         return pictures
 
 
@@ -279,22 +265,19 @@ def with_several(x: str, records: Sequence[Json]) -> list[Json]:
     return [record for record, same in zip(records, rest, strict=True) if rest.count(same) > 1]
 
 
-def at_size_with_most(x: str, records: Sequence[Json], size: str) -> list[Json]:
-    """The records of the size at which most different x were measured, the largest of several sizes.
+def at_size_with_most_k(records: Sequence[Json], size: str) -> list[Json]:
+    """The records of the size at which most different k were measured, the largest of several sizes.
 
-    Records without x are among them. None where at no size two different x were measured.
+    Records without k are among them. None where at no size two different k were measured.
 
-    >>> at_size_with_most("k", [{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")[2:]
+    >>> at_size_with_most_k([{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")[2:]
     [{'point': {'k': None, 'length': 64}}]
     """
-    swept: dict[int, set[int]] = {}
-    for record in records:
-        if record["point"][x] is not None:
-            swept.setdefault(record["point"][size], set()).add(record["point"][x])
-    best = max(swept, key=lambda at: (len(swept[at]), at), default=None)
-    if best is None or len(swept[best]) < 2:
-        return []
-    return [record for record in records if record["point"][size] == best]
+    ks: dict[int, set[int]] = {}
+    for point in (record["point"] for record in records if record["point"]["k"] is not None):
+        ks.setdefault(point[size], set()).add(point["k"])
+    best = max(ks, key=lambda at: (len(ks[at]), at), default=None)
+    return [record for record in records if best is not None and len(ks[best]) > 1 and record["point"][size] == best]
 
 
 @dataclass(frozen=True)
@@ -305,8 +288,8 @@ class Quoted:
     like     name of the curve whose colour and marker they take
     """
 
-    numbers: Mapping[int, tuple[float, float]]
-    like: str
+    numbers: Numbers
+    like: str = ""
 
 
 def draw_sweep(
@@ -318,17 +301,26 @@ def draw_sweep(
     title: str,
     name: Callable[[Json], str],
     quoted: Mapping[str, Quoted] | None = None,
-    panels: Sequence[tuple[str, str, float]] = MEMORY_AND_TIME,
+    panels: Panels = MEMORY_AND_TIME,
 ) -> list[Path]:
     """Draw memory and time of points over one of their fields; returns the file, or none where no point finished.
 
     name    of a record's point
-    quoted  label -> numbers beside the curves
+    quoted  label -> numbers beside the curves, in the panels of peak memory and of whole steps
+    panels  as `draw_memory_and_time` takes them
     """
     if not any(record["outcome"] == "finished" for record in records):
         return []
     curves, levels = curves_over(x, records, name)
     quoted = quoted or {}
+    by_field: dict[str, dict[str, dict[int, float]]] = {}
+    for field, _, factor in panels:
+        if field in _QUOTED:
+            axis, unit = _QUOTED[field]
+            by_field[field] = {
+                label: {at: pair[axis] * unit * factor for at, pair in about.numbers.items()}
+                for label, about in quoted.items()
+            }
     draw_memory_and_time(
         curves,
         path,
@@ -337,21 +329,7 @@ def draw_sweep(
         title=title,
         levels=levels,
         panels=panels,
-        quoted=quoted_by_field({label: about.numbers for label, about in quoted.items()}),
+        quoted=by_field,
         quoted_like={label: about.like for label, about in quoted.items()},
     )
     return [path]
-
-
-def quoted_by_field(
-    papers: Mapping[str, Mapping[int, tuple[float, float]]], fields: tuple[str, str] = ("peak_mib", "elapsed_s")
-) -> dict[str, dict[str, dict[int, float]]]:
-    """Somebody's (GiB, seconds) for `draw_memory_and_time`: name -> {x: ...} becomes field -> name -> {x: value}.
-
-    >>> quoted_by_field({"theirs": {64: (2.0, 0.5)}})
-    {'peak_mib': {'theirs': {64: 2.0}}, 'elapsed_s': {'theirs': {64: 0.5}}}
-    """
-    return {
-        field: {name: {x: numbers[axis] for x, numbers in points.items()} for name, points in papers.items()}
-        for axis, field in enumerate(fields)
-    }

@@ -64,16 +64,16 @@ def attention(
     Points are appended to attention.jsonl; interrupted, the same command continues with those that are missing.
     """
     with errors_in_words(f"finished points are in {shared.out / 'attention.jsonl'}"):
-        from ..benchmarks.attention import LAYERS, plans
+        from ..benchmarks.attention import LAYERS, works
 
         settings: Any = {"backend": backend, **shared.settings()}
         ks = integers("k", k)
         if bias_and_dropout:
-            points = plans.bias_and_dropout(ks[0], **settings)
+            points = works.bias_and_dropout(ks[0], **settings)
         else:
-            points = plans.grid(
+            points = works.grid(
                 integers("lengths", lengths),
-                plans.able_to(bias, dropout) if implementations is None else names(implementations),
+                works.able_to(bias, dropout) if implementations is None else names(implementations),
                 ks,
                 num_heads=heads,
                 head_dim=head_dim,
@@ -111,7 +111,7 @@ def feed_forward(
     """
     with errors_in_words(f"finished points are in {shared.out / 'feed-forward.jsonl'}"):
         from ..benchmarks.feed_forward import LAYERS
-        from ..benchmarks.feed_forward.plans import grid
+        from ..benchmarks.feed_forward.works import grid
 
         points = grid(
             integers("d-ff", d_ff),
@@ -151,7 +151,7 @@ def chunk_size(
     """
     with errors_in_words(f"finished points are in {shared.out / 'chunk-size.jsonl'}"):
         from ..benchmarks.attention import CHUNKS
-        from ..benchmarks.attention.plans import chunk_grid
+        from ..benchmarks.attention.works import chunk_grid
 
         points = chunk_grid(
             names(methods),

@@ -84,9 +84,11 @@ class Times:
     """Times of a function that is called several times.
 
     device  "cpu" or "cuda"
+    calls   that are timed together; a time is that of one of them
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, calls: int = 1) -> None:
+        self.calls = calls
         self._device = device
         self._elapsed_s: list[float] = []
         self._other_cores: list[float] = []
@@ -95,12 +97,13 @@ class Times:
         """Seconds that a call takes."""
         synchronize(self._device)
         with Stopwatch() as stopwatch:
-            function()
+            for _ in range(self.calls):
+                function()
             synchronize(self._device)
-        self._elapsed_s.append(stopwatch.elapsed_s)
+        self._elapsed_s.append(stopwatch.elapsed_s / self.calls)
         if stopwatch.other_cores is not None:
             self._other_cores.append(stopwatch.other_cores)
-        return stopwatch.elapsed_s
+        return self._elapsed_s[-1]
 
     def take_more(self, function: Callable[[], object], number: int, enough_s: float) -> None:
         """Call it up to `number` times more, as long as a call like the last one fits into what is left of enough_s."""
@@ -114,13 +117,18 @@ class Times:
         """Their sum."""
         return sum(self._elapsed_s)
 
+    @property
+    def other_cores(self) -> float | None:
+        """The most that other processes kept busy; None for times too short to tell."""
+        return max(self._other_cores, default=None)
+
     def as_record(self) -> Json:
         return {
             "elapsed_s": statistics.median(self._elapsed_s),
             "fastest_s": min(self._elapsed_s),
             "slowest_s": max(self._elapsed_s),
             "repetitions": len(self._elapsed_s),
-            "other_cores": max(self._other_cores, default=None),
+            "other_cores": self.other_cores,
         }
 
 

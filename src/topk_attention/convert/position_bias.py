@@ -85,14 +85,19 @@ def give_bias_back(module: nn.Module) -> None:
 def _pass_table(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     if module.config._attn_implementation != NAME or kwargs.get("position_bias") is not None:
         return None
-    return args, kwargs | {"position_bias": _bias_of(module, kwargs.get("past_key_values"))}
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    bias = _bias_of(module, kwargs.get("past_key_values"), hidden_states.device)
+    return args, kwargs | {"position_bias": bias}
 
 
-def _bias_of(module: Any, cache: Any) -> TableBias | NoBias:
+def _bias_of(module: Any, cache: Any, device: torch.device) -> TableBias | NoBias:
     if not module.has_relative_attention_bias:
         return NoBias()
+    # Called rather than read: hooks, adapters and offloaded weights act, and FSDP may free the weight before the last
+    # layer needs the table.
+    buckets = torch.arange(module.relative_attention_num_buckets, device=device)
     table = BucketedBias(
-        module.relative_attention_bias.weight,
+        module.relative_attention_bias(buckets),
         bidirectional=not module.is_decoder,
         max_distance=module.relative_attention_max_distance,
     )

@@ -5,15 +5,14 @@ import torch
 from rich.console import Console
 
 from topk_experiments.benchmarks.attention import CHUNKS
-from topk_experiments.benchmarks.attention import check as checking
-from topk_experiments.benchmarks.attention.check import check
+from topk_experiments.benchmarks.attention.measure import OPERATION
 from topk_experiments.benchmarks.attention.methods import new_method
-from topk_experiments.benchmarks.attention.plans import chunk_grid
-from topk_experiments.benchmarks.attention.works import CHUNK_METHODS, Point
+from topk_experiments.benchmarks.attention.works import CHUNK_METHODS, Point, chunk_grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.runs import steps
 from topk_experiments.runs.checks import CheckFailedError
 from topk_experiments.runs.process import WorkerError
+from topk_experiments.runs.turns import check
 from topk_experiments.show import plots
 
 SMALL = Point(method="topk-chunked", chunk_size=7, length=48, k=5, num_heads=2, head_dim=4, mode="forward")
@@ -25,17 +24,17 @@ WITHOUT_CHUNKS = ("topk-cpu", "sdpa")
 def test_every_method_passes_the_check_against_the_dense_computation(method, is_causal):
     (point,) = chunk_grid([method], [7], length=48, k=5, num_heads=2, head_dim=4, is_causal=is_causal)
     assert point.chunk_size == (None if method in WITHOUT_CHUNKS else 7)
-    assert check(point.method, point) < 1e-5
+    assert check(OPERATION, point.method, point) < 1e-5
 
 
 def test_the_compiled_kernels_pass_the_check(kernels):
-    assert check("topk-cpu", replace(SMALL, method="topk-cpu", chunk_size=None)) < 1e-5
+    assert check(OPERATION, "topk-cpu", replace(SMALL, method="topk-cpu", chunk_size=None)) < 1e-5
 
 
 def test_the_check_notices_one_key_too_few(monkeypatch):
-    monkeypatch.setattr(checking, "new_method", lambda method, work: new_method(method, replace(work, k=work.k - 1)))
+    wrong = OPERATION._replace(new_method=lambda method, work: new_method(method, replace(work, k=work.k - 1)))
     with pytest.raises(CheckFailedError, match="the output differs from the float64 reference by"):
-        check(SMALL.method, SMALL)
+        check(wrong, SMALL.method, SMALL)
 
 
 @pytest.mark.parametrize(

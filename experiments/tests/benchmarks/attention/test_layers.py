@@ -8,11 +8,9 @@ from rich.console import Console
 from topk_attention.backends import choose_backend
 from topk_attention.environment import environment
 from topk_experiments.benchmarks.attention import LAYERS, methods
-from topk_experiments.benchmarks.attention import check as checking
-from topk_experiments.benchmarks.attention.check import check
+from topk_experiments.benchmarks.attention.measure import OPERATION
 from topk_experiments.benchmarks.attention.methods import new_method
-from topk_experiments.benchmarks.attention.plans import able_to, bias_and_dropout, grid
-from topk_experiments.benchmarks.attention.works import Point
+from topk_experiments.benchmarks.attention.works import Point, able_to, bias_and_dropout, grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.rivals.names import METHODS, on_backend
 from topk_experiments.runs import steps
@@ -20,6 +18,7 @@ from topk_experiments.runs.checks import CheckFailedError
 from topk_experiments.runs.process import WorkerError
 from topk_experiments.runs.records import append_json_line, read_json_lines
 from topk_experiments.runs.steps import Limits
+from topk_experiments.runs.turns import check
 from topk_experiments.show import plots
 
 AUTO = on_backend("topk", "auto")
@@ -33,7 +32,7 @@ SMALL = Point(method=AUTO, length=48, k=5, num_heads=2, head_dim=4, num_features
 )
 def test_every_implementation_passes_the_check_against_the_dense_computation(implementation, bias, projections):
     point = replace(SMALL, method=on_backend(implementation, "auto"), bias=bias, projections=projections)
-    assert check(point.method, point) < 1e-5
+    assert check(OPERATION, point.method, point) < 1e-5
 
 
 def test_random_features_that_differ_from_those_of_the_check_are_noticed(monkeypatch):
@@ -48,14 +47,14 @@ def test_random_features_that_differ_from_those_of_the_check_are_noticed(monkeyp
 
     monkeypatch.setattr(methods.PerformerAttention, "attend", attend_with_others)
     with pytest.raises(CheckFailedError, match="differs from the float64 reference"):
-        check("performer", SMALL)
+        check(OPERATION, "performer", SMALL)
 
 
 @pytest.mark.parametrize("bias", ["none", "learned"])
 def test_the_check_notices_one_key_too_few(monkeypatch, bias):
-    monkeypatch.setattr(checking, "new_method", lambda method, work: new_method(method, replace(work, k=work.k - 1)))
+    wrong = OPERATION._replace(new_method=lambda method, work: new_method(method, replace(work, k=work.k - 1)))
     with pytest.raises(CheckFailedError, match=r"differs from the float64 reference by .* of its largest entry"):
-        check(AUTO, replace(SMALL, bias=bias))
+        check(wrong, AUTO, replace(SMALL, bias=bias))
 
 
 def test_the_check_notices_a_gradient_that_is_wrong(monkeypatch):
@@ -76,7 +75,7 @@ def test_the_check_notices_a_gradient_that_is_wrong(monkeypatch):
 
     monkeypatch.setattr(methods, "topk_attention", attend_with_doubled_gradient)
     with pytest.raises(CheckFailedError, match="the gradient of query differs"):
-        check(AUTO, replace(SMALL, projections=False))
+        check(OPERATION, AUTO, replace(SMALL, projections=False))
 
 
 def test_the_preset_compares_learned_bias_and_dropout_at_8192_with_4_heads():
@@ -133,7 +132,7 @@ def test_query_chunks_are_the_librarys_own_and_not_what_it_hands_to_pytorch(monk
         lambda *tensors, **options: chosen.append(options["backend"]) or attend(*tensors, **options),
     )
     point = replace(SMALL, method="query-chunks", projections=False)
-    check(point.method, point)
+    check(OPERATION, point.method, point)
     assert set(chosen) == {"chunked", "reference"}  # the method and the truth
     assert point.as_record()["backend"] == "chunked"
     assert SMALL.as_record()["backend"] == choose_backend("auto").name

@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from topk_experiments.benchmarks.feed_forward import ROUNDS, measure
-from topk_experiments.benchmarks.feed_forward import check as checking
-from topk_experiments.benchmarks.feed_forward.check import check
-from topk_experiments.benchmarks.feed_forward.measure import first_products
+from topk_experiments.benchmarks.feed_forward.measure import OPERATION, first_products
 from topk_experiments.benchmarks.feed_forward.methods import Method, new_inputs, new_method
 from topk_experiments.benchmarks.feed_forward.works import D_FFS, GOALS, TABLE, Work
 from topk_experiments.benchmarks.rounds import RoundBenchmark, run_and_show_rounds
 from topk_experiments.runs import steps, turns
 from topk_experiments.runs.checks import CheckFailedError
-from topk_experiments.runs.turns import measure_memory, time_methods
+from topk_experiments.runs.turns import check, measure_memory, time_methods
 
 WORK = Work(d_model=12, d_ff=40, k=7, tokens=30)
 GATED = replace(WORK, is_gated=True, activation="silu")
@@ -32,14 +30,14 @@ def no_memory_limit(monkeypatch):
 @WORKS
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_methods_pass(method, work):
-    assert check(method, work) < 1e-5
+    assert check(OPERATION, method, work) < 1e-5
 
 
 @WORKS
 def test_the_check_notices_one_neuron_too_few(monkeypatch, work):
-    monkeypatch.setattr(checking, "new_method", lambda name, work: new_method(name, replace(work, k=work.k - 1)))
+    wrong = OPERATION._replace(new_method=lambda name, work: new_method(name, replace(work, k=work.k - 1)))
     with pytest.raises(CheckFailedError, match="the output differs from the float64 reference by"):
-        check("topk-chunked", work)
+        check(wrong, "topk-chunked", work)
 
 
 @pytest.mark.parametrize(("position", "name"), list(enumerate(["x", "w_in", "w_out", "w_gate"])))
@@ -54,16 +52,16 @@ def test_the_check_notices_each_gradient_that_is_wrong(monkeypatch, position, na
 
         return Method(run, right.stored)
 
-    monkeypatch.setattr(checking, "new_method", doubled_gradient)
+    wrong = OPERATION._replace(new_method=doubled_gradient)
     with pytest.raises(CheckFailedError, match=f"the gradient of {name} differs"):
-        check("topk-chunked", GATED)
+        check(wrong, "topk-chunked", GATED)
 
 
 def test_tokens_that_hang_on_a_near_tie_are_left_out():
     work = Work(d_model=1, d_ff=3, k=1, tokens=3)
     inputs = torch.ones(3, 1).double(), torch.tensor([[3.0], [2.0], [2.0 + 1e-9]]).double(), torch.ones(1, 3).double()
-    assert checking._is_clear(work, inputs, 1).all()
-    assert not checking._is_clear(work, inputs, 2).any()
+    assert measure.is_clear("topk-chunked", work, inputs).all()
+    assert not measure.is_clear("topk-chunked", replace(work, k=2), inputs).any()
 
 
 def test_top_k_gets_w_out_neuron_by_neuron_and_the_dense_layer_as_linear_holds_it():
@@ -120,7 +118,7 @@ def test_plans():
     name, plan = ROUNDS.plan("chunked", sweep="d_ff")
     assert (name, list(plan)) == ("d_ff", D_FFS)
     assert set(plan.values()) == {("topk-chunked", "dense", "token-chunks")}
-    quoted = ROUNDS.quoted["d_ff"]["peak_mib"]["top-k, quoted"]
+    quoted = ROUNDS.sweeps["d_ff"].quoted["top-k, quoted"].numbers
     assert set(quoted) == {work.d_ff for work in D_FFS}
 
 

@@ -5,14 +5,14 @@ import torch
 from rich.console import Console
 
 from topk_experiments.benchmarks.feed_forward import LAYERS
-from topk_experiments.benchmarks.feed_forward.check import check
+from topk_experiments.benchmarks.feed_forward.measure import OPERATION
 from topk_experiments.benchmarks.feed_forward.methods import why_not
-from topk_experiments.benchmarks.feed_forward.plans import grid
-from topk_experiments.benchmarks.feed_forward.works import LAYER_METHODS, Point
+from topk_experiments.benchmarks.feed_forward.works import LAYER_METHODS, Point, grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.rivals.names import on_backend
 from topk_experiments.runs import steps
 from topk_experiments.runs.process import WorkerError
+from topk_experiments.runs.turns import check
 from topk_experiments.show import plots
 
 SMALL = Point(method="topk-chunked", d_ff=24, k=5, tokens=33, d_model=8)
@@ -21,7 +21,7 @@ SMALL = Point(method="topk-chunked", d_ff=24, k=5, tokens=33, d_model=8)
 @pytest.mark.parametrize("method", [*LAYER_METHODS, on_backend("topk", "auto"), "topk-chunked", "topk-reference"])
 def test_every_method_passes_the_check_against_the_reference(method):
     point = replace(SMALL, method=method)
-    assert check(point.method, point) < 1e-5
+    assert check(OPERATION, point.method, point) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["vanilla-chunks", "topk-torch-sparse"])

@@ -1,10 +1,8 @@
 """Memory and time of attention, three times: the operation alone, one layer against its length, and chunk sizes.
 
-works.py     what is computed, and the goals
+works.py     what is computed, the goals, and which points are measured
 methods.py   who computes it
-check.py     whether the answer is right
-measure.py   memory and time, in processes of their own
-plans.py     which methods are measured at which works
+measure.py   the check of an answer and the floor, for the processes that measure
 captions.py  the tables and pictures
 
 The settings are those of the figures of Gupta et al. 2021: batch 1, 12 heads of 64, float32. The operation alone

@@ -126,9 +126,9 @@ def run_topk(
     )
 
 
-def reference(work: Work, k: int | None) -> Callable[..., Tensor]:
+def reference(method: str, work: Work) -> Callable[..., Tensor]:
     """The right output, by the library's reference backend."""
-    return _layer(work, functools.partial(run_topk, work, k, "reference"))
+    return _layer(work, functools.partial(run_topk, work, kept(method, work.k), "reference"))
 
 
 def _layer(work: Work, attend: Attend) -> Callable[..., Tensor]:

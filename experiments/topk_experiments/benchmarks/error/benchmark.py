@@ -20,7 +20,7 @@ from ...runs.process import Send
 from ...runs.progress import say
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
-from ..points import records_of
+from ..rounds import records_of
 from . import measure
 from .capture import captured
 from .measure import Point

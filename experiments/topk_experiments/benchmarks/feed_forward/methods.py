@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,9 @@ from topk_attention.backends.activations import activate
 from topk_attention.functional import topk_feed_forward
 
 from ...rivals.feed_forward import in_chunks, sparse_topk_feed_forward
-from ...rivals.names import TOPK
+from ...rivals.names import TOPK, kept
 from ...runs.turns import Method, Tensors, leaves
 from .works import PAPERS, Work
-
-NAMES = ("x", "w_in", "w_out", "w_gate")
 
 
 def why_not(method: str, work: Work) -> str | None:
@@ -32,13 +31,18 @@ def new_method(method: str, work: Work) -> Method:
         case "dense" | "vanilla":
             return Method(dense)
         case "token-chunks":
-            return Method(functools.partial(run_topk, work, None, "chunked"))
+            return Method(functools.partial(_topk, work, None, "chunked"))
         case "dense-chunks" | "vanilla-chunks":
             return Method(in_chunks(dense, paper_chunk(work.tokens)))
         case "topk-torch-sparse":
             sparse = functools.partial(sparse_topk_feed_forward, k=work.k, activation=work.activation)
             return Method(in_chunks(sparse, paper_chunk(work.tokens)), by_neuron)
-    return Method(functools.partial(run_topk, work, work.k, method.removeprefix(TOPK)), by_neuron)
+    return Method(functools.partial(_topk, work, work.k, method.removeprefix(TOPK)), by_neuron)
+
+
+def reference(method: str, work: Work) -> Callable[..., Tensor]:
+    """The right output, by the library's reference backend."""
+    return functools.partial(_topk, work, kept(method, work.k), "reference")
 
 
 def by_neuron(tensors: Tensors) -> Tensors:
@@ -57,13 +61,13 @@ def paper_chunk(tokens: int) -> int:
 
 
 def new_inputs(work: Work) -> Tensors:
-    """x and random weights as nn.Linear holds them, in the order of NAMES; rows of pre-activations have variance 1."""
+    """x, w_in, w_out and w_gate: random weights as nn.Linear holds them; rows of pre-activations have variance 1."""
     weights = [(work.d_ff, work.d_model), (work.d_model, work.d_ff), (work.d_ff, work.d_model)]
     shapes = weights if work.is_gated else weights[:2]
     return torch.randn(work.tokens, work.d_model), *(torch.randn(shape).div_(shape[1] ** 0.5) for shape in shapes)
 
 
-def run_topk(
+def _topk(
     work: Work, k: int | None, backend: str, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None
 ) -> Tensor:
     """`topk_feed_forward` with the options of the work."""

@@ -1,7 +1,11 @@
-"""What is computed: sizes of feed-forward layers, and how much better than dense each should be."""
+"""What is computed: sizes of feed-forward layers, how much better than dense each should be, and which points.
+
+The rounds are planned by their table.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, replace
 
 from topk_attention.backends.activations import ACTIVATIONS
@@ -10,8 +14,8 @@ from topk_attention.functional.checks import check_count
 from ...rivals.names import check_method, kept
 from ...runs.checks import check_at_least, check_one_of
 from ...runs.records import Json
+from .. import rounds
 from ..round_tables import Goal
-from ..rounds import Setting
 
 # name in the records of layers -> what it is; every other method is top-k on a backend
 LAYER_METHODS = {
@@ -45,10 +49,6 @@ class Work:
         return asdict(self)
 
     @property
-    def goal(self) -> Goal | None:
-        return GOALS.get(self)
-
-    @property
     def gradients_mib(self) -> float:
         """The gradients of the weights."""
         return 4 * (3 if self.is_gated else 2) * self.d_model * self.d_ff / 2**20
@@ -60,7 +60,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point(Work, Setting):
+class Point(Work, rounds.Setting):
     """One method at one work, measured in a process of its own."""
 
     def __post_init__(self) -> None:
@@ -79,24 +79,22 @@ class Point(Work, Setting):
 
 _T5_BASE = Work(d_model=768, d_ff=3072, k=256, tokens=8192)
 _SMOLLM2 = Work(d_model=576, d_ff=1536, k=384, tokens=4096, is_gated=True, activation="silu")
-_LARGE = {
-    "t5-11b": Work(d_model=1024, d_ff=65536, k=256, tokens=1024),
-    "t5-base": _T5_BASE,
-    "smollm2": _SMOLLM2,
-}
-_SMALL = {
-    f"{name}-{tokens}": replace(work, tokens=tokens)
+_ROWS = {
+    "t5-11b": (Work(d_model=1024, d_ff=65536, k=256, tokens=1024), Goal(1.5, 4.0, 1 / 20)),
+    "t5-base": (_T5_BASE, Goal(1.0, 1.8, 1 / 4)),
+    "smollm2": (_SMOLLM2, Goal(1.0, 1.3, 1 / 2)),
+} | {
+    f"{name}-{tokens}": (replace(work, tokens=tokens), Goal(1.0, None))
     for name, work in (("t5-base", _T5_BASE), ("smollm2", _SMOLLM2))
     for tokens in (1, 2, 4, 8)
 }
-TABLE = _LARGE | _SMALL
-GOALS = {
-    TABLE["t5-11b"]: Goal(1.5, 4.0, 1 / 20),
-    TABLE["t5-base"]: Goal(1.0, 1.8, 1 / 4),
-    TABLE["smollm2"]: Goal(1.0, 1.3, 1 / 2),
-    **{work: Goal(1.0, None) for work in _SMALL.values()},
-}
+TABLE = {name: work for name, (work, _) in _ROWS.items()}
+GOALS = dict(_ROWS.values())
 
 # The paper's figure has 262,144 tokens, for which the dense layer's activations would be 64 GiB each at the right end.
 # With 4,096 a step of the dense layer takes about 20 s there on two cores.
 D_FFS = [Work(d_ff=d_ff) for d_ff in (2048, 6144, 16384, 32768, 65536)]
+
+# By default a benchmark of layers has these methods; "topk" is the best backend.
+DEFAULT = ("topk", "topk-chunked", *LAYER_METHODS)
+grid = functools.partial(rounds.grid, Point, "d_ff")

@@ -15,8 +15,7 @@ from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
 from ...runs.timing import expected_s
-from ..points import records_of
-from ..rounds import PointBenchmark
+from ..rounds import PointBenchmark, records_of
 from ..tables import memory_and_time
 from . import measure
 from .points import Point

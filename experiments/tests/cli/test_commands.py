@@ -24,6 +24,12 @@ RUN_FIELDS = {
     "date",
 }
 
+# A shell ignores Ctrl-C on behalf of what it starts in the background; the tests may run there.
+_WITH_INTERRUPTS = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from topk_experiments.cli import app; app()"
+)
+
 
 @pytest.fixture
 def demo_arguments(tiny_model, text_file, tmp_path):
@@ -81,7 +87,7 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
 def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_arguments, tmp_path):
     record_path = tmp_path / "out" / "demo.json"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from topk_experiments.cli import app; app()", *demo_arguments],
+        [sys.executable, "-c", _WITH_INTERRUPTS, *demo_arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -200,8 +200,11 @@ def _attend_in_mask_chunks(call: _LayerCall, mask_of: Callable[[range | None], T
 
     mask_of  the mask of a range of queries, or of all of them
 
-    Where the backward pass would keep each chunk's part of the mask, the chunks are checkpoints instead.
+    Where the backward pass would keep each chunk's part of the mask, the chunks are checkpoints instead. An exported
+    program serves many lengths and a loop would fix the number of chunks, so its mask is written out whole.
     """
+    if torch.compiler.is_exporting():
+        return _attend(call, mask_of(None))
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     k = call.settings.kept_keys
     smallest_k = k if isinstance(k, int) else min(k or (num_keys,))

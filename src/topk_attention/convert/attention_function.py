@@ -15,6 +15,7 @@ from ..functional import topk_attention
 from .masks import CompactMask
 from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
 from .settings import LayerSettings, layer_settings
+from .tensor_parallel import k_of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
@@ -104,6 +105,8 @@ def topk_attention_forward(
             stacklevel=2,
         )
     settings = layer_settings(module)
+    if isinstance(settings.k, tuple):
+        settings = replace(settings, k=k_of_own_heads(module, settings.k, query.shape[1]))
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
     if (indices := kwargs.get("indices")) is not None:

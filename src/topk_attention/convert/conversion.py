@@ -246,7 +246,7 @@ def _plan_attention(
     sites: Sequence[AttentionSite], k: AnyK, where: Where | None
 ) -> list[tuple[AttentionSite, ReportEntry]]:
     chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("attention_k", k, [site.path for site in chosen])
+    per_path = _k_per_path("attention_k", k, [site.path for site in chosen], _obstacles(sites))
     plan = []
     for site in sites:
         layer_k = per_path.get(site.path)
@@ -271,7 +271,7 @@ def _plan_feed_forward(
     sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
 ) -> list[tuple[FeedForwardSite, ReportEntry]]:
     chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen])
+    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen], _obstacles(sites))
     plan = []
     for site in sites:
         layer_k = per_path.get(site.path)
@@ -287,10 +287,18 @@ def _plan_feed_forward(
     return plan
 
 
-def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
+def _obstacles(sites: Sequence[AttentionSite | FeedForwardSite]) -> dict[str, str]:
+    return {site.path: site.obstacle for site in sites if site.obstacle is not None}
+
+
+def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, K]:
+    """The k of each of the paths. `obstacles` says of other paths why their layers cannot be replaced."""
     entries: dict[str, Any]
     if isinstance(k, Mapping):
-        if unknown := sorted(set(k) - set(paths)):
+        unknown = sorted(set(k) - set(paths))
+        if reason := next((obstacles[path] for path in unknown if path in obstacles), None):
+            raise ValueError(f"{name} names layers that cannot be replaced ({reason}): {', '.join(unknown)}")
+        if unknown:
             raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
         entries = dict(k)
     elif isinstance(k, list | tuple):

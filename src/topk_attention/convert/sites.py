@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
 from ..nn.feed_forward import is_plain_linear, weight_and_bias
+from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
 _ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
@@ -49,6 +50,8 @@ def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str
     for name, linear in linears.items():
         if not is_plain_linear(linear):
             return f"{name} is {type(linear).__name__}, not nn.Linear"
+        if problem := cut_over_processes(linear):
+            return f"{name} {problem}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} has no top-k form"
     if not is_activation(act, activation):

@@ -16,6 +16,7 @@ from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
 from .checks import (
+    check_context_parallel,
     check_count,
     check_dropout,
     check_floating,
@@ -142,7 +143,7 @@ def topk_attention(
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the backend asked for cannot run here, or the call is within torch's `context_parallel`.
         NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.
 
     >>> import torch
@@ -150,6 +151,7 @@ def topk_attention(
     >>> topk_attention(q, key, v, k=32).shape
     torch.Size([2, 8, 128, 64])
     """
+    check_context_parallel()
     query, key, value = in_autocast_dtype(query), in_autocast_dtype(key), in_autocast_dtype(value)
     _check_shapes(query, key, value, enable_gqa)
     *batch, num_heads, num_queries, head_dim = query.shape

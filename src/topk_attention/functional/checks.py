@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import SupportsIndex, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PYTORCHS_ATTENTION = F.scaled_dot_product_attention
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -20,6 +22,11 @@ def check_floating(name: str, tensor: Tensor | None) -> None:
     """Raise unless this is a tensor of a dtype that the operations take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if type(tensor) not in (Tensor, nn.Parameter) and type(tensor).__module__.startswith("torch.distributed.tensor"):
+        raise TypeError(
+            f"{name} must be a tensor of this process alone, got {type(tensor).__name__}; pass full_tensor(), or "
+            "to_local() where this process holds every key, or every neuron, of what it computes"
+        )
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
@@ -51,6 +58,20 @@ def check_count(name: str, count: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(count).__name__} {count!r}")
     if not 1 <= int(cast(SupportsIndex, count)) < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2^31, got {count}")
+
+
+def check_context_parallel() -> None:
+    """Raise within torch's `context_parallel`, in which each process holds a part of every sequence.
+
+    That context puts a function of its own in the place of PyTorch's attention. It knows no other attention.
+    """
+    attention = F.scaled_dot_product_attention
+    if attention is not _PYTORCHS_ATTENTION and getattr(attention, "__module__", "").startswith("torch.distributed"):
+        raise RuntimeError(
+            "topk_attention cannot run within torch's context_parallel: each process would attend to its own part of "
+            "the sequence alone; run it outside, or give the model its own attention back with "
+            "topk_attention.unconvert(model)"
+        )
 
 
 def check_dropout(dropout_p: float) -> None:

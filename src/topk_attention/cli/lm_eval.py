@@ -124,7 +124,7 @@ def register() -> type:
             **options: Any,
         ) -> None:
             super().__init__(pretrained, **options)
-            if isinstance(attention_k, str):
+            if isinstance(attention_k, str) and attention_k != "all":
                 attention_k = Calibration.load(attention_k)
             report = convert(self.model, attention_k=attention_k, feed_forward_k=feed_forward_k, backend=topk_backend)
             logging.getLogger(__name__).info("%s", report)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import choose_backend
-from ..functional.checks import check_count
+from ..functional.checks import as_k
 from . import position_bias, torch_layers
 from .registration import register
 from .report import ConversionReport, ReportEntry
@@ -18,7 +18,8 @@ from .settings import ALL, CONFIG_ATTRIBUTE, NAME, K, LayerSettings, ModelSettin
 from .sites import AttentionSite, FeedForwardSite
 
 Where = Callable[[str, nn.Module], bool]
-AnyK = K | Sequence[K | Sequence[int]] | Mapping[str, K | Sequence[int]]
+EntryK = K | Sequence[int] | Tensor | None
+AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
 
 # A converted model remembers its former attention in this attribute. `save_pretrained` does not save it.
 _FORMER_ATTENTION = "_topk_attention_former_implementation"
@@ -36,8 +37,9 @@ def convert(
 
     model           a transformers model whose layers take their attention from transformers' attention interface, or
                     any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer or ...DecoderLayer
-    attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head or
-                    "all"), or a mapping from layer path to such an entry; with None attention stays as it is
+    attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head as
+                    a list, tuple or 1-D tensor, "all", or None to leave it as it is), or a mapping from layer path to
+                    such an entry; with None attention stays as it is
     feed_forward_k  neurons kept per token: an int, "all", one such entry per layer, or a mapping from layer path; with
                     None the networks stay as they are
     where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. A list of k has
@@ -301,22 +303,23 @@ def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str
         if unknown:
             raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
         entries = dict(k)
-    elif isinstance(k, list | tuple):
+    elif isinstance(k, list | tuple | Tensor) and not _is_one_number(k):
         if len(k) != len(paths):
             raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
         entries = dict(zip(paths, k, strict=True))
     else:
         _as_k(name, k)  # also where there is no layer
         entries = dict.fromkeys(paths, k)
-    return {path: _as_k(name, entry) for path, entry in entries.items()}
+    return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
+
+
+def _is_one_number(k: object) -> bool:
+    return isinstance(k, Tensor) and k.ndim == 0
 
 
 def _as_k(name: str, entry: Any) -> K:
-    if entry == ALL:
-        return ALL
-    for k in entry if isinstance(entry, list | tuple) else [entry]:
-        check_count(name, k)
-    return tuple(entry) if isinstance(entry, list | tuple) else int(entry)
+    k = as_k(name, entry)
+    return ALL if k is None else k
 
 
 def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:

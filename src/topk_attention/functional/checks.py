@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PYTORCHS_ATTENTION = F.scaled_dot_product_attention
 
 
@@ -58,6 +60,32 @@ def check_count(name: str, count: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(count).__name__} {count!r}")
     if not 1 <= int(cast(SupportsIndex, count)) < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2^31, got {count}")
+
+
+def as_k(name: str, k: Any) -> int | tuple[int, ...] | None:
+    """A k in the form that calls hold: None for all keys, an int for every head, or one int per head.
+
+    k  None or "all", an int, or one int per head: a list, tuple or range, or a 1-D tensor or array of ints
+    """
+    if k is None or type(k) is int:
+        if k is not None:
+            check_count(name, k)
+        return k
+    if isinstance(k, str) and k == "all":
+        return None
+    if isinstance(k, Tensor | np.ndarray):
+        is_integer = k.dtype.kind in "iu" if isinstance(k, np.ndarray) else k.dtype in _INTEGER_DTYPES
+        if not is_integer or k.ndim > 1:
+            raise TypeError(f"{name} must hold ints along one axis, got {k.dtype} {list(k.shape)}")
+        return as_k(name, k.tolist())
+    if isinstance(k, list | tuple | range):
+        for k_of_head in k:
+            check_count(f"each entry of {name}", k_of_head)
+        return tuple(int(k_of_head) for k_of_head in k)
+    if isinstance(k, bool) or not isinstance(k, SupportsIndex | torch.SymInt):
+        raise TypeError(f'{name} must be an int, one int per head, "all" or None, got {type(k).__name__} {k!r}')
+    check_count(name, k)
+    return cast(int, k) if isinstance(k, torch.SymInt) else int(k)
 
 
 def check_context_parallel() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class TopKFeedForward(nn.Module):
     linear_in    nn.Linear(C, F)
     linear_out   nn.Linear(F, O)
     linear_gate  nn.Linear(C, F) for a gated network, activation(gate) * in, or None
-    k            neurons kept per token, or None for all
+    k            neurons kept per token, or "all" or None for all
     activation   as in `topk_feed_forward`
     dropout_p    probability of dropping a kept activation, in training mode only
     backend      as in `topk_feed_forward`
@@ -93,7 +93,7 @@ class TopKFeedForward(nn.Module):
         linear_in: nn.Linear,
         linear_out: nn.Linear,
         *,
-        k: int | None,
+        k: int | Literal["all"] | None,
         linear_gate: nn.Linear | None = None,
         activation: str = "relu",
         dropout_p: float = 0.0,

@@ -178,7 +178,9 @@ def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
     harness.register.cache_clear()
     result = runner.invoke(app, ["lm-eval", "--help"])
     assert result.exit_code == 2
-    assert result.output == "error: lm_eval is not installed; pip install 'topk-attention[lm-eval]'\n"
+    assert result.output == (
+        "error: lm_eval is not installed; in the folder of the clone: pip install --no-build-isolation '.[lm-eval]'\n"
+    )
 
 
 REAL = """

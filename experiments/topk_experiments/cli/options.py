@@ -51,7 +51,7 @@ TrainAgain = Annotated[bool, typer.Option("--fresh", help="Train all arms again.
 
 def errors_in_words(kept: str = "") -> AbstractContextManager[None]:
     """As the product's, for `topk-experiments`."""
-    return options.errors_in_words(kept, command="topk-experiments", extra="experiments")
+    return options.errors_in_words(kept, command="topk-experiments", extra=None)
 
 
 def settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from topk_attention.backends import choose_backend
 from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
 from topk_attention.environment import environment, now
+from topk_attention.files import check_writable
 from topk_attention.functional.checks import check_count
 
 from ..models.pretrained import (
@@ -154,12 +155,20 @@ def run_calibration(config: CalibrationConfig, console: Console) -> Json:
     evaluate_text = text if config.evaluate_text is None else read_text(config.evaluate_text)
     source = find_model(config.model, say)
     config = _with_defaults(config, source)
-    record = _start_or_continue(_new_record(config, source, text, evaluate_text), config, say)
-    calibration = _measured_before(record, config, say)
+    for name, path in (("out", config.out), ("report", config.report), ("records", config.record)):
+        check_writable(name, path)
+    notes: list[str] = []  # said only once it is certain that what is missing can be measured
+    record = _start_or_continue(_new_record(config, source, text, evaluate_text), config, notes.append)
+    calibration = _measured_before(record, config, notes.append)
     windows: _Windows | None = None
     if calibration is None:
         source = unpacked(source, config.records / "work" / "model", say)
+        _check_budget(config)
         windows = _Windows.read(config, source, text, evaluate_text)
+    for note in notes:
+        say(note)
+    if calibration is None:
+        assert windows is not None
         calibration = _measure(record, config, source, windows, console)
     points = _points(calibration, config, say)
     missing = [point for point in points if point.key not in [run["key"] for run in record["runs"]]]
@@ -175,6 +184,15 @@ def run_calibration(config: CalibrationConfig, console: Console) -> Json:
     write_whole(config.report, html_page(shown, calibration, config.out.name))
     _show(shown, config, console, say)
     return shown
+
+
+def _check_budget(config: CalibrationConfig) -> None:
+    tokens = config.num_tokens or 0
+    if isinstance(config.target, MeanK) and config.target.mean_k > tokens:
+        raise ValueError(
+            f"mean-k must be at most {tokens}, the tokens of a window, where it is full attention, got "
+            f"{config.target.mean_k:g}; give a smaller one, or more --tokens"
+        )
 
 
 def measure_calibration(request: Json, send: Send) -> Json:

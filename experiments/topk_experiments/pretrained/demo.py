@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from topk_attention.backends import choose_backend
 from topk_attention.environment import environment, now
+from topk_attention.files import check_writable
 
 from ..models.pretrained import (
     ModelSource,
@@ -96,11 +97,16 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     say: Say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     text = read_text(config.text)
     source = find_model(config.model, say)
-    record = _start_or_continue(_new_record(config, source, text), files, config.fresh, say)
+    check_writable("out", files.record)
+    notes: list[str] = []  # said only once it is certain that the new runs can be made
+    record = _start_or_continue(_new_record(config, source, text), files, config.fresh, notes.append)
     missing = [k for k in (None, *config.k) if k not in [run["k"] for run in record["runs"]]]
     if missing:
         source = unpacked(source, files.work / "model", say)
         input_ids = _input_ids(config, source, text)
+    for note in notes:
+        say(note)
+    if missing:
         _make_runs(record, missing, source, input_ids, files, console)
     draw_demo(record, files.picture)
     write_whole(files.page, html_page(record, files.picture.read_bytes()))
@@ -223,7 +229,7 @@ def _make_runs(
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for number, k in enumerate(missing):
-            name = run_name(k)
+            name = run_name(k, len(input_ids))
             bar.update(task, description=f"{name} ({number + 1} of {len(missing)})", completed=number)
 
             def on_message(message: Json, number: int = number) -> None:
@@ -266,7 +272,7 @@ def _show(record: Json, files: DemoFiles, console: Console, say: Say) -> None:
         table.add_column(escape(heading), justify="right")
     for run in record["runs"]:
         table.add_row(
-            run_name(run["k"]),
+            run_name(run["k"], record["config"]["num_tokens"]),
             f"{run['perplexity']:.2f}",
             f"{run['elapsed_s']:.1f}",
             f"{run['peak_mib']:,.0f}",

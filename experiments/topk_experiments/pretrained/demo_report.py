@@ -23,9 +23,15 @@ footer { color: #666; font-size: .85rem; }
 """
 
 
-def run_name(k: int | None) -> str:
-    """How a run is called everywhere: "full attention" or "k = 64"."""
-    return "full attention" if k is None else f"k = {k}"
+def run_name(k: int | None, num_tokens: int | None = None) -> str:
+    """How a run is called everywhere: "full attention" or "k = 64", and what a k of every token is.
+
+    >>> run_name(5000, 4096)
+    'k = 5000 (every key: full attention)'
+    """
+    if k is None:
+        return "full attention"
+    return f"k = {k} (every key: full attention)" if num_tokens is not None and k >= num_tokens else f"k = {k}"
 
 
 def summary(record: Json) -> str:
@@ -55,7 +61,7 @@ def page_top(title: str) -> str:
 def html_page(record: Json, picture: bytes) -> str:
     """One self-contained page: what was run, the table, the picture and what they say."""
     config, environment = record["config"], record["environment"]
-    rows = "\n".join(_row(run) for run in record["runs"])
+    rows = "\n".join(_row(run, config["num_tokens"]) for run in record["runs"])
     model, text = record["model"], record["text"]
     title = f"{model['name']}: the k best keys per query"
     return (
@@ -89,9 +95,10 @@ def _busy(record: Json) -> str:
     return "" if note is None else f"\n{note}"
 
 
-def _row(run: Json) -> str:
+def _row(run: Json, num_tokens: int) -> str:
     return (
-        f"<tr><td>{run_name(run['k'])}</td><td>{run['perplexity']:.2f}</td><td>{run['elapsed_s']:.1f}</td>"
+        f"<tr><td>{run_name(run['k'], num_tokens)}</td><td>{run['perplexity']:.2f}</td>"
+        f"<td>{run['elapsed_s']:.1f}</td>"
         f"<td>{run['peak_mib']:,.0f}</td><td>{run['total_peak_mib']:,.0f}</td></tr>"
     )
 

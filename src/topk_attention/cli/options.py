@@ -16,18 +16,32 @@ Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
 Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
 
 
+def not_installed(package: str, extra: str | None) -> str:
+    """Says that a package is missing, and how to install it from a clone of the repository.
+
+    extra  the extra of topk-attention that brings it; None for the packages of the experiments
+    """
+    way = "make install" if extra is None else f"pip install --no-build-isolation '.[{extra}]'"
+    return f"{package} is not installed; in the folder of the clone: {way}"
+
+
 def new_console() -> Console:
     """A console for output; 120 columns wide where the output goes to a file."""
     console = Console()
     return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
 
 
-def integers(name: str, listed: str) -> list[int]:
+def integers(name: str, listed: str, *, may_be_empty: bool = False) -> list[int]:
     """The whole numbers of a comma-separated list; `name` is the option's, for an error."""
+    if may_be_empty and not listed.strip():
+        return []
     try:
-        return [int(entry) for entry in listed.split(",") if entry.strip()]
+        numbers = [int(entry) for entry in listed.split(",") if entry.strip()]
     except ValueError:
-        raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}") from None
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}")
+    return numbers
 
 
 def names(listed: str) -> list[str]:
@@ -36,12 +50,12 @@ def names(listed: str) -> list[str]:
 
 
 @contextmanager
-def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: str = "cli") -> Iterator[None]:
+def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: str | None = "cli") -> Iterator[None]:
     """End with one line and status 2 at an error that a user can correct, and with status 130 at Ctrl-C.
 
     kept     where finished work is kept, for the message after Ctrl-C
     command  the name of the command, for the line that resumes it
-    extra    the extra of topk-attention that installs a missing package
+    extra    the extra of topk-attention that installs a missing package; None for the experiments
     """
     try:
         yield
@@ -50,8 +64,7 @@ def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: s
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        wanted = "lm-eval" if package == "lm_eval" else extra
-        typer.echo(f"error: {package} is not installed; pip install 'topk-attention[{wanted}]'", err=True)
+        typer.echo(f"error: {not_installed(package, 'lm-eval' if package == 'lm_eval' else extra)}", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -16,6 +16,7 @@ from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
 from .settings import ALL, CONFIG_ATTRIBUTE, NAME, K, LayerSettings, ModelSettings, set_layer_settings
 from .sites import AttentionSite, FeedForwardSite
+from .wrappers import unwrapped
 
 Where = Callable[[str, nn.Module], bool]
 EntryK = K | Sequence[int] | Tensor | None
@@ -35,8 +36,9 @@ def convert(
 ) -> ConversionReport:
     """Change a model in place: each query uses its k best keys, each token its k best feed-forward neurons.
 
-    model           a transformers model whose layers take their attention from transformers' attention interface, or
-                    any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer or ...DecoderLayer
+    model           a transformers model whose layers take their attention from transformers' attention interface, a
+                    SentenceTransformer or PeftModel around one, or any module that holds nn.MultiheadAttention,
+                    nn.TransformerEncoderLayer or ...DecoderLayer
     attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head as
                     a list, tuple or 1-D tensor, "all", or None to leave it as it is), or a mapping from layer path to
                     such an entry; with None attention stays as it is
@@ -72,6 +74,7 @@ def convert(
       encoder.layer.0.attention.self  replaced  k = 16
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
+    model = unwrapped(model)
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
@@ -200,6 +203,7 @@ def unconvert(model: Any) -> None:
     Raises:
         ValueError: the model was not converted, or was restored already.
     """
+    model = unwrapped(model)
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if not hasattr(config, CONFIG_ATTRIBUTE) and not any(map(torch_layers.is_converted, model.modules())):

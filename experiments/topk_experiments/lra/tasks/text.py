@@ -105,7 +105,7 @@ def _from_hugging_face(name: str, split: str) -> Iterator[tuple[str, int]]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"source {name!r} is no folder; to read it as a Hugging Face data set the package datasets is needed: "
-            "pip install 'topk-attention[experiments]'",
+            "make install, in the folder of the clone",
             name="datasets",
         ) from error
     for review in datasets.load_dataset(name, split=split):

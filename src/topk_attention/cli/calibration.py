@@ -113,7 +113,7 @@ def _read(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"text file not found: {path}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"

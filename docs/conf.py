@@ -22,6 +22,7 @@ extensions = [
     "sphinx_design",
     "parameter_tables",
     "directives",
+    "phone_pictures",
 ]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

@@ -20,6 +20,7 @@ LAYERS = {
     "topk_experiments": [
         {"cli"},
         {"results_page"},
+        {"results_conclusions"},
         {"benchmarks", "pretrained", "language_model", "lra", "qa"},
         {"models", "rivals"},
         {"show"},

@@ -165,7 +165,7 @@ Case make_case(topk::Sizes s, int64_t k, DType dtype = DType::float32, Layout la
   return c;
 }
 
-// A case whose scores are what `score(i, j)` says: queries are zero, a bias of dtype float32 or float64 says it all.
+// A case with the scores `score(i, j)`: queries are zero, and a bias of dtype float32 or float64 holds the scores.
 template <class Score>
 Case make_case_of_scores(int64_t num_queries, int64_t num_keys, int64_t k, DType dtype, Score score) {
   Case c = make_case({1, 1, 1, num_queries, num_keys, 4, 4}, k, dtype);
@@ -473,7 +473,7 @@ void scores_in_any_order_are_right() {
         }
 }
 
-// Whether the kernels look at key j first when their panels have this many keys: forward-inl.h, choose_sample.
+// Whether the kernels score key j first when their panels have this many keys: forward-inl.h, choose_sample.
 bool is_sampled(int64_t j, int64_t num_keys, int64_t panel) {
   const int64_t num_panels = (num_keys + panel - 1) / panel;
   const int64_t num_sampled = (std::max<int64_t>(256, num_keys / 8) + panel - 1) / panel;

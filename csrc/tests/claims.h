@@ -1,4 +1,4 @@
-// What the tests of all kernels share: keeping score, threads, targets and random numbers.
+// What the tests of all kernels share: results, threads, targets and random numbers.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,7 @@
 
 namespace topk_test {
 
-// A number and the sum of the magnitudes it was made from: rounding errors grow with the latter.
+// A number and the sum of the magnitudes of its terms: rounding errors grow with the latter.
 struct Number {
   long double value = 0;
   double mass = 0;
@@ -28,11 +28,11 @@ struct Number {
   void operator+=(Number b) { *this = *this + b; }
 };
 
-// ---------------------------------------------------------------------------------------------------- keeping score
+// ---------------------------------------------------------------------------------------------------------- results
 
-// What may come on top of one rounding to the dtype of a result: roundings of the accumulation dtype, relative to the sum
-// of the magnitudes that went into it (Number::mass). For attention 1.46 is the most that was seen over all claims and
-// targets; each claim prints its own. Feed-forward layers add up to thousands of terms one by one: 5.26 was seen.
+// The allowed error beyond one rounding to the dtype of a result: roundings of the accumulation dtype, relative to the sum
+// of the magnitudes of the terms (Number::mass). Each claim prints its own error. Over all claims and targets the largest
+// was 1.46 for attention. Feed-forward layers add up to thousands of terms one by one; their largest was 5.26.
 constexpr double kAttentionRoundings = 3, kFeedForwardRoundings = 8;
 inline double allowed_roundings = kAttentionRoundings;
 

@@ -82,7 +82,7 @@ inline Number score_of(const Case& c, int64_t b, int64_t h, int64_t i, int64_t j
   return {round_to(dtype, double(product.value * c.scale + added.value)), product.mass * c.scale};
 }
 
-// The keys that row (b, h, i) keeps, ascending. A NaN counts as the best score there is.
+// The keys that row (b, h, i) keeps, ascending. A NaN counts as the best score of all.
 inline std::vector<int32_t> kept_keys(const std::vector<Number>& scores, int64_t k) {
   const auto rank = [&](int32_t j) { return std::isnan(scores[j].value) ? kInf : double(scores[j].value); };
   std::vector<int32_t> keys;

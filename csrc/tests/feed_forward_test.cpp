@@ -129,7 +129,7 @@ Layer make_layer(Sizes s, int64_t k, DType dtype, bool is_gated, Layout layout =
   return layer;
 }
 
-// Outputs of the sum over neurons, [T, X], or of that over tokens, [F, X], are made by the claims.
+// The claims make the outputs: [T, X] for the sum over neurons, [F, X] for the sum over tokens.
 Entries make_entries(int64_t tokens, int64_t neurons, int64_t size, int64_t k, DType dtype,
                      Layout layout = Layout::contiguous) {
   generator.seed(unsigned(tokens * 1009 + size * 31 + neurons));

@@ -1,36 +1,47 @@
-"""One HTML page of everything that was recorded: the paper's figures and tables, and what was measured beside them.
+"""One HTML page of all results: what to conclude, the paper's figures and tables, and what was measured beside them.
 
-Pictures and tables come from the records. Those of layers, chunk sizes and errors are drawn anew; those of other
-experiments are the ones that their commands left beside their records. Nothing here measures.
+Every table and picture is drawn again from its records before the page is written. Nothing in this file measures.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from topk_attention.environment import environment
 
-from .benchmarks import attention_layer_report, chunk_size_report, feed_forward_layer_report
-from .benchmarks.error import report as attention_error_report
-from .pretrained.demo_report import page_top
+from . import benchmarks
+from .language_model import report as language_model
+from .lra import table as lra
+from .pretrained import calibration_report, demo_report, transcription_report
+from .qa import report as qa
+from .results_conclusions import conclusions
 from .runs.records import write_whole
+from .show.html import counted, page, picture, scrolling
+from .show.plots import narrow
 
 PAGE = "report.html"
-TITLE = "Top-k attention: the paper's figures, and what a user would pick today"
+TITLE = "Top-k attention: when it helps, and the paper's figures beside what a user would pick today"
+# Each draws the tables and pictures of its folders again, from the records below the folder of all results.
+REDRAWS = (
+    benchmarks.redraw,
+    demo_report.redraw,
+    calibration_report.redraw,
+    transcription_report.redraw,
+    language_model.redraw,
+    lra.redraw,
+    qa.redraw,
+)
 
 
 class Section(NamedTuple):
     """
     folder    of the records, in the folder of all results
     title     heading
-    paper     what of the paper it stands beside; None: something that the paper lacks
+    paper     the part of the paper that it stands beside; None: the paper has nothing like it
     text      what to see, and how it differs from the paper
-    redraw    writes tables and pictures from the records, and returns them
     is_open   whether tables are unfolded
     """
 
@@ -38,7 +49,6 @@ class Section(NamedTuple):
     title: str
     paper: str | None
     text: str
-    redraw: Callable[[Path], list[Path]] | None = None
     is_open: bool = False
 
 
@@ -50,7 +60,6 @@ SECTIONS = (
         "Batch 1, 12 heads of 64, forward and backward, k = 128, as in the paper, which measured with dropout 0.1 on a "
         "GPU. Beside its four curves: PyTorch's scaled_dot_product_attention, which today has linear memory too, "
         "Random Feature Attention, and each of this library's backends.",
-        attention_layer_report.report,
     ),
     Section(
         "model",
@@ -64,22 +73,19 @@ SECTIONS = (
         "time and memory of one feed-forward layer",
         "d_model 768, ReLU, k = 512, forward and backward, as in the paper, which has 262,144 tokens: compare "
         "the shape of its curves over d_ff, not their GiB. Chunks hold the same part of the tokens.",
-        feed_forward_layer_report.report,
     ),
     Section(
         "chunk-size",
         "Chunk size",
         "time and memory of query chunking against the chunk size",
         "Forward pass without a mask, top-k off, as in the paper, and with top-k. Dashed: what has no chunk size.",
-        chunk_size_report.report,
     ),
     Section(
         "attention-error",
         "Error against dense attention at equal time and equal memory",
         None,
-        "What the paper's figures leave out: how far from dense attention the output is. Queries, keys and values are "
-        "those of a real pretrained model reading real text; no method was trained for them.",
-        attention_error_report.report,
+        "What the paper's figures leave out: how far the output is from that of dense attention. Queries, keys and "
+        "values are those of a real pretrained model reading real text; no method was trained for them.",
         is_open=True,
     ),
     Section("lra", "Long Range Arena", "accuracy on Long Range Arena", "Training from scratch with top-k and without."),
@@ -88,6 +94,13 @@ SECTIONS = (
         "Question answering",
         "UnifiedQA with top-k feed-forward layers, zero-shot, and T5 fine-tuning",
         "Top-k in models that answer questions.",
+    ),
+    Section(
+        "calibration",
+        "A k for each head",
+        None,
+        "Calibrated k beside one k for every head, in models that were trained without top-k. Each calibration has a "
+        "page of its own in the folder.",
     ),
     Section("whisper", "Speech recognition", None, "What Whisper hears with a part of the keys."),
     Section("demo", "A pretrained model as it is", None, "Perplexity, time and memory of SmolLM2-135M against k."),
@@ -109,49 +122,68 @@ SECTIONS = (
         None,
         "Loss of a small language model from scratch, dense and with a part of its neurons.",
     ),
+    Section(
+        "language-model",
+        "Training a small language model",
+        None,
+        "Loss of a small GPT from scratch: full, with top-k attention, and with top-k feed-forward layers.",
+    ),
 )
 
 
-def write_page(out: Path) -> Path:
-    """Write `report.html` into the folder of all results and return it.
+def write_page(out: Path, *, redraw: bool = True) -> Path:
+    """Write `report.html` into the folder of all results and return its path.
+
+    redraw  whether to draw every table and picture again from its records first
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
     if not out.is_dir():
         raise FileNotFoundError(f"out must be a folder with results, got {out}; a benchmark makes one")
-    for section in SECTIONS:
-        if section.redraw is not None:
-            section.redraw(out / section.folder)
-    page = out / PAGE
-    write_whole(page, as_html(out))
-    return page
+    if redraw:
+        redraw_all(out)
+    written = out / PAGE
+    write_whole(written, as_html(out))
+    return written
+
+
+def redraw_all(out: Path) -> list[Path]:
+    """Draw every table and picture again from the records in the folder of all results; return the files written."""
+    return [path for redraw in REDRAWS for path in redraw(out)]
 
 
 def as_html(out: Path) -> str:
-    """The page, from the files that are there."""
+    """The page, from the files in the folder of all results."""
     known = {section.folder for section in SECTIONS}
     others = sorted(folder.name for folder in out.iterdir() if folder.is_dir() and folder.name not in known)
     sections = [*SECTIONS, *(Section(name, name.replace("-", " ").capitalize(), None, "") for name in others)]
     shown = [section for section in sections if _files(out, section, ".png", ".md")]
-    here = environment()
-    parts = [
-        page_top(TITLE),
-        "<style>.wide { overflow-x: auto; } .wide table { font-size: .85rem; } summary { cursor: pointer; }\n"
-        "th, td { text-align: left; } .wide td:not(:first-child) { text-align: right; }\n"
-        "img { display: block; margin: 1rem 0; } section { border-top: 1px solid #ddd; margin-top: 2rem; }</style>\n",
+    written = environment()
+    return page(
+        TITLE,
+        "<style>th, td { text-align: left; } .scroll td:not(:first-child) { text-align: right; }\n"
+        ".scroll table { font-size: .85rem; } #contents td { text-align: left; }</style>",
+        _conclusions(out),
         "<p>Every picture and table below comes from the records in the folder named below it. Faint dotted points "
         "are the paper's own (Gupta et al. 2021, arXiv 2106.06899), read off its figures and measured on a GPU: "
-        "compare their shape, not their seconds.</p>\n",
-        _counterparts(sections, shown),
+        "compare their shape, not their seconds. A method has the same colour in every figure.</p>",
+        _contents(sections, shown),
         *(_section(out, section) for section in shown),
-        f"<footer>Written by topk_attention {escape(here['topk_attention'])}, {escape(here['date'][:10])}.</footer>\n"
-        "</body>\n</html>\n",
-    ]
-    return "".join(parts)
+        f"<footer>Written by topk_attention {escape(written['topk_attention'])}, {escape(written['date'][:10])}."
+        "</footer>",
+    )
 
 
-def _counterparts(sections: list[Section], shown: list[Section]) -> str:
+def _conclusions(out: Path) -> str:
+    sentences = conclusions(out)
+    if not sentences:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in sentences)
+    return f"<h2>What to conclude</h2>\n<ul>\n{items}</ul>"
+
+
+def _contents(sections: list[Section], shown: list[Section]) -> str:
     """A table: what the paper shows, and where that is on the page."""
     rows = []
     for section in sections:
@@ -160,35 +192,36 @@ def _counterparts(sections: list[Section], shown: list[Section]) -> str:
         link = f'<a href="#{section.folder}">{escape(section.title)}</a>'
         where = link if section in shown else "not recorded"
         rows.append(f"<tr><td>{escape(section.paper or 'not in the paper')}</td><td>{where}</td></tr>\n")
-    return f"<table>\n<tr><th>in the paper</th><th>here</th></tr>\n{''.join(rows)}</table>\n"
+    table = f"<table>\n<tr><th>in the paper</th><th>on this page</th></tr>\n{''.join(rows)}</table>"
+    return f'<div id="contents">{scrolling(table)}</div>'
 
 
 def _section(out: Path, section: Section) -> str:
     parts = [f'<section id="{section.folder}">\n<h2>{escape(section.title)}</h2>\n']
     if section.text:
         parts.append(f"<p>{escape(section.text)}</p>\n")
-    for picture in _files(out, section, ".png"):
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img alt="{escape(section.title)}, {picture.stem}" src="data:image/png;base64,{data}">\n')
-    for table in _files(out, section, ".md"):
+    for path in _files(out, section, ".png"):
+        on_a_phone = narrow(path).read_bytes() if narrow(path).exists() else None
+        parts.append(picture(f"{section.title}, {path.stem}", path.read_bytes(), on_a_phone) + "\n")
+    for path in _files(out, section, ".md"):
         is_open = " open" if section.is_open else ""
         parts.append(
-            f"<details{is_open}><summary>Numbers: {escape(table.name)}</summary>\n"
-            f'<div class="wide">{_from_markdown(table.read_text(encoding="utf-8"))}</div></details>\n'
+            f"<details{is_open}><summary>Numbers: {escape(path.name)}</summary>\n"
+            f"{_from_markdown(path.read_text(encoding='utf-8'))}</details>\n"
         )
-    parts.append(f"<p><small>{_made(out, section)}</small></p>\n</section>\n")
+    parts.append(f"<p><small>{_records(out, section)}</small></p>\n</section>")
     return "".join(parts)
 
 
 def _files(out: Path, section: Section, *suffixes: str) -> list[Path]:
     folder = out / section.folder
-    found = (path for path in folder.glob("*") if path.suffix in suffixes)
+    found = (path for path in folder.glob("*") if path.suffix in suffixes and ".narrow" not in path.suffixes)
     return sorted(found, key=lambda path: path.stem)  # attention before attention-k
 
 
-def _made(out: Path, section: Section) -> str:
-    """Which records there are, and of when."""
-    told = []
+def _records(out: Path, section: Section) -> str:
+    """Which records the folder holds, and their commits."""
+    listed = []
     for path in _files(out, section, ".jsonl", ".json"):
         text = path.read_text(encoding="utf-8")
         lines = list(filter(str.strip, text.split("\n"))) if path.suffix == ".jsonl" else [text]
@@ -198,9 +231,9 @@ def _made(out: Path, section: Section) -> str:
             raise ValueError(f"{path} holds something else than records: {error}") from error
         places = [_environment(record) for record in records]
         commits = ", ".join(dict.fromkeys(str(place["commit"]) for place in places if place.get("commit")))
-        number = f"{len(records)} record{'s' if len(records) > 1 else ''}"
-        told.append(f"{section.folder}/{path.name} ({number}{f', commit {commits}' if commits else ''})")
-    return escape(f"Records: {'; '.join(told)}.") if told else ""
+        number = f"{counted(len(records), 'record')}{f', commit {commits}' if commits else ''}"
+        listed.append(f"{section.folder}/{path.name} ({number})")
+    return escape(f"Records: {'; '.join(listed)}.") if listed else ""
 
 
 def _environment(record: Any) -> dict[str, Any]:
@@ -209,7 +242,9 @@ def _environment(record: Any) -> dict[str, Any]:
 
 
 def _from_markdown(text: str) -> str:
+    """HTML of a table's file. Every table scrolls in its own box; text between tables keeps the width of the page."""
     from markdown_it import MarkdownIt
 
-    # No HTML of its own: what stands in a record is text.
-    return MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    # Records are text: HTML in them is escaped.
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    return html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")

@@ -1,57 +1,104 @@
-"""`topk-attention calibrate`: what a user can put right is said in one line, before the model is loaded or measured."""
+"""`topk-attention calibrate`: the file that it writes, and what it refuses."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from topk_attention import Calibration
+from topk_attention import Calibration, convert
+from topk_attention.calibrate import MeanK
 from topk_attention.cli import app
 
 runner = CliRunner()
 
 
+@pytest.fixture(autouse=True)
+def _threads_stay_as_they_are():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def arguments(tiny_model, text_file, tmp_path):
-    return [
-        *("calibrate", "--model", tiny_model, "--text", text_file, "--out", tmp_path / "k.json"),
-        *("--tokens", "32", "--windows", "2", "--mean-k", "8"),
-    ]
+    options = {
+        "model": tiny_model,
+        "text": text_file,
+        "out": tmp_path / "new folder" / "k.json",
+        "tokens": 64,
+        "windows": 2,
+        "mean-k": 8,
+        "threads": 1,
+    }
+    return ["calibrate", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
 
-def run(arguments, *more):
-    return runner.invoke(app, [str(argument) for argument in (*arguments, *more)])
-
-
-def test_it_writes_a_calibration(arguments, tmp_path):
-    result = run(arguments)
+def test_it_writes_a_file_that_convert_takes(arguments, tiny_model, tmp_path):
+    result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert 1 < Calibration.load(tmp_path / "k.json").mean_k <= 8
+    path = tmp_path / "new folder" / "k.json"
+    assert f"Written: {path}" in result.output
+    assert "on 2 windows of 64 tokens" in result.output
+    calibration = Calibration.load(path)
+    assert list(calibration) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert 7 <= calibration.mean_k <= 8
+    assert f"mean k = {calibration.mean_k:.1f}" in result.output
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    report = convert(model, attention_k=calibration)
+    assert [entry.path for entry in report.replaced] == list(calibration)
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
+    assert calibration.reallocated(MeanK(4)).mean_k <= 4  # the curves are in the file
+
+
+def test_neurons_are_chosen_too_where_asked(arguments, tmp_path):
+    result = runner.invoke(app, [*arguments, "--feed-forward-mean-k", "12"])
+    assert result.exit_code == 0, result.output
+    neurons = Calibration.load(tmp_path / "new folder" / "k.json").feed_forward
+    assert list(neurons) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert sum(neurons.values()) <= 2 * 12
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--mean-k", "-1"], "error: mean_k must be at least 1, got -1"),
-        (["--mean-k", "0"], "error: mean_k must be at least 1, got 0"),
-        (["--mean-k", "1000"], "error: mean-k must be at most 32, the tokens of a window, where it is full attention"),
-        (["--feed-forward-mean-k", "0"], "error: mean_k must be at least 1, got 0"),
-        (["--tokens", "100000"], "error: tokens must be at most 512, the longest input of"),
-        (["--windows", "1000"], "1000 windows of 32 need 32,000; give a longer text"),
+        (["--windows", "7"], "has 390 tokens, 7 windows of 64 need 448; give a longer text, or fewer --windows"),
+        (["--tokens", "513"], "tokens must be at most 512, the longest input of "),
+        (["--tokens", "1"], "tokens must be at least 2, got 1"),
+        (["--windows", "0"], "windows must be at least 1, got 0"),
+        (["--lost-mass", "0.1"], "give one of --mean-k, --lost-mass and --loss-increase, got several"),
+        (["--mean-k", "-1"], "mean_k must be at least 1, got -1"),
+        (["--mean-k", "0"], "mean_k must be at least 1, got 0"),
+        (["--mean-k", "1000"], "mean-k must be at most 64, the tokens of a window, where it is full attention"),
+        (["--feed-forward-mean-k", "0"], "mean_k must be at least 1, got 0"),
+        (["--text", "/no/such/text.txt"], "text file not found: /no/such/text.txt"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused_before_anything_is_measured(arguments, options, words, monkeypatch):
-    from topk_attention.cli import calibration
+def test_what_does_not_fit_is_refused_with_one_line_and_status_2(arguments, tmp_path, options, words):
+    result = runner.invoke(app, [*arguments, *options])
+    assert result.exit_code == 2
+    (line,) = result.output.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not (tmp_path / "new folder").exists()
 
-    monkeypatch.setattr(calibration, "measure", None)
-    result = run(arguments, *options)
-    assert (result.exit_code, words in result.output) == (2, True), result.output
+
+def test_a_folder_that_is_not_a_model_is_refused_with_one_line_and_status_2(arguments, tmp_path):
+    folder = tmp_path / "not a model"
+    folder.mkdir()
+    result = runner.invoke(app, [*arguments, "--model", str(folder)])
+    assert result.exit_code == 2
+    (line,) = result.output.splitlines()
+    assert line.startswith("error: ")
+    assert "not a model" in line
 
 
 def test_an_out_that_cannot_be_written_is_named_before_anything_is_measured(arguments, tmp_path, monkeypatch):
     from topk_attention.cli import calibration
 
     monkeypatch.setattr(calibration, "measure", None)
-    result = run(arguments, "--out", tmp_path)
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path)])
     assert (result.exit_code, f"error: out must be a file, got the folder {tmp_path}" in result.output) == (2, True)
     (tmp_path / "file").write_text("")
-    result = run(arguments, "--out", tmp_path / "file" / "k.json")
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "file" / "k.json")])
     assert (result.exit_code, "error: out cannot be written: " in result.output) == (2, True)

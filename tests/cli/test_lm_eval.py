@@ -211,7 +211,7 @@ run("hf-topk", f"pretrained={converted}")
 
 def test_the_real_harness_finds_the_same_by_every_way_to_choose_k(tiny_model, tmp_path):
     if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-eval is not installed: pip install 'topk-attention[lm-eval]'")
+        pytest.skip("lm-eval is not installed: pip install --no-build-isolation '.[lm-eval]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from topk_attention import convert

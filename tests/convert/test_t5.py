@@ -20,7 +20,9 @@ from topk_attention.convert.position_bias import TableBias, _bias_of
 def test_the_table_gives_the_bias_that_t5_computes(part, first, num_queries, num_keys, tensor_offset):
     attention = getattr(tiny_t5(), part).block[0].layer[0].SelfAttention
     expected = attention.compute_bias(num_queries, num_keys, past_seen_tokens=first)[0]
-    bias = TableBias(_bias_of(attention, None).table, torch.tensor(first) if tensor_offset else first)
+    bias = TableBias(
+        _bias_of(attention, None, torch.device("cpu")).table, torch.tensor(first) if tensor_offset else first
+    )
     values = bias.at(num_queries, num_keys).relative_values(num_queries, num_keys)
     columns = torch.arange(num_keys) - torch.arange(num_queries)[:, None] + num_queries - 1
     torch.testing.assert_close(values[:, columns], expected, rtol=0, atol=0)

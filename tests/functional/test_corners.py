@@ -33,6 +33,19 @@ def test_dropout_never_hides_a_nan_that_a_query_sees(backend):
     assert output.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("k", [3, 9])
+@pytest.mark.parametrize("chosen", ["auto", "cpu", "chunked", "reference"])
+def test_every_backend_runs_under_vmap(chosen, k):
+    query, key = torch.randn(3, 1, 2, 5, 8), torch.randn(3, 1, 2, 9, 8)
+
+    def attend(one_query, one_key):
+        return topk_attention(one_query, one_key, one_key, k=k, backend=chosen)
+
+    expected = torch.stack([attend(*pair) for pair in zip(query, key, strict=True)])
+    torch.testing.assert_close(torch.vmap(attend)(query, key), expected)
+
+
 def test_values_of_size_zero_still_have_a_selection(backend):
     query = torch.tensor([[[[1.0]]]])
     key = torch.tensor([[[[3.0], [1.0], [2.0]]]])

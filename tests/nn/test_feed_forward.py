@@ -1,4 +1,4 @@
-"""A top-k layer stores its output weights neuron by neuron in memory and changes nothing else about them."""
+"""A top-k layer stores frozen output weights neuron by neuron in memory and changes nothing else about them."""
 
 import copy
 
@@ -25,6 +25,10 @@ class Dense(nn.Module):
         return self.down(hidden)
 
 
+def frozen(gated=False):
+    return Dense(gated).requires_grad_(False)
+
+
 def topk(dense, **options):
     options = {"k": 5, "activation": "silu", "names": ("up", "down", "gate")} | options
     return TopKFeedForward(dense.up, dense.down, linear_gate=dense.gate, **options)
@@ -35,15 +39,13 @@ def is_by_neuron(weight):
 
 
 def test_only_the_strides_of_the_weight_change():
-    linear = nn.Linear(NEURONS, MODEL)
+    linear = nn.Linear(NEURONS, MODEL).requires_grad_(False)
     weight, values = linear.weight, linear.weight.detach().clone()
     x = torch.randn(3, NEURONS)
     before = linear(x)
     store_by_neuron(linear)
     assert linear.weight is weight
     assert is_by_neuron(weight)
-    assert weight.requires_grad
-    assert weight.is_leaf
     assert torch.equal(weight, values)
     torch.testing.assert_close(linear(x), before)
     pointer = weight.data_ptr()
@@ -53,14 +55,14 @@ def test_only_the_strides_of_the_weight_change():
 
 @pytest.mark.parametrize("has_weight", [True, False])
 def test_what_has_no_weights_of_its_own_to_rearrange_is_left_alone(has_weight):
-    module = nn.Linear(NEURONS, MODEL, device="meta") if has_weight else nn.Identity()
+    module = nn.Linear(NEURONS, MODEL, device="meta").requires_grad_(False) if has_weight else nn.Identity()
     store_by_neuron(module)
     assert not has_weight or module.weight.is_contiguous()
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_state_dicts_go_both_ways_through_files(tmp_path, gated):
-    dense, other = Dense(gated), topk(Dense(gated))
+    dense, other = frozen(gated), topk(frozen(gated))
     torch.save(dense.state_dict(), tmp_path / "dense.pt")
     other.load_state_dict(torch.load(tmp_path / "dense.pt"))
     assert is_by_neuron(other.down.weight)
@@ -75,14 +77,14 @@ def test_state_dicts_go_both_ways_through_files(tmp_path, gated):
 
 @pytest.mark.parametrize("by", [copy.deepcopy, lambda layer: layer.double().float(), lambda layer: layer.to("cpu")])
 def test_copies_and_casts_keep_the_order_in_memory(by):
-    layer = topk(Dense())
+    layer = topk(frozen())
     expected = layer.down.weight.detach().clone()
     changed = by(layer)
     assert is_by_neuron(changed.down.weight)
     assert torch.equal(changed.down.weight, expected)
 
 
-def test_gradients_and_an_optimizers_state_lie_as_the_weight_does(tmp_path):
+def test_weights_that_train_their_gradients_and_an_optimizers_state_stay_contiguous(tmp_path):
     layer = topk(Dense())
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     for _ in range(2):
@@ -90,7 +92,7 @@ def test_gradients_and_an_optimizers_state_lie_as_the_weight_does(tmp_path):
         optimizer.step()
     weight = layer.down.weight
     state = optimizer.state[weight]
-    assert all(is_by_neuron(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]))
+    assert all(x.is_contiguous() for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]))
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     again = copy.deepcopy(layer)
     resumed = torch.optim.AdamW(again.parameters(), lr=0.1)
@@ -117,13 +119,13 @@ def test_an_optimizer_made_before_goes_on_with_the_same_weight():
 
 
 def test_tied_weights_stay_tied():
-    first, second = Dense(), Dense()
+    first, second = frozen(), frozen()
     second.down.weight = first.down.weight
     layers = [topk(first), topk(second)]
     assert layers[0].down.weight is layers[1].down.weight
     assert is_by_neuron(layers[0].down.weight)
-    one_matrix = Dense()
-    one_matrix.down.weight = nn.Parameter(one_matrix.up.weight.detach().t())
+    one_matrix = frozen()
+    one_matrix.down.weight = nn.Parameter(one_matrix.up.weight.detach().t(), requires_grad=False)
     layer = topk(one_matrix)
     assert layer.down.weight.data_ptr() == layer.up.weight.data_ptr()
 
@@ -161,7 +163,7 @@ def test_a_converted_model_saves_ordinary_safetensors(tmp_path):
     )
     model = LlamaForCausalLM(config).eval()
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    convert(model, feed_forward_k=6)
+    convert(model.requires_grad_(False), feed_forward_k=6)
     assert all(layer.mlp.down_proj.weight.stride() == (1, 8) for layer in model.model.layers)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")

@@ -1,6 +1,6 @@
 import pytest
 
-from topk_experiments.benchmarks.kernel_benchmark import benchmark as benchmarking
+from topk_experiments.runs import steps
 
 
 class Measurements:
@@ -8,7 +8,7 @@ class Measurements:
 
     seconds  method -> of its forward pass; with the backward pass it takes twice as long
     errors   function -> what it raises
-    more_memory  fields that a subject records besides the peak
+    more_memory  fields that are recorded besides the peak
     """
 
     def __init__(self):
@@ -40,5 +40,5 @@ def _summary(seconds):
 @pytest.fixture
 def measurements(monkeypatch):
     stand_in = Measurements()
-    monkeypatch.setattr(benchmarking, "run_in_fresh_process", stand_in)
+    monkeypatch.setattr(steps, "run_in_fresh_process", stand_in)
     return stand_in

@@ -1,3 +1,4 @@
+import pytest
 from typer.testing import CliRunner
 
 from topk_experiments.cli import app
@@ -21,7 +22,14 @@ def test_the_benchmark_runs_from_start_to_end(tmp_path):
     assert "of topk-chunked's forward pass" in (tmp_path / "length.md").read_text()
 
 
-def test_a_wrong_option_ends_with_one_line_and_status_2():
-    result = run("--works", "huge")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--works", "huge"], "error: works must be among plain, long"),
+        (["--sweep", "k", "--lengths", "64"], 'error: lengths goes with sweep "length" alone'),
+    ],
+)
+def test_a_wrong_option_ends_with_one_line_and_status_2(arguments, words):
+    result = run(*arguments)
     assert result.exit_code == 2
-    assert "error: works must be among plain, long" in result.output
+    assert words in result.output

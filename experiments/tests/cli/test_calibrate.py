@@ -9,7 +9,7 @@ from topk_attention import Calibration, convert
 from topk_experiments.cli import app
 from topk_experiments.models.pretrained import find_model, load_model, load_tokenizer
 from topk_experiments.pretrained import calibration as experiment
-from topk_experiments.pretrained import demo
+from topk_experiments.pretrained import calibration_workers, demo
 from topk_experiments.runs.process import WorkerError, run_in_fresh_process
 
 runner = CliRunner()
@@ -309,7 +309,9 @@ def test_an_encoder_is_judged_by_its_embeddings(arguments, tiny_encoder, tmp_pat
 def test_encoder_windows_are_read_one_after_the_other(arguments, tiny_encoder, text_file, monkeypatch):
     seen = []
     numbers = {"embedding_error": 0.1, "cosine": 0.9, "elapsed_s": 1.0, "peak_mib": 1.0}
-    monkeypatch.setattr(experiment, "measure_embeddings", lambda request, send: seen.append(request) or numbers)
+    monkeypatch.setattr(
+        calibration_workers, "measure_embeddings", lambda request, send: seen.append(request) or numbers
+    )
     arguments[arguments.index("--model") + 1] = str(tiny_encoder)
     run(arguments, "--windows", 2, "--evaluate-windows", 1)
     ids = load_tokenizer(find_model(str(tiny_encoder)))(text_file.read_text(), add_special_tokens=False)["input_ids"]

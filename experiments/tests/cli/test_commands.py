@@ -28,7 +28,7 @@ RUN_FIELDS = {
 @pytest.fixture
 def demo_arguments(tiny_model, text_file, tmp_path):
     arguments = ["demo", "--model", tiny_model, "--text", text_file, "--out", tmp_path / "out", "--threads", 1]
-    return [str(argument) for argument in [*arguments, "--tokens", 96, "--k", "4,96"]]
+    return [str(argument) for argument in [*arguments, "--tokens", 96, "--k", "4,96", "--rounds", 2]]
 
 
 def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_arguments, tmp_path):
@@ -36,17 +36,20 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     record = json.loads((out / "demo.json").read_text())
-    full, few, all_keys = record["runs"]
-    assert [run["k"] for run in record["runs"]] == [None, 4, 96]
+    full, few, all_keys = record["runs"][:3]
+    assert [(run["round"], run["k"]) for run in record["runs"]] == [
+        (number, k) for number in (1, 2) for k in (None, 4, 96)
+    ]
     assert set(full) >= RUN_FIELDS
     assert all_keys["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
     assert few["perplexity"] != pytest.approx(full["perplexity"], rel=1e-4)
     assert (full["attn_implementation"], few["attn_implementation"]) == ("sdpa", "topk")
     assert all(run["elapsed_s"] > 0 and run["total_peak_mib"] >= run["baseline_mib"] > 0 for run in record["runs"])
-    assert record["schema"] == "topk_attention/demo/1"
+    assert record["schema"] == "topk_attention/demo/2"
     assert record["config"] == {
         "num_tokens": 96,
         "k": [4, 96],
+        "rounds": 2,
         "seed": 0,
         "threads": 1,
         "backend": choose_backend("auto").name,
@@ -70,7 +73,7 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
     (out / "demo.html").unlink()
     again = runner.invoke(app, demo_arguments)
     assert again.exit_code == 0, again.output
-    assert "All 3 runs are in" in again.output
+    assert "All 6 runs are in" in again.output
     assert json.loads((out / "demo.json").read_text()) == record
     assert (out / "demo.html").exists()
 
@@ -99,10 +102,11 @@ def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_
 
     result = runner.invoke(app, demo_arguments)
     assert result.exit_code == 0, result.output
-    assert "1 of 3 runs are there already" in result.output
+    assert "1 of 6 runs are on file" in result.output
+    assert "tiny-llama now reads 96 tokens of story <1>.txt" in result.output
     runs = json.loads(record_path.read_text())["runs"]
     assert runs[0] == finished[0]
-    assert [run["k"] for run in runs] == [None, 4, 96]
+    assert [run["k"] for run in runs] == [None, 4, 96] * 2
 
 
 def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments, tmp_path, monkeypatch):
@@ -116,7 +120,10 @@ def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments,
     assert runner.invoke(app, demo_arguments).exit_code == 0
     result = runner.invoke(app, [*demo_arguments, "--tokens", "64"])
     assert result.exit_code == 0, result.output
-    assert "was made with another configuration and is replaced (config num_tokens: 96 -> 64)" in result.output
+    assert (
+        "was made with another configuration, environment or code and is replaced (config num_tokens: 96 -> 64)"
+        in result.output
+    )
     record = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert record["config"]["num_tokens"] == record["model"]["num_parameters"] == 64
     refused = runner.invoke(app, [*demo_arguments, "--tokens", "513"])
@@ -126,7 +133,7 @@ def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments,
     assert "Starting anew as asked" in again.output
 
 
-def test_a_run_that_fails_is_told_and_the_runs_before_it_are_kept(demo_arguments, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_named_and_the_runs_before_it_are_kept(demo_arguments, tmp_path, monkeypatch):
     from topk_experiments.pretrained import demo
     from topk_experiments.runs.process import WorkerError
 
@@ -157,6 +164,7 @@ def test_a_run_that_fails_is_told_and_the_runs_before_it_are_kept(demo_arguments
         (["--k", ""], "error: k must be whole numbers separated by commas, got ''"),
         (["--out", "/dev/null/results"], "error: out cannot be written: /dev/null/results"),
         (["--threads", "0"], "error: threads must be at least 1, got 0"),
+        (["--rounds", "0"], "error: rounds must be at least 1, got 0"),
         (["--backend", "gpu"], "error: backend must be one of"),
     ],
 )
@@ -188,7 +196,7 @@ def test_the_attention_benchmark_runs_from_start_to_end_and_again_without_measur
     assert (tmp_path / "attention.png").exists()
     before = (tmp_path / "attention.jsonl").read_text()
     again = runner.invoke(app, arguments)
-    assert again.output.count("there already") == 4
+    assert again.output.count("(on file, of ") == 4
     assert (tmp_path / "attention.jsonl").read_text() == before
 
 

@@ -38,7 +38,7 @@ def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(
     assert "| top-k attention | 96 |" in (tmp_path / "out" / "error.md").read_text()
 
     again = runner.invoke(app, arguments)
-    assert again.output.count("there already") == 3
+    assert again.output.count("on file, of") == 3
     assert "Reading" not in again.output
     assert read_json_lines(tmp_path / "out" / "error.jsonl") == records
 

@@ -34,7 +34,7 @@ def test_the_feed_forward_benchmark_runs_from_start_to_end_and_ends_up_on_the_pa
     [
         (["benchmark", "figures", "--only", "model"], "error: only must be among attention, feed-forward, chunk-size"),
         (["benchmark", "figures", "--memory-limit", "0"], "error: memory-limit must be above 0, got 0"),
-        (["benchmark", "feed-forward", "--methods", "moe"], "error: methods must be topk-BACKEND or among dense"),
+        (["benchmark", "feed-forward", "--methods", "moe"], "error: methods must be topk-BACKEND or among vanilla"),
         (["report", "--out", "nowhere"], "error: out must be a folder with results, got nowhere"),
     ],
 )

@@ -51,6 +51,7 @@ def test_random_features_run_from_start_to_end(tmp_path):
             "error: method performer is for encoders such as BERT, and t5 ",
         ),
         (["--methods", "magic"], "error: methods must be among vanilla"),
+        (["--memory-limit", "0"], "error: memory-limit must be above 0, got 0"),
     ],
 )
 def test_a_wrong_option_ends_with_one_line_and_status_2(arguments, words):

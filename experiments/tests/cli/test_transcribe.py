@@ -121,9 +121,9 @@ def test_transcripts_are_made_from_start_to_end_and_not_again(arguments, tmp_pat
     assert f"| {few['transcript']} |" in page
 
     again = runner.invoke(app, arguments)
-    assert again.output.count("there already") == 3
+    assert again.output.count("on file, of ") == 3
     more = runner.invoke(app, [*arguments, "--k", "1,2,50"])
-    assert more.output.count("there already") == 3
+    assert more.output.count("on file, of ") == 3
     assert len((out / "transcripts.jsonl").read_text().splitlines()) == 4
 
 

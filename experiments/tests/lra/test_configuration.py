@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from topk_experiments.lra.configuration import METHODS, TrainingConfig, read_config, shipped_configs
+from topk_experiments.lra.configuration import METHOD_OPTIONS, TrainingConfig, read_config, shipped_configs
 from topk_experiments.lra.tasks import ListOps
 from topk_experiments.lra.training import new_model
+from topk_experiments.rivals.names import METHODS
 
 PUBLISHED = {"listops", "text", "retrieval", "image", "pathfinder32", "pathfinder128"}
 SMALL = {"listops-small", "text-small", "image-small", "pathfinder-small", "same-document-small"}
@@ -21,8 +22,8 @@ def test_every_configuration_has_a_task_that_takes_its_settings(name):
     task = config.new_task("somewhere" if config.needs_source else None)
     assert config.name == name
     assert task.num_classes > 1
-    for method in METHODS:
-        assert set(replace(config, sigma=2.0).attention_options(method)) == set(METHODS[method])
+    for method in METHOD_OPTIONS:
+        assert set(replace(config, sigma=2.0).attention_options(method)) == set(METHOD_OPTIONS[method])
 
 
 def test_listops_is_published_with_its_generators_defaults():
@@ -124,3 +125,7 @@ def test_sigma_is_an_option_of_rfa_alone_and_named_where_it_is_not_as_usual(tiny
     sigmas = [value for name, value in model.named_parameters() if name.endswith("attention.sigma")]
     assert len(sigmas) == 2
     assert all((sigma == 3.0).all() for sigma in sigmas)
+
+
+def test_every_method_is_in_the_one_table_of_methods():
+    assert set(METHOD_OPTIONS) <= set(METHODS)

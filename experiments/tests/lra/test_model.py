@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from topk_experiments.lra.configuration import METHODS
+from topk_experiments.lra.configuration import METHOD_OPTIONS
 from topk_experiments.lra.model import ModelConfig
 from topk_experiments.lra.tasks import ExamplesWriter, GreyImages, SameDocument
 from topk_experiments.lra.training import new_model
@@ -16,7 +16,7 @@ def ragged():
     return writer.examples()
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "vanilla"])
+@pytest.mark.parametrize("method", [method for method in METHOD_OPTIONS if method != "vanilla"])
 def test_all_methods_start_with_the_same_shared_parameters(tiny, method):
     task = tiny.new_task(None)
     vanilla, other = (dict(new_model(tiny, task, name, seed=3).named_parameters()) for name in ("vanilla", method))
@@ -33,7 +33,7 @@ def test_another_seed_starts_elsewhere(tiny):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_OPTIONS)
 def test_padding_changes_nothing(tiny, method, pooling, positions):
     config = replace(tiny, model=replace(tiny.model, pooling=pooling, positions=positions))
     model = new_model(config, config.new_task(None), method, seed=0).double().eval()

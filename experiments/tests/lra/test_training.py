@@ -117,7 +117,7 @@ def test_a_run_that_could_not_be_recorded_is_not_trained_again(plan, steps, monk
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr("topk_experiments.lra.runs.append_json_line", full_disk)
+        patched.setattr("topk_experiments.runs.ledger.append_json_line", full_disk)
         with pytest.raises(OSError, match="no space left"):
             train(plan)
     steps.clear()
@@ -156,7 +156,7 @@ def test_finished_runs_are_not_trained_again(plan, steps, console):
     again = train(replace(plan, methods=["topk", "vanilla"]), console)
     assert len(steps) == 4 * 8
     assert [answers(record) for record in again] == [answers(records[n]) for n in (2, 3, 0, 1)]
-    assert "tiny, topk, seed 1 is recorded already." in console.export_text()
+    assert "tiny, topk, seed 1 is on file, of " in console.export_text()
     train(replace(plan, methods=["vanilla"], seeds=[0], config=replace(plan.config, k=5)))
     assert len(steps) == 4 * 8  # k is no matter of vanilla attention
     train(replace(plan, methods=["topk"], seeds=[0], config=replace(plan.config, k=5)))

@@ -72,7 +72,8 @@ def test_a_missing_folder_is_named(path):
 def test_an_id_that_cannot_be_had_is_named(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ModelNotFoundError, match=r"model 'nobody/nothing' is neither a folder here nor a Hugging Face model that can"
+        ModelNotFoundError,
+        match=r"model 'nobody/nothing' is neither a local folder nor a Hugging Face model",
     ):
         find_model("nobody/nothing")
 

@@ -8,6 +8,7 @@ from topk_attention.calibrate.statistics import Curves, k_grid
 from topk_experiments.pretrained import calibration_pictures as pictures
 from topk_experiments.pretrained.calibration_measures import Perplexity
 from topk_experiments.pretrained.calibration_report import html_page, recommendation, run_name, table_rows
+from topk_experiments.show.plots import png_of
 
 
 def run(kind, mean_k, perplexity, feed_forward_mean_k=None):
@@ -189,11 +190,10 @@ def test_lost_mass_is_read_off_the_curve_at_each_heads_k(calibration):
 @pytest.mark.parametrize("ks", [(1, 1), (5, 5), (3, 1000)])
 def test_pictures_can_be_drawn_of_any_k(ks):
     calibration = Calibration({"only": ks}, {}, {"only": curves(2)}, {})
-    assert pictures.heat_maps(calibration).startswith(b"\x89PNG")
-    assert pictures.mass_against_k(calibration).startswith(b"\x89PNG")
-    assert pictures.quality_against_k([run("full", None, 2), run("calibrated", ks[0], 3)], Perplexity()).startswith(
-        b"\x89PNG"
-    )
+    assert png_of(pictures.heat_maps(calibration)).startswith(b"\x89PNG")
+    assert png_of(pictures.mass_against_k(calibration)).startswith(b"\x89PNG")
+    quality = pictures.quality_against_k([run("full", None, 2), run("calibrated", ks[0], 3)], Perplexity())
+    assert png_of(quality).startswith(b"\x89PNG")
 
 
 def test_a_large_model_can_be_drawn():
@@ -203,4 +203,4 @@ def test_a_large_model_can_be_drawn():
         {f"{layer}": curves(32) for layer in range(32)},
         {},
     )
-    assert pictures.heat_maps(calibration).startswith(b"\x89PNG")
+    assert png_of(pictures.heat_maps(calibration)).startswith(b"\x89PNG")

@@ -2,8 +2,8 @@ import base64
 
 import pytest
 
-from topk_experiments.pretrained.demo_report import html_page, run_name, summary
-from topk_experiments.show.plots import draw_demo
+from topk_experiments.pretrained.demo_report import draw, html_page, run_name, summary, write_report
+from topk_experiments.show.plots import png_of
 
 
 def run(k, perplexity, elapsed_s=2.0, peak_mib=100.0):
@@ -38,20 +38,55 @@ def test_the_summary_admits_that_no_k_is_close(record):
     assert "(30.00 against 20.00, +50.0 %)" in summary(record)
 
 
+def in_rounds(record, *slower_by):
+    """The same runs in rounds whose times are longer by these factors, full attention's too."""
+    runs = record["runs"]
+    record["runs"] = [
+        run | {"round": number, "elapsed_s": factor * run["elapsed_s"]}
+        for number, factor in enumerate(slower_by, 1)
+        for run in runs
+    ]
+    return record
+
+
 def test_the_summary_admits_that_topk_was_slower(record):
-    assert "slower than full attention at every k (1.50 to 2.50 times its time)" in summary(record)
-    assert "needed 1.10 to 1.50 times its memory" in summary(record)
+    words = summary(in_rounds(record, 1.0, 1.1, 1.2))
+    assert "Time: slower at every k (1.25 to 3.00 times full attention's time, over 3 rounds)." in words
+    assert "Peak memory: larger at every k (1.10 to 1.50 times full attention's peak memory, over 3 rounds)." in words
 
 
-def test_the_summary_tells_where_topk_was_slower_at_some_k_or_none(record):
+def test_the_summary_says_at_which_k_topk_was_slower_or_faster(record):
     record["runs"][1]["elapsed_s"] = 1.0
-    assert "slower than full attention at 2 of 3 k (0.50 to 2.50 times its time)" in summary(record)
-    record["runs"] = record["runs"][:2]
-    assert "faster than full attention at every k (0.50 times its time)" in summary(record)
+    words = summary(in_rounds(record, 1.0, 1.1, 1.2))
+    assert "Time: faster at k = 16; slower at k = 64, 256 (0.42 to 3.00 times" in words
+    record["runs"] = [run for run in record["runs"] if run["k"] in (None, 16)]
+    assert "Time: faster at every k (0.42 to 0.60 times full attention's time, over 3 rounds)." in summary(record)
+
+
+def test_noise_cannot_make_the_summary_claim_a_difference(record):
+    """Each k is faster in the median, but the rounds of full attention alone differ by as much."""
+    for run_of_record in record["runs"][1:]:
+        run_of_record["elapsed_s"] = 1.9
+    assert "Time: no difference beyond noise (0.79 to 1.14 times" in summary(in_rounds(record, 1.0, 1.1, 1.2))
+    record["runs"] = record["runs"][:4]
+    record["runs"][3]["elapsed_s"] = 3.0
+    words = summary(in_rounds(record, 1.0, 1.1))
+    assert "Time: slower at k = 256; no difference beyond noise at the other k" in words
+
+
+def test_a_record_of_one_round_claims_no_difference_and_still_has_a_page(record, tmp_path):
+    """As records of the first schema are."""
+    words = summary(record)
+    assert (
+        "One round cannot tell a difference in time from noise (1.50 to 2.50 times full attention's time, over 1 "
+        "round)." in words
+    )
+    for path in write_report(record | {"schema": "topk_attention/demo/1"}, tmp_path):
+        assert path.exists()
 
 
 def test_the_page_escapes_what_comes_from_outside(record):
-    page = html_page(record, b"picture")
+    page = html_page(record)
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;.txt" in page
     assert "&lt;tiny&gt; &amp; co" in page
@@ -59,11 +94,11 @@ def test_the_page_escapes_what_comes_from_outside(record):
 
 
 def test_the_page_needs_no_other_file_and_has_a_row_for_each_run(record):
-    page = html_page(record, b"picture")
-    assert base64.b64encode(b"picture").decode() in page
+    page = html_page(record)
+    assert base64.b64encode(png_of(draw(record))).decode() in page
     assert "://" not in page  # "http" alone may be part of a picture
     assert page.count("<tr><td>") == 4
-    assert "<td>full attention</td><td>20.00</td><td>2.0</td><td>100</td><td>1,000</td>" in page
+    assert "<td>full attention</td><td>20.00</td><td>2.0</td><td>one round</td><td>100</td><td>1,000</td>" in page
 
 
 def test_runs_are_called_by_their_k():
@@ -71,7 +106,6 @@ def test_runs_are_called_by_their_k():
 
 
 @pytest.mark.parametrize("num_runs", [1, 2, 4])
-def test_the_picture_can_be_drawn_after_any_run(record, tmp_path, num_runs):
+def test_the_picture_can_be_drawn_after_any_run(record, num_runs):
     record["runs"] = record["runs"][:num_runs]
-    draw_demo(record, tmp_path / "demo.png")
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert png_of(draw(record)).startswith(b"\x89PNG")

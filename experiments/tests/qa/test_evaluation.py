@@ -63,7 +63,7 @@ def test_finished_points_are_kept_and_other_questions_are_another_point(config, 
     records = run_evaluation(config, console)
     assert run_evaluation(config, console) == records
     assert len(in_this_process) == 2
-    assert "there already" in console.export_text()
+    assert "on file, of " in console.export_text()
     for change in (
         {"limit": 9},
         {"shots": 0},

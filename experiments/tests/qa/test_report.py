@@ -271,7 +271,7 @@ def drawn(page, monkeypatch):
 
     def draw(evaluations):
         figures = []
-        monkeypatch.setattr(report, "png_of", lambda figure: figures.append(figure) or b"")
+        monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
         written = page(evaluations)
         return figures[0], written
 

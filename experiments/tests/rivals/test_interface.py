@@ -1,4 +1,4 @@
-"""What every baseline promises."""
+"""What every method promises."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Chunks are handed out and gathered once: nothing as long as the whole is made for each of them."""
+"""Tensors are split and joined once: no chunk allocates a tensor of the full length."""
 
 import itertools
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from topk_experiments.runs.ledger import Ledger, experiment_environment, made_when, newest, what_differs
+from topk_experiments.runs.ledger import Ledger, experiment_environment, identity, made_when, newest, what_differs
 
 SCHEMA = "topk_attention/test/1"
 
@@ -35,6 +35,17 @@ def test_a_record_spares_a_run_of_the_same_configuration(ledger):
         assert found is not None
         assert found["elapsed_s"] == 1.5
         assert again.find({"point": {"k": 16}}) is None
+
+
+def test_a_change_to_rivals_spares_no_run(tmp_path, ledger):
+    rivals = tmp_path / "rivals"
+    rivals.mkdir()
+    (rivals / "performer.py").write_text("num_features = 256\n")
+    first = ledger(also=[rivals])
+    first.append(first.new_record({"k": 8}))
+    assert ledger(also=[rivals]).find({"k": 8}) is not None
+    (rivals / "performer.py").write_text("num_features = 128\n")
+    assert ledger(also=[rivals]).find({"k": 8}) is None
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "python", "cpu", "product_sha256", "experiment_sha256"])
@@ -114,3 +125,35 @@ def test_a_table_takes_the_newest_record_of_each_configuration_on_the_last_machi
 def test_the_environment_of_an_experiment_names_no_folder(code):
     assert str(code) not in json.dumps(experiment_environment(code))
     assert str(Path.home()) not in json.dumps(experiment_environment(code))
+
+
+def test_the_ledger_says_why_a_record_of_the_same_configuration_spares_no_run(ledger):
+    first = ledger()
+    assert first.why_not({"k": 8}) is None
+    record = first.new_record({"k": 8})
+    first.append(record | {"environment": record["environment"] | {"torch": "1.0"}})
+    note = ledger().why_not({"k": 8})
+    assert note == f"on file, but made otherwise (torch: 1.0 -> {first.here['torch']}): run again"
+    assert ledger().why_not({"k": 16}) is None
+    assert ledger(fresh=True).why_not({"k": 8}) is None
+
+
+def test_a_configuration_may_name_fields_of_a_section(ledger):
+    first = ledger()
+    first.append(first.new_record({"run": {"dtype": "float32", "threads": 2}}))
+    assert first.find({"run.dtype": "float32"}) is not None
+    assert first.find({"run.dtype": "bfloat16"}) is None
+    assert what_differs(first.records[0], {"run": {"dtype": "bfloat16", "threads": 2}}, first.here) == [
+        "run dtype: float32 -> bfloat16"
+    ]
+
+
+def test_a_checkpoint_belongs_to_one_configuration_environment_and_code(ledger, code):
+    first = ledger()
+    same = identity({"k": 8}, first.here)
+    assert identity({"k": 8}, ledger().here) == same
+    assert identity({"k": 16}, first.here) != same
+    assert identity({"k": 8}, first.here | {"cpu": "another"}) != same
+    assert identity({"k": 8}, first.here | {"commit": "another"}) == same
+    (code / "measure.py").write_text("rounds = 5\n")
+    assert identity({"k": 8}, ledger().here) != same

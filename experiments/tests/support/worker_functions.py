@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from topk_experiments.runs.memory import PeakMeter, limit_memory
-from topk_experiments.runs.points import start_point
+from topk_experiments.runs.steps import start_point
 
 
 def add(request, send):

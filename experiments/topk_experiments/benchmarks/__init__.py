@@ -1,0 +1,31 @@
+"""Benchmarks: memory and time of the operations and of whole models, and the error of attention.
+
+tables.py        the one maker of tables and pictures
+round_tables.py  tables of methods that took turns
+rounds.py        what is missing on file is measured, by one of two protocols
+attention/       the operation alone, one layer, and chunk sizes
+feed_forward/    the same for feed-forward layers
+model/           one training step of a whole model
+error/           how far the output is from full attention, at equal time and memory
+figures.py       the figures of Gupta et al. 2021, in sizes for two cores
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import attention, error, feed_forward, model
+
+
+def redraw(results: Path) -> list[Path]:
+    """Draw all tables and pictures of the benchmarks again from the records in a folder of results.
+
+    Nothing is measured. Returns the files written; folders without records are skipped.
+    """
+    written = []
+    for table in (attention.LAYERS, attention.CHUNKS, feed_forward.LAYERS):
+        written += table.report(results / table.name)
+    for operation, name in ((attention, "attention-kernel"), (feed_forward, "feed-forward-kernel")):
+        for sweep in ("table", *operation.ROUNDS.sweeps):
+            written += operation.ROUNDS.report(results / name, sweep)
+    return [*written, *model.redraw(results), *error.redraw(results)]

@@ -1,36 +1,44 @@
-"""What the tables and pictures of benchmarks of points have in common. Nothing here measures."""
+"""The one maker of tables, on the console and in markdown, and of pictures over a size. Nothing here measures."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ..runs.points import PointBenchmark, say
+from ..runs.ledger import newest, on_file
+from ..runs.progress import say
 from ..runs.records import Json, days_and_commits, write_whole
 from ..runs.timing import busy_note
+from ..show.plots import MEMORY_AND_TIME, draw_memory_and_time
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+Numbers = Mapping[int, tuple[float, float]]  # size -> (GiB, seconds)
+Panels = Sequence[tuple[str, str, float]]
+# Field of a panel -> which of (GiB, seconds) it shows, and how many of its unit that number has.
+_QUOTED = {"peak_mib": (0, 1024.0), "elapsed_s": (1, 1.0), "forward_backward_s": (1, 1.0)}
 # Headings above what `measured_cells` returns.
 MEASURED = ("memory [GiB]", "time [s]", "fastest to slowest [s]")
-PEAK_OF_LAYER = (
-    "Memory is the peak of the first step above what the process held before the layer was made, with weights, input "
-    "and all gradients; time: median."
-)
 
 
 @dataclass(frozen=True)
 class Page:
-    """A table with a heading and notes. The first column, which says what a row is about, is aligned to the left."""
+    """A table with a heading and notes. The first column, which names the row, is aligned to the left.
+
+    has_list  notes are the points of a list instead of paragraphs
+    head      line between the heading and the table, in markdown alone
+    """
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
+    has_list: bool = False
+    head: str = ""
 
     def show(self, console: Console) -> None:
         from rich.markup import escape
@@ -46,8 +54,117 @@ class Page:
             say(console, line)
 
     def as_markdown(self) -> str:
-        parts = [f"**{self.title}**", "\n".join(markdown_table(self.headings, self.rows)), *self.notes]
-        return "\n\n".join(parts) + "\n"
+        notes = ["\n".join(f"- {line}" for line in self.notes)] if self.has_list else self.notes
+        parts = [f"**{self.title}**", *([self.head] if self.head else [])]
+        parts += ["\n".join(markdown_table(self.headings, self.rows)), *notes]
+        return "\n\n".join(parts).rstrip() + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointTable:
+    """The tables and pictures of points that each have a process of their own; functions are of a record's point.
+
+    name            of the files
+    schema          of the records
+    operation       module whose OPERATION is measured
+    settings        fields of a point in which all points of one table agree
+    size            the field that a table is about, its heading, its label in a picture
+    title           what all points of a table share
+    picture_adds    to that title in a picture
+    label           what a table or a picture calls a method with its settings
+    order           sorts the rows of a table
+    curve_order     sorts the curves of a picture, which otherwise stand as they were measured
+    over_k          label of k in a picture over k, and what that picture calls a method ("": not in it); None: no such
+                    picture
+    methods         heading of the methods' names
+    paper           what a picture calls the paper's curve of the method, and its size -> (GiB, seconds) where the point
+                    has the paper's settings
+    paper_headings  of columns with these numbers beside ours
+    paper_rows      curves of the paper in rows below the table of such points: name -> size -> (GiB, seconds)
+    paper_note      where they come from
+    """
+
+    name: str
+    schema: str
+    operation: str
+    settings: Sequence[str]
+    size: tuple[str, str, str]
+    title: Callable[[Json], str]
+    picture_adds: Callable[[Json], str] = lambda _: ""
+    label: Callable[[Json], str]
+    order: Callable[[Json], Any]
+    curve_order: Callable[[Json], int] = lambda _: 0
+    over_k: tuple[str, Callable[[Json], str]] | None = None
+    methods: str = "method"
+    memory_note: str = (
+        "Memory is the peak of the first step above what the process held before the layer was made, with weights, "
+        "input and all gradients; time: median."
+    )
+    panels: Panels = MEMORY_AND_TIME
+    paper: Callable[[Json], tuple[str, Numbers]]
+    paper_headings: Sequence[str] = ()
+    paper_rows: Callable[[Json], Mapping[str, Numbers]] = lambda _: {}
+    paper_note: str = ""
+
+    def pages(self, records: Sequence[Json]) -> list[Page]:
+        """A table for each setting."""
+        return [self._page(group) for group in by_setting(records, self.settings)]
+
+    def report(self, out: Path) -> list[Path]:
+        """Write the tables and pictures of all records on file in a folder; returns the files written."""
+        records = on_file(out / f"{self.name}.jsonl", self.schema)
+        records = newest(records, lambda record: json.dumps(record["point"], sort_keys=True))
+        if not records:
+            return []
+        table = out / f"{self.name}.md"
+        write_whole(table, "\n".join(page.as_markdown() for page in self.pages(records)))
+        written = [table]
+        for number, group in enumerate(by_setting(records, self.settings), 1):
+            written += self._draw(group, out, "" if number == 1 else f"-{number}")
+        return written
+
+    def _page(self, records: Sequence[Json]) -> Page:
+        records = sorted(records, key=lambda record: self.order(record["point"]))
+        rows: list[tuple[str, ...]] = []
+        for record in records:
+            point, size = record["point"], record["point"][self.size[0]]
+            beside = self.paper(point)[1].get(size, ("",) * 2) if self.paper_headings else ()
+            numbers = [number if number == "" else f"{number:.2f}" for number in beside]
+            rows.append((self.label(point), "" if size is None else f"{size:,}", *measured_cells(record), *numbers))
+        below: list[tuple[str, ...]] = [
+            (name, f"{size:,}", f"{gib:.2f}", f"{seconds:.2f}", "")
+            for name, numbers in self.paper_rows(records[0]["point"]).items()
+            for size, (gib, seconds) in numbers.items()
+        ]
+        is_quoted = below or (self.paper_headings and any(row[-1] for row in rows))
+        notes = [*how_measured(records), self.memory_note, *([self.paper_note] if is_quoted else [])]
+        headings = (self.methods, self.size[1], *MEASURED, *self.paper_headings)
+        return Page(self.title(records[0]["point"]), headings, rows + below, notes)
+
+    def _draw(self, records: Sequence[Json], out: Path, suffix: str) -> list[Path]:
+        """Over the size, and over k at the size at which most k were measured."""
+        records = sorted(records, key=lambda record: self.curve_order(record["point"]))
+        size, heading, axis = self.size
+        first = records[0]["point"]
+        title = self.title(first) + self.picture_adds(first)
+        swept = with_several(size, records)
+        swept += [record for record in records if swept and record["point"][size] is None]
+        quoted: dict[str, Quoted] = {}
+        for record in swept:
+            label, numbers = self.paper(record["point"])
+            if numbers:
+                quoted.setdefault(label, Quoted(numbers, like=self.label(record["point"])))
+        picture = out / f"{self.name}{suffix}.png"
+        options: Json = {"title": title, "quoted": quoted, "panels": self.panels}
+        pictures = draw_sweep(swept, picture, x=size, x_label=axis, name=self.label, **options)
+        if self.over_k is not None:
+            axis, name = self.over_k
+            over_k = [record for record in at_size_with_most_k(records, size) if name(record["point"])]
+            if over_k:
+                title += f", {heading} = {over_k[0]['point'][size]:,}"
+                picture = out / f"{self.name}-k{suffix}.png"
+                pictures += draw_sweep(over_k, picture, x="k", x_label=axis, title=title, name=name)
+        return pictures
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -58,47 +175,38 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
 
 
-class Reporting(Protocol):
-    """A module that makes tables and pictures of one benchmark's records."""
+def head(records: Sequence[Json], *, threads: int, device: str = "cpu", dtype: str = "") -> str:
+    """The line above or below a table: computer, software, days and commits.
 
-    def report(self, out: Path) -> list[Path]:
-        """Write those of all records in the folder; returns the files."""
-
-    def pages(self, records: Sequence[Json]) -> list[Page]:
-        """A table for each setting."""
-
-
-def run_and_show(
-    run: Callable[[PointBenchmark, Console], list[Json]],
-    reporting: Reporting,
-    benchmark: PointBenchmark,
-    console: Console,
-) -> None:
-    """Measure what is missing, show the tables of the points asked for, and write the reports of all on file."""
-    records = run(benchmark, console)
-    for page in reporting.pages(records):
-        page.show(console)
-    for path in reporting.report(benchmark.out):
-        say(console, f"Written: {path}")
-
-
-def write_report(
-    path: Path,
-    records: Sequence[Json],
-    settings: Sequence[str],
-    page_of: Callable[[list[Json]], Page],
-    draw: Callable[[list[Json], str], list[Path]],
-) -> list[Path]:
-    """Write the tables of records, one for each setting, and their pictures; nothing where there are no records.
-
-    draw  (records of one setting, what distinguishes its file names) -> pictures written
+    device  as in the records of points: "cpu", or the name of a GPU
+    dtype   where the title does not name it
     """
-    if not records:
-        return []
-    groups = by_setting(records, settings)
-    write_whole(path, "\n".join(page_of(group).as_markdown() for group in groups))
-    pictures = [draw(group, "" if number == 1 else f"-{number}") for number, group in enumerate(groups, 1)]
-    return [path, *itertools.chain.from_iterable(pictures)]
+    last = records[-1]["environment"]
+    computer = f"{last['cpu']}, {threads} threads" if device == "cpu" else device
+    parts = [computer, *([dtype] if dtype else []), f"PyTorch {last['torch']}", days_and_commits(records)]
+    return f"{', '.join(parts)}."
+
+
+def busy_notes(records: Sequence[Json]) -> list[str]:
+    """A note where other processes were busy while the records were made."""
+    busy = busy_note([record.get("other_cores") for record in records], records[-1]["environment"]["num_cpus"])
+    return [] if busy is None else [busy]
+
+
+def computed_on(point: Json) -> str:
+    """What computed a point, for a title: its CPU threads, or its GPU."""
+    return f"{point['threads']} CPU threads" if point["device"] == "cpu" else point["device"]
+
+
+def how_measured(records: Sequence[Json]) -> list[str]:
+    """Computer, software and limits of records of one setting, and whether other processes were busy meanwhile."""
+    point = records[-1]["point"]
+    lines = [head(records, threads=point["threads"], device=point["device"])]
+    stopped = [record for record in records if record["outcome"] == "out of memory"]
+    limits = sorted({record["memory_limit_gib"] for record in stopped if record["memory_limit_gib"] is not None})
+    if limits:
+        lines.append(f"Out of memory: the process was allowed {' or '.join(f'{limit:g}' for limit in limits)} GiB.")
+    return [*lines, *busy_notes(records)]
 
 
 def measured_cells(record: Json) -> tuple[str, str, str]:
@@ -109,22 +217,9 @@ def measured_cells(record: Json) -> tuple[str, str, str]:
     return (f"{record['peak_mib'] / 1024:.3f}", f"{record['elapsed_s']:.2f}", spread)
 
 
-def measured_in_words(record: Json) -> str:
-    """The same of a finished record, short."""
+def memory_and_time(record: Json) -> str:
+    """Peak memory and time of a finished record on one line."""
     return f"{record['peak_mib'] / 1024:.3f} GiB, {record['elapsed_s']:.2f} s"
-
-
-def how_measured(records: Sequence[Json]) -> list[str]:
-    """Computer, software and limits of records of one setting, and whether others were busy meanwhile."""
-    point, here = records[-1]["point"], records[-1]["environment"]
-    computer = f"{here['cpu']}, {point['threads']} threads" if point["device"] == "cpu" else point["device"]
-    lines = [f"{computer}, PyTorch {here['torch']}, {days_and_commits(records)}."]
-    given_up = [record for record in records if record["outcome"] == "out of memory"]
-    limits = sorted({record["memory_limit_gib"] for record in given_up if record["memory_limit_gib"] is not None})
-    if limits:
-        lines.append(f"Out of memory: the process was allowed {' or '.join(f'{limit:g}' for limit in limits)} GiB.")
-    busy = busy_note([record.get("other_cores") for record in records], here["num_cpus"])
-    return [*lines, *([] if busy is None else [busy])]
 
 
 def by_setting(records: Sequence[Json], names: Sequence[str]) -> list[list[Json]]:
@@ -170,27 +265,71 @@ def with_several(x: str, records: Sequence[Json]) -> list[Json]:
     return [record for record, same in zip(records, rest, strict=True) if rest.count(same) > 1]
 
 
-def size_with_most(x: str, records: Sequence[Json], size: str) -> int | None:
-    """The size of points at which most different x were measured, the largest of several; None where nowhere two were.
+def at_size_with_most_k(records: Sequence[Json], size: str) -> list[Json]:
+    """The records of the size at which most different k were measured, the largest of several sizes.
 
-    >>> size_with_most("k", [{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")
-    64
+    Records without k are among them. None where at no size two different k were measured.
+
+    >>> at_size_with_most_k([{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")[2:]
+    [{'point': {'k': None, 'length': 64}}]
     """
-    swept: dict[int, set[int]] = {}
-    for record in records:
-        if record["point"][x] is not None:
-            swept.setdefault(record["point"][size], set()).add(record["point"][x])
-    best = max(swept, key=lambda at: (len(swept[at]), at), default=None)
-    return best if best is not None and len(swept[best]) > 1 else None
+    ks: dict[int, set[int]] = {}
+    for point in (record["point"] for record in records if record["point"]["k"] is not None):
+        ks.setdefault(point[size], set()).add(point["k"])
+    best = max(ks, key=lambda at: (len(ks[at]), at), default=None)
+    return [record for record in records if best is not None and len(ks[best]) > 1 and record["point"][size] == best]
 
 
-def quoted_by_field(papers: dict[str, dict[int, tuple[float, float]]]) -> dict[str, dict[str, dict[int, float]]]:
-    """Somebody's (GiB, seconds) for `draw_memory_and_time`: name -> {x: ...} becomes field -> name -> {x: value}.
+@dataclass(frozen=True)
+class Quoted:
+    """Somebody else's numbers for a curve.
 
-    >>> quoted_by_field({"theirs": {64: (2.0, 0.5)}})
-    {'peak_mib': {'theirs': {64: 2.0}}, 'elapsed_s': {'theirs': {64: 0.5}}}
+    numbers  x -> (GiB, seconds)
+    like     name of the curve whose colour and marker they take
     """
-    return {
-        field: {name: {x: numbers[axis] for x, numbers in points.items()} for name, points in papers.items()}
-        for axis, field in enumerate(("peak_mib", "elapsed_s"))
-    }
+
+    numbers: Numbers
+    like: str = ""
+
+
+def draw_sweep(
+    records: Sequence[Json],
+    path: Path,
+    *,
+    x: str,
+    x_label: str,
+    title: str,
+    name: Callable[[Json], str],
+    quoted: Mapping[str, Quoted] | None = None,
+    panels: Panels = MEMORY_AND_TIME,
+) -> list[Path]:
+    """Draw memory and time of points over one of their fields; returns the file, or none where no point finished.
+
+    name    of a record's point
+    quoted  label -> numbers beside the curves, in the panels of peak memory and of whole steps
+    panels  as `draw_memory_and_time` takes them
+    """
+    if not any(record["outcome"] == "finished" for record in records):
+        return []
+    curves, levels = curves_over(x, records, name)
+    quoted = quoted or {}
+    by_field: dict[str, dict[str, dict[int, float]]] = {}
+    for field, _, factor in panels:
+        if field in _QUOTED:
+            axis, unit = _QUOTED[field]
+            by_field[field] = {
+                label: {at: pair[axis] * unit * factor for at, pair in about.numbers.items()}
+                for label, about in quoted.items()
+            }
+    draw_memory_and_time(
+        curves,
+        path,
+        x=x,
+        x_label=x_label,
+        title=title,
+        levels=levels,
+        panels=panels,
+        quoted=by_field,
+        quoted_like={label: about.like for label, about in quoted.items()},
+    )
+    return [path]

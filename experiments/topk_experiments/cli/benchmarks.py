@@ -1,9 +1,10 @@
-"""Benchmarks of the operations beside their rivals, and of whole models."""
+"""Benchmarks whose methods take turns, beside their rivals, and of whole models."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +13,42 @@ from .options import (
     Backend,
     Fresh,
     Out,
+    PointOptions,
     Seed,
-    Threads,
+    TimeLimit,
     errors_in_words,
     feed_forward_neurons,
     integers,
+    integers_or_none,
     names,
+    names_or_none,
     new_console,
+    taking,
 )
 
 
+@dataclass(frozen=True)
+class RoundOptions:
+    """Options of benchmarks whose methods take turns."""
+
+    rivals: Annotated[str | None, typer.Option(help="Methods beside ours, separated by commas.")] = None
+    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7
+    step_limit: Annotated[
+        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
+    ] = 120
+    time_limit: TimeLimit = 3600
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True
+    out: Out = Path("results")
+    seed: Seed = 0
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2
+    backend: Annotated[str, typer.Option(help="Backend of top-k that is compared with the rivals.")] = "cpu"
+    fresh: Fresh = False
+
+
 @benchmark.command()
+@taking(RoundOptions, out=Path("results/attention-kernel"))
 def attention_kernel(
+    shared: RoundOptions,
     sweep: Annotated[
         str | None, typer.Option(help='Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).')
     ] = None,
@@ -34,57 +59,25 @@ def attention_kernel(
         ),
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="For the sweep over length, instead of its own.")] = None,
-    rivals: Annotated[
-        str | None,
-        typer.Option(help="Among sdpa, topk-chunked, query-chunks and performer, separated by commas."),
-    ] = None,
-    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
-    step_limit: Annotated[
-        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
-    ] = 120,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
-    out: Out = Path("results/attention-kernel"),
-    seed: Seed = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    backend: Annotated[str, typer.Option(help="Backend of top-k attention that is held against the rivals.")] = "cpu",
-    fresh: Fresh = False,
 ) -> None:
     """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
 
-    Methods are checked against the reference first. Points are appended to table.jsonl, length.jsonl or k.jsonl;
-    interrupted, the same command continues with those that are missing.
+    Methods are checked against the reference first. Rivals: sdpa, topk-chunked, query-chunks and performer. Points are
+    appended to table.jsonl, length.jsonl or k.jsonl; interrupted, the same command continues with those that are
+    missing.
     """
-    with errors_in_words(f"finished points are in {out}"):
-        from ..benchmarks import attention_kernel, kernel_benchmark
+    with errors_in_words(f"finished points are in {shared.out}"):
+        from ..benchmarks.attention import ROUNDS
 
-        name, plan = attention_kernel.make_plan(
-            backend,
-            sweep=sweep,
-            works=None if works is None else names(works),
-            lengths=None if lengths is None else integers("lengths", lengths),
-            rivals=None if rivals is None else names(rivals),
-        )
-        kernel_benchmark.run_and_report(
-            kernel_benchmark.KernelBenchmark(
-                attention_kernel.SUBJECT,
-                name,
-                plan,
-                out=out,
-                threads=threads,
-                seed=seed,
-                repetitions=repetitions,
-                step_limit_s=step_limit,
-                time_limit_s=time_limit,
-                with_memory=memory,
-                fresh=fresh,
-            ),
-            new_console(),
-        )
+        if lengths is not None and sweep != "length":
+            raise ValueError('lengths goes with sweep "length" alone')
+        _run_rounds(ROUNDS, shared, sweep=sweep, works=works, sizes=integers_or_none("lengths", lengths))
 
 
 @benchmark.command()
+@taking(RoundOptions, out=Path("results/feed-forward-kernel"))
 def feed_forward_kernel(
+    shared: RoundOptions,
     sweep: Annotated[
         str | None, typer.Option(help='Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).')
     ] = None,
@@ -97,57 +90,44 @@ def feed_forward_kernel(
     ] = None,
     d_ff: Annotated[str | None, typer.Option(help="For the sweep, instead of its own.")] = None,
     tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.")] = None,
-    rivals: Annotated[
-        str | None, typer.Option(help="Among dense, topk-chunked and token-chunks, separated by commas.")
-    ] = None,
-    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7,
-    step_limit: Annotated[
-        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
-    ] = 120,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which a work is given up and recorded so.")] = 3600,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
-    out: Out = Path("results/feed-forward-kernel"),
-    seed: Seed = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    backend: Annotated[str, typer.Option(help="Backend of top-k that is held against the rivals.")] = "cpu",
-    fresh: Fresh = False,
 ) -> None:
     """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
 
-    Methods are checked against the reference first. Points are appended to table.jsonl or d_ff.jsonl; interrupted, the
-    same command continues with those that are missing.
+    Methods are checked against the reference first. Rivals: dense, topk-chunked and token-chunks. Points are appended
+    to table.jsonl or d_ff.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out}"):
-        from ..benchmarks import feed_forward_kernel, kernel_benchmark
+    with errors_in_words(f"finished points are in {shared.out}"):
+        from ..benchmarks.feed_forward import ROUNDS
 
-        name, plan = feed_forward_kernel.make_plan(
-            backend,
-            sweep=sweep,
-            works=None if works is None else names(works),
-            d_ffs=None if d_ff is None else integers("d_ff", d_ff),
-            tokens=tokens,
-            rivals=None if rivals is None else names(rivals),
-        )
-        kernel_benchmark.run_and_report(
-            kernel_benchmark.KernelBenchmark(
-                feed_forward_kernel.SUBJECT,
-                name,
-                plan,
-                out=out,
-                threads=threads,
-                seed=seed,
-                repetitions=repetitions,
-                step_limit_s=step_limit,
-                time_limit_s=time_limit,
-                with_memory=memory,
-                fresh=fresh,
-            ),
-            new_console(),
-        )
+        sweep = "d_ff" if sweep == "d-ff" else sweep
+        _run_rounds(ROUNDS, shared, sweep=sweep, works=works, sizes=integers_or_none("d_ff", d_ff), tokens=tokens)
+
+
+def _run_rounds(table: Any, shared: RoundOptions, *, works: str | None, **choice: Any) -> None:
+    from ..benchmarks.rounds import RoundBenchmark, run_and_show_rounds
+    from ..runs.steps import Limits
+
+    name, plan = table.plan(shared.backend, works=names_or_none(works), rivals=names_or_none(shared.rivals), **choice)
+    benchmark = RoundBenchmark(
+        table,
+        name,
+        plan,
+        out=shared.out,
+        threads=shared.threads,
+        seed=shared.seed,
+        repetitions=shared.repetitions,
+        step_limit_s=shared.step_limit,
+        limits=Limits(shared.time_limit),
+        with_memory=shared.memory,
+        fresh=shared.fresh,
+    )
+    run_and_show_rounds(benchmark, new_console())
 
 
 @benchmark.command()
+@taking(PointOptions, out=Path("results/model"), time_limit=3600)
 def model(
+    shared: PointOptions,
     shape: Annotated[str, typer.Option(help="Random weights in the shape of bert-base or t5-base.")] = "bert-base",
     config: Annotated[
         str | None, typer.Option(help="Instead: local folder or Hugging Face id whose configuration to use.")
@@ -168,31 +148,18 @@ def model(
     dropout: Annotated[float, typer.Option(help="Probability of every dropout that the model has.")] = 0.1,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, layer by layer.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repetitions: Annotated[int, typer.Option(help="Timed steps of a point; long ones get fewer.")] = 3,
     step_limit: Annotated[float, typer.Option(help="Leave a point out whose step should take more seconds.")] = 600,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")] = 3600,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(help="GiB beyond which a point is recorded as out of memory. Default: most of what is free."),
-    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the files; default: the shape. Other settings, other name.")] = (
         None
     ),
-    out: Out = Path("results/model"),
-    seed: Seed = 0,
-    threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Fresh = False,
 ) -> None:
     """One training step of a whole model (forward, loss, backward): peak memory and time against length.
 
     Every point has a process of its own, in which its answer is checked first. Points are appended to NAME.jsonl, those
     that ran out of memory among them; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out}"):
-        import torch
-
+    with errors_in_words(f"finished points are in {shared.out}"):
         from ..benchmarks import model as model_benchmark
         from ..models.pretrained import find_model
 
@@ -210,22 +177,19 @@ def model(
             dropout_p=dropout,
             checkpointing=checkpointing,
             dtype=dtype,
-            device=device,
             backend=backend,
-            threads=threads or torch.get_num_threads(),
-            seed=seed,
+            **shared.settings(),
             source=source,
         )
         model_benchmark.run_and_report(
             model_benchmark.ModelBenchmark(
-                name or shape.replace("/", "--"),
                 points,
-                out=out,
-                repetitions=repetitions,
+                shared.out,
+                name=name or shape.replace("/", "--"),
+                repetitions=shared.repetitions,
                 step_limit_s=step_limit,
-                time_limit_s=time_limit,
-                memory_limit_gib=memory_limit,
-                fresh=fresh,
+                limits=shared.limits(),
+                fresh=shared.fresh,
             ),
             new_console(),
         )

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .application import benchmark
 from .options import (
     Backend,
-    Fresh,
+    Device,
+    HeadDim,
     Heads,
     Out,
-    Seed,
+    PointOptions,
     Text,
     Threads,
     errors_in_words,
     integers,
+    integers_or_none,
     names,
+    names_or_none,
     new_console,
+    taking,
 )
-
-Device = Annotated[str, typer.Option(help='"cpu" or "cuda".')]
-TimeLimit = Annotated[float, typer.Option(help="Seconds after which a point is given up and recorded so.")]
-MemoryLimit = Annotated[
-    float | None,
-    typer.Option(help="GiB that a point's process may take. Default: 0.9 of what is free when it starts."),
-]
 
 
 @benchmark.command()
+@taking(PointOptions, out=Path("results/attention"))
 def attention(
+    shared: PointOptions,
     lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "2048,4096,8192,16384,32768",
     implementations: Annotated[
         str | None,
@@ -43,7 +42,7 @@ def attention(
     k: Annotated[str, typer.Option(help="Keys kept per query (topk), separated by commas.")] = "128",
     features: Annotated[int, typer.Option(help="Random features (performer, rfa).")] = 256,
     heads: Heads = 12,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    head_dim: HeadDim = 64,
     bias: Annotated[str, typer.Option(help='"none", or "learned": a number per head and distance.')] = "none",
     dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
     projections: Annotated[
@@ -57,36 +56,24 @@ def attention(
             "topk against sdpa.",
         ),
     ] = False,
-    repetitions: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
-    time_limit: TimeLimit = 900,
-    memory_limit: MemoryLimit = None,
-    out: Out = Path("results/attention"),
-    device: Device = "cpu",
-    seed: Seed = 0,
-    threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Fresh = False,
 ) -> None:
     """One self-attention layer, forward and backward: peak memory and time against length.
 
     Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
     Points are appended to attention.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out / 'attention.jsonl'}"):
-        import torch
+    with errors_in_words(f"finished points are in {shared.out / 'attention.jsonl'}"):
+        from ..benchmarks.attention import LAYERS, works
 
-        from ..benchmarks import attention_layer, attention_layer_report
-        from ..benchmarks.tables import run_and_show
-        from ..runs.points import Limits, PointBenchmark
-
-        settings = {"threads": threads or torch.get_num_threads(), "backend": backend, "seed": seed, "device": device}
+        settings: Any = {"backend": backend, **shared.settings()}
         ks = integers("k", k)
         if bias_and_dropout:
-            points = attention_layer.bias_and_dropout(k=ks[0], **settings)
+            points = works.bias_and_dropout(ks[0], **settings)
         else:
-            points = attention_layer.grid(
+            points = works.grid(
                 integers("lengths", lengths),
-                attention_layer.able_to(bias, dropout) if implementations is None else names(implementations),
+                works.able_to(bias, dropout) if implementations is None else names(implementations),
                 ks,
                 num_heads=heads,
                 head_dim=head_dim,
@@ -96,13 +83,13 @@ def attention(
                 projections=projections,
                 **settings,
             )
-        limits = Limits(time_limit, memory_limit)
-        plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
-        run_and_show(attention_layer.run_attention_benchmark, attention_layer_report, plan, new_console())
+        _run_points(LAYERS, points, shared)
 
 
 @benchmark.command()
+@taking(PointOptions, out=Path("results/feed-forward"))
 def feed_forward(
+    shared: PointOptions,
     d_ff: Annotated[
         str, typer.Option(help="Neurons of the layer, separated by commas.")
     ] = "2048,6144,16384,32768,65536",
@@ -116,44 +103,31 @@ def feed_forward(
     k: Annotated[str, typer.Option(help="Neurons kept per token (topk), separated by commas.")] = "512",
     tokens: Annotated[int, typer.Option(help="Tokens; the paper's are 262144.")] = 4096,
     d_model: Annotated[int, typer.Option(help="Size of a token.")] = 768,
-    repetitions: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
-    time_limit: TimeLimit = 900,
-    memory_limit: MemoryLimit = None,
-    out: Out = Path("results/feed-forward"),
-    device: Device = "cpu",
-    seed: Seed = 0,
-    threads: Threads = None,
-    fresh: Fresh = False,
 ) -> None:
     """One feed-forward layer, forward and backward: peak memory and time against its number of neurons.
 
     Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
     Points are appended to feed-forward.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out / 'feed-forward.jsonl'}"):
-        import torch
+    with errors_in_words(f"finished points are in {shared.out / 'feed-forward.jsonl'}"):
+        from ..benchmarks.feed_forward import LAYERS
+        from ..benchmarks.feed_forward.works import grid
 
-        from ..benchmarks import feed_forward_layer, feed_forward_layer_report
-        from ..benchmarks.tables import run_and_show
-        from ..runs.points import Limits, PointBenchmark
-
-        points = feed_forward_layer.grid(
+        points = grid(
             integers("d-ff", d_ff),
             names(methods),
             integers("k", k),
             tokens=tokens,
             d_model=d_model,
-            device=device,
-            threads=threads or torch.get_num_threads(),
-            seed=seed,
+            **shared.settings(),
         )
-        limits = Limits(time_limit, memory_limit)
-        plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
-        run_and_show(feed_forward_layer.run_feed_forward_benchmark, feed_forward_layer_report, plan, new_console())
+        _run_points(LAYERS, points, shared)
 
 
 @benchmark.command()
+@taking(PointOptions, out=Path("results/chunk-size"))
 def chunk_size(
+    shared: PointOptions,
     chunk_sizes: Annotated[
         str, typer.Option(help="Queries handled at a time, separated by commas.")
     ] = "128,256,512,1024,2048,4096,8192",
@@ -167,30 +141,19 @@ def chunk_size(
     length: Annotated[int, typer.Option(help="Length of the sequence; the paper's is 65536.")] = 32768,
     k: Annotated[int, typer.Option(help="Keys kept per query (topk, topk-cpu).")] = 128,
     heads: Heads = 12,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    head_dim: HeadDim = 64,
     causal: Annotated[bool, typer.Option(help="A query sees the keys up to its own alone.")] = False,
-    repetitions: Annotated[int, typer.Option(help="Timed passes of a point.")] = 3,
-    time_limit: TimeLimit = 900,
-    memory_limit: MemoryLimit = None,
-    out: Out = Path("results/chunk-size"),
-    device: Device = "cpu",
-    seed: Seed = 0,
-    threads: Threads = None,
-    fresh: Fresh = False,
 ) -> None:
     """Attention without a mask, forward: peak memory and time against the number of queries handled at a time.
 
     Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
     Points are appended to chunk-size.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out / 'chunk-size.jsonl'}"):
-        import torch
+    with errors_in_words(f"finished points are in {shared.out / 'chunk-size.jsonl'}"):
+        from ..benchmarks.attention import CHUNKS
+        from ..benchmarks.attention.works import chunk_grid
 
-        from ..benchmarks import chunk_size, chunk_size_report
-        from ..benchmarks.tables import run_and_show
-        from ..runs.points import Limits, PointBenchmark
-
-        points = chunk_size.grid(
+        points = chunk_grid(
             names(methods),
             integers("chunk-sizes", chunk_sizes),
             length=length,
@@ -198,17 +161,15 @@ def chunk_size(
             num_heads=heads,
             head_dim=head_dim,
             is_causal=causal,
-            device=device,
-            threads=threads or torch.get_num_threads(),
-            seed=seed,
+            **shared.settings(),
         )
-        limits = Limits(time_limit, memory_limit)
-        plan = PointBenchmark(points, out=out, repetitions=repetitions, limits=limits, fresh=fresh)
-        run_and_show(chunk_size.run_chunk_size_benchmark, chunk_size_report, plan, new_console())
+        _run_points(CHUNKS, points, shared)
 
 
 @benchmark.command()
+@taking(PointOptions, out=Path("results/attention-error"))
 def error(
+    shared: PointOptions,
     model: Annotated[
         str | None,
         typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
@@ -229,42 +190,29 @@ def error(
         str | None, typer.Option(help="Numbers of random features, separated by commas. Default: 32 to 4,096.")
     ] = None,
     draws: Annotated[int, typer.Option(help="Draws of random features; errors are means over them.")] = 3,
-    repetitions: Annotated[int, typer.Option(help="Timed steps in each layer; long ones get fewer.")] = 3,
-    time_limit: TimeLimit = 900,
-    memory_limit: MemoryLimit = None,
-    out: Out = Path("results/attention-error"),
-    device: Device = "cpu",
-    seed: Seed = 0,
-    threads: Threads = None,
-    fresh: Fresh = False,
 ) -> None:
     """Top-k attention, Performer and RFA against dense attention, on what a real model attends to: error, time, memory.
 
     Points are appended to error.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {out / 'error.jsonl'}"):
-        import torch
-
+    with errors_in_words(f"finished points are in {shared.out / 'error.jsonl'}"):
         from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
-        from ..runs.points import Limits
 
         run_error_benchmark(
             ErrorBenchmark(
                 model=model,
                 text=text,
                 lengths=integers("lengths", lengths),
-                layers=None if layers is None else integers("layers", layers),
+                layers=integers_or_none("layers", layers),
                 methods=names(methods),
-                k=None if k is None else integers("k", k),
-                features=None if features is None else integers("features", features),
+                k=integers_or_none("k", k),
+                features=integers_or_none("features", features),
                 draws=draws,
-                repetitions=repetitions,
-                limits=Limits(time_limit, memory_limit),
-                out=out,
-                device=device,
-                threads=threads or torch.get_num_threads(),
-                seed=seed,
-                fresh=fresh,
+                repetitions=shared.repetitions,
+                limits=shared.limits(),
+                out=shared.out,
+                fresh=shared.fresh,
+                **shared.settings(),
             ),
             new_console(),
         )
@@ -296,15 +244,24 @@ def figures(
 
         from ..benchmarks.figures import run_figures
         from ..results_page import write_page
+        from ..runs.progress import say
 
         console = new_console()
         run_figures(
             is_full=full,
-            only=None if only is None else names(only),
+            only=names_or_none(only),
             memory_gib=memory_limit,
             out=out,
             device=device,
             threads=threads or torch.get_num_threads(),
             console=console,
         )
-        console.print(f"Page: {write_page(out)}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Page: {write_page(out)}")
+
+
+def _run_points(table: Any, points: Any, shared: PointOptions) -> None:
+    from ..benchmarks.rounds import PointBenchmark, run_and_show_points
+
+    limits = shared.limits()
+    benchmark = PointBenchmark(points, shared.out, shared.repetitions, limits=limits, fresh=shared.fresh)
+    run_and_show_points(table, benchmark, new_console())

@@ -15,10 +15,11 @@ Config = Annotated[
     typer.Argument(help="A configuration that comes with the library, or a TOML file of your own.", metavar="CONFIG"),
 ]
 Source = Annotated[
-    str | None, typer.Option(help="Files the task reads; what they must be is said where it is missing.")
+    str | None,
+    typer.Option(help="File or folder that the task reads. Without it, a task that needs one says what it must hold."),
 ]
 Data = Annotated[Path, typer.Option(help="Folder for prepared data.")]
-Device = Annotated[str, typer.Option(help='"auto" (a GPU where there is one) or "cpu".')]
+Device = Annotated[str, typer.Option(help='"auto" (a GPU if there is one) or "cpu".')]
 
 
 @lra.command()
@@ -27,8 +28,8 @@ def data(
     source: Source = None,
     data: Data = Path("results/lra/work/data"),
 ) -> None:
-    """Make or read a task's data once, in compact files; interrupted, the same command goes on."""
-    with errors_in_words(f"what is finished is kept in {data}"):
+    """Generate or read a task's data once and write compact files. Repeat an interrupted command to continue."""
+    with errors_in_words(f"finished data is in {data}"):
         from ..lra.configuration import read_config
         from ..lra.runs import LraPlan, prepare_data
 
@@ -47,12 +48,12 @@ def train(
     out: Out = Path("results/lra"),
     threads: Threads = None,
     device: Device = "auto",
-    tensorboard: Annotated[bool, typer.Option(help="Write files for TensorBoard where it is installed.")] = True,
+    tensorboard: Annotated[bool, typer.Option(help="Write files for TensorBoard if it is installed.")] = True,
 ) -> None:
-    """Train every method with every seed; a run that is recorded already is not trained again.
+    """Train every method with every seed; a run on file is not trained again.
 
-    Finished runs are lines of runs.jsonl. Interrupted, the same command goes on from the last point of the curve.
-    Started by torchrun or accelerate launch, the processes share every batch.
+    Finished runs are lines of runs.jsonl. To continue an interrupted run, repeat the command: it resumes from the last
+    point of the curve. If torchrun or accelerate launch starts the command, the processes share every batch.
     """
     with errors_in_words(f"finished runs are in {out / 'runs.jsonl'}, checkpoints in {out / 'work'}"):
         from ..lra.configuration import read_config
@@ -74,17 +75,17 @@ def train(
 @lra.command()
 def evaluate(
     config: Config,
-    method: Annotated[str, typer.Option(help="Kind of attention of the run.")] = "topk",
+    method: Annotated[str, typer.Option(help="Method of attention of the run.")] = "topk",
     seed: Seed = 0,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    weights: Annotated[Path | None, typer.Option(help="File of weights; by default the one that the run left.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File of weights. Default: the file that the run wrote.")] = None,
     source: Source = None,
     data: Data = Path("results/lra/work/data"),
     out: Out = Path("results/lra"),
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
-    """Loss and accuracy of the weights that a run left, those of its best validation."""
+    """Loss and accuracy of a run's weights, those of its best validation."""
     with errors_in_words():
         from ..lra.configuration import read_config
         from ..lra.runs import LraPlan, evaluate_run
@@ -97,7 +98,7 @@ def evaluate(
 
 @lra.command()
 def table(out: Out = Path("results/lra")) -> None:
-    """Write table.md and curves.png from the recorded runs, with the published accuracies marked as quoted."""
+    """Write table.md and curves.png from all runs on file, beside published accuracies, which are marked as quoted."""
     with errors_in_words():
         from ..lra.table import write_table
 

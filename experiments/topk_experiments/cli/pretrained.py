@@ -19,7 +19,8 @@ def demo(
     ] = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
-    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,32,64,128,256",
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,64,256",
+    rounds: Annotated[int, typer.Option(help="Times that every setting runs, in turns.")] = 3,
     out: Out = Path("build/demo"),
     seed: Seed = 0,
     threads: Threads = None,
@@ -28,7 +29,9 @@ def demo(
 ) -> None:
     """Read a text with full attention and with several k; compare perplexity, time and memory.
 
-    Writes demo.json, demo.png and demo.html. Interrupted, the same command continues with the runs that are missing.
+    The settings take turns, round after round, so that noise does not decide which one looks faster. The defaults take
+    about five minutes on two cores. Writes demo.json, demo.png and demo.html. To continue an interrupted demo, repeat
+    the command: it makes the runs that are missing.
     """
     with errors_in_words(f"finished runs are in {out / 'demo.json'}"):
         from topk_experiments.pretrained.demo import DemoConfig, run_demo
@@ -39,6 +42,7 @@ def demo(
                 text=text,
                 num_tokens=tokens,
                 k=integers("k", k),
+                rounds=rounds,
                 out=out,
                 seed=seed,
                 threads=threads,
@@ -64,50 +68,53 @@ def calibrate(
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Length of a window: that of later use, a head's need grows with it. Default: 2,048, or the model's "
-            "longest input where that is shorter."
+            help="Tokens of a window. Take the length of later inputs: a head needs more "
+            "keys in longer ones. Default: 2,048, "
+            "or the model's longest input if that is shorter."
         ),
     ] = None,
     start: Annotated[int, typer.Option(help="Character of the text at which the first window begins.")] = 0,
     windows: Annotated[
         int | None,
-        typer.Option(help="Windows to measure on, one after the other. Default: 1, for an encoder 16."),
+        typer.Option(help="Windows to measure on, one after the other. Default: 1, or 16 for an encoder."),
     ] = None,
     mean_k: Annotated[
-        float | None, typer.Option(help="Budget: keys per query, mean of all heads. 64 unless another target is given.")
+        float | None,
+        typer.Option(help="Target: keys per query, mean over all heads. 64 unless another target is given."),
     ] = None,
     lost_mass: Annotated[
-        float | None, typer.Option(help="Instead: softmax weight that no head may exceed losing, e.g. 0.05.")
+        float | None, typer.Option(help="Target: share of softmax weight that a head may lose, such as 0.05.")
     ] = None,
     loss_increase: Annotated[
-        float | None, typer.Option(help="Instead: nats per token by which the loss may rise, e.g. 0.01; searched.")
+        float | None,
+        typer.Option(help="Target: nats per token by which the loss may rise, such as 0.01; the k are searched."),
     ] = None,
     feed_forward_mean_k: Annotated[
-        float | None, typer.Option(help="Choose neurons too: their number per token, mean of all layers.")
+        float | None, typer.Option(help="Choose neurons too: neurons per token, mean over all layers.")
     ] = None,
     uniform: Annotated[
         str | None, typer.Option(help="k for every head to compare with, separated by commas. Default: the mean k.")
     ] = None,
     also_mean_k: Annotated[
-        str | None, typer.Option(help="Other budgets to try, separated by commas. Default: half and twice the mean k.")
+        str | None, typer.Option(help="Other mean k to try, separated by commas. Default: half and twice the mean k.")
     ] = None,
     evaluate_text: Annotated[
-        Path | None, typer.Option(help="Text to evaluate on. Default: what follows the measured windows.")
+        Path | None, typer.Option(help="Text to evaluate on. Default: the text after the measured windows.")
     ] = None,
     evaluate_start: Annotated[int | None, typer.Option(help="Character at which evaluation begins.")] = None,
     evaluate_tokens: Annotated[
-        int | None, typer.Option(help="Length of a window to evaluate on. Default: that of --tokens.")
+        int | None, typer.Option(help="Tokens of a window to evaluate on. Default: as --tokens.")
     ] = None,
     evaluate_windows: Annotated[
-        int | None, typer.Option(help="Windows to evaluate on. Default: 1, for an encoder 16.")
+        int | None, typer.Option(help="Windows to evaluate on. Default: 1, or 16 for an encoder.")
     ] = None,
-    report: Annotated[Path, typer.Option(help="Page with pictures and what they say.")] = Path(
+    report: Annotated[Path, typer.Option(help="Page with the recommendation, pictures and table.")] = Path(
         "results/calibration/calibration.html"
     ),
     out: Annotated[Path, typer.Option(help="The calibration, for convert(model, attention_k=...).")] = Path(
         "results/calibration/calibration.json"
     ),
-    records: Annotated[Path, typer.Option(help="Folder for the record, called after --out.")] = Path(
+    records: Annotated[Path, typer.Option(help="Folder for the record; its name follows --out.")] = Path(
         "results/calibration"
     ),
     seed: Seed = 0,
@@ -115,11 +122,12 @@ def calibrate(
     backend: Backend = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure and evaluate again.")] = False,
 ) -> None:
-    """Find out how large k must be: measure every head on a text, give each its k, and try them on other text.
+    """Find out how large k must be: measure every head on a text, give each a k, and try them on other text.
 
-    Writes a calibration, a record and a report. Interrupted, the same command continues with what is missing.
+    Writes a calibration, a record and a report. To continue an interrupted calibration, repeat the command: it does
+    what is missing.
     """
-    with errors_in_words(f"what is finished is kept beside {out} and in {records}"):
+    with errors_in_words(f"finished runs are in {records}"):
         from topk_attention.calibrate import LossIncrease, LostMass, MeanK
         from topk_experiments.pretrained.calibration import CalibrationConfig, run_calibration
 
@@ -160,9 +168,12 @@ def transcribe(
     audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],
     k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "32,64,128",
     layers: Annotated[
-        str, typer.Option(help="Attention that keeps k keys: among encoder, cross and decoder, separated by commas.")
+        str,
+        typer.Option(help="Attention layers that keep k keys: among encoder, cross and decoder, separated by commas."),
     ] = "encoder,cross",
-    language: Annotated[str | None, typer.Option(help='Spoken language, e.g. "en". Default: found out.')] = None,
+    language: Annotated[
+        str | None, typer.Option(help='Spoken language, such as "en". Default: the model detects it.')
+    ] = None,
     out: Out = Path("results/whisper"),
     seed: Seed = 0,
     threads: Threads = None,
@@ -171,8 +182,8 @@ def transcribe(
 ) -> None:
     """Transcribe a recording with full attention and with several k; count the words that differ.
 
-    Appends to transcripts.jsonl and writes transcripts.md. Interrupted, the same command continues with what is
-    missing.
+    Appends to transcripts.jsonl and writes transcripts.md. To continue an interrupted run, repeat the command: it does
+    what is missing.
     """
     with errors_in_words(f"finished transcripts are in {out / 'transcripts.jsonl'}"):
         from topk_experiments.pretrained.transcription import TranscriptionConfig, run_transcription
@@ -196,10 +207,14 @@ def transcribe(
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder with the results; the page goes there.")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="Folder with the results; the page is written there.")] = Path("results"),
+    redraw: Annotated[bool, typer.Option(help="Draw every table and picture again from its records first.")] = True,
 ) -> None:
-    """One HTML page of all records: the paper's figures beside what was measured, with pictures and tables inside."""
+    """Draw all tables and pictures again from their records and write one HTML page of them, with what to conclude.
+
+    Nothing is measured.
+    """
     with errors_in_words():
         from topk_experiments.results_page import write_page
 
-        new_console().print(f"Written: {write_page(out)}", markup=False, highlight=False, soft_wrap=True)
+        new_console().print(f"Written: {write_page(out, redraw=redraw)}", markup=False, highlight=False, soft_wrap=True)

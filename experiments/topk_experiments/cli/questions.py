@@ -42,12 +42,12 @@ def evaluate(
         ),
     ] = None,
     attention_k: Annotated[
-        str, typer.Option(help="Keys kept per query, separated by commas; a calibration file is one of them.")
+        str, typer.Option(help="Keys kept per query, separated by commas. An entry may be a calibration file.")
     ] = "",
     feed_forward_k: Annotated[
-        str, typer.Option(help="Neurons kept per token, separated by commas; a calibration file is one of them.")
+        str, typer.Option(help="Neurons kept per token, separated by commas. An entry may be a calibration file.")
     ] = "",
-    full: Annotated[bool, typer.Option(help="The full model too; full also where it was saved with a k.")] = True,
+    full: Annotated[bool, typer.Option(help="Run the full model too, even if it was saved with a k.")] = True,
     shots: Annotated[
         int, typer.Option(help="Solved examples before each question, from the same set (decoder models).")
     ] = 0,
@@ -57,14 +57,15 @@ def evaluate(
     threads: Threads = None,
     backend: Backend = "auto",
     dtype: Annotated[
-        str, typer.Option(help='"float32", or "bfloat16", in which processors with units for it are twice as fast.')
+        str, typer.Option(help='"float32", or "bfloat16", which is twice as fast on processors with units for it.')
     ] = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Answer everything again.")] = False,
 ) -> None:
     """Let a model answer questions in full and with several k, without training.
 
-    A decoder gives each choice a likelihood, a text-to-text model writes its answer, BERT marks a stretch of the
-    passage. Points are appended to evaluations.jsonl; interrupted, the same command continues with the next batch.
+    A decoder model gives each choice a likelihood, a text-to-text model writes its answer, and a BERT marks a span of
+    the passage. Points are appended to evaluations.jsonl. To continue an interrupted evaluation, repeat the command: it
+    continues with the next batch.
     """
     with errors_in_words(f"finished points and batches are in {out}"):
         from ..qa.evaluation import EvaluationConfig, run_evaluation
@@ -94,16 +95,20 @@ def finetune(
     dataset: Annotated[
         str | None, typer.Option(help="Questions to evaluate on. Default: passages held out of --train.")
     ] = None,
-    hold_out: Annotated[
-        float, typer.Option(help="Share of the passages to hold out where --dataset is not given.")
-    ] = 0.2,
+    hold_out: Annotated[float, typer.Option(help="Share of the passages to hold out if --dataset is not given.")] = 0.2,
     attention_k: Annotated[
-        str, typer.Option(help="Keys kept per query, separated by commas; one arm each. Calibration files too.")
+        str,
+        typer.Option(
+            help="Keys kept per query, separated by commas; one arm each. An entry may be a calibration file."
+        ),
     ] = "",
     feed_forward_k: Annotated[
-        str, typer.Option(help="Neurons kept per token, separated by commas; one arm each. Calibration files too.")
+        str,
+        typer.Option(
+            help="Neurons kept per token, separated by commas; one arm each. An entry may be a calibration file."
+        ),
     ] = "",
-    full: Annotated[bool, typer.Option(help="The full model too; full also where it was saved with a k.")] = True,
+    full: Annotated[bool, typer.Option(help="Run the full model too, even if it was saved with a k.")] = True,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with random weights of the model's configuration.")
     ] = False,
@@ -112,20 +117,26 @@ def finetune(
     parts: Annotated[
         int, typer.Option(help="Parts of like length that a batch is cut into, for less memory and padding.")
     ] = 1,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 5e-5,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
     warm_up_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 40,
     constant: Annotated[
         bool, typer.Option("--constant", help="Keep the learning rate; by default it falls to a tenth.")
     ] = False,
     position_bias_rate: Annotated[
         float,
-        typer.Option(help="How many times as fast as the rest T5's tables of relative position biases learn."),
+        typer.Option(
+            help="Learning rate of T5's tables of relative position biases, as a multiple of that of the rest."
+        ),
     ] = 1.0,
-    beta2: Annotated[float, typer.Option(help="AdamW's memory of squared gradients; 0.98 forgets sooner.")] = 0.999,
+    beta2: Annotated[
+        float, typer.Option(help="Of AdamW: how long it remembers squared gradients; 0.98 is shorter.")
+    ] = 0.999,
     evaluate_every: Annotated[
         int, typer.Option(help="Steps between two points of the curve, with a checkpoint.")
     ] = 200,
-    curve_questions: Annotated[int, typer.Option(help="Questions of a point of the curve; in the end all.")] = 100,
+    curve_questions: Annotated[
+        int, typer.Option(help="Questions for a point of the curve; the final score takes all.")
+    ] = 100,
     save: Annotated[Path | None, typer.Option(help="Folder for the trained models, one folder an arm.")] = None,
     out: Out = Path("results/qa"),
     seed: Seed = 0,
@@ -135,7 +146,8 @@ def finetune(
 ) -> None:
     """Train a text-to-text or span model on questions, in full and with several k, each from the same weights.
 
-    Arms are appended to finetuning.jsonl; interrupted, the same command continues from the last point of the curve.
+    Arms are appended to finetuning.jsonl. To continue an interrupted training, repeat the command: it resumes from the
+    last point of the curve.
     """
     with errors_in_words(f"finished arms and checkpoints are in {out}"):
         from ..qa.finetuning import FinetuningConfig, run_finetuning
@@ -186,7 +198,9 @@ def reading_task(
     words: Annotated[int, typer.Option(help="Words of each of three kinds.")] = 16,
     fewest_facts: Annotated[int, typer.Option(help="Facts of the shortest paragraph.")] = 1,
     most_facts: Annotated[int, typer.Option(help="Facts of the longest paragraph.")] = 3,
-    forms: Annotated[int, typer.Option(help="Forms of sentence that state facts, 1 to 3; one is learnt soonest.")] = 1,
+    forms: Annotated[
+        int, typer.Option(help="Sentence forms that state facts, 1 to 3; one form is learnt fastest.")
+    ] = 1,
     training_questions: Annotated[int, typer.Option(help="Questions of a training file.")] = 200_000,
     test_questions: Annotated[int, typer.Option(help="Questions of a test file.")] = 500,
     layers: Layers = 2,
@@ -198,8 +212,8 @@ def reading_task(
 ) -> None:
     """Generate a reading task with words of a text, and a small untrained T5 to learn it.
 
-    Writes train.jsonl and test.jsonl, the same for a new kind of question, and small-t5 with its tokenizer, for
-    qa finetune --from-scratch and qa evaluate.
+    Writes train.jsonl and test.jsonl, the same files for a new kind of question, and small-t5 with its tokenizer. Use
+    them with qa finetune --from-scratch and qa evaluate.
     """
     with errors_in_words():
         from ..qa.small_reader import SmallReaderConfig, make_small_reader

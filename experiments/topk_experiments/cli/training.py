@@ -49,10 +49,10 @@ def feed_forward_curve(
     backend: Backend = "auto",
     fresh: TrainAgain = False,
 ) -> None:
-    """Train one small language model with dense and with top-k feed-forward layers; compare their loss curves.
+    """Train one small language model with dense and with top-k feed-forward layers; compare the loss curves.
 
-    Same initial weights and batches for all. Writes feed-forward-curve.json and .png; interrupted, the same command
-    continues from the last point of the curve.
+    All arms have the same initial weights and batches. Writes feed-forward-curve.json and .png. To continue an
+    interrupted training, repeat the command: it resumes from the last point of the curve.
     """
     with errors_in_words(f"finished arms and checkpoints are in {out}"):
         from ..language_model.feed_forward_curve import CurveConfig, run_feed_forward_curve
@@ -84,9 +84,9 @@ def language_model(
     feed_forward_k: Annotated[
         str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")
     ] = "",
-    full: Annotated[bool, typer.Option(help="The full model too.")] = True,
+    full: Annotated[bool, typer.Option(help="Train the full model too.")] = True,
     text: Text = None,
-    tokens: Annotated[str, typer.Option(help='"bytes", or "words" between spaces, as WikiText has them.')] = "bytes",
+    tokens: Annotated[str, typer.Option(help='"bytes", or "words" separated by spaces, as in WikiText.')] = "bytes",
     layers: Layers = 4,
     d_model: ModelSize = 128,
     heads: Heads = 4,
@@ -104,8 +104,8 @@ def language_model(
 ) -> None:
     """Train a small GPT from scratch in full and with top-k; compare perplexity on the last tenth of the text.
 
-    Same initial weights and batches for all. Writes TEXT-TOKENS.json and .png; interrupted, the same command continues
-    from the last point of the curve.
+    All arms have the same initial weights and batches. Writes TEXT-TOKENS.json and .png. To continue an interrupted
+    training, repeat the command: it resumes from the last point of the curve.
     """
     with errors_in_words(f"finished arms and checkpoints are in {out}"):
         from ..language_model.language_model import LanguageModelConfig, run_language_model

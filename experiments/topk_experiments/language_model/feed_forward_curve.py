@@ -1,8 +1,8 @@
 """Loss curves of one small language model, trained with dense and with top-k feed-forward layers.
 
-Same initial weights, same batches, same schedule: only the feed-forward layers differ. Tokens are the bytes of a text,
-whose last tenth is kept for validation. Each arm runs in a process of its own and leaves a checkpoint wherever it
-evaluates; the record is written after each arm.
+All arms have the same initial weights, batches and schedule: only the feed-forward layers differ. Tokens are the bytes
+of a text; its last tenth is the validation set. Each arm runs in a process of its own and writes a checkpoint whenever
+it evaluates. The record is written after each arm.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topk_attention.backends import choose_backend
-from topk_attention.environment import environment
 from topk_attention.functional.checks import check_count
 from topk_attention.nn import TopKFeedForward
 
 from ..models.text import read_text
+from ..runs.ledger import experiment_environment
 from ..runs.process import Send
 from ..runs.records import Json
-from ..runs.timing import busy_note
-from ..runs.training import TrainingPlan, check_model_and_training, random_windows, train, train_arms
-from ..show.plots import draw_loss_curves
+from ..runs.training import TrainingPlan, check_model_and_training, name_of_arm, random_windows, train, train_arms
+from .report import report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,9 +40,9 @@ _VALIDATION_BATCHES = 4
 class CurveConfig:
     """What is trained and how.
 
-    k             neurons kept per token, one arm each, beside the dense arm
-    context       bytes a window holds
-    evaluate_every  steps between two points of a curve, each with a checkpoint
+    k               neurons kept per token; one arm each, beside the dense arm
+    context         bytes of a window
+    evaluate_every  steps between two points of a curve; a checkpoint is written at each
     """
 
     k: Sequence[int] = (128,)
@@ -70,17 +69,17 @@ class CurveConfig:
         choose_backend(self.backend)
 
     def as_record(self) -> Json:
-        """Without files, and with the backend that runs."""
+        """The fields a record keeps: no files, and the backend that really runs."""
         record = {name: value for name, value in asdict(self).items() if name not in ("text", "out", "fresh")}
         return record | {"k": list(self.k), "backend": choose_backend(self.backend).name}
 
 
 def run_feed_forward_curve(config: CurveConfig, console: Console) -> Json:
-    """Train every arm that is not there yet, draw the curves, and return the record.
+    """Train every arm that is not on file yet, draw the curves, and return the record.
 
     Raises:
         ValueError: the text is too short.
-        WorkerError: an arm failed; arms before it and its last checkpoint are kept.
+        WorkerError: an arm failed. Finished arms and its last checkpoint are kept.
     """
     text = read_text(config.text)
     tokens = list(text.content.encode())
@@ -93,28 +92,16 @@ def run_feed_forward_curve(config: CurveConfig, console: Console) -> Json:
         "schema": SCHEMA,
         "config": config.as_record(),
         "text": {"source": text.source, "sha256": text.sha256, "num_bytes": len(tokens)},
-        "environment": environment(),
+        "environment": experiment_environment(Path(__file__).parent),
     }
-    requests = {arm_name(k): {"config": new["config"], "k": k, "tokens": tokens} for k in (None, *config.k)}
+    requests = {name_of_arm({"k": k}): {"config": new["config"], "k": k, "tokens": tokens} for k in (None, *config.k)}
     record = train_arms(path, new, requests, f"{__name__}:train_arm", config.steps, console, config.fresh)
-    picture = config.out / "feed-forward-curve.png"
-    draw_loss_curves({arm_name(arm["k"]): arm["curve"] for arm in record["arms"]}, picture, title=_title(record))
-    _show(record, console)
-    for written in (path, picture):
-        console.print(f"Written: {written}", markup=False, highlight=False, soft_wrap=True)
+    report(record, path, console)
     return record
 
 
-def arm_name(k: int | None) -> str:
-    """
-    >>> arm_name(None), arm_name(128)
-    ('dense', 'k = 128')
-    """
-    return "dense" if k is None else f"k = {k}"
-
-
 class Block(nn.Module):
-    """One layer before whose two parts the input is normalised."""
+    """One transformer layer with layer normalisation before attention and before the feed-forward part."""
 
     def __init__(self, config: Json, k: int | None) -> None:
         super().__init__()
@@ -138,7 +125,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes [B, L] to logits [B, L, 256], with learned positions. Equal seeds give all arms equal weights."""
+    """Bytes [B, L] -> logits [B, L, 256], with learned positions. Equal seeds give all arms equal weights."""
 
     def __init__(self, config: Json, k: int | None) -> None:
         super().__init__()
@@ -155,7 +142,7 @@ class LanguageModel(nn.Module):
 
 
 def train_arm(request: Json, send: Send) -> Json:
-    """One arm, in a process of its own; goes on from its checkpoint where there is one of the same configuration."""
+    """Train one arm in a process of its own; resume from its checkpoint if that belongs to the same run."""
     config = request["config"]
     torch.set_num_threads(config["threads"])
     tokens = torch.tensor(request["tokens"], dtype=torch.uint8)
@@ -176,7 +163,7 @@ def train_arm(request: Json, send: Send) -> Json:
 
 
 def _loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean over all bytes of a batch, in nats."""
+    """Mean cross-entropy of a batch, nats per byte."""
     windows = windows.long()
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
@@ -184,27 +171,3 @@ def _loss(model: nn.Module, windows: Tensor) -> Tensor:
 def _validation_loss(model: nn.Module, tokens: Tensor, config: Json) -> float:
     batches = (random_windows(tokens, config, 0, number) for number in range(_VALIDATION_BATCHES))
     return sum(_loss(model, batch).item() for batch in batches) / _VALIDATION_BATCHES
-
-
-def _title(record: Json) -> str:
-    config = record["config"]
-    return (
-        f"{config['num_layers']} layers, d_model {config['d_model']}, d_ff {config['d_ff']:,}, bytes of "
-        f"{record['text']['source']}, {config['threads']} threads"
-    )
-
-
-def _show(record: Json, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(title=_title(record), title_justify="left")
-    for heading in ("feed-forward", "training loss", "validation loss", "training time, s"):
-        table.add_column(heading, justify="left" if heading == "feed-forward" else "right")
-    for arm in record["arms"]:
-        last = arm["curve"][-1]
-        losses = (f"{last[name]:.4f}" for name in ("training_loss", "validation_loss"))
-        table.add_row(arm_name(arm["k"]), *losses, f"{arm['elapsed_s']:.1f}")
-    console.print(table)
-    note = busy_note([arm["other_cores"] for arm in record["arms"]], record["environment"]["num_cpus"])
-    if note is not None:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""A small GPT trained from scratch on a text, in full and with top-k attention or feed-forward layers: perplexity.
+"""Perplexity of a small GPT trained from scratch on a text: in full, with top-k attention, with top-k neurons.
 
-Same initial weights, same batches, same schedule for every arm; the model is transformers' GPT-2 in a small size,
-converted as any other. The last tenth of the text is kept for validation, and perplexity is taken on all of it.
+All arms have the same initial weights, batches and schedule. The model is transformers' GPT-2 in a small size,
+converted like any other model. The last tenth of the text is the validation set; perplexity is measured on all of it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topk_attention.backends import choose_backend
-from topk_attention.environment import environment
 
 from ..models.settings import Setting, convert_model
 from ..models.text import Text, read_text
+from ..runs.ledger import experiment_environment
 from ..runs.process import Send
 from ..runs.records import Json
-from ..runs.timing import busy_note
 from ..runs.training import TrainingPlan, check_model_and_training, random_windows, train, train_arms
-from ..show.plots import draw_loss_curves
+from .report import report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +34,7 @@ SCHEMA = "topk_attention/language-model/1"
 DEFAULT_OUT = Path("results/language-model")
 TOKENS = ("bytes", "words")
 _UNKNOWN, _END_OF_LINE = "<unk>", "<eos>"
-# Windows of validation that a point of the curve is taken on; in the end all of them.
+# A point of the curve is measured on so many validation windows; the final loss on all of them.
 _CURVE_WINDOWS = 32
 
 
@@ -44,9 +43,9 @@ class LanguageModelConfig:
     """What is trained and how.
 
     settings  one arm each
-    tokens    "bytes", or "words" between spaces as WikiText counts them, with <eos> at the end of a line and <unk> for
-              what the training part does not hold
-    context   tokens a window holds
+    tokens    "bytes"; or "words", separated by spaces as WikiText counts them, with <eos> at the end of a line and
+              <unk> for words that the training part lacks
+    context   tokens of a window
     """
 
     settings: Sequence[Setting]
@@ -74,7 +73,7 @@ class LanguageModelConfig:
         choose_backend(self.backend)
 
     def as_record(self) -> Json:
-        """Without files and arms, and with the backend that runs."""
+        """The fields a record keeps: no files and no arms, and the backend that really runs."""
         left_out = ("text", "out", "fresh", "settings")
         record = {name: value for name, value in asdict(self).items() if name not in left_out}
         threads = self.threads or torch.get_num_threads()
@@ -82,11 +81,11 @@ class LanguageModelConfig:
 
 
 def run_language_model(config: LanguageModelConfig, console: Console) -> Json:
-    """Train every arm that is not there yet, draw the curves, and return the record.
+    """Train every arm that is not on file yet, draw the curves, and return the record.
 
     Raises:
         ValueError: the text is too short, or a k does not fit.
-        WorkerError: an arm failed; arms before it and its last checkpoint are kept.
+        WorkerError: an arm failed. Finished arms and its last checkpoint are kept.
     """
     text = read_text(config.text)
     training, validation, vocabulary = split_tokens(text, config.tokens)
@@ -107,25 +106,21 @@ def run_language_model(config: LanguageModelConfig, console: Console) -> Json:
             "validation": len(validation),
             "vocabulary": vocabulary,
         },
-        "environment": environment(),
+        "environment": experiment_environment(Path(__file__).parent),
     }
     shared = {"config": new["config"], "training": training, "validation": validation, "vocabulary": vocabulary}
     requests = {
         str(setting): shared | {"setting": setting.describe(), "convert": setting.for_convert()}
         for setting in config.settings
     }
-    path, picture = config.out / f"{name}.json", config.out / f"{name}.png"
+    path = config.out / f"{name}.json"
     record = train_arms(path, new, requests, f"{__name__}:train_arm", config.steps, console, config.fresh)
-    curves = {arm["name"]: arm["curve"] for arm in record["arms"]}
-    draw_loss_curves(curves, picture, title=_title(record), unit=f"nats per {config.tokens.removesuffix('s')}")
-    _show(record, console)
-    for written in (path, picture):
-        console.print(f"Written: {written}", markup=False, highlight=False, soft_wrap=True)
+    report(record, path, console)
     return record
 
 
 def split_tokens(text: Text, kind: str) -> tuple[list[int], list[int], int]:
-    """Tokens of the first nine tenths of a text, those of the rest, and how many different ones there are.
+    """Tokens of the first nine tenths of a text, tokens of the rest, and the size of the vocabulary.
 
     >>> split_tokens(Text("a b\\na b c a\\na a\\nd a", ""), "words")
     ([1, 2, 3, 1, 2, 4, 1, 3, 1, 1, 3], [0, 1], 5)
@@ -144,7 +139,7 @@ def split_tokens(text: Text, kind: str) -> tuple[list[int], list[int], int]:
 
 
 def train_arm(request: Json, send: Send) -> Json:
-    """One arm, in a process of its own; goes on from its checkpoint where there is one of the same configuration."""
+    """Train one arm in a process of its own; resume from its checkpoint if that belongs to the same run."""
     config = request["config"]
     torch.set_num_threads(config["threads"])
     training, validation = (torch.tensor(request[name]) for name in ("training", "validation"))
@@ -170,7 +165,7 @@ def train_arm(request: Json, send: Send) -> Json:
 
 
 def new_model(config: Json, vocabulary: int) -> Any:
-    """A GPT-2 of this size with random weights, the same for every arm, without dropout."""
+    """A GPT-2 of this size without dropout. Its random weights are the same for every arm."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(config["seed"])
@@ -193,9 +188,9 @@ def new_model(config: Json, vocabulary: int) -> Any:
 
 
 def validation_loss(model: nn.Module, tokens: Tensor, config: Json, most_windows: int | None = None) -> float:
-    """Mean loss of every token but the first, read in windows that follow one another, each predicted within its own.
+    """Mean loss in nats of every token but the first. Each token is predicted from those before it in its window.
 
-    most_windows  spread evenly over the text; None: all, the last one shorter
+    most_windows  number of windows, spread evenly over the text; None: all consecutive windows, the last one shorter
     """
     context = config["context"]
     starts = list(range(0, len(tokens) - 1, context))
@@ -210,31 +205,6 @@ def validation_loss(model: nn.Module, tokens: Tensor, config: Json, most_windows
 
 
 def _loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean over all tokens but the first of each window, in nats."""
+    """Mean cross-entropy in nats, over all tokens but the first of each window."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
-def _title(record: Json) -> str:
-    config, text = record["config"], record["text"]
-    return (
-        f"{config['num_layers']} layers, d_model {config['d_model']}, d_ff {config['d_ff']:,}, context "
-        f"{config['context']}, {config['steps']:,} steps of {config['batch']} windows: {config['tokens']} of "
-        f"{text['source']}"
-    )
-
-
-def _show(record: Json, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(title=_title(record), title_justify="left")
-    for heading in ("", "validation loss", "perplexity", "training time, s"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for arm in record["arms"]:
-        table.add_row(
-            arm["name"], f"{arm['validation_loss']:.4f}", f"{arm['perplexity']:.3f}", f"{arm['elapsed_s']:.0f}"
-        )
-    console.print(table)
-    note = busy_note([arm["other_cores"] for arm in record["arms"]], record["environment"]["num_cpus"])
-    if note is not None:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)

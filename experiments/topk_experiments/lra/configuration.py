@@ -1,4 +1,4 @@
-"""Configuration files: a task, a model and how it is trained; shared by all kinds of attention."""
+"""Configuration files: a task, a model and its training. All methods of attention share a configuration."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .tasks import CitedPapers, GreyImages, ListOps, Pathfinder, ReviewSentiment
 TASKS: dict[str, type] = {
     task.name: task for task in (ListOps, ReviewSentiment, CitedPapers, SameDocument, GreyImages, Pathfinder)
 }
-# Each kind of attention and the options of [attention] that it takes.
-METHODS: dict[str, tuple[str, ...]] = {
+# Method of `rivals.names` -> the options of [attention] that it takes.
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "vanilla": (),
     "query-chunks": (),
     "topk": ("k",),
     "performer": ("num_features",),
     "rfa": ("num_features", "sigma"),
 }
-# Options of [attention] that may be left out.
+# Options of [attention] with a default.
 _USUAL = {"sigma": 1.0}
 SCHEDULES = ("cosine", "inverse-square-root")
 PRECISIONS = ("no", "bf16")
@@ -40,16 +40,17 @@ class TrainingConfig:
     """How a model is trained: AdamW with beta 0.9 and 0.98.
 
     batch           examples of a step, over all processes
-    learning_rate   the highest one with "cosine"; with "inverse-square-root" divided by the square root of the step
-    schedule        what follows the warm-up, which is a straight rise
+    learning_rate   the highest one with "cosine"; with "inverse-square-root" over the square root of the step
+    warmup          steps over which the learning rate rises linearly
+    schedule        of the learning rate after the warm-up
     weight_decay    as a share of the learning rate
     gradient_norm   gradients are scaled down to this norm; 0 leaves them
-    evaluate_every  steps between two points of the curve, each with a checkpoint
-    validation_examples  that such a point looks at; 0 for all
-    patience        points without a better validation accuracy after which training stops early; 0 for never
+    evaluate_every  steps between two points of the curve; a checkpoint is written at each
+    validation_examples  number of examples that a point is measured on; 0 for all
+    patience        training stops after so many points without a better validation accuracy; 0 for never
     precision       "no" for float32, "bf16" for bfloat16 autocast
-    alike_over      steps whose examples are sorted by length together and dealt out so that those of one step are about
-                    as long as one another, for less padding; 0 for none
+    alike_over      the examples of so many steps are sorted by length and dealt out so that those of one step are of
+                    about equal length, for less padding; 0 for no sorting
     """
 
     batch: int
@@ -74,7 +75,7 @@ class TrainingConfig:
         check_one_of(PRECISIONS, self, "precision")
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step 1, 2, ...
+        """The learning rate of a step, counted from 1.
 
         >>> training = TrainingConfig(batch=1, steps=100, learning_rate=1.0, warmup=10, evaluate_every=1)
         >>> [round(training.learning_rate_at(step), 3) for step in (1, 10, 55, 100)]
@@ -89,13 +90,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class LraConfig:
-    """What one configuration file says.
+    """The content of one configuration file.
 
-    name      of the file
-    task      its name in TASKS
-    settings  of the task, without the source of its data
-    k, num_features  of the kinds of attention that have them
-    sigma     where RFA's begins: its weights are exp(sigma^2 cos), cos that of the angle between query and key
+    name          of the file
+    task          its name in TASKS
+    settings      of the task, without the source of its data
+    k             of the methods that keep k keys
+    num_features  of the methods with random features
+    sigma         initial sigma of RFA: its weights are exp(sigma^2 cos), with the cosine between query and key
     """
 
     name: str
@@ -127,22 +129,22 @@ class LraConfig:
         return "source" in {field.name for field in fields(TASKS[self.task])}
 
     def attention_options(self, method: str) -> Json:
-        """Options of one kind of attention.
+        """Options of one method of attention.
 
         Raises:
-            ValueError: there is no such kind.
+            ValueError: there is no such method.
         """
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        options = {name: getattr(self, name) for name in METHODS[method]}
-        # As in records from before they could be chosen.
+        if method not in METHOD_OPTIONS:
+            raise ValueError(f"method must be one of {', '.join(METHOD_OPTIONS)}, got {method!r}")
+        options = {name: getattr(self, name) for name in METHOD_OPTIONS[method]}
+        # A default is left out, as in records from before the option existed.
         return {name: value for name, value in options.items() if value != _USUAL.get(name)}
 
     def as_record(self) -> Json:
-        """Everything but the name and the options of attention, which belong to a run."""
+        """For records: everything except the name and the options of attention, which belong to a run."""
         training = asdict(self.training)
         if not self.training.alike_over:
-            del training["alike_over"]  # as in records from before there was such a setting
+            del training["alike_over"]  # as in records from before the setting existed
         return {
             "task": self.task,
             "settings": dict(self.settings),
@@ -158,7 +160,7 @@ def shipped_configs() -> list[str]:
 
 
 def read_config(name_or_path: str) -> LraConfig:
-    """A configuration that comes with the library, or one of the user's.
+    """Read a configuration that comes with the library, or a file of the user.
 
     Raises:
         FileNotFoundError: neither exists.
@@ -223,8 +225,10 @@ def _section(name: str, section: str, kind: type[Section], sections: dict[str, A
 def _check_names(
     words: str, given: dict[str, Any], known: list[str], *, all_needed: bool = False, optional: Sequence[str] = ()
 ) -> None:
-    """
-    optional  names that may be given or left out even where all others are needed
+    """Check the names of a section.
+
+    all_needed  whether every known name must be given
+    optional    names that may be left out even then
     """
     others = [name for name in given if name not in optional]
     if any(name not in known for name in others) or (all_needed and sorted(others) != sorted(known)):
@@ -233,6 +237,6 @@ def _check_names(
 
 
 def _source_words(kind: type) -> str:
-    """What the documentation of a task says about its source, on one line."""
+    """What the docstring of a task says about its source, on one line."""
     described = (kind.__doc__ or "").partition("    source ")[2].split("\n    num_")[0].split("\n    short")[0]
     return " ".join(described.split())

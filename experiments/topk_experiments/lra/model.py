@@ -1,7 +1,7 @@
-"""The Long Range Arena's model: a Transformer encoder over tokens and a small classifier on what it pools.
+"""The Long Range Arena's model: a Transformer encoder over tokens and a small classifier of its pooled output.
 
-As published: blocks that normalise their input, GELU, projections without bias in the attention, two hidden layers
-instead of one where two sequences are compared. The kinds of attention share every parameter.
+As published: blocks that normalise their input, GELU, attention projections without bias, and two hidden layers in the
+classifier of pairs instead of one. All methods of attention share every parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .tasks import Task
 
 POOLINGS = ("cls", "mean")
 POSITIONS = ("learned", "sinusoidal", "rows-and-columns")
-# One attention for a layer: called with queries, keys and values [B, H, L, D], key_mask [B, L] and dropout_p.
+# Makes the attention of a layer, a module called with queries, keys and values [B, H, L, D], key_mask [B, L] and
+# dropout_p.
 NewAttention = Callable[[], nn.Module]
 
 
@@ -28,12 +29,12 @@ NewAttention = Callable[[], nn.Module]
 class ModelConfig:
     """Sizes of the encoder.
 
-    d_model     of the tokens' vectors
-    d_attention of all heads together
-    d_ff        hidden units of the feed-forward layers and of the classifier
-    pooling     "cls" reads a vector put before the tokens, "mean" averages over tokens
-    positions   "learned", "sinusoidal", or "rows-and-columns": sinusoidal in both directions of a square image
-    compare_products  the classifier of pairs also sees products and differences
+    d_model           size of a token's vector
+    d_attention       size of all heads together
+    d_ff              hidden units of the feed-forward layers and of the classifier
+    pooling           "cls" reads a vector before the tokens, "mean" averages over the tokens
+    positions         "learned", "sinusoidal", or "rows-and-columns": sinusoidal in both directions of a square image
+    compare_products  whether the classifier of pairs also gets products and differences of the two vectors
     """
 
     num_layers: int
@@ -64,7 +65,7 @@ class ModelConfig:
 
 
 class Classifier(nn.Module):
-    """Tokens [B, P, L] and their mask to logits [B, classes]; each of the P sequences goes through one encoder."""
+    """Tokens [B, P, L] and their mask -> logits [B, classes]; one encoder reads each of the P sequences."""
 
     def __init__(self, config: ModelConfig, task: Task, new_attention: NewAttention) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Classifier(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens [B, L], 0 for padding, to one vector each [B, d_model]."""
+    """Tokens [B, L], 0 for padding -> one vector a sequence [B, d_model]."""
 
     def __init__(self, config: ModelConfig, num_tokens: int, max_length: int, new_attention: NewAttention) -> None:
         super().__init__()
@@ -123,12 +124,12 @@ class Encoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to its input, which is normalised before."""
+    """Attention and feed-forward layer, each with a normalised input and added to that input."""
 
     def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
         super().__init__()
         self._num_heads = config.num_heads
-        # Performer and RFA never form the weights that it would act on.
+        # Performer and RFA never form attention weights, so there is nothing to drop.
         self._attention_dropout = config.attention_dropout if getattr(attention, "can_drop", True) else 0.0
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.to_qkv = nn.Linear(config.d_model, 3 * config.d_attention, bias=False)
@@ -154,7 +155,7 @@ class Block(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Adds one learned vector for each position."""
+    """Add a learned vector for each position."""
 
     def __init__(self, max_length: int, d_model: int) -> None:
         super().__init__()
@@ -165,9 +166,9 @@ class LearnedPositions(nn.Module):
 
 
 class RowsAndColumns(nn.Module):
-    """Adds sines and cosines of the row and of the column of each pixel of a square image, each in half the vector.
+    """Add sines and cosines of the row and of the column of each pixel of a square image, each in half the vector.
 
-    Wavelengths go from 2 pi pixels to 100 times that, so that most of them tell the pixels of a small image apart.
+    Wavelengths go from 2 pi pixels to 100 times that: most of them differ between the pixels of a small image.
     """
 
     def __init__(self, max_length: int, d_model: int) -> None:
@@ -187,7 +188,7 @@ class RowsAndColumns(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Adds sines and cosines of the position, of wavelengths from 2 pi to 10,000 times that."""
+    """Add sines and cosines of the position, with wavelengths from 2 pi to 10,000 times that."""
 
     def __init__(self, max_length: int, d_model: int) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class SinusoidalPositions(nn.Module):
 
 
 def sines_and_cosines(length: int, size: int, *, longest: float) -> Tensor:
-    """Sines and cosines of 0 to length - 1 in turn, [length, size]; wavelengths grow from 2 pi to 2 pi x longest."""
+    """Alternating sines and cosines of 0 to length - 1, [length, size]; wavelengths from 2 pi to 2 pi x longest."""
     rates = torch.exp(-math.log(longest) / size * torch.arange(0, size, 2))
     angles = torch.arange(length)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]

@@ -1,4 +1,4 @@
-"""Published accuracies on the Long Range Arena: somebody else's numbers, never measured here."""
+"""Published accuracies on the Long Range Arena: numbers of others, quoted and never measured by this project."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PAPER = {
     "text": {"vanilla": 63.66, "top-128": 63.72},
     "retrieval": {"vanilla": 57.93, "top-128": 59.14},
 }
-# What one must know to compare.
+# What a reader must know to compare.
 NOTES = {
     "listops": "Gupta et al.'s points are multiples of 1/320, as from 320 examples (standard error 2.7): differences "
     "between them are noise.",
@@ -41,9 +41,9 @@ _PATHFINDER_RESOLUTION = 32  # of the published accuracies
 
 
 def quoted_accuracies(task: str, resolution: int = _PATHFINDER_RESOLUTION) -> list[tuple[str, float, str]]:
-    """(model, accuracy in per cent, source) of everything published for a task; nothing for a task of our own.
+    """(model, accuracy in per cent, source) of every published result of a task; none for a task of our own.
 
-    resolution  of Pathfinder's images; there is something for 32 alone
+    resolution  of Pathfinder's images in pixels; results exist for 32 only
 
     >>> quoted_accuracies("text")[-1]
     ('top-128', 63.72, 'Gupta et al. 2021, read off its figures')

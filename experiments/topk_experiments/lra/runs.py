@@ -1,4 +1,4 @@
-"""Which runs are wanted, which are recorded already, and training those that are missing."""
+"""The runs of a plan: find those on file, train the missing ones, evaluate the weights they left."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from topk_attention.environment import environment, package_version
+from topk_attention.environment import now, package_version
 
 from ..runs.checks import check_at_least
+from ..runs.ledger import Ledger, made_when
 from ..runs.progress import progress_bar
-from ..runs.records import Json, append_json_line, read_json_lines
+from ..runs.records import Json
 from ..runs.training import load_whole
 from .configuration import LraConfig
 from .tasks import SPLITS, PreparedData, prepare
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
 SCHEMA = "topk_attention/lra/1"
 DEFAULT_OUT = Path("results/lra")
 RECORDS = "runs.jsonl"
-_SAME_RUN = ("config", "method", "options", "seed", "data")
+_FOLDER = Path(__file__).parent
+_CONFIGURATION = ("config", "method", "options", "seed", "data")
 
 
 @dataclass(frozen=True)
 class LraPlan:
     """Runs of one configuration: every method with every seed.
 
-    source   where the task reads its data, if it reads any
+    source   file or folder that the task reads; None for a task that generates its data
     data     folder for prepared data
     out      folder for the records; its folder `work` keeps checkpoints, weights and TensorBoard's files
-    threads  of the CPU; None for as many as torch takes
+    threads  of the CPU; None: torch's own number
     device   "auto" or "cpu"
     """
 
@@ -56,14 +58,14 @@ class LraPlan:
         check_at_least(1, self, "threads")
 
     def run(self, method: str, seed: int) -> Run:
-        """One of them."""
+        """One run of the plan."""
         options = [f"-{name}{value}" for name, value in self.config.attention_options(method).items()]
         place = self.out / "work" / self.config.name / f"{method}{''.join(options)}-{seed}"
         return Run(self.config, method, seed, place.with_name(f"{place.name}.checkpoint.pt"), Path(f"{place}.pt"))
 
 
 def prepare_data(plan: LraPlan, console: Console) -> PreparedData:
-    """The task's data, made where it is not there yet; says what there is."""
+    """The task's data, prepared if it is not on file yet; its sizes and baselines are printed."""
     task = plan.config.new_task(plan.source)
     with progress_bar(console) as bar:
         shown = bar.add_task(f"data of {plan.config.name}", total=None)
@@ -83,31 +85,34 @@ def prepare_data(plan: LraPlan, console: Console) -> PreparedData:
 
 
 def run_plan(plan: LraPlan, console: Console, *, tensorboard: bool = True) -> list[Json]:
-    """Train what is not recorded yet; each finished run is added to the records at once. Returns the plan's records.
+    """Train every run that is not on file yet and append its record at once. Returns the plan's records.
 
     Raises:
-        ValueError: something does not fit.
-        FileNotFoundError: the task's source is not there.
+        ValueError: configuration, method, data or processes do not fit; the message says which.
+        FileNotFoundError: the task's source does not exist.
     """
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     accelerator = new_accelerator(plan.device, plan.config.training)
     console.quiet |= not accelerator.is_main_process
-    with accelerator.main_process_first():  # the others read what it has made
+    with accelerator.main_process_first():  # the other processes read its files
         data = prepare_data(plan, console)
-    path = plan.out / RECORDS
     records = []
     for method in plan.methods:
         for seed in plan.seeds:
             run = plan.run(method, seed)
-            record = find_record(read_json_lines(path), run.identity(data))
+            # Opened for every run: with several processes, one alone appends records.
+            ledger = Ledger(plan.out / RECORDS, schema=SCHEMA, folder=_FOLDER, also=[_FOLDER.parent / "rivals"])
+            record = ledger.find(run.identity(data))
             if record is None:
-                record = _train(run, plan, data, accelerator, console, tensorboard)
+                if note := ledger.why_not(run.identity(data)):
+                    console.print(f"{_name(run)}: {note}", markup=False, highlight=False, soft_wrap=True)
+                record = _train(run, plan, data, accelerator, console, tensorboard, ledger.here)
                 if accelerator.is_main_process:
-                    append_json_line(path, record)
+                    ledger.append(record)
                     run.checkpoint.unlink(missing_ok=True)
             else:
-                console.print(f"{_name(run)} is recorded already.", highlight=False)
+                console.print(f"{_name(run)} is {made_when(record)}.", highlight=False)
             console.print(in_words(record), highlight=False)
             records.append(record)
             accelerator.wait_for_everyone()
@@ -117,12 +122,12 @@ def run_plan(plan: LraPlan, console: Console, *, tensorboard: bool = True) -> li
 def evaluate_run(
     plan: LraPlan, method: str, seed: int, split: str, console: Console, *, weights: Path | None = None
 ) -> Json:
-    """Test the weights that a finished run left; returns loss and accuracy.
+    """Loss and accuracy of the weights that a finished run left.
 
-    weights  their file; by default where the run left it
+    weights  file of the weights; None: the file that the run wrote
 
     Raises:
-        ValueError: there are no weights, or those of another run; or there is no such split.
+        ValueError: there is no such file or split, or the weights are of another run.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -147,21 +152,13 @@ def evaluate_run(
     return {"split": split, "loss": loss, "accuracy": accuracy}
 
 
-def find_record(records: Sequence[Json], identity: Json) -> Json | None:
-    """The finished run with this identity, if there is one."""
-    for record in records:
-        if not _other_fields(record, identity):
-            return record
-    return None
-
-
-def _other_fields(record: Json, identity: Json) -> list[str]:
-    """Which of the fields that make a run differ."""
-    return [name for name in _SAME_RUN if record.get(name) != identity[name]]
+def _other_fields(saved: Json, identity: Json) -> list[str]:
+    """The fields of a run's configuration in which saved weights or a checkpoint differ."""
+    return [name for name in _CONFIGURATION if saved.get(name) != identity[name]]
 
 
 def in_words(record: Json) -> str:
-    """What a run came to, on one line."""
+    """The result of a run in one line."""
     best, last = record["best"], record["last"]
     return (
         f"{record['name']}, {record['method']}, seed {record['seed']}: test accuracy {best['test_accuracy']:.2%} at "
@@ -172,7 +169,13 @@ def in_words(record: Json) -> str:
 
 
 def _train(
-    run: Run, plan: LraPlan, data: PreparedData, accelerator: Accelerator, console: Console, tensorboard: bool
+    run: Run,
+    plan: LraPlan,
+    data: PreparedData,
+    accelerator: Accelerator,
+    console: Console,
+    tensorboard: bool,
+    here: Json,
 ) -> Json:
     task = plan.config.new_task(plan.source)
     main = accelerator.is_main_process
@@ -201,13 +204,13 @@ def _train(
         "device": accelerator.device.type,
         "num_processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "environment": environment() | {"accelerate": package_version("accelerate")},
+        "environment": here | {"accelerate": package_version("accelerate"), "date": now()},
     }
 
 
 @contextlib.contextmanager
 def _reporting(run: Run, console: Console, writer: Any) -> Iterator[Report]:
-    """Shows each step on a bar, prints each point of the curve, and hands it to TensorBoard."""
+    """A function that shows each step on a bar, prints each point of the curve, and writes it for TensorBoard."""
     with progress_bar(console) as bar:
         shown = bar.add_task(_name(run), total=run.config.training.steps)
 
@@ -233,7 +236,7 @@ def _reporting(run: Run, console: Console, writer: Any) -> Iterator[Report]:
 
 
 def _tensorboard_writer(run: Run, console: Console) -> Any:
-    """A writer beside the checkpoint; None, with a word about it, where TensorBoard is not installed."""
+    """A writer beside the checkpoint; None, with a message, if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""The table of all recorded runs and the picture of their learning curves. Reads records; nothing here trains."""
+"""The table of all runs on file and the picture of their learning curves. Nothing in this file trains."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runs.records import Json, read_json_lines, write_whole
 from ..runs.timing import busy_note
-from ..show.plots import COLOURS, QUOTED, new_figure, png_of
-from ..show.words import counted
-from .configuration import METHODS, TASKS
+from ..show.html import counted
+from ..show.plots import QUOTED, legend_below, new_figure, save, styles
+from .configuration import METHOD_OPTIONS, TASKS
 from .quoted import NOTES, quoted_accuracies
 from .runs import RECORDS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Standard errors of a test accuracy by which it is clearly above a guess.
+# An accuracy that is so many of its standard errors above a guess is clearly above it.
 _CLEARLY = 5
-# How many standard errors a mean's 95 % interval reaches with so many degrees of freedom (Student's t).
+# Degrees of freedom -> half the width of a mean's 95 % interval in standard errors (Student's t).
 _T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 TABLE, PICTURE = "table.md", "curves.png"
 _HEADINGS = (
@@ -38,8 +38,26 @@ _HEADINGS = (
 )
 
 
+def redraw(results: Path) -> list[Path]:
+    """Write table and picture again from the records below the folder of all results, if there are any."""
+    out = results / "lra"
+    return list(write_files(out)) if (out / RECORDS).exists() else []
+
+
 def write_table(out: Path, console: Console) -> tuple[Path, Path]:
-    """Write table.md and curves.png from the records in a folder; returns their paths.
+    """Write table.md and curves.png, print their paths and return them.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    written = write_files(out)
+    for path in written:
+        console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
+    return written
+
+
+def write_files(out: Path) -> tuple[Path, Path]:
+    """Write table.md and curves.png from the records in a folder; return their paths.
 
     Raises:
         ValueError: there are no records.
@@ -49,14 +67,12 @@ def write_table(out: Path, console: Console) -> tuple[Path, Path]:
         raise ValueError(f"no finished runs in {out / RECORDS}; train some with topk-experiments lra train")
     table, picture = out / TABLE, out / PICTURE
     write_whole(table, table_in_words(records))
-    write_whole(picture, draw_curves(records))
-    for path in (table, picture):
-        console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
+    save(draw_curves(records), picture)
     return table, picture
 
 
 def table_in_words(records: Sequence[Json]) -> str:
-    """Markdown: one table of accuracies with the published ones, then a table for each configuration."""
+    """Markdown: one table of all accuracies beside the published ones, then a table for each configuration."""
     parts = [
         "# Long Range Arena",
         "Mean over seeds, with the standard deviation where there are several. Accuracies are of the test set, with "
@@ -71,9 +87,9 @@ def table_in_words(records: Sequence[Json]) -> str:
 
 
 def _setups(records: Sequence[Json]) -> dict[str, list[Json]]:
-    """Runs of one configuration on one state of the data, by name; those that a later state replaced say so.
+    """Name -> runs of one configuration on the same data. If later settings or data replaced these, the name says so.
 
-    One after another as the benchmark names its tasks; configurations of one task as they were first recorded.
+    Tasks stand in the benchmark's order, configurations of a task in the order of their first records.
     """
     groups = sorted(_grouped(records, ("name", "config", "data")), key=lambda group: list(TASKS).index(_task(group)))
     of_name: dict[str, list[list[Json]]] = {}
@@ -88,11 +104,11 @@ def _setups(records: Sequence[Json]) -> dict[str, list[Json]]:
 
 
 def _overview(by_name: Mapping[str, Sequence[Json]]) -> str:
-    """Test accuracy at the best validation: a column for each setup, a row for each method and each published model."""
+    """Test accuracy at the best validation: a column a setup, a row a method and a published model."""
     setups = list(by_name.values())
     majorities = [f"{100 * setup[0]['majority_share']['test']:.2f}" for setup in setups]
     rows = [["accuracy, %", *by_name], ["---"] * (len(setups) + 1), ["most frequent label", *majorities]]
-    for method in METHODS:
+    for method in METHOD_OPTIONS:
         cells = [_accuracies([record for record in setup if record["method"] == method]) for setup in setups]
         if any(cells):
             rows.append([method, *cells])
@@ -113,7 +129,7 @@ def _quoted(setup: Sequence[Json]) -> list[tuple[str, float, str]]:
 
 
 def _accuracies(runs: Sequence[Json]) -> str:
-    """Of each k or number of features, with the number of seeds."""
+    """Mean accuracies with the number of seeds, one for each k or number of features."""
     cells = []
     groups = _same_options(runs)
     for group in groups:
@@ -147,7 +163,7 @@ def _section(name: str, records: Sequence[Json]) -> str:
         "| " + " | ".join(_HEADINGS) + " |",
         "|" + "---|" * len(_HEADINGS),
     ]
-    for method in METHODS:
+    for method in METHOD_OPTIONS:
         for runs in _same_options([record for record in records if record["method"] == method]):
             lines.append("| " + " | ".join(_row(runs)) + " |")
     return "\n".join(lines)
@@ -159,7 +175,7 @@ def _resolution(config: Json) -> dict[str, int]:
 
 
 def _baseline_lines(records: Sequence[Json]) -> list[str]:
-    """What needs no model, and which runs are not clearly above it on the same test examples."""
+    """Accuracies of guesses without a model, and the runs that are not clearly above them."""
     known: Json = next((record["baselines"] for record in records if record.get("baselines")), {})
     lines = []
     for name, shares in known.items():
@@ -169,13 +185,13 @@ def _baseline_lines(records: Sequence[Json]) -> list[str]:
             if _standard_errors_above(shares["test"], record) < _CLEARLY
         ]
         line = f"Guessing {name} is right for {shares['test']:.1%} of the test examples, without a model."
-        told = f" Less than {_CLEARLY} standard errors above it: {'; '.join(unclear)}."
-        lines += ["", line + (told if unclear else "")]
+        named = f" Less than {_CLEARLY} standard errors above it: {'; '.join(unclear)}."
+        lines += ["", line + (named if unclear else "")]
     return lines
 
 
 def _majority_lines(records: Sequence[Json]) -> list[str]:
-    """How far above the most frequent label the runs are; those that are not clearly above it are named."""
+    """How far the runs are above the most frequent label; runs that are not clearly above it are named."""
     apart = [(_standard_errors_above(record["majority_share"]["test"], record), record) for record in records]
     lowest = min(errors for errors, _ in apart)
     unclear = [f"{_run_name(record)} ({errors:.1f})" for errors, record in apart if errors < _CLEARLY]
@@ -195,7 +211,7 @@ def _standard_errors_above(share: float, record: Json) -> float:
 
 
 def _difference_lines(records: Sequence[Json]) -> list[str]:
-    """Test accuracy of top-k attention minus vanilla's of the same seed, where there are several seeds of both."""
+    """Test accuracy of top-k attention minus that of vanilla with the same seed, if both have several seeds."""
     vanilla = {record["seed"]: record for record in records if record["method"] == "vanilla"}
     lines = []
     for runs in _same_options([record for record in records if record["method"] == "topk"]):
@@ -225,7 +241,7 @@ def _difference_lines(records: Sequence[Json]) -> list[str]:
 
 
 def _equality_lines(records: Sequence[Json]) -> list[str]:
-    """How far query chunks, which compute what vanilla attention does, are from it after a whole training."""
+    """How far query chunks are from vanilla attention after a whole training; both compute the same."""
     vanilla = {record["seed"]: record for record in records if record["method"] == "vanilla"}
     lines = []
     for run in records:
@@ -233,7 +249,7 @@ def _equality_lines(records: Sequence[Json]) -> list[str]:
         if run["method"] != "query-chunks" or other is None:
             continue
         by_step = {point["step"]: point for point in other["curve"]}
-        # Early stops may differ.
+        # One of them may have stopped earlier.
         pairs = [(point, by_step[point["step"]]) for point in run["curve"] if point["step"] in by_step]
         if not pairs:
             continue
@@ -278,7 +294,8 @@ def _row(runs: Sequence[Json]) -> list[str]:
 
 
 def method_name(record: Json) -> str:
-    """
+    """A method with its options.
+
     >>> method_name({"method": "topk", "options": {"k": 128}})
     'topk, k = 128'
     """
@@ -304,34 +321,42 @@ def _where(records: Sequence[Json]) -> str:
     return "Measured on " + "; ".join(_in_order(places)) + "."
 
 
-def draw_curves(records: Sequence[Json]) -> bytes:
-    """PNG: validation accuracy against steps, a panel for each configuration and its data, a line for each run."""
+def draw_curves(records: Sequence[Json]) -> Any:
+    """A figure: validation accuracy against steps. A panel for each configuration, a line for each run."""
     by_name = _setups(records)
     columns = min(2, len(by_name))
     rows = -(-len(by_name) // columns)
-    figure = new_figure(width=5.5 * columns, height=3.6 * rows)
-    for number, (name, shown) in enumerate(by_name.items(), 1):
+    figure = new_figure(width=5.5 * columns, height=3.4 * rows)
+    style_of = styles(method_name(record) for record in _by_method(records))
+    for number, (setup, shown) in enumerate(by_name.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
-        for colour, method in zip(COLOURS[: len(METHODS)], METHODS, strict=True):
-            of_method = [record for record in shown if record["method"] == method]
-            for runs, style in zip(_same_options(of_method), itertools.cycle(("-", "--", "-.", ":")), strict=False):
-                for first, record in enumerate(runs):
-                    axes.plot(
-                        [point["step"] for point in record["curve"]],
-                        [100 * point["validation_accuracy"] for point in record["curve"]],
-                        color=colour,
-                        linestyle=style,
-                        linewidth=1,
-                        alpha=0.8,
-                        label=None if first else method_name(record),
-                    )
+        drawn = set()
+        for record in _by_method(shown):
+            name = method_name(record)
+            axes.plot(
+                [point["step"] for point in record["curve"]],
+                [100 * point["validation_accuracy"] for point in record["curve"]],
+                color=style_of[name].colour,
+                marker=style_of[name].marker,
+                linestyle=style_of[name].line,
+                markersize=3,
+                linewidth=1,
+                alpha=0.8,
+                label=None if name in drawn else name,
+            )
+            drawn.add(name)
         majority = 100 * shown[0]["majority_share"]["validation"]
         axes.axhline(majority, color=QUOTED, linestyle=":", linewidth=1, label="most frequent label")
         axes.set_xlabel("step")
-        axes.set_title(f"{name}: validation accuracy [%]", fontsize=10, loc="left")
+        axes.set_title(f"{setup}: validation accuracy [%]", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
-    return png_of(figure)
+    legend_below(figure, columns=2 * columns)
+    return figure
+
+
+def _by_method(records: Sequence[Json]) -> list[Json]:
+    """In the order of METHOD_OPTIONS."""
+    return sorted(records, key=lambda record: list(METHOD_OPTIONS).index(record["method"]))
 
 
 def _same_options(records: Sequence[Json]) -> list[list[Json]]:
@@ -351,5 +376,5 @@ def _grouped(records: Sequence[Json], fields: Sequence[str]) -> list[list[Json]]
 
 
 def _in_order(words: Sequence[str]) -> list[str]:
-    """Each once, in the order of their first appearance."""
+    """Each word once, in the order of first appearance."""
     return list(dict.fromkeys(words))

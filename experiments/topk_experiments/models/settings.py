@@ -1,4 +1,4 @@
-"""Which k a model runs with, as the command line names it and as records say it."""
+"""The k that a model runs with, in the notation of the command line and of records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..runs.records import Json
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a model: keys per query and neurons per token; None leaves them all, a file is a calibration's.
+    """One way to run a model: keys per query and neurons per token. None: all of them. A path: a calibration's file.
 
     >>> print(Setting(attention_k=64)), print(Setting())
     attention k = 64
@@ -47,14 +47,14 @@ class Setting:
         return {name: k if isinstance(k, int | None) else _from_file(k, name) for name, k in vars(self).items()}
 
     def describe(self) -> Json:
-        """For records: numbers stand for themselves, a file for its name, content and mean k."""
+        """For records: numbers as they are; for a file its name, its hash and the mean k."""
         return {name: k if isinstance(k, int | None) else _describe_file(k, name) for name, k in vars(self).items()}
 
 
 def one_at_a_time(
     attention_k: Sequence[int | Path] = (), feed_forward_k: Sequence[int | Path] = (), full: bool = True
 ) -> list[Setting]:
-    """The full model, then every k by itself.
+    """Settings that limit one kind at a time: the full model, then every k alone.
 
     >>> [str(setting) for setting in one_at_a_time([64], [384])]
     ['full', 'attention k = 64', 'feed-forward k = 384']
@@ -66,9 +66,9 @@ def one_at_a_time(
 
 
 def convert_model(model: Any, ks: Json, backend: str) -> None:
-    """Convert a model as `Setting.for_convert` says.
+    """Convert a model with the arguments of `Setting.for_convert`.
 
-    None is all keys or neurons, also where the model was saved with a k: records name what ran.
+    None means all keys or neurons, even if the model was saved with a k: records name what really ran.
     """
     if hasattr(model.config, CONFIG_ATTRIBUTE):
         unconvert(model)
@@ -77,7 +77,8 @@ def convert_model(model: Any, ks: Json, backend: str) -> None:
 
 
 def setting_name(described: Json) -> str:
-    """
+    """The name of a setting in tables and messages.
+
     >>> setting_name({"attention_k": {"file": "novel.json", "sha256": "", "mean_k": 63.96}, "feed_forward_k": 384})
     'attention calibrated by novel, mean k = 64, feed-forward k = 384'
     """
@@ -92,7 +93,7 @@ def setting_name(described: Json) -> str:
 
 
 def mean_k(k: Any) -> float | None:
-    """The mean of a described k; None for all."""
+    """The mean of a k in the form of `Setting.describe`; None for all."""
     return k["mean_k"] if isinstance(k, dict) else k
 
 

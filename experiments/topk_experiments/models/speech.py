@@ -1,4 +1,4 @@
-"""Speech: a recording, what a speech model hears in it, and how far two transcripts lie apart."""
+"""Speech: recordings, transcripts by a speech model, and the number of words in which two transcripts differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]
 
 
 class Recording(NamedTuple):
-    """Mono sound and where it came from; `source` holds no folder names."""
+    """Mono sound and the name of its file, without folder names."""
 
     samples: np.ndarray  # [N] float64
     sampling_rate: int
@@ -29,11 +29,11 @@ class Recording(NamedTuple):
 
 
 def read_recording(path: Path, sampling_rate: int) -> Recording:
-    """The sound of a file that libsndfile reads (WAV, FLAC, Ogg, MP3), its channels mixed, at a sampling rate.
+    """The sound of a file that libsndfile reads (WAV, FLAC, Ogg, MP3), with channels mixed, at a sampling rate.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no sound that can be read.
+        ValueError: the file holds no sound that can be read.
     """
     import soundfile
 
@@ -50,7 +50,7 @@ def read_recording(path: Path, sampling_rate: int) -> Recording:
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """Sound [N] at another rate, [N * new_rate // rate], by its Fourier series, so far as both rates hold it.
+    """Sound [N] at another rate, [N * new_rate // rate], by its Fourier series, cut to what both rates hold.
 
     >>> resample(np.sin(np.arange(8) * np.pi / 4), 8, 16)[::2].round(6).tolist()
     [0.0, 0.707107, 1.0, 0.707107, 0.0, -0.707107, -1.0, -0.707107]
@@ -70,9 +70,9 @@ def transcribe(
     language: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> str:
-    """What a Whisper model hears, greedily decoded. Long recordings are cut into windows as long as its input.
+    """The transcript of a Whisper model, greedily decoded. Long recordings are cut into windows of its input length.
 
-    language  e.g. "en"; None lets a multilingual model find it out, window by window
+    language  for example "en"; None: a multilingual model detects it for each window
     """
     size = feature_extractor.n_samples
     starts = range(0, len(recording.samples), size)
@@ -98,7 +98,7 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(heard: Sequence[str], expected: Sequence[str]) -> int:
-    """How many words must be replaced, put in or left out to make one list of words the other.
+    """The number of words to replace, insert or delete to turn one list of words into the other.
 
     >>> word_errors(["ask", "what", "you"], ["ask", "not", "what", "you", "can"])
     2
@@ -108,7 +108,7 @@ def word_errors(heard: Sequence[str], expected: Sequence[str]) -> int:
         changed = distances[:-1] + [word != other for other in expected]
         left_out = distances[1:] + 1
         new = np.concatenate([[number], np.minimum(changed, left_out)])
-        # Putting words in costs one each: the least of what stands to the left, further and further away.
+        # Each inserted word costs 1: the minimum over all entries to the left plus their distance.
         places = np.arange(len(new))
         distances = np.minimum.accumulate(new - places) + places
     return int(distances[-1])

@@ -1,4 +1,4 @@
-"""Language modelling: a text, its first tokens and the perplexity of a causal model on them."""
+"""Language modelling: a text, its first tokens, and the perplexity of a causal model on them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Progress = Callable[[int, int], None]
 
 # Tokens whose logits exist at a time: 256 x 49,152 words in float32 are 48 MiB.
 _TOKENS_PER_LOGIT_CHUNK = 256
-# Long enough that a scaled or capped logit shows, short enough to cost nothing.
+# Long enough to reveal scaled or capped logits, and short enough to cost nothing.
 _PREFIX_TOKENS = 64
 
 
 class Text(NamedTuple):
-    """A text and where it came from; `source` holds no folder names."""
+    """A text and the name of its source, without folder names."""
 
     content: str
     source: str
@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 
 def read_text(path: Path | None = None) -> Text:
-    """The text of a UTF-8 file; without a path the language reference that every Python carries (0.5 MB of English).
+    """The text of a UTF-8 file; without a path Python's own language reference (0.5 MB of English).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,11 +88,11 @@ def perplexity(
     """exp of the mean negative log-likelihood of tokens 2 to n, each predicted from all tokens before it.
 
     model      a causal transformers model
-    input_ids  [1, n]  int64, one window; nothing is put before it
+    input_ids  [1, n]  int64, one window, without added tokens
     progress          called after each layer
     logits_in_chunks  whether the output embedding of the base model's hidden states gives the logits. Then logits
-                      exist for a few hundred tokens at a time, never [n, vocabulary]. None: find out
-                      (`hidden_states_give_logits`); False: the model's own forward pass and all logits.
+                      exist for a few hundred tokens at a time, never [n, vocabulary]. None: decide by
+                      `hidden_states_give_logits`. False: the model's own forward pass, with all logits.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -128,9 +128,9 @@ def perplexity(
 
 
 def hidden_states_give_logits(model: nn.Module, input_ids: Tensor) -> bool:
-    """Whether the output embedding of the base model's hidden states is the model's logits, tried on a short prefix.
+    """Whether the output embedding of the base model's hidden states gives the logits, tested on a short prefix.
 
-    It is not where a model scales or caps its logits or has a deeper head.
+    It does not if a model scales or caps its logits, or has a deeper head.
     """
     base_model = _base_model(model)
     get_output_embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
@@ -148,7 +148,7 @@ def hidden_states_give_logits(model: nn.Module, input_ids: Tensor) -> bool:
 
 
 def _base_model(model: Any) -> nn.Module:
-    """The part of a model that ends in hidden states."""
+    """The part of a model whose output is hidden states."""
     return model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
 
 
@@ -172,7 +172,7 @@ def _reporting(model: Any, progress: Progress | None) -> Iterator[None]:
 
 
 def _layers(model: Any) -> nn.ModuleList | None:
-    """The list of a model's layers, by its length: families give it different names."""
+    """The list of a model's layers, found by its length: its name differs between families."""
     num_layers = getattr(model.config, "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:

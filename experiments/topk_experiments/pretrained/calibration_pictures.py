@@ -1,4 +1,4 @@
-"""Pictures of a calibration, as PNG bytes. Nothing here measures."""
+"""Pictures of a calibration, as PNG bytes. Nothing in this file measures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import numpy as np
 from topk_attention.calibrate import Calibration
 
 from ..runs.records import Json
-from ..show.plots import COLOURS, QUOTED, new_figure, only_ticks_at, png_of
+from ..show.plots import STYLES, new_figure, only_ticks_at
 from .calibration_measures import Measure
 
-# More cells than this hold no readable number.
+# With more cells than this, numbers in them cannot be read.
 _MOST_CELLS_WITH_NUMBERS = 600
+_MOST_TICKS = 9
+_CALIBRATED = STYLES["calibrated"]
 
 
-def heat_maps(calibration: Calibration) -> bytes:
+def heat_maps(calibration: Calibration) -> Any:
     """k, and the softmax weight lost at that k, by layer and head."""
     from matplotlib.colors import LogNorm
 
@@ -54,10 +56,10 @@ def heat_maps(calibration: Calibration) -> bytes:
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         axes.set_title(title, fontsize=10, loc="left")
-    return png_of(figure)
+    return figure
 
 
-def mass_against_k(calibration: Calibration) -> bytes:
+def mass_against_k(calibration: Calibration) -> Any:
     """The softmax weight that the k best keys hold: a line per layer, and how far heads differ."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -77,8 +79,8 @@ def mass_against_k(calibration: Calibration) -> bytes:
     by_layer.set_title("each layer, mean of its heads", fontsize=10, loc="left")
     for low, high, alpha, label in ((0, 100, 0.15, "all heads"), (25, 75, 0.35, "the middle half")):
         edges = np.percentile(heads, (low, high), axis=0)
-        by_head.fill_between(grid, *edges, color=COLOURS[0], alpha=alpha, linewidth=0, label=label)
-    by_head.plot(grid, np.median(heads, axis=0), color=COLOURS[0], label="the median head")
+        by_head.fill_between(grid, *edges, color=_CALIBRATED.colour, alpha=alpha, linewidth=0, label=label)
+    by_head.plot(grid, np.median(heads, axis=0), color=_CALIBRATED.colour, label="the median head")
     by_head.set_title("how far heads differ", fontsize=10, loc="left")
     by_head.legend(frameon=False, fontsize=9, loc="lower right")
     for axes in (by_layer, by_head):
@@ -88,10 +90,10 @@ def mass_against_k(calibration: Calibration) -> bytes:
         axes.set_xlabel("k")
         axes.set_ylabel("softmax weight on the k best keys [%]")
         axes.grid(alpha=0.25)
-    return png_of(figure)
+    return figure
 
 
-def neurons_by_layer(calibration: Calibration) -> bytes:
+def neurons_by_layer(calibration: Calibration) -> Any:
     """k of each feed-forward layer, and the activation that the k best neurons hold."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -99,7 +101,7 @@ def neurons_by_layer(calibration: Calibration) -> bytes:
     figure = new_figure(width=11, height=3.8)
     chosen, mass = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     ks = list(calibration.feed_forward.values())
-    chosen.bar(range(len(ks)), ks, color=COLOURS[0])
+    chosen.bar(range(len(ks)), ks, color=_CALIBRATED.colour)
     chosen.set_xticks(_few(len(ks)))
     chosen.set_xlabel("layer")
     chosen.set_title("k, neurons kept per token", fontsize=10, loc="left")
@@ -115,10 +117,10 @@ def neurons_by_layer(calibration: Calibration) -> bytes:
     mass.set_xlabel("k")
     mass.set_title("share of |activations| in the k best neurons [%]", fontsize=10, loc="left")
     mass.grid(alpha=0.25)
-    return png_of(figure)
+    return figure
 
 
-def quality_against_k(runs: Sequence[Json], measure: Measure) -> bytes:
+def quality_against_k(runs: Sequence[Json], measure: Measure) -> Any:
     """Calibrated k beside one k for every head, with full attention as a dashed line.
 
     runs  of attention alone, as `calibration.py` records them
@@ -126,24 +128,24 @@ def quality_against_k(runs: Sequence[Json], measure: Measure) -> bytes:
     figure = new_figure(width=7.5, height=4.2)
     axes = figure.add_subplot()
     drawn = []
-    for kind, label, colour, marker, style in (
-        ("uniform", "one k for every head", COLOURS[1], "s", "--"),
-        ("calibrated", "calibrated, a k for each head", COLOURS[0], "o", "-"),
+    for kind, label, style in (
+        ("uniform", "one k for every head", STYLES["topk"]),
+        ("calibrated", "calibrated, a k for each head", _CALIBRATED),
     ):
         points = sorted((run["mean_k"], run[measure.field]) for run in runs if run["kind"] == kind)
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, linestyle=style)
+            axes.plot(*zip(*points, strict=True), label=label, color=style.colour, marker=style.marker)
             drawn += points
     for run in runs:
         if run["kind"] == "full":
-            axes.axhline(run[measure.field], color=QUOTED, linestyle=":", label="full attention")
+            axes.axhline(run[measure.field], color=STYLES["full"].colour, linestyle="--", label="full attention")
     axes.set_xscale("log", base=2)
     _powers_of_two(axes.xaxis, min(k for k, _ in drawn), max(k for k, _ in drawn))
     axes.set_xlabel("mean k, keys per query and head")
     axes.set_ylabel(measure.axis)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    return png_of(figure)
+    return figure
 
 
 def lost_mass_at(calibration: Calibration, path: str) -> list[float]:
@@ -156,7 +158,7 @@ def lost_mass_at(calibration: Calibration, path: str) -> list[float]:
 
 
 def _square(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Layers may have different numbers of heads; what is not there is NaN."""
+    """Rows as one array. Layers may have different numbers of heads; missing ones are NaN."""
     square = np.full((len(rows), max(len(row) for row in rows)), np.nan)
     for number, row in enumerate(rows):
         square[number, : len(row)] = row
@@ -164,7 +166,7 @@ def _square(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _few(number: int) -> list[int]:
-    """Ticks at every one of a few, every fifth of many."""
+    """Ticks: every number up to 16, otherwise every fifth."""
     return list(range(0, number, 1 if number <= 16 else 5))
 
 
@@ -172,7 +174,8 @@ def _powers_of_two(axis: Any, low: float, high: float, *, inside: bool = False) 
     """Ticks around a range of k, or none outside it, where ticks would stretch the axis."""
     down, up = (np.ceil, np.floor) if inside else (np.floor, np.ceil)
     first, last = int(down(np.log2(max(1.0, low)))), int(up(np.log2(max(1.0, high))))
-    only_ticks_at(axis, [2**power for power in range(first, last + 1)] or [round(low)])
+    step = 1 if last - first < _MOST_TICKS else 2
+    only_ticks_at(axis, [2**power for power in range(first, last + 1, step)] or [round(low)])
 
 
 def _scalar_mappable(norm: Any, colours: Any) -> Any:

@@ -1,24 +1,28 @@
-"""What a calibration's record says, in words and as a page."""
+"""What the record of a calibration shows: table, recommendation and page. Nothing in this file measures."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from topk_attention.calibrate import Calibration
 
-from ..runs.records import Json
+from ..runs.records import Json, read_json, write_whole
+from ..show.html import drawn, footer, page, table
+from ..show.plots import save
 from .calibration_measures import Measure, measure_of
-from .demo_report import page_top
+from .calibration_pictures import heat_maps, mass_against_k, neurons_by_layer, quality_against_k
 
-# Mean k nearer than this are the same.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Mean k that differ by less than this share count as the same.
 _SAME_K = 0.02
 
 
 def run_name(run: Json) -> str:
-    """How a run is called everywhere: "k = 64", "calibrated, mean k = 64", with neurons where those are chosen too."""
+    """The name of a run in tables and messages: "k = 64", "calibrated, mean k = 64"; neurons are named too."""
     names = []
     if run["kind"] == "full":
         return "full attention"
@@ -97,10 +101,10 @@ def _neuron_sentence(measure: Measure, full: Json, calibrated: Json, uniform: Js
 
 
 def table_rows(record: Json) -> list[list[str]]:
-    """Headings, then a row for each run."""
+    """Headings, then a row for each run: full attention, then by k, then runs that also choose neurons."""
     full, measure = _full(record), measure_of(record)
     rows = [["", measure.name, measure.over_heading, "time [s]", "peak memory [MiB]"]]
-    for run in record["runs"]:
+    for run in sorted(record["runs"], key=_place):
         over = "" if full is None or run is full else measure.over_full(run, full)
         rows.append(
             [
@@ -115,56 +119,81 @@ def table_rows(record: Json) -> list[list[str]]:
 
 
 def html_page(record: Json, calibration: Calibration, file_name: str) -> str:
-    """One self-contained page: which k to use, the pictures, the table and how it was made."""
-    from .calibration_pictures import heat_maps, mass_against_k, neurons_by_layer, quality_against_k
-
-    config, environment, model = record["config"], record["environment"], record["model"]
-    measured = record["measurement"]
+    """One page without other files: which k to use, the pictures, the table and how it was made."""
+    config, model, measured = record["config"], record["model"], record["measurement"]
     measure = measure_of(record)
-    title = f"{model['name']}: how large k must be"
-    headings, *rows = table_rows(record)
-    table = "\n".join([_row(headings, "th"), *(_row(row, "td") for row in rows)])
     ks = [k for layer in calibration.values() for k in layer]
-    neurons = ""
-    if calibration.feed_forward:
-        neurons = f"<h2>Neurons</h2>\n{_picture('Neurons kept by layer', neurons_by_layer(calibration))}"
-    return (
-        page_top(title)
-        + f"""<p><strong>{escape(recommendation(record))}</strong></p>
-<p>{escape(_caveat(record))}</p>
-{_picture(f"{measure.name} against mean k", quality_against_k(_attention_runs(record), measure))}
-<table>
-{table}
-</table>
-<pre>from topk_attention import Calibration, MeanK, convert
-
-calibration = Calibration.load({escape(repr(file_name))})
-convert(model, attention_k=calibration{_feed_forward_argument(calibration)})
-convert(model, attention_k=calibration.reallocated(MeanK(128)))  # another budget, same measurements</pre>
-<h2>Keys</h2>
-<p>{escape(file_name)} gives each of {len(ks)} heads between {min(ks):,} and {max(ks):,} keys,
-{calibration.mean_k:.1f} on average ({escape(record["calibrated_on"]["target"])}).</p>
-{_picture("k and lost softmax weight by layer and head", heat_maps(calibration))}
-{_picture("Softmax weight on the k best keys against k", mass_against_k(calibration))}
-{neurons}
-<h2>How it was made</h2>
-<p>{escape(model["name"])} ({model.get("num_parameters", 0) / 1e6:,.1f} million parameters,
-{escape(model["revision"])}, {escape(config["dtype"])}, no training) was measured on
-{escape(_calibrated_on(record))} in {measured["elapsed_s"]:.1f} s and {measured["peak_mib"]:,.0f} MiB above the
-loaded model, and read {escape(_evaluated_on(record))} once for each line of the table, each time in a process of its
-own.</p>
-<footer>topk_attention {escape(_known(environment, "topk_attention"))} ({escape(_known(environment, "commit"))}),
-torch {escape(_known(environment, "torch"))}, transformers {escape(_known(environment, "transformers"))},
-Python {escape(_known(environment, "python"))}, {escape(_known(environment, "cpu"))}, {config["threads"]} threads,
-backend {escape(config["backend"])}, {escape(_known(environment, "date"))}</footer>
-</body>
-</html>
-"""
+    million = model.get("num_parameters", 0) / 1e6
+    return page(
+        f"{model['name']}: how large k must be",
+        f"<p><strong>{escape(recommendation(record))}</strong></p>",
+        f"<p>{escape(_caveat(record))}</p>",
+        drawn(f"{measure.name} against mean k", quality_picture(record)),
+        table(table_rows(record)),
+        f"<pre>{escape(_code(calibration, file_name))}</pre>",
+        "<h2>Keys</h2>",
+        f"<p>{escape(file_name)} gives each of {len(ks)} heads between {min(ks):,} and {max(ks):,} keys, "
+        f"{calibration.mean_k:.1f} on average ({escape(record['calibrated_on']['target'])}).</p>",
+        drawn("k and lost softmax weight by layer and head", heat_maps(calibration)),
+        drawn("Softmax weight on the k best keys against k", mass_against_k(calibration)),
+        *(
+            ["<h2>Neurons</h2>", drawn("Neurons kept by layer", neurons_by_layer(calibration))]
+            if calibration.feed_forward
+            else []
+        ),
+        "<h2>How it was made</h2>",
+        f"<p>{escape(model['name'])} ({million:,.1f} million parameters, {escape(model['revision'])}, "
+        f"{escape(config['dtype'])}, no training) was measured on {escape(_calibrated_on(record))} in "
+        f"{measured['elapsed_s']:.1f} s and {measured['peak_mib']:,.0f} MiB above the loaded model. It then read "
+        f"{escape(_evaluated_on(record))} once for each line of the table, each time in a process of its own.</p>",
+        footer(record),
     )
 
 
-def _feed_forward_argument(calibration: Calibration) -> str:
-    return ", feed_forward_k=calibration.feed_forward" if calibration.feed_forward else ""
+def quality_picture(record: Json) -> Any:
+    """A figure: perplexity or embedding error against the mean k, of the runs that change attention alone."""
+    return quality_against_k(_attention_runs(record), measure_of(record))
+
+
+def redraw(results: Path) -> list[Path]:
+    """Write page and picture of every calibration below the folder of all results again; return their paths."""
+    written = []
+    for path in sorted((results / "calibration").glob("*.record.json")):
+        name = path.name.removesuffix(".record.json")
+        record, file = read_json(path), path.with_name(f"{name}.json")
+        if record is None or not file.exists():
+            continue
+        page_file, png = path.with_name(f"{name}.html"), path.with_name(f"{name}.png")
+        write_whole(page_file, html_page(record, Calibration.load(file), file.name))
+        save(quality_picture(record), png)
+        written += [page_file, png]
+    return written
+
+
+def show(record: Json, console: Console) -> None:
+    """Show the table and the recommendation on the console."""
+    from rich.markup import escape as escape_markup
+    from rich.table import Table
+
+    title = f"{escape_markup(record['model']['name'])}, {record['evaluated_on']['num_tokens']:,} tokens"
+    shown = Table(title=title, title_justify="left")
+    headings, *rows = table_rows(record)
+    for heading in headings:
+        shown.add_column(escape_markup(heading), justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(recommendation(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def _code(calibration: Calibration, file_name: str) -> str:
+    """How to use the file, in Python."""
+    neurons = ", feed_forward_k=calibration.feed_forward" if calibration.feed_forward else ""
+    return f"""from topk_attention import Calibration, MeanK, convert
+
+calibration = Calibration.load({file_name!r})
+convert(model, attention_k=calibration{neurons})
+convert(model, attention_k=calibration.reallocated(MeanK(128)))  # another budget, same measurements"""
 
 
 def _caveat(record: Json) -> str:
@@ -200,6 +229,10 @@ def _attention_runs(record: Json) -> list[Json]:
     ]
 
 
+def _place(run: Json) -> tuple[bool, float, str]:
+    return run["feed_forward_mean_k"] is not None, round(run["mean_k"] or 0), run["kind"]
+
+
 def _full(record: Json) -> Json | None:
     return next((run for run in record["runs"] if run["kind"] == "full"), None)
 
@@ -210,16 +243,3 @@ def _same_k(one: Json, other: Json) -> bool:
 
 def _number(mean_k: float) -> str:
     return f"{mean_k:,.0f}" if mean_k >= 10 or mean_k == int(mean_k) else f"{mean_k:.1f}"
-
-
-def _picture(description: str, png: bytes) -> str:
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _row(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _known(environment: dict[str, Any], name: str) -> str:
-    value = environment.get(name)
-    return "unknown" if value is None else str(value)

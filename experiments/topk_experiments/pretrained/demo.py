@@ -1,7 +1,9 @@
-"""The demo: one pretrained model reads one text with full attention and with several k, each in a fresh process.
+"""The demo: one pretrained model reads one text with full attention and with several k.
 
-What is measured is the cost of leaving keys out (perplexity), and the time and memory of one forward pass over the
-whole window. The record is written after every run, so that an interrupted demo continues where it stopped.
+It measures the cost of leaving keys out (perplexity), and time and memory of one forward pass over the whole window.
+All settings take turns: every round runs each of them once, in a fresh process, so that a busy stretch of the machine
+does not decide which one looks faster. The record is written after every run; an interrupted demo continues with the
+runs that are missing.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from topk_attention.backends import choose_backend
-from topk_attention.environment import environment, now
+from topk_attention.convert import convert
+from topk_attention.environment import now
 from topk_attention.files import check_writable
 
 from ..models.pretrained import (
     ModelSource,
-    Say,
     find_model,
     load_config,
     load_model,
@@ -28,26 +32,31 @@ from ..models.pretrained import (
 )
 from ..models.text import Text, first_tokens, hidden_states_give_logits, perplexity, read_text
 from ..runs.checks import check_at_least, check_runs
+from ..runs.ledger import experiment_environment, what_differs
 from ..runs.memory import PeakMeter
-from ..runs.process import Send, WorkerError, run_in_fresh_process
-from ..runs.progress import progress_bar
-from ..runs.records import SAME_ENVIRONMENT, Json, differences, read_json, write_json, write_whole
+from ..runs.process import Send, failures_named, run_in_fresh_process
+from ..runs.progress import Say, line_printer, progress_bar
+from ..runs.records import Json, read_json, write_json
 from ..runs.timing import Stopwatch, busy_note
-from ..show.plots import draw_demo
-from .demo_report import html_page, run_name, summary
+from ..show.html import counted
+from .demo_report import run_name, summary, table_rows, write_report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = "topk_attention/demo/1"
+SCHEMA = "topk_attention/demo/2"
 DEFAULT_NUM_TOKENS = 4096
-DEFAULT_K = (16, 32, 64, 128, 256)
-DEFAULT_OUT = Path("results/demo")
+# Few k, so that three rounds take about five minutes on two cores.
+DEFAULT_K = (16, 64, 256)
+DEFAULT_ROUNDS = 3
+DEFAULT_OUT = Path("build/demo")
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """What the demo runs; paths and the model as the user wrote them.
+
+    rounds  times that every setting runs, in turns
 
     >>> DemoConfig(k=(16, 0))
     Traceback (most recent call last):
@@ -58,6 +67,7 @@ class DemoConfig:
     text: Path | None = None
     num_tokens: int = DEFAULT_NUM_TOKENS
     k: Sequence[int] = DEFAULT_K
+    rounds: int = DEFAULT_ROUNDS
     out: Path = DEFAULT_OUT
     seed: int = 0
     threads: int | None = None
@@ -68,62 +78,55 @@ class DemoConfig:
         check_runs(self.k, self.backend)
         if self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2 (the first one is never predicted), got {self.num_tokens}")
-        check_at_least(1, self, "threads")
+        check_at_least(1, self, "threads", "rounds")
 
+    @property
+    def record(self) -> Path:
+        return self.out / "demo.json"
 
-@dataclass(frozen=True)
-class DemoFiles:
-    """Where a demo's results are."""
-
-    record: Path
-    picture: Path
-    page: Path
-    work: Path
-
-    @staticmethod
-    def under(out: Path) -> DemoFiles:
-        return DemoFiles(out / "demo.json", out / "demo.png", out / "demo.html", out / "work")
+    def turns(self) -> list[tuple[int, int | None]]:
+        """Round and k of every run, in the order in which they run."""
+        return [(number, k) for number in range(1, self.rounds + 1) for k in (None, *self.k)]
 
 
 def run_demo(config: DemoConfig, console: Console) -> Json:
-    """Make every run that is not there yet, write the results, and return the record.
+    """Make every run that is not on file yet, write the results, and return the record.
 
     Raises:
         ValueError: the model, the text or the k do not fit; the message says how.
         FileNotFoundError: there is no such text file.
-        WorkerError: a run failed; the runs before it are kept.
+        WorkerError: a run failed. The runs before it are kept.
     """
-    files = DemoFiles.under(config.out)
-    say: Say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    say = line_printer(console)
     text = read_text(config.text)
     source = find_model(config.model, say)
-    check_writable("out", files.record)
-    notes: list[str] = []  # said only once it is certain that the new runs can be made
-    record = _start_or_continue(_new_record(config, source, text), files, config.fresh, notes.append)
-    missing = [k for k in (None, *config.k) if k not in [run["k"] for run in record["runs"]]]
+    check_writable("out", config.record)
+    notes: list[str] = []  # said only when it is certain that the new runs can be made
+    record = _start_or_continue(_new_record(config, source, text), config, notes.append)
+    finished = [(run["round"], run["k"]) for run in record["runs"]]
+    missing = [turn for turn in config.turns() if turn not in finished]
     if missing:
-        source = unpacked(source, files.work / "model", say)
+        source = unpacked(source, config.out / "work" / "model", say)
         input_ids = _input_ids(config, source, text)
     for note in notes:
         say(note)
     if missing:
-        _make_runs(record, missing, source, input_ids, files, console)
-    draw_demo(record, files.picture)
-    write_whole(files.page, html_page(record, files.picture.read_bytes()))
-    _show(record, files, console, say)
+        say(_plan(config, source, text, missing))
+        _make_runs(record, missing, source, input_ids, config, console)
+    picture, page = write_report(record, config.out)
+    _show(record, console, say)
+    say(f"Record:  {config.record}")
+    say(f"Picture: {picture}")
+    say(f"Page:    {page}")
     return record
 
 
 def measure_run(request: Json, send: Send) -> Json:
-    """One run, in a process of its own: load the model, convert it for a k, warm up, measure.
+    """One run in a process of its own: load the model, convert it for a k, warm up, measure.
 
-    The request's k is whatever `convert` takes as attention_k, or None. Of several windows of equal length the
-    perplexity is that of all their predicted tokens.
+    The request's k is what `convert` takes as attention_k, or None. The perplexity of several windows of equal length
+    is that of all their predicted tokens.
     """
-    import torch
-
-    from topk_attention.convert import convert
-
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     model = load_model(ModelSource(**request["model"]))
@@ -131,7 +134,7 @@ def measure_run(request: Json, send: Send) -> Json:
     if request["k"] is not None or feed_forward_k is not None:
         convert(model, attention_k=request["k"], feed_forward_k=feed_forward_k, backend=request["backend"])
     windows = [torch.tensor([window]) for window in request["windows"]]
-    # A short prefix also serves as the warm-up: it touches every weight and starts the threads.
+    # The short prefix of this check is also the warm-up: it touches every weight and starts the threads.
     logits_in_chunks = hidden_states_give_logits(model, windows[0])
     with PeakMeter() as meter, Stopwatch() as stopwatch:
         losses = []
@@ -158,13 +161,12 @@ def measure_run(request: Json, send: Send) -> Json:
 
 
 def _new_record(config: DemoConfig, source: ModelSource, text: Text) -> Json:
-    import torch
-
     return {
         "schema": SCHEMA,
         "config": {
             "num_tokens": config.num_tokens,
             "k": list(config.k),
+            "rounds": config.rounds,
             "seed": config.seed,
             "threads": config.threads or torch.get_num_threads(),
             "backend": choose_backend(config.backend).name,
@@ -174,39 +176,34 @@ def _new_record(config: DemoConfig, source: ModelSource, text: Text) -> Json:
         "text": {"source": text.source, "sha256": text.sha256, "num_characters": len(text.content)},
         "memory": "peak_mib is the peak of the process's resident memory during the forward pass, above what it held "
         "just before it (model loaded, converted and warmed up on a short prefix); total_peak_mib includes that",
-        "environment": environment(),
+        "environment": experiment_environment(Path(__file__).parent),
         "runs": [],
     }
 
 
-def _start_or_continue(new: Json, files: DemoFiles, fresh: bool, say: Say) -> Json:
-    """The record to go on with: the one on disk where it is of the same configuration, otherwise a new one."""
-    old = read_json(files.record)
+def _start_or_continue(new: Json, config: DemoConfig, say: Say) -> Json:
+    """The record to continue: that on file if it is of the same run, otherwise a new one."""
+    old = read_json(config.record)
     if old is None:
         return new
-    if fresh:
-        say(f"Starting anew as asked: {files.record} is replaced.")
+    if config.fresh:
+        say(f"Starting anew as asked: {config.record} is replaced.")
         return new
-    different = differences(_identity(old), _identity(new))
-    if different:
-        say(f"{files.record} was made with another configuration and is replaced ({'; '.join(different)}).")
+    configuration = {name: new[name] for name in ("schema", "config", "model", "text")}
+    # The number of parameters is known only after the first run.
+    model = {name: value for name, value in old.get("model", {}).items() if name != "num_parameters"}
+    if changed := what_differs(old | {"model": model}, configuration, new["environment"]):
+        say(
+            f"{config.record} was made with another configuration, environment or code and is replaced "
+            f"({'; '.join(changed)})."
+        )
         return new
-    finished, wanted = len(old["runs"]), 1 + len(new["config"]["k"])
+    finished, wanted = len(old["runs"]), len(config.turns())
     if finished == wanted:
-        say(f"All {wanted} runs are in {files.record} already; --fresh makes them again.")
+        say(f"All {wanted} runs are in {config.record} already; --fresh makes them again.")
     else:
-        say(f"Continuing {files.record}: {finished} of {wanted} runs are there already.")
+        say(f"Continuing {config.record}: {finished} of {wanted} runs are on file.")
     return old
-
-
-def _identity(record: Json) -> dict[str, Any]:
-    """What has to agree for two runs to stand in one table."""
-    flat = {"schema": record.get("schema")}
-    for section in ("config", "model", "text"):
-        flat |= {f"{section} {name}": value for name, value in record.get(section, {}).items()}
-    flat.pop("model num_parameters", None)  # known after the first run
-    environment_of_record = record.get("environment", {})
-    return flat | {name: environment_of_record.get(name) for name in SAME_ENVIRONMENT}
 
 
 def _input_ids(config: DemoConfig, source: ModelSource, text: Text) -> list[int]:
@@ -216,21 +213,31 @@ def _input_ids(config: DemoConfig, source: ModelSource, text: Text) -> list[int]
     return first_tokens(text, load_tokenizer(source), config.num_tokens)[0].tolist()
 
 
+def _plan(config: DemoConfig, source: ModelSource, text: Text, missing: Sequence[tuple[int, int | None]]) -> str:
+    """What is about to run, for the console."""
+    return (
+        f"{source.name} now reads {config.num_tokens:,} tokens of {text.source}, with full attention and with k = "
+        f"{', '.join(map(str, config.k))}, in {counted(config.rounds, 'round')}. Each of the "
+        f"{counted(len(missing), 'run')} loads the model in a fresh process and measures one forward pass."
+    )
+
+
 def _make_runs(
     record: Json,
-    missing: Sequence[int | None],
+    missing: Sequence[tuple[int, int | None]],
     source: ModelSource,
     input_ids: list[int],
-    files: DemoFiles,
+    config: DemoConfig,
     console: Console,
 ) -> None:
     from rich.markup import escape
 
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
-        for number, k in enumerate(missing):
-            name = run_name(k, len(input_ids))
-            bar.update(task, description=f"{name} ({number + 1} of {len(missing)})", completed=number)
+        for number, (round_number, k) in enumerate(missing):
+            name = run_name(k, config.num_tokens)
+            described = f"round {round_number} of {config.rounds}, {name}"
+            bar.update(task, description=described, completed=number)
 
             def on_message(message: Json, number: int = number) -> None:
                 bar.update(task, completed=number + message["done"])
@@ -243,46 +250,35 @@ def _make_runs(
                 "seed": record["config"]["seed"],
                 "backend": record["config"]["backend"],
             }
-            try:
+            with failures_named(name):
                 run = run_in_fresh_process(
                     f"{__name__}:measure_run", request, on_message=on_message, memory_in_use=True
                 )
-            except WorkerError as error:
-                raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
             record["model"]["num_parameters"] = run.pop("num_parameters")
-            record["runs"].append(run | {"date": now()})
-            write_json(files.record, record)
+            record["runs"].append({"round": round_number} | run | {"date": now()})
+            write_json(config.record, record)
             bar.update(task, completed=number + 1)
             bar.console.print(
-                f"{escape(name)}: perplexity {run['perplexity']:.2f}, {run['elapsed_s']:.1f} s, "
+                f"{escape(described)}: perplexity {run['perplexity']:.2f}, {run['elapsed_s']:.1f} s, "
                 f"{run['peak_mib']:,.0f} MiB",
                 highlight=False,
                 soft_wrap=True,
             )
 
 
-def _show(record: Json, files: DemoFiles, console: Console, say: Say) -> None:
+def _show(record: Json, console: Console, say: Say) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    model = record["model"]
-    table = Table(title=f"{escape(model['name'])}, {record['config']['num_tokens']:,} tokens", title_justify="left")
-    table.add_column("attention")
-    for heading in ("perplexity", "time [s]", "peak memory [MiB]", "of the process [MiB]"):
-        table.add_column(escape(heading), justify="right")
-    for run in record["runs"]:
-        table.add_row(
-            run_name(run["k"], record["config"]["num_tokens"]),
-            f"{run['perplexity']:.2f}",
-            f"{run['elapsed_s']:.1f}",
-            f"{run['peak_mib']:,.0f}",
-            f"{run['total_peak_mib']:,.0f}",
-        )
+    title = f"{escape(record['model']['name'])}, {record['config']['num_tokens']:,} tokens"
+    table = Table(title=title, title_justify="left")
+    headings, *rows = table_rows(record)
+    for heading in headings:
+        table.add_column(escape(heading), justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     say(f"Peak memory is counted above the loaded model. {summary(record)}")
     note = busy_note([run.get("other_cores") for run in record["runs"]], record["environment"]["num_cpus"])
     if note is not None:
         say(note)
-    say(f"Record:  {files.record}")
-    say(f"Picture: {files.picture}")
-    say(f"Page:    {files.page}")

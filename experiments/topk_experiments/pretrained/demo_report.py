@@ -1,30 +1,49 @@
-"""What a demo's record says, in words and as a page."""
+"""What the record of a demo shows: table, sentences, picture and page. Nothing in this file measures."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable
+import statistics
+from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from ..runs.records import Json
+from ..runs.records import Json, read_json, write_whole
 from ..runs.timing import busy_note
+from ..show.html import counted, drawn, footer, page, table
+from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at, save
 
-# A perplexity this much above full attention's counts as close to it.
+# A perplexity at most this much above full attention's counts as close to it.
 _CLOSE = 0.05
+# Ratios nearer to 1 than this are no difference.
+_SMALLEST_DIFFERENCE = 0.02
+_HEADINGS = (
+    "attention",
+    "perplexity",
+    "time [s]",
+    "fastest to slowest [s]",
+    "peak memory [MiB]",
+    "of the process [MiB]",
+)
+_TOPK, _FULL = STYLES["topk"], STYLES["full"]
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; }
-footer { color: #666; font-size: .85rem; }
-"""
+
+def redraw(results: Path) -> list[Path]:
+    """Write picture and page of the demo's record below the folder of all results again; return their paths."""
+    record = read_json(results / "demo" / "demo.json")
+    return [] if record is None else write_report(record, results / "demo")
+
+
+def write_report(record: Json, out: Path) -> list[Path]:
+    """Write `demo.png` and `demo.html`; return their paths."""
+    png, written = out / "demo.png", out / "demo.html"
+    save(draw(record), png)
+    write_whole(written, html_page(record))
+    return [png, written]
 
 
 def run_name(k: int | None, num_tokens: int | None = None) -> str:
-    """How a run is called everywhere: "full attention" or "k = 64", and what a k of every token is.
+    """The name of a run in tables and messages: "full attention" or "k = 64", and what a k of every token is.
 
     >>> run_name(5000, 4096)
     'k = 5000 (every key: full attention)'
@@ -34,111 +53,168 @@ def run_name(k: int | None, num_tokens: int | None = None) -> str:
     return f"k = {k} (every key: full attention)" if num_tokens is not None and k >= num_tokens else f"k = {k}"
 
 
+def by_setting(record: Json) -> list[Json]:
+    """One entry a k, full attention first: medians over the rounds, and the values of every round.
+
+    Fields: k, perplexity, elapsed_s, peak_mib and total_peak_mib (medians), and "rounds", the runs themselves. A record
+    of the first schema holds one run a k.
+    """
+    runs: dict[int | None, list[Json]] = {}
+    for run in record["runs"]:
+        runs.setdefault(run["k"], []).append(run)
+    fields = ("perplexity", "elapsed_s", "peak_mib", "total_peak_mib")
+    return [
+        {"k": k, "rounds": rounds} | {field: statistics.median(run[field] for run in rounds) for field in fields}
+        for k, rounds in sorted(runs.items(), key=lambda entry: entry[0] or 0)
+    ]
+
+
+def table_rows(record: Json) -> list[list[str]]:
+    """Headings, then a row for each k."""
+    rows = [list(_HEADINGS)]
+    for setting in by_setting(record):
+        times = _values(setting, "elapsed_s")
+        rows.append(
+            [
+                run_name(setting["k"], record["config"]["num_tokens"]),
+                f"{setting['perplexity']:.2f}",
+                f"{setting['elapsed_s']:.1f}",
+                f"{min(times):.1f} to {max(times):.1f}" if len(times) > 1 else "one round",
+                f"{setting['peak_mib']:,.0f}",
+                f"{setting['total_peak_mib']:,.0f}",
+            ]
+        )
+    return rows
+
+
 def summary(record: Json) -> str:
-    """What the numbers say, for better or worse, in one or two sentences."""
-    full = next((run for run in record["runs"] if run["k"] is None), None)
-    topk = sorted((run for run in record["runs"] if run["k"] is not None), key=lambda run: run["k"])
+    """What the numbers say about perplexity, time and memory, in three sentences."""
+    settings = by_setting(record)
+    full = next((setting for setting in settings if setting["k"] is None), None)
+    topk = [setting for setting in settings if setting["k"] is not None]
     if full is None or not topk:
         return "There is nothing to compare yet."
-    return f"{_quality(full, topk)} {_cost(full, topk)}"
-
-
-def page_top(title: str) -> str:
-    """How every page begins, down to its heading."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-"""
-
-
-def html_page(record: Json, picture: bytes) -> str:
-    """One self-contained page: what was run, the table, the picture and what they say."""
-    config, environment = record["config"], record["environment"]
-    rows = "\n".join(_row(run, config["num_tokens"]) for run in record["runs"])
-    model, text = record["model"], record["text"]
-    title = f"{model['name']}: the k best keys per query"
-    return (
-        page_top(title)
-        + f"""<p>{escape(model["name"])} ({model.get("num_parameters", 0) / 1e6:,.0f} million parameters,
-{escape(model["revision"])}, {escape(config["dtype"])}, no training) read the first {config["num_tokens"]:,} tokens of
-{escape(text["source"])}: once with full attention as the model comes, once for each k with every query keeping its
-k best keys.</p>
-<p><strong>{escape(summary(record))}</strong></p>
-<table>
-<tr><th>attention</th><th>perplexity</th><th>time [s]</th><th>peak memory [MiB]</th><th>of the process [MiB]</th></tr>
-{rows}
-</table>
-<img alt="Perplexity, time and peak memory against k" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
-<p>Each run had a process of its own. Time is that of one forward pass over the whole window, logits included. Peak
-memory is the resident memory above what the process held just before, with the model loaded and warmed up; the last
-column includes that.{_busy(record)}</p>
-<footer>topk_attention {escape(_known(environment, "topk_attention"))} ({escape(_known(environment, "commit"))}),
-torch {escape(_known(environment, "torch"))}, transformers {escape(_known(environment, "transformers"))},
-Python {escape(_known(environment, "python"))}, {escape(_known(environment, "cpu"))}, {config["threads"]} threads,
-backend {escape(config["backend"])}, {escape(_known(environment, "date"))},
-text sha256 {escape(text["sha256"][:16])}</footer>
-</body>
-</html>
-"""
+    return " ".join(
+        [
+            _quality(full, topk),
+            _difference(full, topk, "elapsed_s", "faster", "slower", "time"),
+            _difference(full, topk, "peak_mib", "smaller", "larger", "peak memory"),
+        ]
     )
 
 
-def _busy(record: Json) -> str:
+def html_page(record: Json) -> str:
+    """One page without other files: what was run, the table, the picture and what they say."""
+    config, model, text = record["config"], record["model"], record["text"]
     note = busy_note([run.get("other_cores") for run in record["runs"]], record["environment"].get("num_cpus"))
-    return "" if note is None else f"\n{note}"
-
-
-def _row(run: Json, num_tokens: int) -> str:
-    return (
-        f"<tr><td>{run_name(run['k'], num_tokens)}</td><td>{run['perplexity']:.2f}</td>"
-        f"<td>{run['elapsed_s']:.1f}</td>"
-        f"<td>{run['peak_mib']:,.0f}</td><td>{run['total_peak_mib']:,.0f}</td></tr>"
+    rounds = max(len(setting["rounds"]) for setting in by_setting(record))
+    how = "once" if rounds == 1 else f"in {counted(rounds, 'round')}, every setting once a round"
+    million = model.get("num_parameters", 0) / 1e6
+    return page(
+        f"{model['name']}: the k best keys per query",
+        f"<p>{escape(model['name'])} ({million:,.0f} million parameters, {escape(model['revision'])}, "
+        f"{escape(config['dtype'])}, no training) read the first {config['num_tokens']:,} tokens of "
+        f"{escape(text['source'])} {how}: with full attention, as the model comes, and with every query keeping its k "
+        "best keys.</p>",
+        f"<p><strong>{escape(summary(record))}</strong></p>",
+        table(table_rows(record)),
+        drawn("Perplexity, time and peak memory against k", draw(record)),
+        "<p>Each run had a process of its own. Numbers are medians over the rounds. Time is that of one forward pass "
+        "over the whole window, logits included. Peak memory is resident memory above what the process held just "
+        "before the pass, with the model loaded and warmed up; the last column includes that."
+        f"{'' if note is None else f' {escape(note)}'}</p>",
+        footer(record, f"text sha256 {text['sha256'][:16]}"),
     )
 
 
-def _quality(full: Json, topk: list[Json]) -> str:
-    close = [run for run in topk if run["perplexity"] <= (1 + _CLOSE) * full["perplexity"]]
-    run = close[0] if close else min(topk, key=lambda run: run["perplexity"])
-    change = 100 * (run["perplexity"] / full["perplexity"] - 1)
-    numbers = f"{run['perplexity']:.2f} against {full['perplexity']:.2f}, {change:+.1f} %"
+def draw(record: Json) -> Any:
+    """A figure: perplexity, seconds and peak memory against k, with full attention as a dashed line. Bars: all rounds.
+
+    record  with at least one run
+    """
+    settings = by_setting(record)
+    topk = [setting for setting in settings if setting["k"] is not None]
+    panels = (
+        ("perplexity", "Perplexity"),
+        ("elapsed_s", "Time of the forward pass [s]"),
+        ("peak_mib", "Peak memory above the model [MiB]"),
+    )
+    figure = new_figure(width=11, height=3.9)
+    for number, (field, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 3, number)
+        if topk:
+            middles = [setting[field] for setting in topk]
+            lows, highs = (
+                [abs(edge(_values(setting, field)) - setting[field]) for setting in topk] for edge in (min, max)
+            )
+            ks = [setting["k"] for setting in topk]
+            style = {"color": _TOPK.colour, "marker": _TOPK.marker, "capsize": 3, "elinewidth": 0.8}
+            axes.errorbar(ks, middles, yerr=(lows, highs), label="top-k attention", **style)
+            axes.set_xscale("log", base=2)
+            only_ticks_at(axes.xaxis, ks)
+        for setting in settings:
+            if setting["k"] is None:
+                axes.axhline(setting[field], color=_FULL.colour, linestyle="--", label="full attention")
+                values = _values(setting, field)
+                axes.axhspan(min(values), max(values), color=_FULL.colour, alpha=0.1, linewidth=0)
+        axes.set_ylim(0, 1.12 * max(run[field] for run in record["runs"]))
+        axes.set_xlabel("k, keys kept per query")
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        place = {"ha": "right", "va": "bottom", "fontsize": 8, "transform": axes.transAxes}
+        axes.text(0.98, 0.03, "lower is better", color=QUOTED, style="italic", **place)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _values(setting: Json, field: str) -> list[float]:
+    return [run[field] for run in setting["rounds"]]
+
+
+def _quality(full: Json, topk: Sequence[Json]) -> str:
+    close = [setting for setting in topk if setting["perplexity"] <= (1 + _CLOSE) * full["perplexity"]]
+    best = close[0] if close else min(topk, key=lambda setting: setting["perplexity"])
+    change = 100 * (best["perplexity"] / full["perplexity"] - 1)
+    numbers = f"{best['perplexity']:.2f} against {full['perplexity']:.2f}, {change:+.1f} %"
     if close:
         return (
-            f"k = {run['k']} is the smallest k tried whose perplexity is within {100 * _CLOSE:.0f} % of full "
+            f"k = {best['k']} is the smallest k tried whose perplexity is within {100 * _CLOSE:.0f} % of full "
             f"attention's ({numbers})."
         )
     return (
-        f"No k tried comes within {100 * _CLOSE:.0f} % of full attention's perplexity; k = {run['k']} comes closest "
+        f"No k tried comes within {100 * _CLOSE:.0f} % of full attention's perplexity; k = {best['k']} comes closest "
         f"({numbers})."
     )
 
 
-def _cost(full: Json, topk: list[Json]) -> str:
-    time_ratios = [run["elapsed_s"] / full["elapsed_s"] for run in topk]
-    memory_ratios = [run["peak_mib"] / max(full["peak_mib"], 1e-9) for run in topk]
-    slower = sum(ratio > 1 for ratio in time_ratios)
-    speed = {
-        0: "faster than full attention at every k",
-        len(topk): "slower than full attention at every k",
-    }.get(slower, f"slower than full attention at {slower} of {len(topk)} k")
-    return (
-        f"In this run top-k attention was {speed} ({_range(time_ratios)} its time) and needed "
-        f"{_range(memory_ratios)} its memory."
-    )
+def _difference(full: Json, topk: Sequence[Json], field: str, less: str, more: str, noun: str) -> str:
+    """A sentence on time or memory. It claims a difference only where every round of one is below every round of the
+    other."""
+    ratios = {setting["k"]: _ratios(setting, full, field) for setting in topk}
+    lowest, highest = min(low for low, _ in ratios.values()), max(high for _, high in ratios.values())
+    numbers = f"{lowest:.2f} times" if f"{lowest:.2f}" == f"{highest:.2f}" else f"{lowest:.2f} to {highest:.2f} times"
+    rounds = min(len(setting["rounds"]) for setting in [full, *topk])
+    numbers = f"({numbers} full attention's {noun}, over {counted(rounds, 'round')})"
+    if rounds < 2:
+        return f"One round cannot tell a difference in {noun} from noise {numbers}."
+    verdicts = {
+        less: [k for k, (_, high) in ratios.items() if high < 1 - _SMALLEST_DIFFERENCE],
+        more: [k for k, (low, _) in ratios.items() if low > 1 + _SMALLEST_DIFFERENCE],
+    }
+    claims = [
+        f"{word} {'at every k' if len(ks) == len(topk) else 'at k = ' + ', '.join(map(str, ks))}"
+        for word, ks in verdicts.items()
+        if ks
+    ]
+    if not claims:
+        return f"{noun.capitalize()}: no difference beyond noise {numbers}."
+    if sum(map(len, verdicts.values())) < len(topk):
+        claims.append("no difference beyond noise at the other k")
+    return f"{noun.capitalize()}: {'; '.join(claims)} {numbers}."
 
 
-def _range(ratios: list[float]) -> str:
-    show: Callable[[float], str] = "{:.2f}".format
-    low, high = show(min(ratios)), show(max(ratios))
-    return f"{low} times" if low == high else f"{low} to {high} times"
-
-
-def _known(environment: dict[str, Any], name: str) -> str:
-    value = environment.get(name)
-    return "unknown" if value is None else str(value)
+def _ratios(setting: Json, full: Json, field: str) -> tuple[float, float]:
+    """Lowest and highest ratio between any round of a setting and any round of full attention."""
+    ours, theirs = _values(setting, field), [max(value, 1e-9) for value in _values(full, field)]
+    return min(ours) / max(theirs), max(ours) / min(theirs)

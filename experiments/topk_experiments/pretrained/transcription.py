@@ -1,7 +1,6 @@
-"""What a speech model hears with few keys: one recording, transcribed with full attention and with several k, each in a
-fresh process.
+"""Transcripts of one recording by a speech model, with full attention and with several k, each in a fresh process.
 
-A transcript is appended to the record as soon as it is there, so that an interrupted run continues with the next.
+Each transcript is appended to the records as soon as it is finished; an interrupted run continues with the next one.
 """
 
 from __future__ import annotations
@@ -11,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert, is_cross_attention, is_self_attention
-from topk_attention.environment import environment
 
-from ..models.pretrained import ModelSource, Say, find_model, load_feature_extractor, load_model, load_tokenizer
+from ..models.pretrained import ModelSource, find_model, load_feature_extractor, load_model, load_tokenizer
 from ..models.speech import read_recording, transcribe, word_errors, words
 from ..runs.checks import check_at_least, check_runs
+from ..runs.ledger import Ledger, made_when
 from ..runs.memory import PeakMeter
-from ..runs.process import Send, WorkerError, run_in_fresh_process
-from ..runs.progress import progress_bar
-from ..runs.records import SAME_ENVIRONMENT, Json, append_json_line, read_json_lines, write_whole
-from ..runs.timing import Stopwatch, busy_note
+from ..runs.process import Send, failures_named, run_in_fresh_process
+from ..runs.progress import line_printer, progress_bar
+from ..runs.records import Json
+from ..runs.timing import Stopwatch
 from .demo_report import run_name
+from .transcription_report import PAGE, RECORDS, difference, show, write_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ _AUTO_CLASS = "AutoModelForSpeechSeq2Seq"
 
 @dataclass(frozen=True)
 class TranscriptionConfig:
-    """What is transcribed, and how; paths and the model as the user wrote them.
+    """What is transcribed and how; paths and the model as the user wrote them.
 
     layers  which attention layers keep k keys: "encoder", "cross" and "decoder" (its own tokens)
 
@@ -69,55 +70,50 @@ class TranscriptionConfig:
 
 
 def run_transcription(config: TranscriptionConfig, console: Console) -> list[Json]:
-    """Make every transcript that is not there yet, append each to `transcripts.jsonl`, and show them beside full
-    attention's.
+    """Make every transcript that is not on file yet and compare all of them with full attention's.
 
-    Returns the records of all transcripts asked for, full attention's first.
+    Appends to `transcripts.jsonl` and writes `transcripts.md`. Returns the records asked for, full attention's first.
 
     Raises:
         ValueError: the model or the recording do not fit; the message says how.
         FileNotFoundError: there is no such recording.
-        WorkerError: a transcript failed; those before it are kept.
+        WorkerError: a transcript failed. Those before it are kept.
     """
-    say: Say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-    lines, page = config.out / "transcripts.jsonl", config.out / "transcripts.md"
+    say = line_printer(console)
     source = find_model(config.model, say)
-    before = [] if config.fresh else read_json_lines(lines)
-    here = environment()
+    ledger = Ledger(config.out / RECORDS, schema=SCHEMA, folder=Path(__file__).parent, fresh=config.fresh)
     records: list[Json] = []
     with progress_bar(console) as bar:
         task = bar.add_task("", total=1 + len(config.k))
         for number, k in enumerate((None, *config.k)):
             bar.update(task, description=run_name(k), completed=number)
             run = _describe(config, source, k)
-            record = _find(before, run, here)
+            record = ledger.find({"run": run})
             if record is None:
+                note = ledger.why_not({"run": run})
 
                 def on_message(message: Json, number: int = number) -> None:
                     bar.update(task, completed=number + message["done"])
 
-                record = {"schema": SCHEMA, "run": run, "environment": environment()}
-                record |= _measure(config, source, k, on_message)
+                record = ledger.new_record({"run": run}) | _measure(config, source, run, on_message)
                 heard, expected = words(record["transcript"]), words((records or [record])[0]["transcript"])
                 record |= {"num_words": len(heard), "word_errors": word_errors(heard, expected)}
-                append_json_line(lines, record)
-                there = ""
+                ledger.append(record)
             else:
-                there = f" (there already, of {record['environment']['date']})"
+                note = made_when(record)
             records.append(record)
-            bar.console.print(f"{run_name(k)}: {_difference(record, records[0])}{there}", markup=False, soft_wrap=True)
+            line = f"{run_name(k)}: {difference(record, records[0])}{'' if note is None else f' ({note})'}"
+            bar.console.print(line, markup=False, soft_wrap=True)
         bar.update(task, completed=1 + len(config.k))
-    write_whole(page, as_markdown(records))
-    _show(records, console)
-    say(f"Records: {lines}")
-    say(f"Page:    {page}")
+    write_report(records, config.out)
+    show(records, console)
+    say(f"Records: {config.out / RECORDS}")
+    say(f"Page:    {config.out / PAGE}")
     return records
 
 
 def measure_transcript(request: Json, send: Send) -> Json:
-    """One transcript, in a process of its own: load the model, convert it for a k, listen."""
-    import torch
-
+    """One transcript in a process of its own: load the model, convert it for a k, transcribe."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     source = ModelSource(**request["model"])
@@ -164,32 +160,8 @@ def layer_kind(path: str, module: nn.Module) -> str | None:
     return "encoder" if "encoder" in path.split(".") else "decoder"
 
 
-def as_markdown(records: Sequence[Json]) -> str:
-    """A table with a row for each transcript, and how it came about."""
-    run, here = records[0]["run"], records[0]["environment"]
-    layers = " and ".join(records[-1]["run"]["layers"])
-    lines = [
-        f"{run['model']['name']} on {run['audio']} ({records[0]['audio_s']:.1f} s), k in {layers} attention "
-        f"({records[-1]['num_converted_layers']} layers), {run['threads']} threads, float32, PyTorch {here['torch']}, "
-        f"{here['date'][:10]}, commit {here['commit']}. Words that differ are counted against full attention's: "
-        "replaced, put in or left out, without case and punctuation (as a share: the word error rate).",
-        "",
-        "| attention | words that differ | time [s] | transcript |",
-        "|---|---|---|---|",
-    ]
-    for record in records:
-        lines.append(
-            f"| {run_name(record['run']['k'])} | {_difference(record, records[0])} | {record['elapsed_s']:.1f} | "
-            f"{record['transcript'].replace('|', chr(92) + '|')} |"
-        )
-    note = _busy(records)
-    return "\n".join(lines + ([] if note is None else ["", note])) + "\n"
-
-
 def _describe(config: TranscriptionConfig, source: ModelSource, k: int | None) -> Json:
-    """What has to agree for two runs to be the same."""
-    import torch
-
+    """The configuration of a run, for its record."""
     stamp = config.audio.stat() if config.audio.is_file() else None
     if stamp is None:
         raise FileNotFoundError(f"audio file not found: {config.audio}")
@@ -206,59 +178,16 @@ def _describe(config: TranscriptionConfig, source: ModelSource, k: int | None) -
     }
 
 
-def _find(records: Sequence[Json], run: Json, here: Json) -> Json | None:
-    """The newest record of this run that was made with this software on this processor."""
-    for record in reversed(records):
-        there = record.get("environment", {})
-        if record.get("run") == run and all(there.get(name) == here[name] for name in SAME_ENVIRONMENT):
-            return record
-    return None
-
-
-def _measure(config: TranscriptionConfig, source: ModelSource, k: int | None, on_message: Send) -> Json:
+def _measure(config: TranscriptionConfig, source: ModelSource, run: Json, on_message: Send) -> Json:
     request = {
         "model": vars(source),
         "audio": str(config.audio),
         "language": config.language,
-        "k": k,
+        "k": run["k"],
         "layers": list(config.layers),
-        "threads": _describe(config, source, k)["threads"],
+        "threads": run["threads"],
         "seed": config.seed,
         "backend": config.backend,
     }
-    try:
+    with failures_named(run_name(run["k"])):
         return run_in_fresh_process(f"{__name__}:measure_transcript", request, on_message=on_message)
-    except WorkerError as error:
-        raise WorkerError(error.outcome, f"{run_name(k)} failed ({error.outcome}): {error}") from error
-
-
-def _difference(record: Json, full: Json) -> str:
-    if record is full:
-        return f"{full['num_words']} words"
-    errors, num_words = record["word_errors"], full["num_words"]
-    return f"{errors} of {num_words} ({100 * errors / max(1, num_words):.1f} %)"
-
-
-def _show(records: Sequence[Json], console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    run = records[0]["run"]
-    table = Table(title=escape(f"{run['model']['name']}, {run['audio']}"), title_justify="left")
-    for heading in ("attention", "words that differ", "time [s]", "peak memory [MiB]", "transcript"):
-        table.add_column(escape(heading), justify="left" if heading in ("attention", "transcript") else "right")
-    for record in records:
-        table.add_row(
-            run_name(record["run"]["k"]),
-            _difference(record, records[0]),
-            f"{record['elapsed_s']:.1f}",
-            f"{record['peak_mib']:,.0f}",
-            escape(record["transcript"]),
-        )
-    console.print(table)
-    if (note := _busy(records)) is not None:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def _busy(records: Sequence[Json]) -> str | None:
-    return busy_note([record["other_cores"] for record in records], records[0]["environment"]["num_cpus"])

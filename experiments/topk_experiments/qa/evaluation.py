@@ -1,8 +1,8 @@
 """Zero-shot evaluation: one model answers sets of questions, in full and with several k.
 
-Each point (a model, a k, a set) has a process of its own, which hands back its answers batch by batch. They are kept in
-a file of their own until the point is done and its record is written, so that an interrupted evaluation goes on with
-the next batch.
+Each point (a model, a k, a set) runs in a process of its own, which sends its answers batch by batch. The answers are
+kept in a file until the point is finished and its record is written. An interrupted evaluation continues with the next
+batch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from topk_attention.backends import choose_backend
-from topk_attention.environment import environment
+from topk_attention.environment import now
 
 from ..models.pretrained import (
     ModelSource,
-    Say,
     find_model,
     load_config,
     load_model,
@@ -29,11 +28,12 @@ from ..models.pretrained import (
 )
 from ..models.settings import Setting, convert_model, setting_name
 from ..runs.checks import check_at_least
-from ..runs.process import Send, WorkerError, run_in_fresh_process
-from ..runs.progress import progress_bar
+from ..runs.ledger import Ledger, made_when
+from ..runs.process import Send, failures_named, run_in_fresh_process
+from ..runs.progress import line_printer, progress_bar
 from ..runs.records import Json, append_json_line, read_json_lines
 from ..runs.timing import Stopwatch
-from .points import find_record, in_words, key_of, packed
+from .points import configuration, in_words, packed, work_name
 from .readers import READERS, reader_name, scores
 from .tasks import Question, QuestionSet, read_questions
 
@@ -52,8 +52,8 @@ class EvaluationConfig:
 
     datasets  files, folders or ids, see `read_questions`
     settings  the k to run with
-    limit     questions of each set, drawn at random; None: all
-    shots     solved examples before each question, drawn from the same set (decoder models alone)
+    limit     number of questions of each set, drawn at random; None: all
+    shots     solved examples before each question, drawn from the same set (for decoder models only)
     """
 
     datasets: Sequence[str]
@@ -81,7 +81,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class _Point:
-    """One record to make. `record` has all that tells it from others."""
+    """One record to make. `record` holds its configuration."""
 
     setting: Setting
     questions: list[Question]
@@ -93,38 +93,39 @@ class _Point:
 
 
 def run_evaluation(config: EvaluationConfig, console: Console) -> list[Json]:
-    """Evaluate every point that is not there yet, append each to `evaluations.jsonl`, and return those asked for.
+    """Evaluate every point that is not on file yet, append it to `evaluations.jsonl`, and return the points asked for.
 
     Raises:
         ValueError: the model, a set or a k does not fit; the message says how.
         FileNotFoundError: there is no such file.
-        WorkerError: a point failed; points and batches before it are kept.
+        WorkerError: a point failed. The points and batches before it are kept.
     """
-    say: Say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-    lines = config.out / RECORDS
+    say = line_printer(console)
     source = find_model(config.model, say)
     sets = [read_questions(dataset) for dataset in config.datasets]
     source = unpacked(source, config.out / "work" / source.name, say)
-    points = _new_points(config, source, sets)
-    before = [] if config.fresh else read_json_lines(lines)
+    ledger = Ledger(config.out / RECORDS, schema=SCHEMA, folder=Path(__file__).parent, fresh=config.fresh)
+    points = _new_points(config, source, sets, ledger.here)
     records = []
     for number, point in enumerate(points, 1):
-        told = f"[{number}/{len(points)}] {point}"
-        record = find_record(before, point.record)
+        label = f"[{number}/{len(points)}] {point}"
+        record = ledger.find(configuration(point.record))
         if record is None:
-            record = _evaluate(point, source, config, told, console)
-            append_json_line(lines, record)
-            (config.out / "work" / f"{key_of(point.record)}.jsonl").unlink(missing_ok=True)
-            say(f"{told}: {in_words(record)}")
+            if note := ledger.why_not(configuration(point.record)):
+                say(f"{label}: {note}")
+            record = _evaluate(point, source, config, label, console)
+            ledger.append(record)
+            _answers_so_far(config, point).unlink(missing_ok=True)
+            say(f"{label}: {in_words(record)}")
         else:
-            say(f"{told}: {in_words(record)} (there already, of {record['environment']['date']})")
+            say(f"{label}: {in_words(record)} ({made_when(record)})")
         records.append(record)
-    say(f"Records: {lines}")
+    say(f"Records: {config.out / RECORDS}")
     return records
 
 
 def evaluate_point(request: Json, send: Send) -> Json:
-    """One point, in a process of its own: load the model, convert it, and send the answers of every batch."""
+    """One point in a process of its own: load the model, convert it, and send the answers of every batch."""
     torch.set_num_threads(request["threads"])
     reader = READERS[request["reader"]]
     source = ModelSource(**request["model"])
@@ -141,20 +142,19 @@ def evaluate_point(request: Json, send: Send) -> Json:
         send({"answers": [[number, answer] for number, answer in batch.items()], "elapsed_s": stopwatch.elapsed_s})
 
 
-def _new_points(config: EvaluationConfig, source: ModelSource, sets: Sequence[QuestionSet]) -> list[_Point]:
+def _new_points(config: EvaluationConfig, source: ModelSource, sets: Sequence[QuestionSet], here: Json) -> list[_Point]:
     name = reader_name(load_config(source))
     if config.shots and not READERS[name].takes_examples:
         raise ValueError(f"shots must be 0 for {source.name}, which takes no examples, got {config.shots}")
-    here = environment()
     points = []
-    for some in sets:
-        shuffled = some.shuffled(config.seed)
+    for question_set in sets:
+        shuffled = question_set.shuffled(config.seed)
         questions = shuffled[: config.limit]
         for setting in config.settings:
             record = {
                 "schema": SCHEMA,
                 "model": {"name": source.name, "revision": source.revision},
-                "questions": some.describe() | {"asked": len(questions), "seed": config.seed},
+                "questions": question_set.describe() | {"asked": len(questions), "seed": config.seed},
                 "protocol": READERS[name].protocol | {"reader": name, "shots": config.shots},
                 "setting": setting.describe(),
                 "run": {
@@ -169,8 +169,13 @@ def _new_points(config: EvaluationConfig, source: ModelSource, sets: Sequence[Qu
     return points
 
 
-def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, told: str, console: Console) -> Json:
-    """Ask what was not asked before the last interruption, and score all answers."""
+def _answers_so_far(config: EvaluationConfig, point: _Point) -> Path:
+    """The file that keeps the answers of an unfinished point."""
+    return config.out / "work" / f"{work_name(point.record)}.jsonl"
+
+
+def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, label: str, console: Console) -> Json:
+    """Ask the questions that have no answer on file yet, and score all answers."""
     from rich.markup import escape
 
     reader = READERS[point.record["protocol"]["reader"]]
@@ -181,7 +186,7 @@ def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, told
             f"{point.record['questions']['name']} has a question of {max(lengths.tokens):,} tokens with its examples, "
             f"and {source.name} takes {longest:,}"
         )
-    partial = config.out / "work" / f"{key_of(point.record)}.jsonl"
+    partial = _answers_so_far(config, point)
     if config.fresh:
         partial.unlink(missing_ok=True)
     lines = read_json_lines(partial)
@@ -198,7 +203,7 @@ def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, told
         "dtype": config.dtype,
     }
     with progress_bar(console) as bar:
-        task = bar.add_task(escape(told), total=len(point.questions), completed=len(done))
+        task = bar.add_task(escape(label), total=len(point.questions), completed=len(done))
 
         def on_message(message: Json) -> None:
             append_json_line(partial, message)
@@ -206,10 +211,8 @@ def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, told
             bar.advance(task, len(message["answers"]))
 
         if request["questions"]:
-            try:
+            with failures_named(label):
                 run_in_fresh_process(f"{__name__}:evaluate_point", request, on_message=on_message)
-            except WorkerError as error:
-                raise WorkerError(error.outcome, f"{told} failed ({error.outcome}): {error}") from error
     answers = {number: answer for line in lines for number, answer in line["answers"]}
     outcomes = reader.outcomes(point.questions, [answers[number] for number in range(len(point.questions))])
     return point.record | {
@@ -217,5 +220,5 @@ def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, told
         "outcomes": {name: packed(values) for name, values in outcomes.items()},
         "lengths": lengths.describe(point.record["setting"]["attention_k"]),
         "elapsed_s": sum(line["elapsed_s"] for line in lines),
-        "environment": environment(),
+        "environment": point.record["environment"] | {"date": now()},
     }

@@ -1,7 +1,7 @@
 """Fine-tuning and training from scratch: one model trained in full and with several k on the same questions.
 
-Every arm starts from the same weights and sees the same questions in the same order. It has a process of its own and
-leaves a checkpoint wherever it evaluates; its record is appended when it is done.
+Every arm starts from the same weights and sees the same questions in the same order. It runs in a process of its own
+and writes a checkpoint whenever it evaluates. Its record is appended when it has finished.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from topk_attention.backends import choose_backend
-from topk_attention.environment import environment
+from topk_attention.environment import now
 
-from ..models.pretrained import ModelSource, Say, find_model, load_config, load_model, load_tokenizer
+from ..models.pretrained import ModelSource, find_model, load_config, load_model, load_tokenizer
 from ..models.settings import Setting, convert_model
 from ..runs.checks import check_at_least
+from ..runs.ledger import Ledger, made_when, what_differs
+from ..runs.ledger import identity as identity_of
 from ..runs.process import Send
-from ..runs.records import Json, append_json_line, read_json, read_json_lines, write_json
+from ..runs.progress import line_printer
+from ..runs.records import Json, read_json, write_json
 from ..runs.training import TrainingPlan, seed_of, train, train_in_fresh_process
 from .evaluation import DEFAULT_OUT
-from .points import find_record, identity, in_words, key_of, packed
+from .points import configuration, in_words, key_of, packed
 from .readers import READERS, Reader, TrainingExamples, reader_name, scores
 from .tasks import Question, QuestionSet, read_questions
 from .tasks.questions import split_by_passage
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "topk_attention/qa-finetuning/1"
 RECORDS = "finetuning.jsonl"
-# In the folder of a saved model: which training it is of.
+# File in the folder of a saved model that names its training.
 _TRAINING = "training.json"
 _POSITION_BIAS = "relative_attention_bias"
 
@@ -43,14 +46,17 @@ _POSITION_BIAS = "relative_attention_bias"
 class FinetuningConfig:
     """What is trained and how; paths and names as the user wrote them.
 
-    training    file, folder or id of questions to train on
-    dataset     what to evaluate on; None: `hold_out` of the passages of the training set, which are then left out of it
-    from_scratch  begin with random weights of the model's configuration
-    batch, parts  questions of a step, and into how many parts of like length it is cut, for less memory and padding
-    position_bias_rate  how many times as fast as the rest T5's tables of relative position biases learn
-    beta2       AdamW's, how long it remembers squared gradients
-    evaluate_every, curve_questions  steps between two points of the curve, and on how many questions they are taken
-    save        folder for the trained models, one folder an arm; None: they are not kept
+    training            file, folder or id of questions to train on
+    dataset             questions to evaluate on; None: a part of the training set
+    hold_out            that part, as a share of the passages; they are then not trained on
+    from_scratch        begin with random weights of the model's configuration
+    batch               questions of a step
+    parts               number of parts of like length that a batch is cut into, for less memory and padding
+    position_bias_rate  learning rate of T5's tables of relative position biases, as a multiple of that of the rest
+    beta2               of AdamW: how long it remembers squared gradients
+    evaluate_every      steps between two points of the curve
+    curve_questions     number of questions that a point of the curve is measured on
+    save                folder for the trained models, one folder an arm; None: they are not kept
     """
 
     model: str
@@ -90,23 +96,23 @@ class FinetuningConfig:
         choose_backend(self.backend)
 
     def describe_training(self) -> Json:
+        """For the record."""
         names = ("from_scratch", "steps", "batch", "learning_rate", "warm_up_steps", "falls", "seed")
-        # Only where they are not as usual, so that records of before they could be chosen keep their identity.
+        # Recorded only if they are not the usual ones: records from before they could be chosen stay the same.
         unusual = {"position_bias_rate": 1.0, "beta2": 0.999}
         chosen = {name: getattr(self, name) for name, usual in unusual.items() if getattr(self, name) != usual}
         return {name: getattr(self, name) for name in names} | chosen
 
 
 def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
-    """Train every arm that is not there yet, append each to `finetuning.jsonl`, and return those asked for.
+    """Train every arm that is not on file yet, append it to `finetuning.jsonl`, and return the arms asked for.
 
     Raises:
         ValueError: the model, a set or a k does not fit, or a folder holds another model; the message says how.
         FileNotFoundError: there is no such file.
-        WorkerError: an arm failed; arms before it and its last checkpoint are kept.
+        WorkerError: an arm failed. The arms before it and its last checkpoint are kept.
     """
-    say: Say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-    lines = config.out / RECORDS
+    say = line_printer(console)
     source = find_model(config.model, say)
     name = reader_name(load_config(source), is_trained=False)
     if READERS[name].training is None:
@@ -115,31 +121,34 @@ def run_finetuning(config: FinetuningConfig, console: Console) -> list[Json]:
     evaluation = None if config.dataset is None else read_questions(config.dataset)
     if evaluation is None:
         training, evaluation = split_by_passage(training, config.hold_out, config.seed)
-    recorded = read_json_lines(lines)
-    before = [] if config.fresh else recorded
-    here, records = environment(), []
-    arms = [_new_record(config, source, name, training, evaluation, setting, here) for setting in config.settings]
+    ledger = Ledger(config.out / RECORDS, schema=SCHEMA, folder=Path(__file__).parent, fresh=config.fresh)
+    records = []
+    arms = [
+        _new_record(config, source, name, training, evaluation, setting, ledger.here) for setting in config.settings
+    ]
     folders = [_folder(config, source, setting) for setting in config.settings]
-    _check_folders(folders, arms, recorded)
+    _check_folders(folders, arms, ledger)
     for number, (setting, wanted, folder) in enumerate(zip(config.settings, arms, folders, strict=True), 1):
-        told = f"[{number}/{len(config.settings)}] {evaluation.name}, {setting}"
-        record = find_record(before, wanted)
+        label = f"[{number}/{len(config.settings)}] {evaluation.name}, {setting}"
+        record = ledger.find(configuration(wanted))
         if record is None or (folder is not None and not folder.exists()):
-            record = wanted | _train(config, source, setting, wanted, training, evaluation, console, told)
-            append_json_line(lines, record)
+            if note := ledger.why_not(configuration(wanted)):
+                say(f"{label}: {note}")
+            record = wanted | _train(config, source, setting, wanted, training, evaluation, console, label)
+            ledger.append(record)
             _checkpoint(config, wanted).unlink(missing_ok=True)
-            say(f"{told}: {in_words(record)}")
+            say(f"{label}: {in_words(record)}")
         else:
-            say(f"{told}: {in_words(record)} (there already, of {record['environment']['date']})")
+            say(f"{label}: {in_words(record)} ({made_when(record)})")
         records.append(record)
-    say(f"Records: {lines}")
+    say(f"Records: {config.out / RECORDS}")
     if config.save is not None:
         say(f"Models:  {config.save}")
     return records
 
 
 def train_arm(request: Json, send: Send) -> Json:
-    """One arm, in a process of its own; goes on from its checkpoint where there is one."""
+    """Train one arm in a process of its own; resume from its checkpoint if that belongs to the same run."""
     torch.set_num_threads(request["threads"])
     reader = READERS[request["reader"]]
     assert reader.training is not None
@@ -170,9 +179,10 @@ def train_arm(request: Json, send: Send) -> Json:
 
 
 class Batches:
-    """step -> losses of its parts. Epochs are shuffled by the seed, so that a step can be made at any time.
+    """step -> losses of the parts of its batch. The seed shuffles every epoch, so any step can be made at any time.
 
-    batch, parts  examples of a step, and how many parts they are cut into, by length for little padding
+    batch  examples of a step
+    parts  number of parts that a batch is cut into, by length, for little padding
     """
 
     def __init__(self, examples: TrainingExamples, batch: int, parts: int, seed: int) -> None:
@@ -183,14 +193,14 @@ class Batches:
         numbers = sorted(self.numbers(step), key=lambda number: self._examples.lengths[number])
         whole = self._weight(numbers)
         for part in range(self._parts):
-            some = numbers[part * len(numbers) // self._parts : (part + 1) * len(numbers) // self._parts]
-            yield self._examples.loss(some) * (self._weight(some) / whole)
+            chosen = numbers[part * len(numbers) // self._parts : (part + 1) * len(numbers) // self._parts]
+            yield self._examples.loss(chosen) * (self._weight(chosen) / whole)
 
     def _weight(self, numbers: Sequence[int]) -> int:
         return sum(self._examples.weights[number] for number in numbers)
 
     def numbers(self, step: int) -> list[int]:
-        """Which examples a step, counted from 1, is made of."""
+        """The examples of a step, counted from 1."""
         return [self._at(place) for place in range((step - 1) * self._batch, step * self._batch)]
 
     def _at(self, place: int) -> int:
@@ -209,7 +219,7 @@ def _new_model(source: ModelSource, reader: Reader) -> Any:
 
 
 def _new_optimizer(model: Any, learning_rate: float, request: Json) -> torch.optim.Optimizer:
-    """AdamW, with a group of their own for T5's position biases where they are to learn at another rate."""
+    """AdamW. T5's position biases have a parameter group of their own if they learn at another rate."""
     rate = request["position_bias_rate"]
     groups: list[Json] = [{"params": list(model.parameters())}]
     if rate != 1.0:
@@ -235,7 +245,7 @@ def _point(reader: Reader, model: Any, tokenizer: Any, questions: Sequence[Quest
     return {name: 100 * sum(values) / len(values) for name, values in outcomes.items()}
 
 
-def _check_folders(folders: Sequence[Path | None], arms: Sequence[Json], recorded: Sequence[Json]) -> None:
+def _check_folders(folders: Sequence[Path | None], arms: Sequence[Json], ledger: Ledger) -> None:
     """Raise before anything is trained if an arm's model would replace another's."""
     taken: set[Path] = set()
     for folder, arm in zip(folders, arms, strict=True):
@@ -244,21 +254,23 @@ def _check_folders(folders: Sequence[Path | None], arms: Sequence[Json], recorde
         if folder in taken:
             raise ValueError(f"two arms would be saved in {folder}; train them in two runs, each with its own --save")
         taken.add(folder)
-        if folder.exists() and not _is_of(folder, arm, recorded):
+        if folder.exists() and not _is_of(folder, arm, ledger):
             raise ValueError(f"{folder} holds the model of another training; give another --save or move it away")
 
 
-def _is_of(folder: Path, arm: Json, recorded: Sequence[Json]) -> bool:
-    """Whether a saved model is this arm's. Folders that hold no key are of before there were keys."""
+def _is_of(folder: Path, arm: Json, ledger: Ledger) -> bool:
+    """Whether a saved model is this arm's. The oldest folders hold no key: for them a record on file decides."""
     try:
         training = read_json(folder / _TRAINING)
     except ValueError:
         return False
-    return find_record(recorded, arm) is not None if training is None else training.get("key") == key_of(arm)
+    if training is not None:
+        return bool(training.get("key") == key_of(arm))
+    return any(not what_differs(record, configuration(arm), ledger.here) for record in ledger.records)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, key: str) -> None:
-    """Write the model with its tokenizer and its training's key; the folder appears when all of it is there."""
+    """Write the model, its tokenizer and the key of its training; the folder appears only when it is complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -304,7 +316,7 @@ def _train(
     training: QuestionSet,
     evaluation: QuestionSet,
     console: Console,
-    told: str,
+    label: str,
 ) -> Json:
     checkpoint = _checkpoint(config, record)
     if config.fresh:
@@ -333,14 +345,14 @@ def _train(
             "learning_rate": config.learning_rate,
             "evaluate_every": config.evaluate_every,
             "checkpoint": str(checkpoint),
-            "identity": identity(record),
+            "identity": identity_of(configuration(record), record["environment"]),
             "seed": config.seed,
             "warm_up_steps": config.warm_up_steps,
             "falls": config.falls,
         },
     }
-    result = train_in_fresh_process(f"{__name__}:train_arm", request, told, config.steps, console)
-    return result | {"environment": environment()}
+    result = train_in_fresh_process(f"{__name__}:train_arm", request, label, config.steps, console)
+    return result | {"environment": record["environment"] | {"date": now()}}
 
 
 def _checkpoint(config: FinetuningConfig, record: Json) -> Path:
@@ -348,7 +360,7 @@ def _checkpoint(config: FinetuningConfig, record: Json) -> Path:
 
 
 def _folder(config: FinetuningConfig, source: ModelSource, setting: Setting) -> Path | None:
-    """Where an arm's model goes: MODEL-full, MODEL-attention-k-64 and the like."""
+    """The folder of an arm's model: MODEL-full, MODEL-attention-k-64 and so on."""
     if config.save is None:
         return None
     arm = str(setting).replace(",", "").replace(" = ", "-").replace(" ", "-")

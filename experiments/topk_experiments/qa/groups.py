@@ -1,4 +1,4 @@
-"""Records that stand in one table, under names that no other record has."""
+"""The records of each table, with names that tell all settings and question sets apart."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _HOW = {"choices": "choices by likelihood", "text": "in its own words", "spans":
 
 @dataclass(frozen=True)
 class Group:
-    """Records that stand in one table: of one model, asked in one way.
+    """The records of one table: one model, asked in one way.
 
-    records  by setting and question set, by names that stand for one setting and one set alone
+    records  (setting, question set) -> record; each name stands for one setting or one set only
     """
 
     name: str
@@ -29,7 +29,7 @@ class Group:
 
     @property
     def settings(self) -> list[str]:
-        """The full model first, the others as they were first recorded."""
+        """The full model first, then the others in the order of their first records."""
         return sorted(dict.fromkeys(setting for setting, _ in self.records), key=lambda setting: setting != "full")
 
     @property
@@ -42,35 +42,35 @@ class Group:
 
     @property
     def compared(self) -> list[str]:
-        """Sets that the full model and at least one other setting have answered; all sets where there are none such."""
-        shared = {some for name, some in self.records if name != "full" and ("full", some) in self.records}
-        return [some for some in self.sets if some in shared or not shared]
+        """The sets that the full model and at least one other setting have answered; all sets if no set is such."""
+        shared = {each for name, each in self.records if name != "full" and ("full", each) in self.records}
+        return [each for each in self.sets if each in shared or not shared]
 
     @property
     def reader(self) -> str:
         return str(next(iter(self.records.values()))["protocol"]["reader"])
 
     def described(self, setting: str) -> Json:
-        """What a setting's name stands for."""
+        """The setting that a name stands for."""
         return next(dict(record["setting"]) for (name, _), record in self.records.items() if name == setting)
 
-    def score(self, setting: str, some: str, metric: str) -> Mean | None:
-        """In per cent; None where there is no record."""
-        record = self.records.get((setting, some))
+    def score(self, setting: str, question_set: str, metric: str) -> Mean | None:
+        """The mean score in per cent; None if there is no record."""
+        record = self.records.get((setting, question_set))
         return None if record is None else _per_cent(unpack(record["outcomes"][metric]))
 
     def mean(self, setting: str, metric: str) -> Mean:
-        """In per cent, over the sets that are compared, of a setting that has at least one of them."""
-        mean = mean_of([self.score(setting, some, metric) for some in self.compared])
+        """The mean score in per cent over the compared sets, of a setting that has answered at least one of them."""
+        mean = mean_of([self.score(setting, each, metric) for each in self.compared])
         assert mean is not None
         return mean
 
-    def change(self, setting: str, some: str, metric: str) -> Mean | None:
-        """Against the full model, with the standard error of the difference question by question.
+    def change(self, setting: str, question_set: str, metric: str) -> Mean | None:
+        """The change against the full model in per cent, with the standard error of the differences of all questions.
 
-        One name stands for one content, drawn with one seed: the questions and their order are the same.
+        A name of a set stands for one content and one seed, so the questions and their order are the same.
         """
-        pair = [self.records.get((name, some)) for name in (setting, "full")]
+        pair = [self.records.get((name, question_set)) for name in (setting, "full")]
         if None in pair:
             return None
         ours, full = (unpack(record["outcomes"][metric]) for record in pair if record is not None)
@@ -78,7 +78,7 @@ class Group:
 
 
 def grouped(records: Sequence[Json], name_of: Callable[[Json], str]) -> list[Group]:
-    """Of records of the same identity the last one counts; no other replaces another."""
+    """Records in groups. Of several records of the same identity the last one counts."""
     names = _names(map(_circumstances, records), name_of)
     settings = _names((record["setting"] for record in records), setting_name)
     sets = _names((record["questions"] for record in records), _set_name)
@@ -91,21 +91,21 @@ def grouped(records: Sequence[Json], name_of: Callable[[Json], str]) -> list[Gro
 
 
 def _circumstances(record: Json) -> Json:
-    """What has to agree for records to stand in one table."""
+    """What must agree for records to stand in one table."""
     return {name: value for name, value in identity(record).items() if name not in ("setting", "questions")}
 
 
 def _names(described: Iterable[Json], name_of: Callable[[Json], str]) -> dict[str, str]:
-    """`_key` of a description -> its name, with what differs appended where others would be called the same."""
-    distinct = {_key(some): some for some in described}
-    details = {key: dict(_details(some)) for key, some in distinct.items()}
+    """`_key` of a description -> its name. If several have the same name, what differs is appended."""
+    distinct = {_key(each): each for each in described}
+    details = {key: dict(_details(each)) for key, each in distinct.items()}
     names = {}
-    for key, some in distinct.items():
-        alike = [details[other] for other in distinct if name_of(distinct[other]) == name_of(some)]
+    for key, each in distinct.items():
+        alike = [details[other] for other in distinct if name_of(distinct[other]) == name_of(each)]
         differing = [
             in_words for in_words, value in details[key].items() if any(other.get(in_words) != value for other in alike)
         ]
-        names[key] = ", ".join([name_of(some), *(_in_words(words, details[key][words]) for words in differing)])
+        names[key] = ", ".join([name_of(each), *(_in_words(words, details[key][words]) for words in differing)])
     return names
 
 
@@ -114,7 +114,7 @@ def _key(described: Json) -> str:
 
 
 def _details(described: Json, within: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a description says, with names in words; what is None is left out."""
+    """Every field of a description with its name in words; fields that are None are left out."""
     for name, value in described.items():
         words = f"{within}{name.replace('_', ' ')}"
         if isinstance(value, dict):
@@ -136,6 +136,7 @@ def _in_words(words: str, value: Any) -> str:
 
 
 def evaluation_name(circumstances: Json) -> str:
+    """The heading of a table of evaluations."""
     protocol, dtype = circumstances["protocol"], circumstances["dtype"]
     shots = f", {protocol['shots']} examples before each question" if protocol["reader"] == "choices" else ""
     in_dtype = "" if dtype == "float32" else f", in {dtype}"
@@ -143,6 +144,7 @@ def evaluation_name(circumstances: Json) -> str:
 
 
 def training_name(circumstances: Json) -> str:
+    """The heading of a table of trainings."""
     training = circumstances["training"]
     how = "trained from scratch" if training["from_scratch"] else "fine-tuned"
     return (
@@ -163,7 +165,7 @@ def _per_cent(values: Sequence[float]) -> Mean:
 
 
 def mean_of(means: Sequence[Mean | None]) -> Mean | None:
-    """The mean of the independent means that are there; None where there are none."""
+    """The mean of independent means, without those that are None; None if all are."""
     known = [mean for mean in means if mean is not None]
     if not known:
         return None

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..models.settings import mean_k
-from ..show.plots import COLOURS, QUOTED, new_figure, only_ticks_at
-from ..show.words import counted
+from ..show.html import counted
+from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at
 from .groups import Group
 from .published import curves
 
@@ -21,16 +21,16 @@ METRICS = {
 _PANELS = {"attention_k": "k, keys kept per query", "feed_forward_k": "k, neurons kept per token"}
 _ROW_TITLE = {"x": 0.01, "ha": "left", "fontsize": 9.5}
 _BARS = "Bars: standard error of each score over its questions.\nChanges, taken question by question, are in the table."
-# Points by which F1 may differ from exact match and still needs no line of its own.
+# If F1 differs from exact match by at most so many points, it needs no line of its own.
 _SAME = 0.3
-# How each is drawn; of accuracies one is enough.
+# Line of each metric; of the two accuracies one is enough.
 _SHOWN_IN_PICTURE = {"accuracy_by_length": "-", "exact_match": "-", "f1": "--"}
 
 
 def picture(evaluated: Sequence[Group]) -> Any:
-    """A figure: mean score against attention k and against feed-forward k, one row a group, each with its own y axis.
+    """A figure: mean score against attention k and feed-forward k. Each group has a row and a y axis of its own.
 
-    The published curves, of other models on other sets, have a panel of their own beside the legend.
+    The published curves, of other models and other sets, have a panel of their own beside the legend.
     """
     rows = [group for group in evaluated if any(is_drawn(group, setting) for setting in group.settings)]
     figure = new_figure(width=11, height=2.9 * len(rows) + 3.2)
@@ -72,22 +72,25 @@ def _draw_group(part: Any, group: Group) -> None:
 
 
 def _draw_points(axes: Any, group: Group, settings: Mapping[str, float], metric: str, line: str) -> None:
-    """Uniform k as a curve, calibrated ones as hollow markers, the full model as a level line."""
-    style = {"marker": "s" if metric == "f1" else "o", "elinewidth": 0.8}
-    hollow = {"color": COLOURS[1], "linestyle": "", "markersize": 9, "markerfacecolor": "none", "capsize": 5}
+    """Uniform k as a curve, calibrated k as hollow markers, the full model as a level line."""
+    topk, own = STYLES["topk"], STYLES["calibrated"]
+    style = {"elinewidth": 0.8}
+    filled = {"color": topk.colour, "marker": topk.marker, "linestyle": line, "markersize": 4, "capsize": 2}
+    hollow = {"color": own.colour, "marker": own.marker, "markersize": 8, "markerfacecolor": "none", "capsize": 5}
+    hollow["linestyle"] = ""
     calibrated = [setting for setting in settings if _is_calibrated(group, setting)]
     uniform = sorted((setting for setting in settings if setting not in calibrated), key=lambda name: settings[name])
-    for some, label, more in (
-        (uniform, METRICS[metric], {"color": COLOURS[0], "linestyle": line, "markersize": 4, "capsize": 2}),
+    for shown, label, more in (
+        (uniform, METRICS[metric], filled),
         (calibrated, "calibrated, at its mean k", hollow),
     ):
-        means = [group.mean(setting, metric) for setting in some]
+        means = [group.mean(setting, metric) for setting in shown]
         if means:
-            ks, values, errors = [settings[setting] for setting in some], *zip(*means, strict=True)
+            ks, values, errors = [settings[setting] for setting in shown], *zip(*means, strict=True)
             axes.errorbar(ks, values, yerr=errors, label=label, **style | more)
     if "full" in group.settings:
         full = group.mean("full", metric).value
-        axes.axhline(full, label="full model", color=QUOTED, linestyle=line, linewidth=1)
+        axes.axhline(full, label="full model", color=STYLES["full"].colour, linestyle=line, linewidth=1)
 
 
 def _draw_published(axes: Any) -> None:
@@ -103,7 +106,7 @@ def _draw_published(axes: Any) -> None:
 
 
 def _finish_panel(axes: Any, label: str, ks: Iterable[float]) -> None:
-    """A logarithmic axis with ticks at these k, but for those that would be written over one another."""
+    """A logarithmic axis with ticks at these k, without those whose labels would overlap."""
     axes.set_xscale("log", base=2)
     ticks: list[int] = []
     rounded = sorted(map(round, ks))
@@ -118,7 +121,7 @@ def _finish_panel(axes: Any, label: str, ks: Iterable[float]) -> None:
 
 
 def _limiting(group: Group, field: str) -> dict[str, float]:
-    """Settings that limit this field alone -> their mean k."""
+    """Settings that limit this kind alone -> their mean k."""
     result = {}
     for setting in group.settings:
         limited = [name for name, k in group.described(setting).items() if k is not None]
@@ -133,8 +136,9 @@ def _is_calibrated(group: Group, setting: str) -> bool:
 
 
 def is_drawn(group: Group, setting: str) -> bool:
+    """Whether a setting is in the picture: it limits one kind alone and has answered every compared set."""
     limits_one = any(setting in _limiting(group, field) for field in _PANELS)
-    return limits_one and all((setting, some) in group.records for some in group.compared)
+    return limits_one and all((setting, each) in group.records for each in group.compared)
 
 
 def _is_nearly_exact_match(group: Group) -> bool:

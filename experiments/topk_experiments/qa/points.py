@@ -1,4 +1,4 @@
-"""What evaluations and trainings have in common: which record stands for a point, and what it holds."""
+"""What records of evaluations and of trainings share: their configuration, names for their files, and scores."""
 
 from __future__ import annotations
 
@@ -6,42 +6,47 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from ..runs.ledger import field_of
+from ..runs.ledger import identity as identity_of
 from ..runs.records import Json
 
-# Answers depend on what is computed, not on how fast: a record of another processor counts, and so does one of edited
-# code, whose commit it holds. Use --fresh after a change that should change answers.
-_SAME_ENVIRONMENT = ("topk_attention", "torch", "transformers")
-_IDENTITY = ("schema", "model", "questions", "protocol", "setting", "training")
+_CONFIGURATION = ("model", "questions", "protocol", "setting", "training", "run.backend", "run.dtype")
+_VERSIONS = ("topk_attention", "torch", "transformers")
+
+
+def configuration(record: Json) -> Json:
+    """What was asked or trained and how, for the ledger; not the threads and other fields that leave answers alone."""
+    return {name: field_of(record, name) for name in _CONFIGURATION}
 
 
 def identity(record: Json) -> Json:
-    """What has to agree for a record to stand for a point."""
-    same = {name: record.get(name) for name in _IDENTITY}
-    return (
-        same
-        | {name: record["environment"].get(name) for name in _SAME_ENVIRONMENT}
-        | {name: record["run"].get(name) for name in ("backend", "dtype")}
-    )
+    """Configuration and versions: what tells records apart in tables, and names the folders of trained models.
+
+    Whether a record spares a run is not decided here but by the ledger.
+    """
+    fields = {name: record.get(name) for name in ("schema", *_CONFIGURATION) if "." not in name}
+    versions = {name: record["environment"].get(name) for name in _VERSIONS}
+    return fields | versions | {name: record["run"].get(name) for name in ("backend", "dtype")}
 
 
 def key_of(record: Json) -> str:
-    """The same for records of the same identity; names their files."""
-    return hashlib.sha256(json.dumps(identity(record), sort_keys=True).encode()).hexdigest()[:16]
+    """A short name that only records of the same identity share."""
+    return _short(identity(record))
 
 
-def find_record(records: Sequence[Json], wanted: Json) -> Json | None:
-    """The newest record of the same identity."""
-    return next((record for record in reversed(records) if identity(record) == identity(wanted)), None)
+def work_name(record: Json) -> str:
+    """A name for the files of an unfinished run: only runs that the ledger calls the same share it."""
+    return _short(identity_of(configuration(record), record["environment"]))
 
 
 def in_words(record: Json) -> str:
-    """The scores in one line."""
+    """The scores of a record in one line."""
     named = ((name.replace("_", " "), score) for name, score in record["scores"].items())
     return ", ".join(f"{name} {score['value']:.1f} ± {score['error']:.1f}" for name, score in named)
 
 
 def packed(outcomes: Sequence[float]) -> str | list[float]:
-    """One outcome a question, short: a digit each where all are 0 or 1.
+    """Outcomes, one a question, in a short form: a string of digits if all are 0 or 1.
 
     >>> packed([1.0, 0.0, 1.0]), packed([1.0, 0.25])
     ('101', [1.0, 0.25])
@@ -52,5 +57,9 @@ def packed(outcomes: Sequence[float]) -> str | list[float]:
 
 
 def unpack(stored: str | Sequence[float]) -> list[float]:
-    """What `packed` was given, to four digits."""
+    """The outcomes that `packed` was given, to four digits."""
     return [float(outcome) for outcome in stored]
+
+
+def _short(described: Json) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

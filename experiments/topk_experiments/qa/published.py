@@ -1,4 +1,4 @@
-"""What others published, quoted beside our own numbers and never mixed with them.
+"""Published numbers of others, quoted beside our own and never mixed with them.
 
 UnifiedQA and T5 with top-k in feed-forward layers: Gupta et al. 2021 (arXiv 2106.06899), tables of the authors'
 repository. Exact match on development sets by a SQuAD 1.1 scorer. Means are ours, from the authors' rows.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 class PublishedTable(NamedTuple):
     """
     columns  headings after the first
-    rows     first column -> numbers; None where none was published
+    rows     first column -> numbers; None if none was published
     """
 
     title: str

@@ -1,7 +1,7 @@
-"""The three ways in which models answer: which choice, in their own words, or with a stretch of the passage.
+"""The three ways in which models answer: by choosing, by writing, or by marking a span of the passage.
 
-A reader knows how to ask a loaded model, which runs in the process that holds the model; how to score what came back,
-which runs anywhere; and, where it can be trained, the loss of training questions.
+A reader holds three things: how to ask a loaded model (in the process that holds the model), how to score the answers
+(in any process), and, if its models can be trained, the loss of training questions.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from .tasks.scores import exact_match, f1, mean_and_error
 from .tasks.spans import MAX_LENGTH, STRIDE, marked_answers, pad_windows, read_windows, target_tokens
 from .tasks.unifiedqa import input_text, target_text
 
-# Numbers of questions to answers, batch by batch.
+# Batch by batch: number of a question -> its answer.
 Batches = Iterator[Mapping[int, Any]]
 
 
 @dataclass(frozen=True)
 class Lengths:
     """
-    tokens          of the longest sequence of every question
-    share_beyond_k  k -> share of the queries that see more than k keys; the others have full attention whatever k
+    tokens          for every question, tokens of its longest sequence
+    share_beyond_k  k -> share of the queries that see more than k keys; for all others attention is full
     """
 
     tokens: Sequence[int]
     share_beyond_k: Callable[[float], float]
 
     def describe(self, attention_k: Any) -> Json:
-        """For records; attention_k as `Setting.describe` has it."""
+        """For records; attention_k in the form of `Setting.describe`."""
         result = {"mean_tokens": sum(self.tokens) / len(self.tokens), "most_tokens": max(self.tokens)}
         k = mean_k(attention_k)
         return result if k is None else result | {"share_beyond_k": self.share_beyond_k(k)}
@@ -47,11 +47,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """What a model is trained on.
+    """The examples that a model is trained on.
 
     lengths  tokens of the input of every example
-    weights  how much every example counts in a mean: its tokens to predict, or 1
-    loss     numbers of examples, from 0 -> the mean of their losses, by weight
+    weights  weight of every example in a mean: its tokens to predict, or 1
+    loss     numbers of examples, from 0 -> the weighted mean of their losses
     """
 
     lengths: Sequence[int]
@@ -63,12 +63,12 @@ class TrainingExamples:
 class Reader:
     """
     auto_class  of transformers
-    protocol    what else decides the answers, for records
+    protocol    everything else that decides the answers, for records
     takes_examples  whether solved examples can stand before a question
     answers     (model, tokenizer, questions by number, examples, shots) -> answers
-    lengths     (tokenizer, questions, examples, shots) -> how long they are
-    outcomes    (questions, answers) -> name -> one number a question, of which the mean is the score
-    training    (model, tokenizer, questions) -> what to train on; None where a model cannot be trained here
+    lengths     (tokenizer, questions, examples, shots) -> lengths of the sequences
+    outcomes    (questions, answers) -> name -> one number a question; the score is their mean
+    training    (model, tokenizer, questions) -> training examples; None if such models cannot be trained
     """
 
     auto_class: str
@@ -83,10 +83,10 @@ class Reader:
 def reader_name(model_config: Any, *, is_trained: bool = True) -> str:
     """Which of READERS suits a model, by its configuration.
 
-    is_trained  whether it must have the head already that answers; only text-to-text models and decoders come with one
+    is_trained  whether the model must already have the head that answers; a BERT to be trained has none yet
 
     Raises:
-        ModelNotFoundError: none does.
+        ModelNotFoundError: none of them does.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
@@ -128,7 +128,7 @@ def _choice_lengths(
 
 
 def _choice_outcomes(questions: Sequence[Question], answers: Sequence[list[float]]) -> dict[str, list[float]]:
-    """Whether the likeliest choice is right: by its log-likelihood, and by that over its length in characters."""
+    """Whether the most likely choice is right: by log-likelihood, and by log-likelihood over its characters."""
     plain: list[float] = []
     by_length: list[float] = []
     for question, scores_of_choices in zip(questions, answers, strict=True):
@@ -188,7 +188,7 @@ def _span_training(model: Any, tokenizer: Any, questions: Sequence[Question]) ->
 
 
 def _match(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[float]]:
-    """SQuAD's exact match and F1, each with the best of the right answers."""
+    """SQuAD's exact match and F1, each for the right answer that fits best."""
     pairs = [(answer, question.answers) for question, answer in zip(questions, answers, strict=True)]
     return {"exact_match": [exact_match(*pair) for pair in pairs], "f1": [f1(*pair) for pair in pairs]}
 

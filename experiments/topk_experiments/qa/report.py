@@ -1,4 +1,4 @@
-"""The table, made from records alone, and the picture beside it."""
+"""The table and the picture of question answering, from records alone. Nothing in this file asks a model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ..models.pretrained import Say
+from ..runs.progress import Say
 from ..runs.records import Json, days_and_commits, read_json_lines, write_whole
 from ..runs.timing import busy_note
-from ..show.plots import png_of
-from ..show.words import counted
+from ..show.html import counted
+from ..show.plots import save
 from . import evaluation, finetuning
 from .groups import Group, evaluation_name, grouped, mean_of, training_name
 from .picture import METRICS, is_drawn, picture
@@ -19,18 +19,25 @@ from .published import TABLES, PublishedTable
 from .tasks.scores import Mean
 
 TABLE, PICTURE = "qa.md", "qa.png"
-# Of which tokens the share is that sees more than k keys.
+# Which tokens the share of queries with more than k keys counts.
 _COUNTED = {
     "choices": ". Counted are the tokens of the question and its choices, not those of solved examples before it",
     "text": ". Counted is the encoder's input alone",
 }
 
 
-def write_report(out: Path, say: Say) -> None:
-    """Write qa.md and qa.png from the records in a folder.
+def redraw(results: Path) -> list[Path]:
+    """Write table and picture again from the records below the folder of all results, if there are any."""
+    out = results / "qa"
+    recorded = any((out / name).exists() for name in (evaluation.RECORDS, finetuning.RECORDS))
+    return write_report(out, lambda line: None) if recorded else []
+
+
+def write_report(out: Path, say: Say) -> list[Path]:
+    """Write qa.md and qa.png from the records in a folder; return their paths.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no records.
     """
     evaluations, trainings = (read_json_lines(out / name) for name in (evaluation.RECORDS, finetuning.RECORDS))
     if not evaluations and not trainings:
@@ -40,13 +47,15 @@ def write_report(out: Path, say: Say) -> None:
         )
     evaluated, trained = grouped(evaluations, evaluation_name), grouped(trainings, training_name)
     write_whole(out / TABLE, markdown(evaluated, trained))
-    write_whole(out / PICTURE, png_of(picture(evaluated)))
-    for name in (TABLE, PICTURE):
-        say(f"Written: {out / name}")
+    save(picture(evaluated), out / PICTURE)
+    written = [out / TABLE, out / PICTURE]
+    for path in written:
+        say(f"Written: {path}")
+    return written
 
 
 def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
-    """The whole page."""
+    """The whole table in Markdown."""
     parts = [
         "# Question answering with the k best keys and neurons",
         "Per cent, with the standard error over the questions. A change is against the full model on the same "
@@ -72,14 +81,14 @@ def markdown(evaluated: Sequence[Group], trained: Sequence[Group]) -> str:
 
 
 def _left_out(group: Group) -> list[str]:
-    """Which points the picture lacks and why, as at most one paragraph."""
+    """A paragraph that says which points the picture lacks and why; none if it lacks none."""
     reasons = []
     for setting in group.settings:
-        there = sum((setting, some) in group.records for some in group.compared)
+        answered = sum((setting, each) in group.records for each in group.compared)
         if setting == "full" or is_drawn(group, setting):
             continue
-        if there < len(group.compared):
-            reasons.append(f"{setting} ({there} of {counted(len(group.compared), 'set')})")
+        if answered < len(group.compared):
+            reasons.append(f"{setting} ({answered} of {counted(len(group.compared), 'set')})")
         else:
             reasons.append(f"{setting} (limits both)")
     return [f"Not in the picture: {'; '.join(reasons)}."] if reasons else []
@@ -95,7 +104,7 @@ def _tables(group: Group) -> list[str]:
         if limited and "full" in group.settings:
             tables.append(_table(f"Change of {title}", columns, group, limited, group.change, metric, sign="+"))
     shares = {
-        setting: [_share(group.records.get((setting, some))) for some in group.sets] for setting in group.settings
+        setting: [_share(group.records.get((setting, each))) for each in group.sets] for setting in group.settings
     }
     if any(share for row in shares.values() for share in row):
         rows = [[setting, *row] for setting, row in shares.items() if any(row)]
@@ -118,10 +127,10 @@ def _table(
 ) -> str:
     rows = []
     for setting in settings:
-        means = {some: cell(setting, some, metric) for some in group.sets}
+        means = {each: cell(setting, each, metric) for each in group.sets}
         cells = [_in_cell(mean, sign) for mean in means.values()]
         if "mean" in columns:
-            compared = [means[some] for some in group.compared]
+            compared = [means[each] for each in group.compared]
             number = sum(mean is not None for mean in compared)
             of = "" if number in (0, len(compared)) else f" ({counted(number, 'set')})"
             cells.append(_in_cell(mean_of(compared), sign) + of)
@@ -137,11 +146,11 @@ def _note(group: Group) -> str:
     records = list(group.records.values())
     cpus = sorted({f"{record['run']['dtype']} on {record['environment']['cpu']}" for record in records})
     lengths = {
-        some: next(record["lengths"] for (_, name), record in group.records.items() if name == some)
-        for some in group.sets
+        each: next(record["lengths"] for (_, name), record in group.records.items() if name == each)
+        for each in group.sets
     }
-    told = "; ".join(
-        f"{some}: {length['mean_tokens']:.0f} (most {length['most_tokens']})" for some, length in lengths.items()
+    listed = "; ".join(
+        f"{each}: {length['mean_tokens']:.0f} (most {length['most_tokens']})" for each, length in lengths.items()
     )
     in_all = _minutes(sum(map(_seconds, records)))
     if "curve" in records[0]:
@@ -150,13 +159,13 @@ def _note(group: Group) -> str:
         in_all += " in all"
     busy = busy_note([record.get("other_cores") for record in records], records[0]["environment"].get("num_cpus"))
     return (
-        f"Tokens of a sequence, mean: {told}. {', '.join(cpus)}; {in_all}; {days_and_commits(records)}."
+        f"Tokens of a sequence, mean: {listed}. {', '.join(cpus)}; {in_all}; {days_and_commits(records)}."
         f"{'' if busy is None else f' {busy}'}"
     )
 
 
 def _seconds(record: Json) -> float:
-    """How long a point took; a training without the stretches in which it stood still."""
+    """Seconds that a point took. For a training: its steps times the median step, so that stalls do not count."""
     if "curve" not in record:
         return float(record["elapsed_s"])
     points = [{"step": 0, "elapsed_s": 0.0}, *record["curve"]]
@@ -179,7 +188,7 @@ def _share(record: Json | None) -> str:
     share = None if record is None else record["lengths"].get("share_beyond_k")
     if share is None:
         return ""
-    # Few and almost all are neither none nor all.
+    # Shares near 0 and 1 keep a digit: they are neither none nor all.
     return f"{100 * share:.1f}" if 0 < share < 0.01 or 0.99 < share < 1 else f"{100 * share:.0f}"
 
 

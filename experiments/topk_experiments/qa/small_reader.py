@@ -1,6 +1,6 @@
-"""What a small T5 is trained on from scratch: a generated reading task, a tokenizer of its words, and an untrained T5.
+"""A small T5 to train from scratch: a generated reading task, a tokenizer of its words, and the untrained model.
 
-Written as ordinary files, so that training, evaluation and fine-tuning are those of any model and any set.
+All are written as ordinary files, so that training, evaluation and fine-tuning work as for any model and any set.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..models.pretrained import Say
 from ..models.text import read_text
@@ -19,7 +21,7 @@ from .tasks import Question
 from .tasks.reading_task import KINDS, Words, make_questions, share_right_at_random
 from .tasks.unifiedqa import input_text, target_text
 
-# Kinds of question of the files: what the model is trained on first, and what it is fine-tuned on.
+# Kinds of question in the files for the first training and in those for fine-tuning.
 FIRST_KINDS, NEW_KINDS = ("what", "where"), ("who",)
 MODEL_FOLDER = "small-t5"
 
@@ -27,10 +29,11 @@ MODEL_FOLDER = "small-t5"
 @dataclass(frozen=True)
 class SmallReaderConfig:
     """
-    words      of each of three kinds, taken from the text
-    facts      fewest and most in a paragraph
-    forms      of sentence that state facts
-    num_train, num_test  questions of a file
+    words      number of words of each of three kinds, taken from the text
+    facts      fewest and most facts of a paragraph
+    forms      number of sentence forms that state facts
+    num_train  questions of a training file
+    num_test   questions of a test file
     """
 
     text: Path | None = None
@@ -52,7 +55,7 @@ class SmallReaderConfig:
 
 
 def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
-    """Write train.jsonl and test.jsonl, the same for the new kind of question, and an untrained T5 with its tokenizer.
+    """Write training and test files for both kinds of question, and an untrained T5 with its tokenizer.
 
     Raises:
         ValueError: the text has too few words, or facts do not fit.
@@ -69,7 +72,7 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
         ("new-kind-test.jsonl", config.num_test, NEW_KINDS),
     )
     for turn, (name, number, kinds) in enumerate(files):
-        # No question is tested that was trained on.
+        # No test question occurs in the training file.
         trained_on = questions if turn % 2 else []
         questions = make_questions(
             words,
@@ -96,7 +99,7 @@ def make_small_reader(config: SmallReaderConfig, say: Say) -> None:
 
 
 def _new_tokenizer(questions: list[Question]) -> Any:
-    """One token a word, as T5 frames its texts: </s> at the end."""
+    """A tokenizer with one token a word, and </s> at the end of a text as T5 has it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -109,8 +112,7 @@ def _new_tokenizer(questions: list[Question]) -> Any:
 
 
 def _new_t5(config: SmallReaderConfig, vocabulary: int) -> Any:
-    """ReLU feed-forward layers and relative position bias, as in T5; no dropout."""
-    import torch
+    """A T5 with ReLU feed-forward layers, relative position biases and no dropout."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(config.seed)

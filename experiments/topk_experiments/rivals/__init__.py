@@ -1,12 +1,13 @@
-"""What experiments compare top-k attention with, behind one interface. Nothing else in the library uses these."""
+"""The methods that experiments compare with top-k attention, as modules with one interface."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .dense import SdpaAttention, VanillaAttention
-from .interface import Baseline
+from .interface import AttentionMethod
 from .names import METHODS
 from .performer import PerformerAttention
 from .rfa import RandomFeatureAttention
@@ -14,7 +15,7 @@ from .topk import LibraryAttention
 from .written_out import random_feature_weights
 
 # name -> (class, which of the shared options it takes)
-_CLASSES: dict[str, tuple[Callable[..., Baseline], tuple[str, ...]]] = {
+_CLASSES: dict[str, tuple[Callable[..., AttentionMethod], tuple[str, ...]]] = {
     "vanilla": (VanillaAttention, ()),
     "vanilla-chunks": (VanillaAttention, ("query_chunk_size",)),
     "sdpa": (SdpaAttention, ()),
@@ -24,6 +25,8 @@ _CLASSES: dict[str, tuple[Callable[..., Baseline], tuple[str, ...]]] = {
     "rfa": (RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
 }
 _PAPERS_CHUNK_SIZE = 1024
+# Of the code of all methods: a record of a method holds only as long as this code is the same.
+FOLDER = Path(__file__).parent
 
 
 def new_attention(
@@ -34,19 +37,18 @@ def new_attention(
     num_features: int = 256,
     query_chunk_size: int | None = None,
     **options: Any,
-) -> Baseline:
-    """An attention method as a module, ready for `forward(query, key, value, *, key_mask, is_causal, dropout_p)`.
+) -> AttentionMethod:
+    """A method as a module, called as `module(query, key, value, key_mask=..., is_causal=..., dropout_p=...)`.
 
     name              "vanilla", "vanilla-chunks" (the paper's query chunking), "sdpa", "query-chunks" (this library's),
                       "topk", "performer" or "rfa"
     head_dim          D, size of queries and keys
     k                 keys kept per query; "topk" needs it
     num_features      size of the random feature vector of "performer" and "rfa"
-    query_chunk_size  rows handled at a time, by default what the method finds good
-    options           what only the method's own class takes, such as backend= for "topk" or normalize= for "rfa"
+    query_chunk_size  rows computed at a time; None: the method's default
+    options           of the method's own class alone, such as backend= for "topk" or normalize= for "rfa"
 
-    A method does not look at k, num_features or query_chunk_size where it has no use for them, so that one loop serves
-    all methods.
+    A method that has no use for k, num_features or query_chunk_size ignores it, so that one call serves all methods.
 
     Raises:
         ValueError: there is no such method, or a number does not fit.
@@ -72,8 +74,9 @@ def new_attention(
 
 
 __all__ = [
+    "FOLDER",
     "METHODS",
-    "Baseline",
+    "AttentionMethod",
     "LibraryAttention",
     "PerformerAttention",
     "RandomFeatureAttention",

@@ -11,14 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from topk_attention.functional.checks import check_count
 
-from .interface import Baseline, visible_keys
+from .interface import AttentionMethod, visible_keys
 
 
-class VanillaAttention(Baseline):
-    """Vaswani et al. 2017 written out. Masked keys have to be finite.
+class VanillaAttention(AttentionMethod):
+    """Vaswani et al. 2017 written out. Masked keys must be finite.
 
-    query_chunk_size  None: all scores of all heads are in memory at once. Otherwise those of so many queries are, of
-                      all heads; the backward pass computes them again (Gupta et al. 2021, section 2, without top-k)
+    query_chunk_size  None: the scores of all queries are in memory at once. Otherwise only those of this many queries
+                      are, for all heads, and the backward pass computes them again (Gupta et al. 2021, section 2,
+                      without top-k)
     """
 
     def __init__(self, query_chunk_size: int | None = None) -> None:
@@ -35,8 +36,8 @@ class VanillaAttention(Baseline):
         if self.query_chunk_size is None:
             offset = num_keys - num_queries if is_causal else None
             return _attend(key_mask, offset, dropout_p, scaled, key, value)
-        # Written in place: outputs kept one by one lie between the freed scores and break them up, so that the C
-        # library finds no room for the next chunk's (3 GiB in the end at L = 8,192, 12 heads and 64 queries a chunk).
+        # Written in place: separate outputs lie between the freed scores and fragment memory, and the C library finds
+        # no room for the next chunk's scores (3 GiB at the end for L = 8,192, 12 heads and 64 queries a chunk).
         output = None if torch.is_grad_enabled() else value.new_empty(*query.shape[:3], value.shape[3])
         outputs = []
         for number, rows in enumerate(scaled.split(self.query_chunk_size, 2)):
@@ -53,7 +54,10 @@ class VanillaAttention(Baseline):
 def _attend(
     key_mask: Tensor | None, offset: int | None, dropout_p: float, scaled: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """For queries [B, H, C, D] of which the first sees keys up to `offset` and each further one one more; None: all."""
+    """Attention of queries [B, H, C, D].
+
+    offset  the last key that the first query sees; each further query sees one more. None: all queries see all keys
+    """
     scores = scaled @ key.mT  # [B, H, C, M]
     if key_mask is None and offset is None:
         return F.dropout(scores.softmax(-1), dropout_p) @ value
@@ -64,13 +68,13 @@ def _attend(
     return output.masked_fill(~visible.any(-1, keepdim=True), 0)
 
 
-class SdpaAttention(Baseline):
-    """`torch.nn.functional.scaled_dot_product_attention`, without a mask where it can do without."""
+class SdpaAttention(AttentionMethod):
+    """`torch.nn.functional.scaled_dot_product_attention`, with a mask only where it needs one."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
     ) -> Tensor:
-        # PyTorch aligns causal masks top-left, which is the same for as many queries as keys.
+        # PyTorch aligns causal masks top-left. With as many queries as keys that is the same.
         alone = is_causal and key_mask is None and query.shape[2] == key.shape[2]
         if alone or not is_causal:
             mask = None if key_mask is None else key_mask[:, None, None, :]

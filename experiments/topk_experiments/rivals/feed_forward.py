@@ -13,7 +13,7 @@ from topk_attention.backends.activations import activate
 
 
 def in_chunks(operation: Callable[..., Tensor], chunk_size: int) -> Callable[..., Tensor]:
-    """The operation on so many rows of its first argument at a time; the backward pass computes each chunk again."""
+    """The operation on `chunk_size` rows of its first argument at a time. Backward passes compute each chunk again."""
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
         return torch.cat([checkpoint(operation, rows, *weights, use_reentrant=False) for rows in x.split(chunk_size)])
@@ -22,11 +22,11 @@ def in_chunks(operation: Callable[..., Tensor], chunk_size: int) -> Callable[...
 
 
 def sparse_topk_feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor, *, k: int, activation: str = "relu") -> Tensor:
-    """A feed-forward layer of the k largest pre-activations, as a sparse matrix times a dense one.
+    """A feed-forward layer that keeps the k largest pre-activations, as a sparse matrix times a dense one.
 
     x [T, C], w_in [F, C], w_out [O, F] -> [T, O]
 
-    Of tied pre-activations any may be kept. The gradient of the sparse matrix forms a dense [T, F], as torch has it.
+    Of tied pre-activations any may be kept. Torch forms the gradient of the sparse matrix as a dense [T, F].
     """
     scores = F.linear(x, w_in)
     kept = scores.topk(min(k, scores.shape[1]))

@@ -1,4 +1,4 @@
-"""The one interface of all baselines, and its argument checks."""
+"""The one interface of all methods, and its argument checks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from topk_attention.functional.checks import check_dropout, check_floating, check_same_dtype_and_device, shape_of
 
 
-class Baseline(nn.Module):
-    """An attention method.
+class AttentionMethod(nn.Module):
+    """A method of computing attention.
 
     B batch, H heads, N queries, M keys, D head size, E value size
     """
 
-    can_drop = True  # whether there are attention weights that dropout could act on
+    can_drop = True  # whether the method forms attention weights, on which dropout could act
 
     def forward(
         self,
@@ -32,13 +32,13 @@ class Baseline(nn.Module):
         value      [B, H, M, E]  same dtype and device as query
         key_mask   [B, M]  bool, True = may attend
         is_causal  query i sees keys j <= i + M - N: the last query sees all keys
-        dropout_p  probability of dropping an attention weight; applies whenever it is above 0
+        dropout_p  probability of dropping an attention weight, in training and evaluation mode alike
 
         Returns [B, H, N, E] in the dtype of query. A query that may attend to nothing returns zeros.
 
         Raises:
             TypeError: an argument is no tensor, or key_mask is not bool.
-            ValueError: a shape, dtype or device does not fit, or the method has no weights to drop.
+            ValueError: a shape, dtype or device does not fit, or the method forms no weights to drop.
         """
         _check(query, key, value, key_mask)
         check_dropout(dropout_p)
@@ -61,7 +61,7 @@ def visible_keys(
 ) -> Tensor:
     """Which keys each query may attend to: bool, broadcasts to [B, H, N, M].
 
-    offset  the last key that the first query sees, each further query seeing one more; None: all see all
+    offset  the last key that the first query sees; each further query sees one more. None: all queries see all keys
     """
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     if offset is not None:

@@ -2,9 +2,9 @@
 
     output_i = sum_j (f(q_i) . f(k_j)) exp(s_j) v_j  /  sum_j (f(q_i) . f(k_j)) exp(s_j)
 
-The sums over keys need no queries, so a state of size F x E stands for all keys before a chunk. Each key has a
-logarithm s_j of its own beside its features, and sums are kept relative to the largest s_j they contain: large numbers
-are never raised to a power of e, and no constant has to be added to the features to keep them apart from zero.
+The sums over keys do not depend on queries, so a state of size F x E represents all keys before a chunk. Each key has a
+logarithm s_j beside its features, and sums are kept relative to the largest s_j in them. Exponents are therefore never
+large, and no constant has to be added to the features to keep them away from zero.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of rows [B, H, C, D] features f [B, H, C, F] and logarithms s, which broadcast to [B, H, C, 1]: together f exp(s).
-# The logarithm of a query is of no consequence, since it is a factor of numerator and denominator.
+# Rows [B, H, C, D] -> features f [B, H, C, F] and logarithms s, which broadcast to [B, H, C, 1]: together f exp(s).
+# The logarithm of a query has no effect, because it is a factor of both numerator and denominator.
 FeatureMap = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _TINY = 1e-30
@@ -28,7 +28,7 @@ class _Keys(NamedTuple):
 
     features  [B, H, C, F]
     logs      [B|1, H|1, C, 1]  s, -inf for a masked key
-    values    [B, H, C, E + 1]  the last column is 1, so that one product gives numerator and denominator
+    values    [B, H, C, E + 1]  the last column is 1, so that one product computes numerator and denominator
     """
 
     features: Tensor
@@ -41,7 +41,7 @@ class _State(NamedTuple):
 
     total    [B, H, F, E + 1]  features and values
     plain    [B, H, 1, E + 1]  values alone
-    largest  [B|1, H|1, 1, 1]  of the logarithms, -inf while there was no key to attend to
+    largest  [B|1, H|1, 1, 1]  of the logarithms, -inf before the first visible key
     """
 
     total: Tensor
@@ -61,7 +61,7 @@ def linear_attention(
     smallest_weight: float,
     smallest_share: float,
 ) -> Tensor:
-    """Attend with products of features in place of exp(score).
+    """Attention with products of features instead of exp(score).
 
     query            [B, H, N, D]
     key              [B, H, M, D]
@@ -90,7 +90,7 @@ def linear_attention(
     shared_keys = max(0, num_keys - num_queries) if is_causal else num_keys  # every query sees these
     query_lengths = _chunks(num_queries - first_query, chunk_size)
     shared_lengths = _chunks(shared_keys, chunk_size)
-    # Split at once: the backward pass of a slice makes a gradient as long as the whole, for each chunk.
+    # Split once: the backward pass of a slice would make a gradient as long as the whole tensor, for each chunk.
     queries = iter(query.split([first_query, *query_lengths], 2))
     keys = _all_keys(key, value, key_mask, [*shared_lengths, *(query_lengths if is_causal else [])], feature_map)
     for _ in shared_lengths:
@@ -125,7 +125,7 @@ def _chunks(length: int, chunk_size: int) -> list[int]:
 def _all_keys(
     key: Tensor, value: Tensor, key_mask: Tensor | None, lengths: list[int], feature_map: FeatureMap
 ) -> Iterator[_Keys]:
-    """Chunks of these lengths, which cover all keys."""
+    """The keys in chunks of these lengths, which cover all of them."""
     masks = itertools.repeat(None) if key_mask is None else key_mask.split(lengths, 1)
     for keys, values, mask in zip(key.split(lengths, 2), value.split(lengths, 2), masks, strict=False):
         yield _keys(keys, values, mask, feature_map)
@@ -137,7 +137,7 @@ def _keys(key: Tensor, value: Tensor, key_mask: Tensor | None, feature_map: Feat
         features, logs = feature_map(key)
         return _Keys(features, logs, torch.cat([value, ones], -1))
     is_masked = ~key_mask[:, None, :, None]  # [B, 1, C, 1]
-    # Zeros in place of what is masked: 0 times NaN would be NaN.
+    # Masked entries become zeros: 0 times NaN would be NaN.
     features, logs = feature_map(key.masked_fill(is_masked, 0))
     values = torch.cat([value.masked_fill(is_masked, 0), ones], -1)
     return _Keys(features, logs.masked_fill(is_masked, -torch.inf), values)
@@ -166,12 +166,12 @@ def _absorb(state: _State, keys: _Keys) -> _State:
 
 
 def _finite(largest: Tensor) -> Tensor:
-    """The same with 0 for -inf: -inf - -inf would be NaN."""
+    """The same with 0 instead of -inf: -inf - -inf would be NaN."""
     return largest.masked_fill(largest == -torch.inf, 0)
 
 
 class _Rows:
-    """[B, H, N, E] row by row: written in place where no gradient is wanted, so that rows never exist twice."""
+    """[B, H, N, E] filled row by row; written in place if no gradient is needed, so that rows never exist twice."""
 
     def __init__(self, query: Tensor, value: Tensor) -> None:
         self._shape = (*query.shape[:3], value.shape[-1])

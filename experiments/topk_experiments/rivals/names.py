@@ -103,3 +103,14 @@ def check_method(method: str, names: Collection[str], *, argument: str = "method
     if not method.startswith(TOPK):
         raise ValueError(f"{argument} must be topk-BACKEND or among {', '.join(names)}, got {method!r}")
     choose_backend(method.removeprefix(TOPK))
+
+
+def on_backend(method: str, backend: str, device: str = "cpu") -> str:
+    """The method with its backend in the name: "auto" is the best one on a CPU, and plain PyTorch on a GPU.
+
+    >>> on_backend("topk", "chunked"), on_backend("topk", "auto", "cuda"), on_backend("sdpa", "auto")
+    ('topk-chunked', 'topk-chunked', 'sdpa')
+    """
+    if method != "topk":
+        return method
+    return topk_method("chunked" if backend == "auto" and device != "cpu" else backend)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .linear_attention import FeatureMap
-from .random_features import RandomFeatureBaseline, random_directions
+from .random_features import RandomFeatureMethod, random_directions
 
-# Added to each product of two feature vectors. It decides only where all products of a query underflow.
+# Added to each product of two feature vectors. It matters only where all products of a query underflow.
 _SMALLEST_WEIGHT = 1e-30
 
 
-class PerformerAttention(RandomFeatureBaseline):
+class PerformerAttention(RandomFeatureMethod):
     """Attention weights exp(q . k / sqrt(D)) estimated without bias by the mean over F random directions w of
 
         exp(w . x - |x|^2 / 2) exp(w . y - |y|^2 / 2),    x = q / D^(1/4),  y = k / D^(1/4).
@@ -22,11 +22,11 @@ class PerformerAttention(RandomFeatureBaseline):
     head_dim          D
     num_features      F
     query_chunk_size  rows at a time, 128 by default
-    orthogonal        directions in blocks of D are at right angles, which lowers the variance; each is still Gaussian
+    orthogonal        directions in blocks of D are orthogonal, which lowers the variance; each is still Gaussian
 
     The directions are a buffer, [F, D], saved with the module; `redraw` draws new ones. Features and sums are float32
-    (float64 for float64). Exponentials are taken relative to the largest one of each row, so nothing has to be added to
-    the features: the estimate of each weight stays unbiased.
+    (float64 for float64). Exponentials are taken relative to the largest one of each row. So nothing has to be added to
+    the features, and the estimate of each weight stays unbiased.
     """
 
     directions: Tensor
@@ -52,7 +52,7 @@ class PerformerAttention(RandomFeatureBaseline):
 
         def features_of(rows: Tensor) -> tuple[Tensor, Tensor]:
             projected = rows @ scaled
-            # The largest entry counts as a constant: together with the logarithm the result does not depend on it.
+            # Gradients treat the largest entry as a constant. The logarithm cancels it in the result.
             largest = projected.detach().amax(-1, keepdim=True)
             logs = largest - rows.square().sum(-1, keepdim=True) * (0.5 * head_dim**-0.5) - log_mean
             return projected.sub_(largest).exp_(), logs

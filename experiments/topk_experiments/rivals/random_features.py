@@ -1,4 +1,4 @@
-"""What methods with random features share: drawing directions, and attending with products of features."""
+"""What methods with random features share: drawing directions, and attention by products of features."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from topk_attention.backends.autocast import autocast_off
 from topk_attention.backends.calls import accumulation_dtype
 from topk_attention.functional.checks import check_count
 
-from .interface import Baseline
+from .interface import AttentionMethod
 from .linear_attention import FeatureMap, linear_attention
 
-# Rows at a time. On the diagonal of causal attention a chunk costs C x C scores a head on top of what is linear.
+# Rows at a time. On the diagonal of causal attention a chunk costs C x C scores per head beside the linear part.
 CHUNK_SIZE = 128
 
 
-class RandomFeatureBaseline(Baseline):
+class RandomFeatureMethod(AttentionMethod):
     """Attention whose weights are products of random features, see `linear_attention`.
 
     head_dim          D
@@ -73,7 +73,7 @@ class RandomFeatureBaseline(Baseline):
 def random_directions(number: int, size: int, *, orthogonal: bool) -> Tensor:
     """Vectors of independent standard normal entries, float32 [number, size].
 
-    orthogonal  each block of `size` vectors is orthogonal; a single vector is distributed as before
+    orthogonal  each block of `size` vectors is orthogonal; the distribution of a single vector stays the same
     """
     gaussian = torch.randn(number, size)
     if not orthogonal:
@@ -86,13 +86,13 @@ def random_directions(number: int, size: int, *, orthogonal: bool) -> Tensor:
 def _random_rotation(size: int) -> Tensor:
     """A uniformly distributed orthogonal matrix [size, size]."""
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
-    # Without the signs the distribution depends on how the factorisation chooses them (Mezzadri 2007).
+    # Without the signs the distribution depends on the signs that the factorisation chooses (Mezzadri 2007).
     return (q * r.diagonal().sign()).float()
 
 
 @contextmanager
 def accumulation_tensors(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The tensors in float32, or float64 where the first is, and no autocast meanwhile."""
+    """The tensors in float32, or in float64 if the first is float64; autocast is off inside the block."""
     dtype = accumulation_dtype(query.dtype)
     with autocast_off(query.device.type):
         yield query.to(dtype), key.to(dtype), value.to(dtype)

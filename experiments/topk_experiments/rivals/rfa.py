@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear_attention import FeatureMap
-from .random_features import RandomFeatureBaseline, random_directions
+from .random_features import RandomFeatureMethod, random_directions
 
 
-class RandomFeatureAttention(RandomFeatureBaseline):
+class RandomFeatureAttention(RandomFeatureMethod):
     """Attention weights exp(-|sigma * (x - y)|^2 / 2) estimated without bias by the mean over F / 2 random w of
 
         sin(w . sigma x) sin(w . sigma y) + cos(w . sigma x) cos(w . sigma y),    x = q / |q|,  y = k / |k|.
@@ -20,13 +20,13 @@ class RandomFeatureAttention(RandomFeatureBaseline):
     head_dim          D
     num_features      F, size of the feature vector: half sines, half cosines
     query_chunk_size  rows at a time, 128 by default
-    num_heads         heads with a sigma and random vectors of their own; by default all heads share both
-    sigma             where the learned sigma begins
-    normalize         False: x = q / D^(1/4) and y = k / D^(1/4) are not brought to length 1, and weights are multiplied
-                      by exp(|sigma y|^2 / 2), which for sigma = 1 makes them those of softmax attention
-    orthogonal        random vectors in blocks of D are at right angles; each is still Gaussian
-    smallest_share    the denominator, an estimate that may come out at zero or below, is raised to this share of what
-                      it would be if x equalled every y
+    num_heads         number of heads, each with its own sigma and random vectors; by default all heads share both
+    sigma             initial value of the learned sigma
+    normalize         False: x = q / D^(1/4) and y = k / D^(1/4) are not scaled to length 1, and weights are multiplied
+                      by exp(|sigma y|^2 / 2). For sigma = 1 they are then those of softmax attention
+    orthogonal        random vectors in blocks of D are orthogonal; each is still Gaussian
+    smallest_share    the denominator is an estimate, which may be zero or negative. It is raised to this share of its
+                      value for x equal to every y
 
     sigma [H or 1, D] is learned with the rest, by reparametrisation as in the paper. The random vectors w are a buffer,
     [H or 1, F / 2, D], saved with the module; `redraw` draws new ones. The paper's gate is left out. Features and sums

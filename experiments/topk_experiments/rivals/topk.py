@@ -1,4 +1,4 @@
-"""This library's attention behind the interface of the baselines."""
+"""This library's attention with the interface of all methods."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 from topk_attention.functional import topk_attention
 from topk_attention.functional.checks import check_count
 
-from .interface import Baseline
+from .interface import AttentionMethod
 
 
-class LibraryAttention(Baseline):
+class LibraryAttention(AttentionMethod):
     """`topk_attention`.
 
     k                 keys kept per query; None: every key, in query chunks

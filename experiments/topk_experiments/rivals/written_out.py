@@ -1,4 +1,4 @@
-"""Attention with random features from its definition, every weight in memory: what the linear form has to equal."""
+"""Attention with random features by its definition, with every weight in memory. The linear form must equal it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def random_feature_weights(
     visible: Tensor | None = None,
     sigma: Tensor | None = None,
 ) -> Tensor:
-    """The attention weights that a module with random features stands for, in the dtype of query.
+    """The attention weights that a module with random features represents, in the dtype of query.
 
     B batch, H heads, N queries, M keys, D head size
 
@@ -27,8 +27,8 @@ def random_feature_weights(
     visible  [B, H, N, M]  bool, True = may attend; size-1 axes broadcast; each query sees a key
     sigma    in place of RandomFeatureAttention's own
 
-    Returns [B, H, N, M]; `weights @ value` is the module's output. Gradients reach query, key and sigma. Exponents are
-    taken as they are, without a maximum: float64 is safer than float32.
+    Returns [B, H, N, M]; `weights @ value` is the module's output. Gradients reach query, key and sigma. No maximum is
+    subtracted from exponents: float64 is safer than float32.
 
     Raises:
         ValueError: RandomFeatureAttention without normalize=True.

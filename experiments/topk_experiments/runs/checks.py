@@ -1,4 +1,4 @@
-"""Checks that configurations of several experiments share."""
+"""Checks of configurations that several experiments share, and what those of answers have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Sequence
 
 from topk_attention.backends import choose_backend
 from topk_attention.functional.checks import check_count
+
+# Entries whose k-th and next rank are closer than this may be chosen either way in float32, and are left out.
+NEAR_TIE = 1e-5
+
+
+class CheckFailedError(ValueError):
+    """A method does not compute what it should."""
 
 
 def check_at_least(least: int, config: object, *names: str) -> None:

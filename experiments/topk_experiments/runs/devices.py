@@ -1,6 +1,8 @@
-"""What differs between measuring on the CPU and on a GPU."""
+"""The differences between measuring on the CPU and on a GPU."""
 
 from __future__ import annotations
+
+import torch
 
 from topk_attention.environment import cpu_model
 
@@ -10,47 +12,39 @@ DEVICES = ("cpu", "cuda")
 
 
 def check_device(device: str) -> None:
-    """
+    """Check that a device exists.
+
     Raises:
-        ValueError: there is no such kind of device, or none of it here.
+        ValueError: the kind is unknown, or torch finds no such device.
     """
     if device not in DEVICES:
         raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError('device="cuda" cannot be used here: torch finds no CUDA device; use "cpu"')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda" cannot be used here: torch finds no CUDA device; use "cpu"')
 
 
 def device_name(device: str) -> str:
-    """The name of the processor that computes."""
+    """The name of the processor or GPU."""
     if device == "cpu":
         return cpu_model()
-    import torch
-
     return torch.cuda.get_device_name()
 
 
 def synchronize(device: str) -> None:
-    """Wait until everything that was asked of the device is done."""
+    """Wait until the device has finished all its work."""
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
 
 
 def peak_meter(device: str) -> PeakMeter | CudaPeakMeter:
-    """Measures the peak of memory in a `with` block: resident memory of the process, or what tensors take on a GPU."""
+    """A meter for the peak of memory in a `with` block: resident memory on the CPU, memory of tensors on a GPU."""
     return PeakMeter() if device == "cpu" else CudaPeakMeter()
 
 
 def limit_memory_on(device: str, mib: float) -> None:
-    """Let this process run out of memory beyond so much: of all its memory on the CPU, of the GPU's there."""
+    """Limit the memory of this process in MiB: all its memory on the CPU, the GPU's memory on a GPU."""
     if device != "cuda":
         limit_memory_to(mib)
         return
-    import torch
-
     total_mib = torch.cuda.get_device_properties(0).total_memory / 2**20
     torch.cuda.set_per_process_memory_fraction(min(1.0, mib / total_mib))

@@ -4,8 +4,8 @@ A record spares a run of the same configuration if it was made in the same envir
 
 configuration  the fields of the record that say what was run, such as its point, model or seed
 environment    torch, transformers, Python and the processor
-code           a hash of the product, and a hash of the experiment's own folder. Comments, docstrings and the files that
-               only draw (`DRAWING`) do not count
+code           a hash of the product, and a hash of the experiment's own folder and of the rivals that it runs.
+               Comments, docstrings and the files that only draw (`DRAWING`) do not count
 
 Records made before these hashes existed hold neither. For them the configuration and the environment decide; the note
 on a cache hit says so.
@@ -13,7 +13,7 @@ on a cache hit says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from topk_attention.environment import code_sha256, environment
@@ -21,24 +21,29 @@ from topk_attention.environment import code_sha256, environment
 from .records import Json, append_json_line, differences, read_json_lines
 
 # Modules of an experiment that turn records into tables and pictures: a change to them leaves every number as it is.
-DRAWING = ("captions", "groups", "picture", "pictures", "report", "table")
+DRAWING = ("captions", "groups", "picture", "pictures", "published", "quoted", "report", "table")
 _ENVIRONMENT = ("torch", "transformers", "python", "cpu")
 _CODE = ("product_sha256", "experiment_sha256")
 
 
-def experiment_environment(folder: Path) -> Json:
+def experiment_environment(folder: Path, *also: Path) -> Json:
     """`environment()` with the hash of the code of an experiment, `experiment_sha256`.
 
     folder  of the experiment: `Path(__file__).parent` of one of its modules
+    also    other folders whose code the experiment runs, such as that of rivals
     """
+    return environment() | {"experiment_sha256": "-".join(map(_code_sha256, (folder, *also)))}
+
+
+def _code_sha256(folder: Path) -> str:
     files = (file for file in folder.rglob("*.py") if not any(file.stem.endswith(name) for name in DRAWING))
-    return environment() | {"experiment_sha256": code_sha256(folder, files)}
+    return code_sha256(folder, files)
 
 
 def what_differs(record: Json, configuration: Mapping[str, object], here: Json) -> list[str]:
     """Why a record does not stand for a run of this configuration here, in words; empty where it does.
 
-    configuration  field of the record -> what it must hold
+    configuration  field of the record -> what it must hold; "run.dtype" is the field "dtype" of the section "run"
     here           of `experiment_environment`
 
     >>> here = {"torch": "2.13.0", "product_sha256": "b"}
@@ -47,9 +52,24 @@ def what_differs(record: Json, configuration: Mapping[str, object], here: Json) 
     """
     there = record.get("environment", {})
     fields = [*_ENVIRONMENT, *(name for name in _CODE if there.get(name) is not None)]
-    old = {name: record.get(name) for name in configuration} | {name: there.get(name) for name in fields}
+    old = {name: field_of(record, name) for name in configuration} | {name: there.get(name) for name in fields}
     new = dict(configuration) | {name: here.get(name) for name in fields}
     return differences(old, new)
+
+
+def field_of(record: Json, name: str) -> object:
+    """A field of a record, or of one of its sections; None if it is missing.
+
+    >>> field_of({"run": {"dtype": "float32"}}, "run.dtype")
+    'float32'
+    """
+    section, _, field = name.rpartition(".")
+    return record.get(section, {}).get(field) if section else record.get(name)
+
+
+def identity(configuration: Mapping[str, object], here: Json) -> Json:
+    """What must agree for unfinished work, such as a checkpoint, to belong to a run of this configuration here."""
+    return {**configuration, "environment": {name: here.get(name) for name in (*_ENVIRONMENT, *_CODE)}}
 
 
 def is_finished(record: Json) -> bool:
@@ -70,14 +90,17 @@ class Ledger:
     path    file of JSON lines
     schema  of its records; lines of another schema are skipped
     folder  of the experiment's code
+    also    other folders whose code the experiment runs, such as that of rivals
     fresh   whether to run everything again: what was on file before spares no run then
     """
 
-    def __init__(self, path: Path, *, schema: str, folder: Path, fresh: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, schema: str, folder: Path, also: Sequence[Path] = (), fresh: bool = False
+    ) -> None:
         self.path = path
-        self.here = experiment_environment(folder)
+        self.here = experiment_environment(folder, *also)
         self._schema = schema
-        self.records = [record for record in read_json_lines(path) if record.get("schema") == schema]
+        self.records = on_file(path, schema)
         self._sparing = [] if fresh else list(self.records)
 
     def find(self, configuration: Mapping[str, object], *, spares: Callable[[Json], bool] = is_finished) -> Json | None:
@@ -94,6 +117,17 @@ class Ledger:
             None,
         )
 
+    def why_not(self, configuration: Mapping[str, object]) -> str | None:
+        """Note on the newest record of this configuration that spares no run: what differs. None where there is none.
+
+        With `fresh` there is no note: the user asked for the run.
+        """
+        for record in reversed(self._sparing):
+            if all(field_of(record, name) == value for name, value in configuration.items()):
+                changed = what_differs(record, configuration, self.here)
+                return f"on file, but made otherwise ({'; '.join(changed)}): run again" if changed else None
+        return None
+
     def new_record(self, configuration: Mapping[str, object]) -> Json:
         """The beginning of a record: schema, configuration and environment."""
         return {"schema": self._schema, **configuration, "environment": self.here}
@@ -103,6 +137,11 @@ class Ledger:
         append_json_line(self.path, record)
         self.records.append(record)
         self._sparing.append(record)
+
+
+def on_file(path: Path, schema: str) -> list[Json]:
+    """The records of this schema in a file, oldest first; none where there is no file."""
+    return [record for record in read_json_lines(path) if record.get("schema") == schema]
 
 
 def newest(records: Iterable[Json], configuration: Callable[[Json], str]) -> list[Json]:

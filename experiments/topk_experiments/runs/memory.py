@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code: as the operating system counts it for this process, or as torch does on a GPU."""
+"""Peak memory of a block of code: resident memory of this process, or on a GPU what torch has allocated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import torch
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _MIB = 2**20
 
 
 class PeakMemory(NamedTuple):
-    """Resident memory of this process in MiB; `method` says in words how the peak was read."""
+    """Memory in MiB; `method` says in words how the peak was read."""
 
     peak_mib: float  # above the baseline
     baseline_mib: float
@@ -25,11 +27,11 @@ class PeakMemory(NamedTuple):
 
 
 class PeakMeter:
-    """Measures the peak of resident memory inside a `with` block and how far it lies above that at its start.
+    """Measure the peak of resident memory inside a `with` block, and its height above the memory at the start.
 
-    What has to count is created inside the block. Freed memory that the C library keeps is handed back to the system
-    first, so that it cannot hide a part of the peak. What it keeps of memory freed inside the block counts, unless the
-    process hands that back too (`run_in_fresh_process(memory_in_use=True)`).
+    Everything that is to count must be created inside the block. At the start, freed memory that the C library keeps is
+    returned to the system, so that it cannot hide a part of the peak. Memory that is freed inside the block and kept by
+    the C library counts, unless the process returns it too (`run_in_fresh_process(memory_in_use=True)`).
 
     >>> with PeakMeter() as meter:
     ...     block = bytearray(32 * 2**20)
@@ -51,11 +53,11 @@ class PeakMeter:
         self._result = self.read()
 
     def held_mib(self) -> float:
-        """What is held now, above the baseline."""
+        """MiB in use now, above the baseline."""
         return max(resident_mib() - self._baseline_mib, 0.0)
 
     def read(self) -> PeakMemory:
-        """The peak so far; after the block that of the block."""
+        """The peak so far; after the block, the peak of the block."""
         if self._result is not None:
             return self._result
         if self._can_reset:
@@ -70,11 +72,9 @@ class PeakMeter:
 
 
 class CudaPeakMeter:
-    """The same for tensors on the current GPU, as torch's allocator counts them."""
+    """The same for tensors on the current GPU, counted by torch's allocator."""
 
     def __enter__(self) -> CudaPeakMeter:
-        import torch
-
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -87,15 +87,11 @@ class CudaPeakMeter:
         self._result = self.read()
 
     def held_mib(self) -> float:
-        """What is held now, above the baseline."""
-        import torch
-
+        """MiB in use now, above the baseline."""
         return torch.cuda.memory_allocated() / _MIB - self._baseline_mib
 
     def read(self) -> PeakMemory:
-        """The peak so far; after the block that of the block."""
-        import torch
-
+        """The peak so far; after the block, the peak of the block."""
         if self._result is not None:
             return self._result
         torch.cuda.synchronize()
@@ -104,23 +100,23 @@ class CudaPeakMeter:
 
 
 def resident_mib() -> float:
-    """Resident memory of this process now."""
+    """Resident memory of this process now, in MiB."""
     import psutil
 
     return psutil.Process().memory_info().rss / _MIB
 
 
 def limit_memory(fraction_of_available: float, at_most_gib: float | None = None) -> None:
-    """Let allocations fail beyond a part of what is available now and beyond a size, where the system can do that.
+    """Make allocations fail beyond a share of the memory that is available now, and beyond a size; on Linux only.
 
-    Without it a point that does not fit would make the kernel end some process, perhaps another one.
+    Without a limit, a point that does not fit makes the kernel kill a process, perhaps another one.
     """
     mib = available_mib() * fraction_of_available
     limit_memory_to(mib if at_most_gib is None else min(mib, at_most_gib * 1024))
 
 
 def limit_memory_to(mib: float) -> None:
-    """Let allocations of this process fail beyond this much memory in all, where the system can do that."""
+    """Make allocations of this process fail beyond this much memory in all; on Linux only."""
     if not sys.platform.startswith("linux"):
         return
     import resource
@@ -133,14 +129,14 @@ def limit_memory_to(mib: float) -> None:
 
 
 def available_mib() -> float:
-    """Memory that processes could still take without another being ended."""
+    """Memory in MiB that is still available without killing a process."""
     import psutil
 
     return psutil.virtual_memory().available / _MIB
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed; torch and C++ have no type of their own for that."""
+    """Whether an error reports a failed allocation; torch and C++ have no exception type of their own for that."""
     words = ("allocate memory", "bad_alloc", "out of memory", "found no memory")  # torch's, C++'s, CUDA's, our kernels'
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

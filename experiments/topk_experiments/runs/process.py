@@ -1,8 +1,8 @@
-"""Runs a function in a fresh process, so that its memory and its time are its own.
+"""Run a function in a fresh process, so that its memory and its time are its own.
 
-Parent and child talk over two pipes. The child's standard input carries the request and stays open: when it closes,
-the parent is gone and the child ends itself. The child's standard output carries one JSON message a line; whatever
-else the function prints goes to standard error, which is kept to explain a crash.
+Parent and child talk over two pipes. The child's standard input carries the request and stays open. When it closes,
+the parent has ended, and the child ends itself. The child's standard output carries one JSON message a line. Anything
+else that the function prints goes to standard error, which is kept to explain a crash.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from .memory import ran_out_of_memory
@@ -24,19 +24,23 @@ from .records import Json
 
 Send = Callable[[Json], None]
 
-# Threads of OpenMP spin before they sleep, by default for so long that one busy process beside them on two cores made a
-# forward pass of the demo (1,024 tokens, k = 64) take 43 s; with this many rounds it takes 7 s, and single operations
-# are as fast as before on a quiet machine. What the user has set goes first.
+# Threads of OpenMP spin before they sleep. By default they spin for so long that one other busy process on two cores
+# made a forward pass of the demo (1,024 tokens, k = 64) take 43 s. With this many rounds it takes 7 s, and on a quiet
+# machine single operations are as fast as before. A value that the user has set is kept.
 _THREADS_SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "1000"}
 # glibc keeps freed blocks of up to 32 MiB for itself, with holes between them that the next tensor may not fit into.
-# For that the demo's peak (SmolLM2, 4,096 tokens) was anything from 201 to 352 MiB above the model, whatever computed
-# its attention. With this, blocks of 1 MiB and more come from the system and go back to it: 113 MiB, for full attention
-# as for top-k. Huge pages keep that from costing time (2 s of page faults in 22 s, as before; 5 s without them).
+# Because of that the demo's peak (SmolLM2, 4,096 tokens) was anything from 201 to 352 MiB above the model, for every
+# kind of attention. With this setting, blocks of 1 MiB and more come from the system and go back to it: the peak is
+# 113 MiB, for full attention and for top-k. Huge pages keep the cost low: 2 s of page faults in 22 s, as before; 5 s
+# without them.
 _FREED_MEMORY_GOES_BACK = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576:glibc.malloc.hugetlb=1"}
 
 
 class WorkerError(RuntimeError):
-    """A function that did not return. `outcome` is "out of memory", "time limit", "error" or "crash"."""
+    """A function in a fresh process that did not return.
+
+    outcome  "out of memory", "time limit", "error" or "crash"
+    """
 
     def __init__(self, outcome: str, message: str) -> None:
         super().__init__(message)
@@ -53,10 +57,11 @@ def run_in_fresh_process(
 ) -> Json:
     """Call `function(request, send)` in a new Python process and return the dictionary that it returns.
 
-    function    "package.module:name"
-    on_message  gets each dictionary that the function sends on its way
-    memory_in_use  the process hands freed memory back to the system, so that its resident memory is what it uses; where
-                   the C library is glibc and the user has not set GLIBC_TUNABLES
+    function       "package.module:name"
+    time_limit_s   seconds after which the process is ended; None: no limit
+    on_message     receives each dictionary that the function sends while it runs
+    memory_in_use  the process returns freed memory to the system at once, so that its resident memory is what it uses.
+                   This works where the C library is glibc and the user has not set GLIBC_TUNABLES
 
     Raises:
         WorkerError: the function raised, ran out of memory or of time, or its process died.
@@ -105,13 +110,22 @@ def run_in_fresh_process(
         raise _crash(process.returncode, errors.read())
 
 
+@contextlib.contextmanager
+def failures_named(name: str) -> Iterator[None]:
+    """Put the name of a run in front of the message of a `WorkerError`."""
+    try:
+        yield
+    except WorkerError as error:
+        raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
+
+
 def echo(request: Json, send: Send) -> Json:
-    """Returns the request; for trying a worker out."""
+    """Return the request; to try a fresh process out."""
     return request
 
 
 def _converse(process: subprocess.Popen[str], request: Json, on_message: Send | None) -> Json:
-    """Send the request, hand on messages, and return the last one: result, error, or nothing."""
+    """Send the request, pass messages on, and return the last one: a result, an error, or nothing."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -159,12 +173,12 @@ def _child(function: str) -> None:
         text = str(error).strip() or type(error).__name__
         if ran_out_of_memory(error):
             answer = {"error": text, "outcome": "out of memory"}
-        elif isinstance(error, ValueError | OSError):  # the user's to put right, or a failed check
+        elif isinstance(error, ValueError | OSError):  # a wrong argument, or a failed check
             answer = {"error": text, "outcome": "error"}
         else:
             raise
     send(answer)
-    # Interpreter shutdown frees what this process holds, which the system does faster.
+    # Skip the shutdown of the interpreter: the system frees the memory of this process faster.
     messages.close()
     sys.stderr.flush()
     os._exit(0)
@@ -176,7 +190,7 @@ def _end_with_parent() -> None:
 
 
 def _main(arguments: list[Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which then closes the pipe
     _child(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""Records of experiments: where they were made, and files that are whole whenever one looks."""
+"""Records of experiments: JSON files and files of JSON lines, written so that no reader ever sees half a record."""
 
 from __future__ import annotations
 
@@ -22,14 +22,9 @@ __all__ = [
 
 Json = dict[str, Any]
 
-# What of `environment()` has to agree: runs on another processor, or of other code, do not belong in one table.
-SAME_ENVIRONMENT = ("topk_attention", "product_sha256", "torch", "transformers", "python", "cpu")
-# The same where transformers takes no part. Not the commit: that changes as soon as the records are committed.
-SAME_NUMBERS = ("topk_attention", "product_sha256", "torch", "cpu")
-
 
 def days_and_commits(records: Sequence[Json]) -> str:
-    """The days on which records were made, first to last, and the commits they are of, for the head of a table.
+    """The days on which records were made, first to last, and their commits, for the head of a table.
 
     >>> made = [{"date": "2026-11-29T10:00:00", "commit": "abc1234"}, {"date": "2026-11-24T10:00:00", "commit": None}]
     >>> days_and_commits([{"environment": environment} for environment in made])
@@ -42,18 +37,28 @@ def days_and_commits(records: Sequence[Json]) -> str:
 
 
 def differences(old: Json, new: Json) -> list[str]:
-    """What differs between two descriptions, in words."""
-    names = [*old, *(name for name in new if name not in old)]
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    """What differs between two descriptions, in words; a section of both is compared field by field.
+
+    >>> differences({"seed": 0, "config": {"k": 8, "steps": 9}}, {"seed": 0, "config": {"k": 16, "steps": 9}})
+    ['config k: 8 -> 16']
+    """
+    lines = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += [f"{name} {line}" for line in differences(before, now)]
+        elif before != now:
+            lines.append(f"{name}: {before} -> {now}")
+    return lines
 
 
 def write_json(path: Path, record: Json) -> None:
-    """Write a record for people and programs to read."""
+    """Write a record as indented JSON."""
     write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Json | None:
-    """The record in a file; None where there is no file.
+    """The record in a JSON file; None if there is no file.
 
     Raises:
         ValueError: the file holds something else.
@@ -72,7 +77,7 @@ def read_json(path: Path) -> Json | None:
 
 
 def read_json_lines(path: Path) -> list[Json]:
-    """All whole records of a file, oldest first; none where there is no file."""
+    """All complete records of a file of JSON lines, oldest first; an empty list if there is no file."""
     if not path.exists():
         return []
     records = []
@@ -80,7 +85,7 @@ def read_json_lines(path: Path) -> list[Json]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # cut short
+            continue  # a line that an interrupted run left incomplete
         if isinstance(record, dict):
             records.append(record)
     return records

@@ -1,11 +1,13 @@
-"""Time of a stretch of code, and how busy other processes were meanwhile."""
+"""Time of a block of code, how busy other processes were meanwhile, and what larger sizes are expected to take."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
-# Cores that others may use before a time stops being worth comparing.
+# Cores that others may use before a table carries a note about them.
 _BUSY = 0.2
 
 
@@ -39,7 +41,7 @@ class Stopwatch:
 
 
 def busy_note(other_cores: list[float | None], num_cpus: int | None) -> str | None:
-    """What to say about times that were taken beside other busy processes; None where there were none."""
+    """A note for a table whose times were taken while other processes were busy; None where they were not."""
     most = max((cores for cores in other_cores if cores is not None), default=0.0)
     if most <= _BUSY:
         return None
@@ -47,6 +49,25 @@ def busy_note(other_cores: list[float | None], num_cpus: int | None) -> str | No
         f"Other processes kept up to {most:.1f} of {num_cpus} cores busy meanwhile: on a quiet machine these times are "
         "shorter."
     )
+
+
+def expected_s(measured: Mapping[int, float], size: int, power: float = 2.0) -> float | None:
+    """Seconds at a size, from those at smaller ones; None where there are none.
+
+    The time goes on growing as it did between the last two sizes, or with the given power of the size where only one
+    was measured.
+
+    >>> expected_s({1024: 1.0, 2048: 2.0}, 4096)
+    4.0
+    """
+    sizes = sorted(smaller for smaller in measured if smaller < size)
+    if not sizes:
+        return None
+    last = sizes[-1]
+    if len(sizes) > 1:
+        before = sizes[-2]
+        power = math.log(measured[last] / measured[before]) / math.log(last / before)
+    return measured[last] * (size / last) ** power
 
 
 def _cpu_seconds_of_others() -> float:

@@ -1,4 +1,4 @@
-"""A training loop that can stop anywhere: its checkpoint holds all it needs to go on to the same weights."""
+"""A training loop that may be interrupted at any step: from its checkpoint it continues to the same weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from topk_attention.environment import now
 
 from .checks import check_at_least
-from .process import Send, WorkerError, run_in_fresh_process
-from .records import SAME_NUMBERS, Json, read_json, write_json, write_whole
+from .ledger import identity, what_differs
+from .process import Send, failures_named, run_in_fresh_process
+from .records import Json, read_json, write_json, write_whole
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ _LAST_LEARNING_RATE = 0.1  # as a share of the highest
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long, how fast, and where the checkpoint is.
+    """Steps, learning rate and checkpoint of a training.
 
-    learning_rate   the highest: it rises for `warm_up_steps` and falls to a tenth, or stays where `falls` is False
-    evaluate_every  steps between two points of the curve, each with a checkpoint
-    identity        what has to agree for a checkpoint to be of the same training
+    learning_rate   the highest: it rises for `warm_up_steps`, then falls to a tenth, or stays if `falls` is False
+    evaluate_every  steps between two points of the curve; a checkpoint is written at each
+    identity        what must agree for a checkpoint to belong to this training, of `ledger.identity`
     """
 
     steps: int
@@ -47,7 +48,7 @@ class TrainingPlan:
 
     @staticmethod
     def of_arm(request: Json) -> TrainingPlan:
-        """The plan of a request that came through `train_arms`, whose config says how long and how fast."""
+        """The plan of a request of `train_arms`; the config in it holds steps and learning rate."""
         config = {name: request["config"][name] for name in ("steps", "learning_rate", "evaluate_every", "seed")}
         return TrainingPlan(**config, checkpoint=Path(request["checkpoint"]), identity=request["identity"])
 
@@ -61,7 +62,7 @@ class TrainingPlan:
 
 
 def check_model_and_training(config: object) -> None:
-    """Check what configurations of small language models trained from scratch share.
+    """Check the fields that the configurations of small language models share.
 
     Raises:
         ValueError: a size is below 1, or the heads do not divide d_model.
@@ -81,19 +82,19 @@ def check_heads(config: Any) -> None:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """A seed for the number-th random thing of a run, so that an interrupted run can go on with any of them."""
+    """A seed for the number-th random draw of a run, so that an interrupted run can continue at any of them."""
     return seed * 1_000_003 + number
 
 
 def random_windows(tokens: Tensor, config: Json, seed: int, number: int) -> Tensor:
-    """`batch` windows of `context` + 1 tokens, as the config has them, [B, L + 1]; seed and number decide which."""
+    """Random windows of tokens, [B, L + 1]: B is the config's "batch", L its "context"; seed and number choose them."""
     generator = torch.Generator().manual_seed(seed_of(seed, number))
     starts = torch.randint(len(tokens) - config["context"], (config["batch"], 1), generator=generator)
     return tokens[starts + torch.arange(config["context"] + 1)]
 
 
 def schedule(step: int, steps: int, warm_up_steps: int, falls: bool = True) -> float:
-    """Share of the highest learning rate: a straight rise, then half a cosine down to a tenth, or no fall."""
+    """Share of the highest learning rate: a linear rise, then half a cosine down to a tenth, or no fall."""
     if step < warm_up_steps:
         return step / warm_up_steps
     if not falls:
@@ -110,16 +111,16 @@ def train(
     plan: TrainingPlan,
     send: Send,
 ) -> Json:
-    """Train to the last step, from the checkpoint on where there is one of the same training.
+    """Train to the last step. Resume from the checkpoint if it belongs to the same training.
 
-    optimizer  its groups learn at the plan's learning rate, times their "rate" where they have one
-    losses    step -> losses of its parts, each already divided so that their sum is that of the step. Whatever is
-              random in them must depend on the step alone; torch's own random numbers do
-    evaluate  -> fields of a point of the curve; the model is in evaluation mode meanwhile
-    send      is told each step and its loss
+    optimizer  its groups learn at the plan's learning rate, times their "rate" if they have one
+    losses     step -> losses of the parts of its batch, scaled so that they sum to the loss of the step. Random draws
+               in them must depend on the step alone; torch is seeded anew for each step
+    evaluate   -> fields of a point of the curve; called with the model in evaluation mode and without gradients
+    send       receives each step and its loss
 
-    Returns curve, elapsed_s (of the steps alone) and other_cores. The checkpoint stays: remove it when the result is
-    kept.
+    Returns curve, elapsed_s (seconds of the steps alone) and other_cores. The checkpoint stays on disk: the caller
+    deletes it once the result is on file.
     """
     state: Json = {"step": 0, "elapsed_s": 0.0, "curve": [], "other_cores": None}
     if plan.checkpoint.exists():
@@ -152,7 +153,7 @@ def train(
 
 
 def train_in_fresh_process(function: str, request: Json, name: str, steps: int, console: Console) -> Json:
-    """Run one training in a process of its own, with a bar that shows steps and loss.
+    """Run one training in a process of its own and show steps and loss on a progress bar.
 
     Raises:
         WorkerError: it failed; the message names it.
@@ -167,10 +168,8 @@ def train_in_fresh_process(function: str, request: Json, name: str, steps: int, 
         def on_message(message: Json) -> None:
             bar.update(task, completed=message["step"], description=f"{escape(name)}, loss {message['loss']:.3f}")
 
-        try:
+        with failures_named(name):
             return run_in_fresh_process(function, request, on_message=on_message)
-        except WorkerError as error:
-            raise WorkerError(error.outcome, f"{name} failed ({error.outcome}): {error}") from error
 
 
 def train_arms(
@@ -182,26 +181,29 @@ def train_arms(
     console: Console,
     fresh: bool = False,
 ) -> Json:
-    """Train every arm of a comparison that its record does not hold yet; write the record after each and return it.
+    """Train every arm of a comparison that is not on file yet; write the record after each arm and return it.
 
-    new       the record without arms. Its schema, config, text and environment have to agree with those of a record on
-              file for that to be continued
+    new       the record without arms. A record on file is continued if schema, config and text are the same and the
+              ledger's rule holds for its environment and code; otherwise it is replaced
     requests  arm -> request of `function`, which also gets "identity", and "checkpoint" for `TrainingPlan`
     """
     record = new | {"arms": []}
-    same = _identity(record)
+    configuration = {name: new[name] for name in ("schema", "config", "text")}
     old = None if fresh else read_json(path)
-    if old is not None and _identity(old) == same:
+    changed = [] if old is None else what_differs(old, configuration, new["environment"])
+    if old is not None and not changed:
         record = old
     elif old is not None:
-        console.print(f"{path} was made with another configuration and is replaced.", markup=False, highlight=False)
+        reason = f"{path} was made with another configuration, environment or code"
+        line = f"{reason} and is replaced ({'; '.join(changed)})."
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for name, request in requests.items():
-        if name in [arm["name"] for arm in record["arms"]]:
+        if name in map(name_of_arm, record["arms"]):
             continue
         checkpoint = path.parent / "work" / f"{name.replace(' ', '')}.pt"
         if fresh:
             checkpoint.unlink(missing_ok=True)
-        whole = request | {"identity": same, "checkpoint": str(checkpoint)}
+        whole = request | {"identity": identity(configuration, new["environment"]), "checkpoint": str(checkpoint)}
         arm = train_in_fresh_process(function, whole, name, steps, console)
         record["arms"].append({"name": name} | arm | {"date": now()})
         write_json(path, record)
@@ -209,10 +211,13 @@ def train_arms(
     return record
 
 
-def _identity(record: Json) -> Json:
-    """What has to agree for two arms to stand in one picture."""
-    here = {name: record.get("environment", {}).get(name) for name in SAME_NUMBERS}
-    return {name: record.get(name) for name in ("schema", "config", "text")} | here
+def name_of_arm(arm: Json) -> str:
+    """The name of an arm of a record. The oldest records hold no names: their arms differ in k alone.
+
+    >>> name_of_arm({"name": "full"}), name_of_arm({"k": None}), name_of_arm({"k": 128})
+    ('full', 'dense', 'k = 128')
+    """
+    return str(arm["name"]) if "name" in arm else "dense" if arm["k"] is None else f"k = {arm['k']}"
 
 
 def _step(
@@ -222,7 +227,7 @@ def _step(
     plan: TrainingPlan,
     step: int,
 ) -> float:
-    torch.manual_seed(seed_of(plan.seed, step))  # dropout after a checkpoint as without one
+    torch.manual_seed(seed_of(plan.seed, step))  # so that dropout is the same after a resume
     for group in optimizer.param_groups:
         group["lr"] = plan.learning_rate_at(step) * group.get("rate", 1.0)
     optimizer.zero_grad()
@@ -236,7 +241,7 @@ def _step(
 
 
 def save_whole(path: Path, content: Json) -> None:
-    """Write tensors and what goes with them in one step, for `torch.load`."""
+    """Write a checkpoint in one step, for `torch.load`: an interrupted run never leaves half a file."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getvalue())

@@ -72,3 +72,30 @@ FEED_FORWARD_LAYER = {
 # Query chunk -> (GiB, seconds) of the forward pass of query chunking without top-k, L = 65,536, no mask.
 CHUNK_SIZE_LENGTH = 65536
 CHUNK_SIZE = {128: (2.27, 8.61), 256: (3.40, 5.25), 512: (6.02, 3.56), 1024: (10.90, 2.73), 2048: (20.65, 2.69)}
+
+# L -> (GiB, seconds) of one training step of a 12-layer model, on a GPU that the paper does not name: float32, dropout
+# 0.1, 12 heads of 64, 3,072 neurons; queries in chunks of 1,024 and tokens of feed-forward layers in chunks of 4,096;
+# top-k in attention alone, k = 64. Vanilla's only point was read by eye.
+MODEL = {
+    "vanilla": {2048: (9.2, 0.3)},
+    "performer": {2048: (3.48, 0.51), 8192: (12.62, 1.02), 16384: (24.98, 1.62), 18432: (28.09, 1.80)},
+    "query-chunks": {
+        2048: (1.85, 0.38),
+        8192: (6.61, 2.15),
+        16384: (14.36, 7.48),
+        18432: (16.32, 9.36),
+        28672: (28.47, 22.47),
+    },
+    "topk": {
+        2048: (1.40, 0.44),
+        8192: (5.22, 1.90),
+        16384: (11.17, 6.00),
+        18432: (12.52, 7.31),
+        28672: (23.30, 16.78),
+        32768: (27.99, 21.87),
+    },
+}
+MODEL_NOTE = (
+    "Quoted: Gupta et al. 2021, a 12-layer model, read off the figure; on a GPU, with dropout 0.1; feed-forward layers "
+    "in token chunks, but for Performer's."
+)

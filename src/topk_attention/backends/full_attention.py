@@ -1,7 +1,8 @@
 """Full attention, over every visible key, for "auto": PyTorch's own attention where its result is right everywhere,
 and `chunked` where NaN or inf in a key or value would spread to queries that may not see it.
 
-The numbers themselves decide between the two. Compiled code cannot read numbers, so an operator decides for it.
+The numbers themselves decide between the two. Compiled code and `torch.vmap` cannot read numbers, so an operator
+decides for them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .operators import (
 
 def attention(call: AttentionCall) -> Tensor:
     """Returns [B, H, N, E]. The call has no bias and no dropout; `sdpa.obstacle` is None for it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(map(_is_batched, (call.query, call.key, call.value))):
         return full_attention_op(*FullInputs.of(call))[0]
     if not needs_gradient(call.query, call.key, call.value):
         return _without_gradient(call)
@@ -47,6 +48,15 @@ def _without_gradient(call: AttentionCall) -> Tensor:
         if _are_finite(output):
             return output
     return chunked.full_attention(call)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors, in `torch.vmap`."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def _are_finite(*tensors: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.calls import AttentionCall, FeedForwardCall
 from ..convert import convert, unconvert
+from ..convert.by_name import is_in_force
 from ..convert.search import attention_sites, feed_forward_sites
 from ..convert.wrappers import unwrapped
 from ..functional.checks import check_count
@@ -241,7 +242,12 @@ def measure(
         ValueError: the model was converted already, or a loss is needed and there is none.
     """
     if hasattr(getattr(model, "config", None), "topk_attention"):
-        raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
+        if is_in_force(model):
+            raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
+        raise ValueError(
+            "model was loaded from a converted checkpoint: its configuration remembers every k, but it runs in full; "
+            "call topk_attention.unconvert(model) first, which forgets them"
+        )
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
     paths: list[str] = []
     passed: set[tuple[int, str, str]] = set()

@@ -66,30 +66,29 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
 
     Raises:
         FileNotFoundError: there is no such text file.
-        OSError: transformers finds no such model.
-        ValueError: the text is not UTF-8, or it is too short for the windows.
+        ValueError: transformers loads no such model, the text is not UTF-8, or it is too short for the windows.
     """
     import torch
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
     content = _read(request.text)
-    check_writable("out", request.out)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     options: dict[str, Any] = {} if request.gguf_file is None else {"gguf_file": request.gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(request.model, **options)
-    config = AutoConfig.from_pretrained(request.model, **options)
+    config = _load(AutoConfig, request.model, **options)
     length = _window_length(request, config)
     if isinstance(request.target, MeanK) and request.target.mean_k > length:
         raise ValueError(
             f"mean-k must be at most {length}, the tokens of a window, where it is full attention, got "
             f"{request.target.mean_k:g}; give a smaller one, or more --tokens"
         )
+    tokenizer = _load(AutoTokenizer, request.model, **options)
     batches = _windows(tokenizer, content, length, request)
+    check_writable("out", request.out)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    model = loader.from_pretrained(request.model, dtype=torch.float32, **options).eval()
+    model = _load(loader, request.model, dtype=torch.float32, **options).eval()
     with console.status("") as status:
         calibration = measure(
             model,
@@ -107,6 +106,15 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _load(loader: Any, model: str, **options: Any) -> Any:
+    """What `from_pretrained` returns; its errors in one line."""
+    try:
+        return loader.from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{model} does not load as a transformers model: {first_line}") from error
 
 
 def _read(path: Path) -> str:

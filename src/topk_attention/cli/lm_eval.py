@@ -126,6 +126,7 @@ def register() -> type:
             super().__init__(pretrained, **options)
             if isinstance(attention_k, str) and attention_k != "all":
                 attention_k = Calibration.load(attention_k)
+            self.model.requires_grad_(False)  # nothing trains here, so weights may be stored by neuron
             report = convert(self.model, attention_k=attention_k, feed_forward_k=feed_forward_k, backend=topk_backend)
             logging.getLogger(__name__).info("%s", report)
 

@@ -14,15 +14,8 @@ from rich.console import Console
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
 Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
 Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
-
-
-def not_installed(package: str, extra: str | None) -> str:
-    """Says that a package is missing, and how to install it from a clone of the repository.
-
-    extra  the extra of topk-attention that brings it; None for the packages of the experiments
-    """
-    way = "make install" if extra is None else f"pip install --no-build-isolation '.[{extra}]'"
-    return f"{package} is not installed; in the folder of the clone: {way}"
+# With build isolation the kernels would be left out.
+_PIP = "pip install --no-build-isolation"
 
 
 def new_console() -> Console:
@@ -50,12 +43,14 @@ def names(listed: str) -> list[str]:
 
 
 @contextmanager
-def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: str | None = "cli") -> Iterator[None]:
+def errors_in_words(
+    kept: str = "", *, command: str = "topk-attention", install: str = f"{_PIP} '.[cli]'"
+) -> Iterator[None]:
     """End with one line and status 2 at an error that a user can correct, and with status 130 at Ctrl-C.
 
     kept     where finished work is kept, for the message after Ctrl-C
     command  the name of the command, for the line that resumes it
-    extra    the extra of topk-attention that installs a missing package; None for the experiments
+    install  the command that installs a missing package, in the folder of the clone
     """
     try:
         yield
@@ -64,7 +59,8 @@ def errors_in_words(kept: str = "", *, command: str = "topk-attention", extra: s
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        typer.echo(f"error: {not_installed(package, 'lm-eval' if package == 'lm_eval' else extra)}", err=True)
+        way = f"{_PIP} '.[lm-eval]'" if package == "lm_eval" else install
+        typer.echo(f"error: {package} is not installed; in the folder of the clone: {way}", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..functional import topk_attention
 from .masks import CompactMask
 from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
-from .settings import LayerSettings, layer_settings
+from .settings import LayerSettings, layer_settings, left_alone
 from .tensor_parallel import k_of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
@@ -78,7 +79,7 @@ def topk_attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | TableBias | NoBias | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention with the arguments that transformers v5 passes.
 
     B batch, H heads, G key heads, N queries, M keys
@@ -88,11 +89,14 @@ def topk_attention_forward(
     value          [B, G, M, E]
     position_bias  [1|B, H, N, M], or the table that it is made from
 
-    Returns output [B, N, H, E] and None in place of weights.
+    Returns output [B, N, H, E] and None in place of weights; weights come from a layer left on its own attention.
 
     Raises:
         ValueError: an argument asks for what top-k attention does not compute.
     """
+    if (own := left_alone(module)) is not None:
+        call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
+        return _own_attention(own, module, call, kwargs | {"is_causal": is_causal, "position_bias": position_bias})
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
@@ -120,6 +124,8 @@ def topk_attention_forward(
         output = _attend(call, is_causal=is_causal if is_causal is not None else getattr(module, "is_causal", True))
     elif isinstance(attention_mask, CompactMask):
         output = _attend_compact(call, attention_mask)
+    elif attention_mask.requires_grad:  # a learned bias: a mask would get no gradient
+        output = _attend(_with_learned_mask(call, attention_mask))
     else:
         output = _attend(call, _hide_lowest(attention_mask))
     return output.transpose(1, 2).contiguous(), None
@@ -145,6 +151,17 @@ def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: boo
         enable_gqa=key.shape[1] != query.shape[1],
         backend=call.settings.backend,
     )
+
+
+def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:
+    """The call with a mask of numbers, [B|1, H|1, N|1, M], as (part of) its bias."""
+    if isinstance(call.position_bias, TableBias):
+        raise ValueError(
+            "attention_mask requires a gradient, which a layer with a table of position biases does not give it; "
+            "detach the mask, or train with topk_attention.unconvert(model)"
+        )
+    bias = _hide_lowest(mask)
+    return replace(call, position_bias=bias if call.position_bias is None else bias + call.position_bias)
 
 
 def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:
@@ -260,6 +277,24 @@ def _full_attention(
         is_causal=is_causal,
         position_bias=call.position_bias,
         **kwargs,
+    )
+
+
+def _own_attention(
+    implementation: str, module: nn.Module, call: _LayerCall, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """What the layer computed before the conversion, for a layer with a feature that top-k attention lacks. Its model
+    makes masks for top-k attention, because other layers share its configuration."""
+    from transformers import AttentionInterface
+
+    mask: CompactMask | Tensor | None = call.mask
+    own_eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = AttentionInterface().get_interface(implementation, own_eager)
+    if isinstance(mask, CompactMask):
+        mask = mask.dense() if implementation == "sdpa" else mask.additive(call.query.dtype)
+    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    return function(
+        module, call.query, call.key, call.value, mask, scaling=call.scale, dropout=call.dropout_p, **arguments
     )
 
 

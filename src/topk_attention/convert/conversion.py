@@ -1,28 +1,38 @@
-"""`convert` and `unconvert`: plan first, then change the model, so that an error leaves it as it was."""
+"""`convert` and `unconvert`: plan first, then change the model, all of it or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..backends import choose_backend
-from ..functional.checks import as_k
+from ..nn.feed_forward import is_frozen, store_as_usual, store_by_neuron
 from . import position_bias, torch_layers
+from .by_name import (
+    configs_around,
+    every_config,
+    hand_written_attention,
+    implementation_of,
+    parts_of,
+    set_by_transformers,
+    set_implementations,
+)
+from .plan import AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
 from .registration import register
 from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
-from .settings import ALL, CONFIG_ATTRIBUTE, NAME, K, LayerSettings, ModelSettings, set_layer_settings
+from .settings import ALL, CONFIG_ATTRIBUTE, NAME, LayerSettings, ModelSettings, set_layer_settings
 from .sites import AttentionSite, FeedForwardSite
+from .transaction import all_or_nothing, give_own_configuration
+from .unknown_layers import unknown_layers
 from .wrappers import unwrapped
 
-Where = Callable[[str, nn.Module], bool]
-EntryK = K | Sequence[int] | Tensor | None
-AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
-
-# A converted model remembers its former attention in this attribute. `save_pretrained` does not save it.
+# Each transformers model in a converted one remembers the former attention of its configuration and of its parts here.
+# `save_pretrained` does not save it.
 _FORMER_ATTENTION = "_topk_attention_former_implementation"
 
 
@@ -62,8 +72,11 @@ def convert(
 
     Raises:
         TypeError: the model is of neither kind, or a k is of the wrong type.
-        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model. After an
-            error the model is unchanged.
+        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model.
+
+    Whatever is raised, an interruption by Ctrl-C included, the model is as it was. Its configuration becomes one of its
+    own: another model that shared the object does not change. Weights that train stay contiguous; if nothing in the
+    model requires a gradient, the networks' weights are stored by neuron, which is faster for a few tokens at a time.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(
@@ -75,96 +88,51 @@ def convert(
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
     model = unwrapped(model)
+    with all_or_nothing(model):
+        return _convert(model, attention_k, feed_forward_k, where, backend)
+
+
+def _convert(
+    model: nn.Module,
+    attention_k: AnyK | None,
+    feed_forward_k: AnyK | None,
+    where: Where | None,
+    backend: str | None,
+) -> ConversionReport:
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
         choose_backend(backend)
-    wanted = _Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto")
+    wanted = Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto")
     if attention_k is None and feed_forward_k is None:
-        wanted = _wanted_by_config(model, config, attention, feed_forward, backend)
-    plan = _plan(attention, feed_forward, wanted, where)
+        wanted = wanted_by_config(model, config, attention, feed_forward, backend)
+    plan = make_plan(attention, feed_forward, wanted, where)
+    plan = plan.with_unknown(
+        unknown_layers(model, [*(site.path for site in attention), *(site.path for site in feed_forward)])
+    )
     report = ConversionReport(type(model).__name__, plan.entries, plan.not_found)
     if not report.replaced:
         raise ValueError(f"convert replaced nothing in {_describe(report, model)}")
+    give_own_configuration(model)
+    config = _config_of(model)
     _apply(model, config, plan, wanted)
     if config is not None:
         _remember(model, _configs(config, attention), plan, wanted)
+    _order_in_memory(model, plan)
     return report
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """The k of both kinds of layer, None where the layers of a kind stay as they are, and their backends."""
-
-    attention_k: AnyK | None
-    feed_forward_k: AnyK | None
-    attention_backend: str
-    feed_forward_backend: str
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What will happen at each site. A kind of layer that stays as it is has no entries."""
-
-    attention: list[tuple[AttentionSite, ReportEntry]]
-    feed_forward: list[tuple[FeedForwardSite, ReportEntry]]
-    not_found: tuple[str, ...]  # kinds of layer that a k is given for and of which the model has none
-
-    @property
-    def entries(self) -> tuple[ReportEntry, ...]:
-        return tuple(entry for _, entry in [*self.attention, *self.feed_forward])
-
-
-def _wanted_by_config(
-    model: nn.Module,
-    config: Any,
-    attention: Sequence[AttentionSite],
-    feed_forward: Sequence[FeedForwardSite],
-    backend: str | None,
-) -> _Wanted:
-    """What a saved model remembers of its conversion."""
-    stored = ModelSettings.from_config(config)
-    if stored is None:
-        raise ValueError(
-            "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
-        )
-    prefix = _prefix_of(model)
-    return _Wanted(
-        _with_prefix(stored.attention_k, [site.path for site in attention], prefix) or None,
-        _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
-        backend or stored.attention_backend,
-        backend or stored.feed_forward_backend,
-    )
-
-
-def _plan(
-    attention: Sequence[AttentionSite],
-    feed_forward: Sequence[FeedForwardSite],
-    wanted: _Wanted,
-    where: Where | None,
-) -> _Plan:
-    """Decide for each site, and raise where a k does not fit, before anything changes."""
-    attention_plan: list[tuple[AttentionSite, ReportEntry]] = []
-    feed_forward_plan: list[tuple[FeedForwardSite, ReportEntry]] = []
-    not_found = []
-    if wanted.attention_k is not None:
-        attention_plan = _plan_attention(attention, wanted.attention_k, where)
-        not_found += [] if attention_plan else ["attention"]
-    if wanted.feed_forward_k is not None:
-        feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, where)
-        not_found += [] if feed_forward_plan else ["feed-forward"]
-    return _Plan(attention_plan, feed_forward_plan, tuple(not_found))
-
-
-def _apply(model: nn.Module, config: Any, plan: _Plan, wanted: _Wanted) -> None:
+def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
     """Change the layers as planned."""
     if any(site.reads_interface and entry.replaced for site, entry in plan.attention):
-        _use_topk_attention(model)
+        _use_topk_attention(model, plan)
     for site, entry in plan.attention:
         settings = LayerSettings(entry.k, wanted.attention_backend)
         if not site.reads_interface:
             torch_layers.use_topk_attention(site.module, settings)
-        elif config is not None and config._attn_implementation == NAME:
+        elif implementation_of(site.module, config) == NAME:
+            if site.obstacle is not None:
+                settings = replace(settings, left_alone=_former_of(model, site.module))
             set_layer_settings(site.module, settings)
             position_bias.keep_bias_small(site.module)
     for feed_forward_site, entry in plan.feed_forward:
@@ -175,9 +143,27 @@ def _apply(model: nn.Module, config: Any, plan: _Plan, wanted: _Wanted) -> None:
     torch_layers.watch_nested_tensors(model)
 
 
-def _remember(model: nn.Module, configs: Sequence[Any], plan: _Plan, wanted: _Wanted) -> None:
+def _order_in_memory(model: nn.Module, plan: Plan) -> None:
+    """Store the weights of top-k networks by neuron if nothing in the model trains, otherwise as usual.
+
+    A network that several layers share (Zamba) stays as usual, because `save_pretrained` looks for shared weights and
+    reads only contiguous ones.
+    """
+    frozen = is_frozen(model)
+    sites = [site for site, entry in plan.feed_forward if entry.replaced]
+    uses = Counter(id(site.linear_out.weight) for site in sites)
+    for site in sites:
+        if frozen and uses[id(site.linear_out.weight)] == 1:
+            for linear_in in site.linears_in:
+                store_by_neuron(linear_in=linear_in)
+            store_by_neuron(linear_out=site.linear_out)
+        else:
+            store_as_usual(*site.linears_in, site.linear_out)
+
+
+def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Wanted) -> None:
     """Write every k into the configurations, the model's own first. `save_pretrained` saves them with the model."""
-    prefix = _prefix_of(model)
+    prefix = prefix_of(model)
     remembered = ModelSettings.from_config(configs[0]) or ModelSettings({}, {})
     if wanted.attention_k is not None:
         different_k = {entry.k for _, entry in plan.attention}
@@ -204,10 +190,17 @@ def unconvert(model: Any) -> None:
         ValueError: the model was not converted, or was restored already.
     """
     model = unwrapped(model)
+    with all_or_nothing(model):
+        _unconvert(model)
+
+
+def _unconvert(model: Any) -> None:
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if not hasattr(config, CONFIG_ATTRIBUTE) and not any(map(torch_layers.is_converted, model.modules())):
         raise ValueError(f"{type(model).__name__} was not converted, or was restored already")
+    give_own_configuration(model)
+    config = _config_of(model)
     for site in attention:
         if site.reads_interface:
             set_layer_settings(site.module, None)
@@ -220,9 +213,7 @@ def unconvert(model: Any) -> None:
     torch_layers.watch_nested_tensors(model)
     if config is None:
         return
-    if hasattr(model, _FORMER_ATTENTION):
-        model.set_attn_implementation(getattr(model, _FORMER_ATTENTION))
-        delattr(model, _FORMER_ATTENTION)
+    _give_attention_back(model)
     for part in _configs(config, attention):
         if hasattr(part, CONFIG_ATTRIBUTE):
             delattr(part, CONFIG_ATTRIBUTE)
@@ -248,117 +239,59 @@ def _config_of(model: nn.Module) -> Any:
     )
 
 
-def _plan_attention(
-    sites: Sequence[AttentionSite], k: AnyK, where: Where | None
-) -> list[tuple[AttentionSite, ReportEntry]]:
-    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("attention_k", k, [site.path for site in chosen], _obstacles(sites))
-    plan = []
-    for site in sites:
-        layer_k = per_path.get(site.path)
-        if site.obstacle is not None:
-            reason = site.obstacle
-        elif layer_k is None:
-            reason = "attention_k has no entry for it" if site in chosen else "not picked by where="
-        else:
-            if isinstance(layer_k, tuple) and site.num_heads is not None and len(layer_k) != site.num_heads:
-                raise ValueError(
-                    f"attention_k for {site.path} must hold one int for each of its {site.num_heads} heads, "
-                    f"got {len(layer_k)}"
-                )
-            reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
-            if position_bias.builds_bias_in_full(site.module):
-                reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
-        plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
-    return plan
-
-
-def _plan_feed_forward(
-    sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
-) -> list[tuple[FeedForwardSite, ReportEntry]]:
-    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen], _obstacles(sites))
-    plan = []
-    for site in sites:
-        layer_k = per_path.get(site.path)
-        if isinstance(layer_k, tuple):
-            raise TypeError(f"feed_forward_k for {site.path} must be an int, got {list(layer_k)}")
-        if layer_k is not None:
-            reason = f"k = {layer_k} of {site.num_neurons} neurons"
-        elif site.obstacle is not None:
-            reason = site.obstacle
-        else:
-            reason = "feed_forward_k has no entry for it" if site in chosen else "not picked by where="
-        plan.append((site, ReportEntry(site.path, "feed_forward", layer_k, reason)))
-    return plan
-
-
-def _obstacles(sites: Sequence[AttentionSite | FeedForwardSite]) -> dict[str, str]:
-    return {site.path: site.obstacle for site in sites if site.obstacle is not None}
-
-
-def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, K]:
-    """The k of each of the paths. `obstacles` says of other paths why their layers cannot be replaced."""
-    entries: dict[str, Any]
-    if isinstance(k, Mapping):
-        unknown = sorted(set(k) - set(paths))
-        if reason := next((obstacles[path] for path in unknown if path in obstacles), None):
-            raise ValueError(f"{name} names layers that cannot be replaced ({reason}): {', '.join(unknown)}")
-        if unknown:
-            raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
-        entries = dict(k)
-    elif isinstance(k, list | tuple | Tensor) and not _is_one_number(k):
-        if len(k) != len(paths):
-            raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
-        entries = dict(zip(paths, k, strict=True))
-    else:
-        _as_k(name, k)  # also where there is no layer
-        entries = dict.fromkeys(paths, k)
-    return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
-
-
-def _is_one_number(k: object) -> bool:
-    return isinstance(k, Tensor) and k.ndim == 0
-
-
-def _as_k(name: str, entry: Any) -> K:
-    k = as_k(name, entry)
-    return ALL if k is None else k
-
-
-def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
-    """Stored k by the model's own paths. A checkpoint loads with or without a head, so it is stored without the prefix
-    of the base model."""
-    by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
-    # A checkpoint also loads in part, for example without its decoder. Every part that the model has must be complete.
-    parts = {name.split(".")[0] for name in by_name}
-    wanted = {name: k for name, k in stored.items() if name.split(".")[0] in parts}
-    if unknown := sorted(set(wanted or stored) - set(by_name)):
-        raise ValueError(f"the model's configuration names layers that do not exist: {', '.join(unknown)}")
-    return {by_name[name]: k for name, k in wanted.items()}
-
-
-def _use_topk_attention(model: Any) -> None:
+def _use_topk_attention(model: Any, plan: Plan) -> None:
+    """Set the name in the model's configurations, but not in those of which no layer is converted while some layer
+    cannot be: such a part keeps its own attention and its own masks."""
     register()
-    former = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    converted = {
+        id(_config_around(site.module, model))
+        for site, entry in plan.attention
+        if entry.replaced and site.reads_interface
+    }
+    obstructed = [site.path for site, _ in plan.attention if site.obstacle is not None]
+    around = dict(configs_around(model))
+    alone = [around[path] for path in (*obstructed, *(path for path, _ in hand_written_attention(model)))]
+    alone = [config for config in alone if id(config) not in converted]
+    before = [(config, config._attn_implementation) for config in every_config(model)]
+    set_by_transformers(model, NAME)
+    if not converted <= {id(config) for config in every_config(model) if config._attn_implementation == NAME}:
+        set_implementations(before)
         raise ValueError(f"{type(model).__name__} does not take its attention from transformers' attention interface")
-    if former != NAME:
-        setattr(model, _FORMER_ATTENTION, former)
-    elif not hasattr(model, _FORMER_ATTENTION):
-        setattr(model, _FORMER_ATTENTION, "sdpa")  # loaded with attn_implementation="topk"; "sdpa" is the default
+    set_implementations([(config, former) for config, former in before if any(config is part for part in alone)])
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation") and not hasattr(module, _FORMER_ATTENTION):
+            # Loaded with attn_implementation="topk" it has no former one; "sdpa" is the default.
+            formers = {id(config): "sdpa" if former == NAME else former for config, former in before}
+            setattr(module, _FORMER_ATTENTION, [formers[id(config)] for config in parts_of(module.config)])
+
+
+def _give_attention_back(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, _FORMER_ATTENTION):
+            set_implementations(list(zip(parts_of(module.config), getattr(module, _FORMER_ATTENTION), strict=True)))
+            delattr(module, _FORMER_ATTENTION)
+
+
+def _former_of(model: Any, module: nn.Module) -> str:
+    """The implementation that a layer's configuration named before the conversion."""
+    wanted = _config_around(module, model)
+    for holder in model.modules():
+        for part, former in zip(
+            parts_of(getattr(holder, "config", None)), getattr(holder, _FORMER_ATTENTION, ()), strict=False
+        ):
+            if part is wanted:
+                return str(former)
+    return "sdpa"
+
+
+def _config_around(module: nn.Module, model: Any) -> Any:
+    return getattr(module, "config", None) or model.config
 
 
 def _configs(config: Any, sites: Sequence[AttentionSite]) -> list[Any]:
     """The model's configuration first, then those of its parts: a layer can read only that of its own part."""
     parts = [part for site in sites if (part := getattr(site.module, "config", None)) is not None]
     return list({id(part): part for part in (config, *parts)}.values())
-
-
-def _prefix_of(model: nn.Module) -> str:
-    """The name under which a model with a head holds its base model."""
-    return getattr(model, "base_model_prefix", "")
 
 
 def _k_by_path(plan: Sequence[tuple[AttentionSite | FeedForwardSite, ReportEntry]], prefix: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..functional import topk_feed_forward
-from ..nn.feed_forward import store_as_usual, store_by_neuron
-from .sites import FeedForwardSite, activation_of, num_neurons, obstacle_of
+from ..nn.feed_forward import added_to_call, full_name, store_as_usual
+from .sites import FeedForwardSite, activation_of, obstacle_of, own_forward, share_hooks
 
 _NETWORK = re.compile(
     r"(?P<x>\w+) = self\.activation_fn\(self\.fc1\((?P=x)\)\)\s+"
@@ -62,13 +62,25 @@ class TopKSecond(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        first: Any = self.layer[0].fc1
+        layer: Any = self.layer[0]
+        first: Any = layer.fc1
         if type(first) is not TopKFirst:
-            raise TypeError(
-                f"fc1 of {type(self.layer[0]).__name__} must be what convert made of it, got {type(first).__name__}; a "
-                "top-k network reads its weights directly, so wrap it only after topk_attention.unconvert, or leave it "
-                "out with where="
+            raise RuntimeError(
+                f"fc1 of {type(layer).__name__} must be what convert made of it, got {full_name(type(first))}; a top-k "
+                "network reads its weights directly, so wrap it only after topk_attention.unconvert, or leave it out "
+                "with where="
             )
+        for name, part, acts_as_before in (
+            ("fc1", first, "_forward_pre_hooks"),
+            ("activation_fn", layer.activation_fn, ""),
+            ("fc2", self, "_forward_hooks"),
+        ):
+            if (added := added_to_call(part, but=acts_as_before)) is not None:
+                raise RuntimeError(
+                    f"{name} of {type(layer).__name__} has {added}, added after convert; a top-k network computes "
+                    "everything in fc2, so remove that, or call topk_attention.unconvert first, or leave the layer out "
+                    "with where="
+                )
         return topk_feed_forward(
             x,
             first.weight,
@@ -97,13 +109,31 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
         original = fc2.original[0]
     else:
         original = _Original(fc1, fc2, layer.activation_fn, getattr(layer, "activation_dropout", None))
-    activation = activation_of(model, path, layer)
-    obstacle = obstacle_of({"fc1": original.fc1, "fc2": original.fc2}, activation, original.activation_fn)
-    if obstacle is None and not _computes_the_network(layer):
-        obstacle = f"{type(layer).__name__} computes something else than fc2(activation_fn(fc1(x)))"
+    act = original.activation_fn
+    activation = activation_of(model, path, layer, act)
+
+    def examine() -> str | None:
+        if not is_converted:
+            linears, bypassed = {"fc1": fc1, "fc2": fc2}, {"activation_fn": act}
+        elif type(fc1) is not TopKFirst:
+            return f"fc1 is {full_name(type(fc1))}, put there after an earlier conversion"
+        else:
+            linears, bypassed = {}, {"fc1": fc1, "fc2": fc2, "activation_fn": layer.activation_fn}
+        obstacle = obstacle_of(linears, activation, act, bypassed)
+        if obstacle is None and not _computes_the_network(layer):
+            obstacle = f"{type(layer).__name__} computes something else than fc2(activation_fn(fc1(x)))"
+        return obstacle
+
+    def take_weights() -> None:
+        """Give the original layers the weights and hooks of their places: they may be others by now."""
+        if is_converted and type(fc1) is not TopKFirst:
+            raise ValueError(f"{path}.fc1 must be what convert made of it, got {full_name(type(fc1))}; unwrap it first")
+        for linear, now in ((original.fc1, fc1), (original.fc2, fc2)):
+            linear.weight, linear.bias = now.weight, now.bias
+            share_hooks(now, linear)
 
     def replace(k: int | None, backend: str) -> None:
-        store_by_neuron(linear_in=original.fc1, linear_out=original.fc2)
+        take_weights()
         first, second = TopKFirst(original.fc1), TopKSecond(layer, original, k, str(activation), backend)
         layer.fc1, layer.fc2 = first.train(layer.training), second.train(layer.training)
         layer.activation_fn = nn.Identity()
@@ -111,23 +141,22 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
             layer.activation_dropout = 0.0
 
     def restore() -> None:
-        for linear, now in ((original.fc1, fc1), (original.fc2, fc2)):
-            linear.weight, linear.bias = now.weight, now.bias
-            store_as_usual(linear)
+        take_weights()
+        store_as_usual(original.fc1, original.fc2)
         layer.fc1, layer.fc2 = original.fc1.train(layer.training), original.fc2.train(layer.training)
         layer.activation_fn = original.activation_fn
         if original.activation_dropout is not None:
             layer.activation_dropout = original.activation_dropout
 
     yield FeedForwardSite(
-        f"{path}.fc1", fc1, num_neurons(original.fc1), obstacle, replace, restore if is_converted else None
+        f"{path}.fc1", fc1, (original.fc1,), original.fc2, examine, replace, restore if is_converted else None
     )
 
 
 def _computes_the_network(layer: nn.Module) -> bool:
     """Whether the layer's code has the lines that are known to be replaceable."""
     try:
-        source = inspect.getsource(inspect.unwrap(type(layer).forward))
+        source = inspect.getsource(own_forward(layer))
     except (OSError, TypeError):
         return False
     return len(re.findall(r"self\.(?:fc1|fc2|activation_fn)\b", source)) == 3 and _NETWORK.search(source) is not None

@@ -1,4 +1,8 @@
-"""The mask for `attn_implementation="topk"`: a description of what is visible in place of a [B, 1, N, M] tensor."""
+"""The mask for `attn_implementation="topk"`: a description of what is visible in place of a [B, 1, N, M] tensor.
+
+Some model families compute with the mask before attention reads it (Siglip2, Doge, LASR, T5Gemma 2), or hand it to
+layers of their own that add it to scores (BigBirdPegasus). The description turns into a tensor for them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Code that adds a mask to scores means a mask of numbers: 0 where a query may see a key.
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+
 
 @dataclass(frozen=True, eq=False)
 class CompactMask:
     """Which keys each query may see, as transformers describes it.
+
+    As an argument of a torch function, and for every attribute of a tensor, it is the mask [B, 1, N, M] bool, True =
+    may attend. Added to scores it is a mask of numbers, as in eager attention.
 
     B batch, N queries, M keys
 
@@ -45,6 +55,42 @@ class CompactMask:
 
     # Without this line Python would take an object with __getitem__ alone for an endless sequence.
     __iter__ = None
+
+    dtype = torch.bool
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        scores = next((x for x in args if isinstance(x, Tensor) and x.is_floating_point()), None)
+        adds_to = scores.dtype if scores is not None and func in _ADDITIONS else None
+
+        def written_out(argument: Any) -> Any:
+            if isinstance(argument, CompactMask):
+                return argument.dense() if adds_to is None else argument.additive(adds_to)
+            if isinstance(argument, list | tuple):  # as torch.cat takes
+                return type(argument)(written_out(part) for part in argument)
+            return argument
+
+        return func(*map(written_out, args), **{name: written_out(x) for name, x in (kwargs or {}).items()})
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what no field and no method has comes here. Python itself asks for private names, e.g. to copy an object.
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dense(), name)
+
+    def __invert__(self) -> Tensor:
+        return ~self.dense()
+
+    def __add__(self, scores: Tensor) -> Tensor:
+        return self.additive(scores.dtype) + scores
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """[B, 1, N, M] in this dtype: 0 where a query may see a key, the lowest finite number elsewhere."""
+        visible = self.dense()
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, lowest)
 
     def contiguous(self) -> CompactMask:
         return self

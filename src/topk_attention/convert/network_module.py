@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..backends.activations import activate
 from ..nn import TopKFeedForward
-from ..nn.feed_forward import store_as_usual
-from .sites import FeedForwardSite, activation_of, attribute_owner, num_neurons, obstacle_of
+from ..nn.feed_forward import added_to_call, store_as_usual
+from .sites import FeedForwardSite, activation_of, attribute_owner, num_neurons, obstacle_of, share_hooks
 
 
 class _Kind(NamedTuple):
@@ -49,6 +49,9 @@ class TopKNetwork(TopKFeedForward):
 
     output_dropout_p = 0.0
 
+    def _store_by_neuron(self) -> None:
+        """Left to `convert`, which looks whether anything in the whole model trains."""
+
     def forward(self, x: Tensor) -> Tensor:
         output = super().forward(x)
         if self.output_dropout_p == 0:
@@ -62,24 +65,22 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if kind is None or act is None:
         return
     names = [name for name in kind[:3] if name is not None]
-    linears = {name: getattr(original, name) for name in names}
+    # Those of a converted network may be others by now: an adapter may have taken the place of one.
+    linears = {name: getattr(module, name) for name in names}
     dropout = getattr(original, "dropout", None) if kind.dropout is not None else None
     known = {*names, act, "dropout"} if isinstance(dropout, nn.Dropout) else {*names, act}
     others = set(dict(original.named_children())) - known
     if others and act == "activation_fn":
         return  # a whole layer that computes its network inside its own forward method
-    activation = activation_of(model, path, original)
-    obstacle = obstacle_of(linears, activation, getattr(original, act))
-    if obstacle is None and others:
-        obstacle = f"{type(original).__name__} does more than its projections: {', '.join(sorted(others))}"
-    if obstacle is None and (own := _own_dropout(original)) is not None:
-        obstacle = f"{type(original).__name__} applies dropout in its own code ({own}), at an unknown place"
-    if obstacle is None and not _is_plain(original, kind, str(activation)):
-        formula = f"{kind.linear_out}(act({kind.linear_in}))"
-        if kind.linear_gate is not None:
-            formula = "down(act(gate) * up)"
-        obstacle = f"{type(original).__name__} computes something else than {formula}"
+    activation = activation_of(model, path, original, getattr(original, act))
     owner, name = attribute_owner(model, path)
+
+    def examine() -> str | None:
+        bypassed = {act: getattr(original, act), "dropout": dropout}
+        obstacle = obstacle_of(linears, activation, getattr(original, act), bypassed)
+        if obstacle is None and original is module:  # a converted one passed the trial
+            obstacle = _obstacle(original, kind, str(activation), others)
+        return obstacle
 
     def replace(k: int | None, backend: str) -> None:
         dropout_p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
@@ -95,22 +96,50 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         ).train(original.training)
         layer.output_dropout_p = dropout_p if kind.dropout == "output" else 0.0
         setattr(layer, _ORIGINAL, (original,))
+        share_hooks(module, layer)
         setattr(owner, name, layer)
 
     def restore() -> None:
         for linear in names:
             setattr(original, linear, getattr(module, linear))
             store_as_usual(getattr(module, linear))
+        share_hooks(module, original)
         setattr(owner, name, original.train(module.training))
 
     yield FeedForwardSite(
         path,
         module,
-        num_neurons(linears[kind.linear_in]),
-        obstacle,
+        tuple(linears[name] for name in (kind.linear_in, kind.linear_gate) if name is not None),
+        linears[kind.linear_out],
+        examine,
         replace,
         None if original is module else restore,
     )
+
+
+def _obstacle(network: nn.Module, kind: _Kind, activation: str, others: set[str]) -> str | None:
+    """Why a network with known layers cannot be replaced; None where it can.
+
+    others  names of its further modules
+    """
+    name = type(network).__name__
+    if "forward" in vars(network):
+        return f"{name} has {added_to_call(network)}"
+    if others:
+        return f"{name} does more than its projections: {', '.join(sorted(others))}"
+    if (dropout := _own_dropout(network)) is not None:
+        return f"{name} applies dropout in its own code ({dropout}), at an unknown place"
+    try:
+        is_plain = _is_plain(network, kind, activation)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its code raises: no reason to give up on the other layers
+        return f"{name} could not be tried, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if not is_plain:
+        gated = kind.linear_gate is not None
+        formula = "down(act(gate) * up)" if gated else f"{kind.linear_out}(act({kind.linear_in}))"
+        return f"{name} computes something else than {formula}"
+    return None
 
 
 def _kind_of(module: nn.Module) -> _Kind | None:
@@ -153,7 +182,8 @@ def _is_plain(network: Any, kind: _Kind, activation: str) -> bool:
                 else:
                     hidden = activate(getattr(network, kind.linear_gate)(x), activation) * linear_in(x)
                 expected = linear_out(hidden.to(linear_out.weight.dtype))
-                if not torch.allclose(network(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+                # Not network(x): the trial is nothing that its hooks should see.
+                if not torch.allclose(network.forward(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
                     return False
             return True
     finally:

@@ -90,14 +90,18 @@ def _pass_table(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if module.config._attn_implementation != NAME or kwargs.get("position_bias") is not None:
         return None
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-    return args, kwargs | {"position_bias": _bias_of(module, cache)}
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    return args, kwargs | {"position_bias": _bias_of(module, cache, hidden_states.device)}
 
 
-def _bias_of(module: Any, cache: Any) -> TableBias | NoBias:
+def _bias_of(module: Any, cache: Any, device: torch.device) -> TableBias | NoBias:
     if not module.has_relative_attention_bias:
         return NoBias()
+    # Called rather than read: hooks, adapters and offloaded weights act, and FSDP may free the weight before the last
+    # layer needs the table.
+    buckets = torch.arange(module.relative_attention_num_buckets, device=device)
     table = BucketedBias(
-        module.relative_attention_bias.weight,
+        module.relative_attention_bias(buckets),
         bidirectional=not module.is_decoder,
         max_distance=module.relative_attention_max_distance,
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from .attention_function import topk_attention_forward
+from .by_name import watch
 from .masks import compact_mask
 from .settings import NAME
 
@@ -17,11 +18,16 @@ _MODELING_UTILS = "transformers.modeling_utils"
 
 
 def register() -> None:
-    """Register the attention and its mask under one name. With one of them alone padding or causality would be lost."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Register the attention and its mask under one name, and watch over its use.
+
+    With one of the two alone padding or causality would be lost.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
 
     AttentionInterface.register(NAME, topk_attention_forward)
     AttentionMaskInterface.register(NAME, compact_mask)
+    watch(PreTrainedModel, PreTrainedConfig)
 
 
 def register_when_transformers_is_imported() -> None:

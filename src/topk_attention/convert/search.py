@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from torch import nn
 
 from . import inline_network, network_module, split_network, torch_layers
-from .sites import AttentionSite, FeedForwardSite
+from .sites import AttentionSite, FeedForwardSite, full_name_of, own_forward
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
     """Every attention layer of the model, in the order of its modules."""
     for path, module in model.named_modules():
         if reads_attention_interface(module):
-            yield AttentionSite(path, module, _num_heads(module), _attention_obstacle(module), True)
+            yield AttentionSite(path, module, _num_heads(module), attention_obstacle(module), True)
+        elif _asks_interface(inspect.unwrap(type(module).forward)):
+            obstacle = f"its forward method was replaced by {full_name_of(own_forward(module))}, which does not ask "
+            yield AttentionSite(path, module, None, obstacle + "transformers' attention interface", False)
         elif torch_layers.is_attention(module):
             yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
 
@@ -25,7 +28,11 @@ def reads_attention_interface(module: nn.Module) -> bool:
 
     Model families give different names to their projections. Only the code of the layer tells the two kinds apart.
     """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return _asks_interface(own_forward(module))
+
+
+def _asks_interface(function: object) -> bool:
+    code = getattr(function, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
@@ -40,7 +47,7 @@ def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
         yield from torch_layers.feed_forward_sites(path, module)
 
 
-def _attention_obstacle(module: nn.Module) -> str | None:
+def attention_obstacle(module: nn.Module) -> str | None:
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "its scores have a soft cap"
     if getattr(module, "sinks", None) is not None:

@@ -30,10 +30,14 @@ K = int | tuple[int, ...] | Literal["all"]
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one attention layer runs. With k = None it runs PyTorch's own attention."""
+    """How one attention layer runs. With k = None it runs PyTorch's own attention.
+
+    left_alone  the attention implementation of a layer that could not be converted; it runs that as before
+    """
 
     k: K | None
     backend: str = "auto"
+    left_alone: str | None = None
 
     @property
     def kept_keys(self) -> int | tuple[int, ...] | None:
@@ -99,6 +103,12 @@ def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> Non
         delattr(module, _LAYER_ATTRIBUTE)
 
 
+def left_alone(module: nn.Module) -> str | None:
+    """The attention implementation of a layer that `convert` could not convert and left as it was; None for others."""
+    settings = getattr(module, _LAYER_ATTRIBUTE, None)
+    return None if settings is None else settings.left_alone
+
+
 def layer_settings(module: nn.Module) -> LayerSettings:
     """The settings that `convert` gave to this layer.
 
@@ -120,7 +130,7 @@ def layer_settings(module: nn.Module) -> LayerSettings:
 def _settings_of_the_name_alone(config: object) -> LayerSettings:
     wanted = _k_of_the_environment()
     stored = ModelSettings.from_config(config)
-    if stored is not None and stored.attention_k:
+    if stored is not None and (stored.attention_k or stored.feed_forward_k):
         k = stored.every_attention_k
         if k is None or stored.feed_forward_k:
             raise RuntimeError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
-from ..nn.feed_forward import is_plain_linear, weight_and_bias
+from ..nn.feed_forward import added_to_call, full_name, is_plain_linear, why_call
 from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
@@ -34,29 +36,65 @@ class FeedForwardSite:
 
     path: str
     module: nn.Module
-    num_neurons: int
-    obstacle: str | None  # why it cannot be replaced
+    linears_in: tuple[nn.Module, ...]  # one, or two where the network is gated
+    linear_out: nn.Module
+    examine: Callable[[], str | None]  # returns the obstacle; it may run the network
     replace: Callable[[int | None, str], None]  # takes k (None: all) and a backend; a second call changes them
     restore: Callable[[], None] | None  # None where the network is still the original
 
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why it cannot be replaced; None where it can. Found out only when it is asked for."""
+        return self.examine()
 
-def obstacle_of(linears: dict[str, nn.Module], activation: Any, act: Any) -> str | None:
+    @property
+    def num_neurons(self) -> int:
+        """How many neurons the first layer computes; 0 where it is no linear layer."""
+        return num_neurons(self.linears_in[0])
+
+
+def obstacle_of(
+    linears: Mapping[str, nn.Module], activation: Any, act: Any, bypassed: Mapping[str, Any] | None = None
+) -> str | None:
     """Why these layers cannot become a top-k network; None where they can.
 
     linears     the network's linear layers by name
-    activation  the activation's name in the configuration
+    activation  the activation's name, by the configuration or by its values
     act         the function or module that the model calls
+    bypassed    further parts by name that the top-k network computes itself and does not call
     """
     for name, linear in linears.items():
-        if not is_plain_linear(linear):
-            return f"{name} is {type(linear).__name__}, not nn.Linear"
-        if problem := cut_over_processes(linear):
-            return f"{name} {problem}"
+        if (reason := cut_over_processes(linear)) is not None:
+            return f"{name} {reason}"
+        if (reason := why_call(name, linear)) is not None:
+            return f"{reason}; a top-k network reads only weights"
+    if (reason := added_to(bypassed or {})) is not None:
+        return reason
+    if activation is None:
+        return f"its activation, {full_name_of(act)}, has no top-k form"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} has no top-k form"
     if not is_activation(act, activation):
         return f"its activation, {name_of(act)}, is not {activation!r}, which the configuration names"
     return None
+
+
+def added_to(parts: Mapping[str, Any]) -> str | None:
+    """Why these parts cannot be left uncalled; None where they can."""
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and (added := added_to_call(part)) is not None:
+            return f"{name} has {added}; a top-k network does not call it"
+    return None
+
+
+def share_hooks(former: nn.Module, module: nn.Module) -> None:
+    """Let a module keep the hooks of the one whose place it takes, those that are added later included.
+
+    The handles that remove hooks know these very dictionaries.
+    """
+    for name, value in vars(former).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) or name == "_is_full_backward_hook":
+            module.__dict__[name] = value
 
 
 def is_activation(act: Any, name: str) -> bool:
@@ -77,8 +115,16 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:
-    """The activation's name in the configuration of a module, of a module around it or of one of its parts."""
+def full_name_of(function: Any) -> str:
+    """The name of a function, or of the class of a module, with that of the Python module that it is from."""
+    return full_name(function if hasattr(function, "__qualname__") else type(function))
+
+
+def activation_of(model: nn.Module, path: str, module: nn.Module, act: Any) -> str | None:
+    """The activation's name in the configuration of a module, of a module around it or of one of its parts.
+
+    Where no configuration names one, the values of `act` decide: the name, or None where they are of no known one.
+    """
     parts = path.split(".")
     holders = [
         module,
@@ -89,12 +135,28 @@ def activation_of(model: nn.Module, path: str, module: nn.Module) -> Any:
         for name in _ACTIVATION_NAMES:
             if isinstance(activation := getattr(config, name, None), str):
                 return activation
-    return None
+    return known_activation(act)
 
 
-def num_neurons(linear_in: nn.Module) -> int:
+def known_activation(act: Any) -> str | None:
+    """The name of the activation whose values these are; None where they are of none that has a top-k form."""
+    return next((name for name in ACTIVATIONS if is_activation(act, name)), None)
+
+
+def num_neurons(linear_in: Any) -> int:
     """How many neurons the first layer of a network computes; 0 where it is no linear layer."""
-    return weight_and_bias(linear_in)[0].shape[0] if is_plain_linear(linear_in) else 0
+    if not is_plain_linear(linear_in):
+        return 0
+    return int(linear_in.weight.shape[0 if type(linear_in) is nn.Linear else 1])
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The function that runs when the module is called, without what is wrapped around it.
+
+    It may be an attribute of this one module. accelerate, for example, wraps the method of the class in that way.
+    """
+    function = inspect.unwrap(module.forward)
+    return inspect.unwrap(getattr(function, "__func__", function))
 
 
 def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

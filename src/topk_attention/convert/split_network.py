@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional import topk_feed_forward
-from ..nn.feed_forward import plain_linear, store_as_usual, store_by_neuron
-from .sites import FeedForwardSite, activation_of, num_neurons, obstacle_of
+from ..nn.feed_forward import added_to_call, store_as_usual, topk_network
+from .sites import FeedForwardSite, activation_of, added_to, obstacle_of, share_hooks
 
 
 class TopKIntermediate(nn.Module):
@@ -36,7 +35,6 @@ class TopKOutput(nn.Module):
     ) -> None:
         super().__init__()
         self.dense = original.dense
-        store_by_neuron(linear_in=intermediate.dense, linear_out=self.dense)
         self.LayerNorm = original.LayerNorm
         self.dropout = original.dropout
         # In tuples they are no submodules, so the state dict stays that of the original.
@@ -47,17 +45,27 @@ class TopKOutput(nn.Module):
         self.backend = backend
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        w_in, b_in = plain_linear(self.intermediate[0], "dense")
-        w_out, b_out = plain_linear(self, "dense")
-        hidden_states = topk_feed_forward(
+        first = self.intermediate[0]
+        if (added := added_to_call(first, but="_forward_pre_hooks")) is not None:
+            raise RuntimeError(
+                f"the first half of a top-k network, {type(first.original[0]).__name__}, has {added}, added after "
+                "convert; it returns its input unchanged, so remove that, or call topk_attention.unconvert first"
+            )
+        if self._forward_pre_hooks:
+            raise RuntimeError(
+                f"the second half of a top-k network, {type(self.original[0]).__name__}, has {added_to_call(self)}, "
+                "added after convert; its input is that of the whole network and not the neurons, so remove that, or "
+                "call topk_attention.unconvert first"
+            )
+        hidden_states = topk_network(
             hidden_states,
-            w_in,
-            w_out,
+            first.dense,
+            self.dense,
             k=self.k,
-            b_in=b_in,
-            b_out=b_out,
             activation=self.activation,
+            dropout_p=0.0,
             backend=self.backend,
+            names=("intermediate.dense", "output.dense", ""),
         )
         return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
 
@@ -73,13 +81,19 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     original_output: Any = getattr(output, "original", (output,))[0]
     if not hasattr(original_intermediate, "intermediate_act_fn") or not hasattr(original_output, "LayerNorm"):
         return
-    linears = {"intermediate.dense": original_intermediate.dense, "output.dense": original_output.dense}
-    activation = activation_of(model, path, module)
-    obstacle = obstacle_of(linears, activation, original_intermediate.intermediate_act_fn)
-    if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
-        obstacle = f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
+    # Those of a converted network may be others by now: an adapter may have taken the place of one.
+    linears: dict[str, Any] = {"intermediate.dense": intermediate.dense, "output.dense": output.dense}
+    act = original_intermediate.intermediate_act_fn
+    activation = activation_of(model, path, module, act)
+
+    def examine() -> str | None:
+        if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
+            return f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
+        halves = {"intermediate": intermediate, "output": output}
+        return obstacle_of(linears, activation, act, {"intermediate_act_fn": act}) or added_to(halves)
 
     def replace(k: int | None, backend: str) -> None:
+        original_intermediate.dense, original_output.dense = intermediate.dense, output.dense
         first = TopKIntermediate(original_intermediate)
         second = TopKOutput(first, original_output, k, str(activation), backend)
         module.intermediate, module.output = first.train(module.training), second.train(module.training)
@@ -87,14 +101,17 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     def restore() -> None:
         original_intermediate.dense, original_output.dense = intermediate.dense, output.dense
         store_as_usual(original_intermediate.dense, original_output.dense)
+        share_hooks(intermediate, original_intermediate)
+        share_hooks(output, original_output)
         module.intermediate = original_intermediate.train(module.training)
         module.output = original_output.train(module.training)
 
     yield FeedForwardSite(
         f"{path}.intermediate",
         intermediate,
-        num_neurons(linears["intermediate.dense"]),
-        obstacle,
+        (linears["intermediate.dense"],),
+        linears["output.dense"],
+        examine,
         replace,
         None if original_intermediate is intermediate else restore,
     )

@@ -13,7 +13,7 @@ def cut_over_processes(linear: Any) -> str | None:
     The weights of fully sharded data parallelism are whole whenever the layer runs. Those of tensor parallelism are
     not, and the layer calls the other processes in a forward or hooks of its own.
     """
-    placements = getattr(linear.weight, "placements", None)
+    placements = getattr(getattr(linear, "weight", None), "placements", None)
     if not placements or not any(placement.is_shard() for placement in placements):
         return None
     if "forward" not in vars(linear) and not linear._forward_pre_hooks and not linear._forward_hooks:

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.activations import ACTIVATIONS
-from ..functional import topk_attention, topk_feed_forward
-from ..nn.feed_forward import plain_linear, store_as_usual, store_by_neuron
+from ..functional import topk_attention
+from ..nn.feed_forward import added_to_call, full_name, store_as_usual, topk_network
 from .settings import LayerSettings, layer_settings, set_layer_settings
-from .sites import FeedForwardSite, is_activation, name_of, num_neurons, obstacle_of
+from .sites import FeedForwardSite, added_to, known_activation, name_of, obstacle_of
 
 _NETWORK = "_topk_attention_network"
 _NESTED = "_topk_attention_former_use_nested_tensor"
@@ -27,7 +26,9 @@ _NESTED = "_topk_attention_former_use_nested_tensor"
 class TopKMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose queries use their k best keys.
 
-    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN.
+    It returns no weights. For a query that sees no key it returns zeros, where the original returns NaN. Masks are
+    those of the original: bool, True = may not attend, or float, added to the scores; one that requires a gradient gets
+    it.
     """
 
     # The fused path of nn.TransformerEncoderLayer reads this and then does not run.
@@ -48,6 +49,8 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
             warnings.warn(
                 "a converted nn.MultiheadAttention returns no attention weights; pass need_weights=False", stacklevel=2
             )
+        _check_mask("attn_mask", attn_mask)
+        _check_mask("key_padding_mask", key_padding_mask)
         if is_batched := query.dim() == 3:
             if not self.batch_first:
                 query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -61,11 +64,16 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         # If the caller says that the mask is the causal one, the mask is not read.
         is_causal = is_causal and query.shape[1] == key.shape[1]
         settings = layer_settings(self)
+        mask = None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype)
+        bias = self._padding(key_padding_mask, query.dtype)
+        if mask is not None and mask.requires_grad:  # a mask gets no gradient, a bias does
+            bias = mask if bias is None else mask + bias
+            mask = None
         output = topk_attention(
             *heads,
             k=settings.kept_keys,
-            attn_mask=None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype),
-            bias=self._padding(key_padding_mask, query.dtype),
+            attn_mask=mask,
+            bias=bias,
             is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
             backend=settings.backend,
@@ -101,6 +109,14 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         return mask.to(dtype)[:, None, None, :]
 
 
+def _check_mask(name: str, mask: Tensor | None) -> None:
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"{name} must be bool (True = may not attend) or floating-point (added to the scores), got {mask.dtype}; "
+            "convert a 0/1 mask with .bool()"
+        )
+
+
 class TopKEncoderLayer(nn.TransformerEncoderLayer):
     activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
 
@@ -126,19 +142,24 @@ def is_torch_layer(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    return type(module) in (nn.MultiheadAttention, TopKMultiheadAttention)
+    """Whether this is PyTorch's attention layer, its subclasses included: the report names those too."""
+    return isinstance(module, nn.MultiheadAttention)
 
 
 def attention_obstacle(module: Any) -> str | None:
+    if type(module) not in (nn.MultiheadAttention, TopKMultiheadAttention):
+        return f"it is {full_name(type(module))}, a subclass of nn.MultiheadAttention with code of its own"
+    if "forward" in vars(module) and not is_converted(module):
+        return f"it has {added_to_call(module)}"
     if module.bias_k is not None or module.add_zero_attn:
         return "it adds a key of its own (add_bias_kv or add_zero_attn)"
     return None
 
 
 def use_topk_attention(module: nn.Module, settings: LayerSettings) -> None:
-    if settings.k is None:
+    if settings.k is None and is_converted(module):
         restore_attention(module)
-    else:
+    elif settings.k is not None:
         module.__class__ = TopKMultiheadAttention
         set_layer_settings(module, settings)
 
@@ -154,14 +175,24 @@ def restore_attention(module: nn.Module) -> None:
 
 def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
     former_class = _FORMER_CLASS.get(type(layer), type(layer))
-    if former_class not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+    if not issubclass(former_class, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return
-    activation = _activation_name(layer.activation)
+    activation = known_activation(layer.activation) or name_of(layer.activation)
+
+    def examine() -> str | None:
+        if former_class not in _TOPK_CLASS:
+            return f"its layer is {full_name(former_class)}, a subclass with code of its own"
+        for name in ("forward", "_ff_block"):
+            if name in vars(layer):
+                return f"its layer has a method {name} of its own"
+        if type(layer.dropout) is not nn.Dropout:
+            return f"dropout is {full_name(type(layer.dropout))}, not nn.Dropout"
+        linears = {"linear1": layer.linear1, "linear2": layer.linear2}
+        return obstacle_of(linears, activation, layer.activation, _bypassed(layer))
 
     def replace(k: int | None, backend: str) -> None:
         layer.__class__ = _TOPK_CLASS[former_class]
         setattr(layer, _NETWORK, (k, activation, backend))
-        store_by_neuron(linear_in=layer.linear1, linear_out=layer.linear2)
 
     def restore() -> None:
         layer.__class__ = former_class
@@ -171,32 +202,35 @@ def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
     yield FeedForwardSite(
         f"{path}.linear1".removeprefix("."),
         layer.linear1,
-        num_neurons(layer.linear1),
-        obstacle_of({"linear1": layer.linear1, "linear2": layer.linear2}, activation, layer.activation),
+        (layer.linear1,),
+        layer.linear2,
+        examine,
         replace,
         restore if is_converted(layer) else None,
     )
 
 
+def _bypassed(layer: Any) -> dict[str, Any]:
+    """The parts that a top-k network computes itself and does not call."""
+    return {"activation": layer.activation, "dropout": layer.dropout}
+
+
 def _network_output(layer: Any, x: Tensor) -> Tensor:
     k, activation, backend = getattr(layer, _NETWORK)
-    (w_in, b_in), (w_out, b_out) = plain_linear(layer, "linear1"), plain_linear(layer, "linear2")
-    return topk_feed_forward(
+    if (reason := added_to(_bypassed(layer))) is not None:
+        raise RuntimeError(
+            f"{reason}, and it was added after convert; remove it, or call topk_attention.unconvert first"
+        )
+    return topk_network(
         x,
-        w_in,
-        w_out,
+        layer.linear1,
+        layer.linear2,
         k=k,
-        b_in=b_in,
-        b_out=b_out,
         activation=activation,
         dropout_p=layer.dropout.p if layer.training else 0.0,
         backend=backend,
+        names=("linear1", "linear2", ""),
     )
-
-
-def _activation_name(activation: Any) -> str:
-    """The activation's name. These layers hold only a function, so compare its values with those of each activation."""
-    return next((name for name in ACTIVATIONS if is_activation(activation, name)), name_of(activation))
 
 
 def watch_nested_tensors(model: nn.Module) -> None:

@@ -2,6 +2,7 @@ import pytest
 from rich.console import Console
 
 from topk_attention.environment import environment
+from topk_experiments.benchmarks.error import redraw
 from topk_experiments.benchmarks.error.report import as_markdown, equal_cost, report, show
 from topk_experiments.runs.records import append_json_line
 
@@ -10,10 +11,15 @@ def record(method, size, error, seconds=1.0, mib=10.0, length=64, **more):
     point = {"method": method, "size": size, "length": length, "model": ["tiny", "1"], "text": ["story", "2"]}
     point |= {"layers": [0, 1], "draws": 3 if size else None, "device": "cpu", "threads": 1, "seed": 0}
     times = {"elapsed_s": seconds, "fastest_s": seconds, "slowest_s": seconds, "repetitions": 3, "other_cores": None}
-    made = {"schema": "topk_attention/attention-error/1", "point": point, "environment": environment()}
-    made |= {"outcome": "finished", "relative_error": error, "worst_relative_error": 2 * error, "largest_error": error}
-    made |= {"forward": times, "forward_backward": times}
-    return made | {"forward_peak_mib": mib, "forward_backward_peak_mib": mib} | more
+    result = {"schema": "topk_attention/attention-error/1", "point": point, "environment": environment()}
+    result |= {
+        "outcome": "finished",
+        "relative_error": error,
+        "worst_relative_error": 2 * error,
+        "largest_error": error,
+    }
+    result |= {"forward": times, "forward_backward": times}
+    return result | {"forward_peak_mib": mib, "forward_backward_peak_mib": mib} | more
 
 
 RECORDS = [
@@ -74,6 +80,14 @@ def test_table_page_and_picture_are_made_from_records_alone(tmp_path):
     text = console.export_text()
     assert "128 tokens" in text
     assert "Causal attention of all heads of layers 0, 1" in text
+
+
+def test_records_of_another_machine_are_drawn_again(tmp_path):
+    for one in RECORDS:
+        elsewhere = one["environment"] | {"cpu": "another processor"}
+        append_json_line(tmp_path / "attention-error" / "error.jsonl", one | {"environment": elsewhere})
+    assert [path.name for path in redraw(tmp_path)] == ["error.md", "error.png"]
+    assert "another processor, 1 threads" in (tmp_path / "attention-error" / "error.md").read_text()
 
 
 @pytest.mark.parametrize("cost", ["forward time", "memory of forward"])

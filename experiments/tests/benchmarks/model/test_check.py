@@ -1,10 +1,10 @@
 import pytest
 
 from topk_experiments.benchmarks.model import check as checking
-from topk_experiments.benchmarks.model import random_features
+from topk_experiments.benchmarks.model import methods, random_features
 from topk_experiments.benchmarks.model.check import check
 from topk_experiments.benchmarks.model.shapes import new_model
-from topk_experiments.runs.checking import CheckFailedError
+from topk_experiments.runs.checks import CheckFailedError
 
 
 @pytest.mark.parametrize("feed_forward_k", [None, "all", 12])
@@ -57,26 +57,26 @@ def test_a_kink_is_smoothed_for_the_check_and_said(point, monkeypatch):
 
 def test_the_compiled_kernels_are_checked_and_not_pytorchs_attention(point, kernels, monkeypatch):
     used = []
-    use_library = checking.use_library
+    use_library = methods.use_library
 
     def watched(model, attention_k, feed_forward_k, *, backend):
         used.append((attention_k, backend))
         use_library(model, attention_k, feed_forward_k, backend=backend)
 
-    monkeypatch.setattr(checking, "use_library", watched)
+    monkeypatch.setattr(methods, "use_library", watched)
     check(point("t5", checkpointing=True, backend="auto"))
     assert used == [(40, "cpu"), (6, "cpu"), (6, "reference")]
 
 
 @pytest.mark.parametrize(("wrong_at", "words"), [(40, "(loss|gradient)_error is"), (6, "loss_error_below_length is")])
 def test_a_wrong_answer_is_an_error(point, monkeypatch, wrong_at, words):
-    use_library = checking.use_library
+    use_library = methods.use_library
 
     def wrong(model, attention_k, feed_forward_k, *, backend):
         k = 1 if attention_k == wrong_at and backend == "chunked" else attention_k
         use_library(model, k, feed_forward_k, backend=backend)
 
-    monkeypatch.setattr(checking, "use_library", wrong)
+    monkeypatch.setattr(methods, "use_library", wrong)
     with pytest.raises(CheckFailedError, match=words):
         check(point("t5"))
 

@@ -28,8 +28,8 @@ def measured(monkeypatch):
 
 
 def test_a_point_reports_its_check_its_steps_and_its_memory(measured, point):
-    result, told = measured(point("t5", checkpointing=True))
-    assert told == ["checking the answer", "step 1", "step 2"]
+    result, messages = measured(point("t5", checkpointing=True))
+    assert messages == ["checking the answer", "step 1", "step 2"]
     assert result["repetitions"] == len(result["losses"]) == 2
     assert result["fastest_s"] <= result["elapsed_s"] <= result["slowest_s"]
     assert 0 < result["forward_s"] < result["slowest_s"]

@@ -22,7 +22,7 @@ def test_random_features_tell_points_apart_where_there_are_any():
         assert one.as_record() != replace(one, num_features=128).as_record()
         assert one.as_record()["feed_forward_k"] is None
     for method in ("vanilla", "sdpa", "query-chunks", "topk"):
-        # As in records on file from before there was such a number.
+        # As in records on file from before this number existed.
         assert "num_features" not in Point("bert-base", method, 64).as_record()
 
 
@@ -48,7 +48,7 @@ def test_a_point_goes_to_another_process_and_back(point):
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"num_features": 0}, "num_features must be at least 1, got 0"),
         ({"method": "rfa", "num_features": 7}, "num_features must be even for rfa"),
-        ({"dtype": "int8"}, "dtype must be among float32"),
+        ({"dtype": "int8"}, "dtype must be one of float32"),
         ({"device": "tpu"}, 'device must be "cpu" or "cuda"'),
         ({"backend": "gpu"}, "backend must be one of"),
     ],

@@ -11,19 +11,19 @@ from topk_experiments.benchmarks.model.methods import prepared_model
 from topk_experiments.benchmarks.model.random_features import use_random_features
 from topk_experiments.benchmarks.model.shapes import new_inputs, new_model
 from topk_experiments.models.pretrained import find_model
-from topk_experiments.rivals import Baseline, PerformerAttention, RandomFeatureAttention, random_feature_weights
+from topk_experiments.rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, random_feature_weights
 
 CLASSES = {"performer": PerformerAttention, "rfa": RandomFeatureAttention}
 
 
-def baselines_of(model):
-    return [module for module in model.modules() if isinstance(module, Baseline)]
+def methods_of(model):
+    return [module for module in model.modules() if isinstance(module, AttentionMethod)]
 
 
 @pytest.mark.parametrize("method", CLASSES)
-def test_every_self_attention_is_the_baselines_class_with_features_of_its_own(point, method):
+def test_every_self_attention_is_the_methods_class_with_features_of_its_own(point, method):
     model = prepared_model(point(method=method, num_features=64))
-    first, second = baselines_of(model)
+    first, second = methods_of(model)
     assert type(first) is type(second) is CLASSES[method]
     features, _ = first.feature_map(torch.float32)(torch.randn(1, 4, 3, 8))
     assert features.shape[-1] == 64
@@ -50,24 +50,24 @@ def test_attention_gives_what_the_features_stand_for_in_each_layer(point, method
 def test_directions_come_from_the_seed_alone_and_stay_through_a_step(point):
     one = point(method="performer")
     model = prepared_model(one)
-    drawn = [baseline.directions.clone() for baseline in baselines_of(model)]
+    drawn = [method.directions.clone() for method in methods_of(model)]
     model(**new_inputs(one, model)).loss.backward()
     torch.rand(3)  # whatever else was drawn before
     again, other = prepared_model(one), prepared_model(replace(one, seed=1))
-    for old, here, same, different in zip(drawn, *map(baselines_of, (model, again, other)), strict=True):
-        assert torch.equal(old, here.directions)
+    for old, after_step, same, different in zip(drawn, *map(methods_of, (model, again, other)), strict=True):
+        assert torch.equal(old, after_step.directions)
         assert torch.equal(old, same.directions)
         assert not torch.equal(old, different.directions)
 
 
 @pytest.mark.parametrize("method", CLASSES)
 def test_weights_and_inputs_are_those_of_other_methods(point, method):
-    def made(one):
+    def weights_and_inputs(one):
         torch.manual_seed(3)
         model = prepared_model(one)
         return dict(model.named_parameters()), new_inputs(one, model)
 
-    (ours, our_inputs), (theirs, their_inputs) = made(point(method=method)), made(point(method="sdpa"))
+    (ours, our_inputs), (theirs, their_inputs) = (weights_and_inputs(point(method=name)) for name in (method, "sdpa"))
     added = ours.keys() - theirs.keys()
     assert all(name.endswith("random_features.sigma") for name in added)
     assert len(added) == (2 if method == "rfa" else 0)
@@ -90,7 +90,7 @@ def test_dropout_acts_everywhere_but_in_attention(point):
 def test_networks_stay_as_they_are(point, method):
     model = prepared_model(point(method=method, feed_forward_k=3))
     original = new_model(point(method="sdpa"), "sdpa")
-    kinds = [type(module) for module in model.modules() if not isinstance(module, Baseline)]
+    kinds = [type(module) for module in model.modules() if not isinstance(module, AttentionMethod)]
     assert kinds == [type(module) for module in original.modules()]
 
 
@@ -115,7 +115,7 @@ def test_padding_changes_nothing(point, method):
 def test_another_family_is_named_with_the_way_out_before_anything_is_measured(point, console, tmp_path, family, words):
     points = [point(family, "sdpa"), point(family, "rfa")]
     with pytest.raises(ValueError, match=words):
-        run_model_benchmark(ModelBenchmark("name", points, out=tmp_path), console)
+        run_model_benchmark(ModelBenchmark(points, tmp_path, name="name"), console)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=words):
         prepared_model(points[1])

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from topk_attention.environment import environment
-from topk_experiments.benchmarks.model import ModelBenchmark, grid, report
+from topk_experiments.benchmarks.model import grid, redraw, report
+from topk_experiments.benchmarks.model.points import settings
 from topk_experiments.runs.records import append_json_line
 
 
@@ -13,11 +14,11 @@ def written(tmp_path, console):
     """Writes records of points and returns the report's markdown and the files."""
 
     def run(points, records):
-        benchmark = ModelBenchmark("name", points, out=tmp_path)
+        lines = tmp_path / "name.jsonl"
         for point, changes in records:
             record = {"point": point.as_record(), "environment": environment(), "outcome": "finished"}
-            append_json_line(benchmark.lines, record | _finished(point) | changes)
-        files = report(benchmark, console)
+            append_json_line(lines, record | _finished(point) | changes)
+        files = report(lines, settings(points[0].as_record()), console)
         return (tmp_path / "name.md").read_text(), [file.name for file in files]
 
     return run
@@ -40,8 +41,8 @@ def _finished(point):
     }
 
 
-def points_of(**settings):
-    return grid([2048, 4096], ["topk", "vanilla"], **{"shape": "bert-base", "backend": "chunked"} | settings)
+def points_of(**changes):
+    return grid([2048, 4096], ["topk", "vanilla"], **{"shape": "bert-base", "backend": "chunked"} | changes)
 
 
 def test_the_papers_numbers_stand_beside_a_model_of_its_settings_alone(written):
@@ -60,9 +61,9 @@ def test_a_single_step_is_not_called_a_median(written):
     assert "| 1.50 | 1.00 | 8.0 (one step, the first) | 2.0 | 6.0 |" in page
 
 
-@pytest.mark.parametrize("settings", [{"dropout_p": 0.0}, {"checkpointing": True}, {"shape": "t5-base"}])
-def test_other_settings_are_compared_with_nobody(written, settings):
-    points = points_of(**settings)
+@pytest.mark.parametrize("changes", [{"dropout_p": 0.0}, {"checkpointing": True}, {"shape": "t5-base"}])
+def test_other_settings_are_compared_with_nobody(written, changes):
+    points = points_of(**changes)
     page, _ = written(points, [(points[0], {})])
     assert "paper" not in page
     assert "Gupta" not in page
@@ -82,8 +83,8 @@ def test_another_number_of_features_has_no_number_of_the_papers(written):
 
 def test_performer_stands_beside_the_papers_and_tells_which_dropout_it_does_without(written, monkeypatch):
     drawn = {}
-    reporting = importlib.import_module("topk_experiments.benchmarks.model.report")
-    monkeypatch.setattr(reporting, "draw_memory_and_time", lambda curves, path, **options: drawn.update(options))
+    tables = importlib.import_module("topk_experiments.benchmarks.tables")
+    monkeypatch.setattr(tables, "draw_memory_and_time", lambda curves, path, **options: drawn.update(options))
     points = grid([2048], ["performer", "rfa", "vanilla"], shape="bert-base")
     page, _ = written(points, [(point, {}) for point in points])
     assert "| 2,048 | Performer, 256 features | 1.50 | 1.00 | 8.0 (7.0 to 9.0) | 2.0 | 6.0 | 3.48 | 0.51 |" in page
@@ -121,7 +122,7 @@ def test_a_file_without_a_finished_point_has_a_table_and_no_picture(written):
     assert files == ["name.md"]
 
 
-def test_the_check_is_told(written):
+def test_the_page_says_what_was_checked(written):
     point = points_of()[0]
     check = {
         "k": 24,
@@ -144,14 +145,23 @@ def test_the_newest_record_of_a_point_counts_and_other_settings_do_not(written):
     assert "| 3.00 |" in page
 
 
-def test_points_of_other_code_stay_and_are_named_and_those_of_other_packages_go(written, monkeypatch):
+def test_points_of_other_code_stay_and_are_named_and_those_of_other_packages_go(written):
     points = points_of()
-    reporting = importlib.import_module("topk_experiments.benchmarks.model.report")
-    monkeypatch.setattr(reporting, "environment", lambda: environment() | {"product_sha256": "another"})
     older = environment() | {"commit": "abc1234", "product_sha256": "older"}
     page, _ = written(points, [(point, {"environment": older}) for point in points])
     assert "top-k" in page
     assert "commit abc1234." in page
-    monkeypatch.setattr(reporting, "environment", lambda: environment() | {"torch": "another"})
-    _, files = written(points, [])
-    assert files == []
+    newer = environment() | {"torch": "another", "commit": "def5678"}
+    page, _ = written(points, [(points[1], {"environment": newer})])
+    assert "top-k" not in page
+    assert "commit def5678." in page
+
+
+def test_records_of_another_machine_are_drawn_again_in_the_settings_of_the_last_one(tmp_path):
+    (tmp_path / "model").mkdir()
+    lines = tmp_path / "model" / "name.jsonl"
+    for point in (*points_of(dropout_p=0.0), *points_of()):
+        record = {"point": point.as_record(), "environment": environment() | {"cpu": "another"}, "outcome": "finished"}
+        append_json_line(lines, record | _finished(point))
+    assert redraw(tmp_path) == [lines.with_suffix(".md"), lines.with_suffix(".png")]
+    assert "dropout 0.1" in lines.with_suffix(".md").read_text()

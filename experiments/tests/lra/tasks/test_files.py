@@ -132,7 +132,7 @@ def test_a_line_that_is_no_pair_is_named(line, tmp_path, progress):
     ):
         CitedPapers(aan_folder(tmp_path, last=line)).make(progress)
     (tmp_path / "new_aan_pairs.train.tsv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"source must hold new_aan_pairs.train.tsv, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"source must hold new_aan_pairs.train.tsv; there is no"):
         CitedPapers(str(tmp_path)).make(progress)
 
 
@@ -255,7 +255,10 @@ def test_colours_become_as_bright_as_they_look(tmp_path, progress):
     [
         ({"x_test": images(0, 2)[0]}, "must hold x_train and y_train, got x_test"),
         ({"x_train": np.zeros((2, 32, 32)), "y_train": np.zeros(2, int)}, r"must be uint8 \[N, 32, 32\], got float64"),
-        ({"x_train": images(0, 2)[0], "y_train": np.array([0, 12])}, r"must be 0 to 9, and some, got \[0, 12\]"),
+        (
+            {"x_train": images(0, 2)[0], "y_train": np.array([0, 12])},
+            r"labels, all of them 0 to 9, got \[0, 12\]",
+        ),
     ],
 )
 def test_arrays_that_are_no_images_are_refused(arrays, words, tmp_path, progress):
@@ -385,7 +388,7 @@ def test_arrays_of_colours_become_grey_as_the_binary_version_does(tmp_path, prog
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (np.full(12, -1), r"labels of keras.npz must be 0 to 9, and some, got \[-1\]"),
+        (np.full(12, -1), r"keras.npz must hold labels, all of them 0 to 9, got \[-1\]"),
         (np.eye(12), r"labels of keras.npz must be whole numbers \[N\] or \[N, 1\], got float64 \[12, 12\]"),
         (np.full(12, 0.5), "labels of keras.npz must be whole numbers"),
         (np.full(12, np.nan), "labels of keras.npz must be whole numbers"),

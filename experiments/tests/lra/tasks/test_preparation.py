@@ -130,11 +130,11 @@ def test_a_changed_file_is_noticed(tmp_path):
     data = prepare(TASK, tmp_path)
     (path,) = tmp_path.glob("*/test.npz")
     path.write_bytes(data.splits["validation"].to_bytes())
-    with pytest.raises(ValueError, match=r"test.npz is not as it was written; delete .* to make it again"):
+    with pytest.raises(ValueError, match=r"test.npz was changed after it was written; delete .* to make it again"):
         prepare(TASK, tmp_path)
 
 
 def test_examples_that_come_twice_are_refused(tmp_path):
     task = replace(TASK, num_train=2000, min_length=4, max_length=4)
-    with pytest.raises(ValueError, match=r"\d+ of 2006 generated examples came twice; longer ones, or fewer"):
+    with pytest.raises(ValueError, match=r"\d+ of 2006 generated examples were drawn twice; ask for longer or fewer"):
         prepare(task, tmp_path)

@@ -102,7 +102,7 @@ def test_of_a_folder_the_one_file_that_kept_its_capitals_is_read(tmp_path):
     [
         ([{"what": 1}], "a row has none of the known sets of fields, got what"),
         ({"what": 1}, "row 1: a row has none of the known sets of fields, got what"),
-        ("[1", "is in no form of question file"),
+        ("[1", "has none of the known forms"),
         ("no tab here", "a line must hold an input, a tab and an answer, got 'no tab here'"),
         ("which? \\n (a) x (b) y\tz", "the answer 'z' is not among the choices 'x', 'y'"),
         (
@@ -113,7 +113,7 @@ def test_of_a_folder_the_one_file_that_kept_its_capitals_is_read(tmp_path):
     ],
 )
 def test_a_file_in_no_known_form_is_named_with_the_reason(content, said, tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json is in no form of question file that is known here") as error:
+    with pytest.raises(ValueError, match=r"a\.json has none of the known forms of question files") as error:
         read(tmp_path / "a.json", content)
     assert said in str(error.value)
 

@@ -1,29 +1,117 @@
-"""The error of top-k attention and of random features on what a real model attends to, with time and memory."""
+"""The options, and which points are missing. Points are measured one by one and written down when they finish."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from topk_attention.functional.checks import check_count
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
-from ...runs.points import PointFile, say
+from ...rivals import FOLDER as RIVALS
+from ...runs.checks import check_at_least
+from ...runs.devices import check_device
+from ...runs.ledger import Ledger
+from ...runs.process import Send
+from ...runs.progress import say
 from ...runs.records import Json
+from ...runs.steps import Limits, run_within
+from ..rounds import records_of
+from . import measure
 from .capture import captured
-from .report import in_words, report, show
-from .settings import LINES, SCHEMA, ErrorBenchmark
+from .measure import Point
+from .methods import METHODS, sizes_of
+from .report import LINES, SCHEMA, in_words, report, show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_DEFAULT_NUM_LAYERS = 5
+
+
+@dataclass(frozen=True)
+class ErrorBenchmark:
+    """Which points to measure, and how.
+
+    model, text  as the user wrote them; None: SmolLM2 from a package, Python's documentation topics
+    layers       numbers; None: five from the first to the last
+    k            sizes of top-k attention; None: its own
+    features     sizes of random features; None: their own
+    repetitions  of a timed step in each layer; fewer where they would take longer than enough_s in all layers
+    limits       of a point's process
+    fresh        whether to measure points again that are on file
+    """
+
+    model: str | None = None
+    text: Path | None = None
+    lengths: Sequence[int] = (2048, 8192)
+    layers: Sequence[int] | None = None
+    methods: Sequence[str] = tuple(METHODS)
+    k: Sequence[int] | None = None
+    features: Sequence[int] | None = None
+    draws: int = 3
+    out: Path = Path("results/attention-error")
+    repetitions: int = 3
+    enough_s: float = 60.0
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
+        if not self.methods or not self.lengths:
+            raise ValueError("there is nothing to measure: give at least one length and one method")
+        for name, numbers in (("k", self.k), ("features", self.features), ("lengths", self.lengths)):
+            for number in numbers or ():
+                check_count(name, number)
+        if any(number % 2 for number in self.features or ()):
+            raise ValueError(f"features must be even, half sines and half cosines for rfa, got {self.features}")
+        if min(self.lengths) < 2:
+            raise ValueError(f"lengths must be at least 2, got {min(self.lengths)}")
+        check_at_least(1, self, "draws", "repetitions", "threads")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError(f"layers must be numbers from 0, got {list(self.layers)}")
+        check_device(self.device)
+
+    def layers_of(self, num_layers: int) -> list[int]:
+        """The layers to measure in a model with this many.
+
+        >>> ErrorBenchmark().layers_of(30)
+        [0, 7, 14, 22, 29]
+        """
+        if self.layers is None:
+            last, parts = num_layers - 1, _DEFAULT_NUM_LAYERS - 1
+            return sorted({round(part * last / parts) for part in range(parts + 1)})
+        if max(self.layers) >= num_layers:
+            raise ValueError(f"layers must be below {num_layers}, the model's number of them, got {max(self.layers)}")
+        return sorted(set(self.layers))
+
+    def points(self, length: int, model: Sequence[str], text: Sequence[str], layers: Sequence[int]) -> list[Point]:
+        """Every method and size at one length."""
+        points = []
+        for method in dict.fromkeys(self.methods):
+            draws = self.draws if METHODS[method].is_random else None
+            shared = (length, list(model), list(text), list(layers), draws, self.device, self.threads, self.seed)
+            sizes = sizes_of(method, self.k if METHODS[method].size == "k" else self.features)
+            points += [Point(method, size, *shared) for size in sizes]
+        return points
+
 
 def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Json]:
-    """Measure every point that is not there yet, append each to `error.jsonl` as it finishes, and show them all.
+    """Measure every point that is not on file yet, append each to `error.jsonl` when it finishes, and show them all.
 
     Raises:
-        ValueError: the model, the text or a length do not fit; the message says how.
+        ValueError: the model, the text or a length does not fit; the message says how.
         FileNotFoundError: there is no such text file.
-        WorkerError: the model's attention cannot be imitated, or a process died; the points before it are kept.
+        WorkerError: the model's attention is not plain, or a process died; the points before it are kept.
     """
     tell = functools.partial(say, console)
     text = read_text(benchmark.text)
@@ -37,24 +125,29 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
             f"lengths must be at most {limit}, the longest input of {source.name}, got {max(benchmark.lengths)}"
         )
     layers = benchmark.layers_of(config.num_hidden_layers)
-    file = PointFile(
-        benchmark.out / LINES,
-        schema=SCHEMA,
-        function=f"{__package__}.measure:measure_point",
-        limits=benchmark.limits,
-        fresh=benchmark.fresh,
-    )
-    records: list[Json] = []
-    for length in sorted(set(benchmark.lengths)):
-        points = benchmark.points(length, (source.name, source.revision), (text.source, text.sha256), layers)
-        request: Json = {"repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
-        if any(file.find(point) is None for point in points):
-            input_ids = first_tokens(text, tokenizer, length)[0].tolist()
-            path = captured(work, loadable, input_ids, layers, benchmark.threads, tell)
-            request["captured"] = str(path)
-        records += file.measure(points, request, in_words, console)
+    folder = Path(__file__).parent
+    ledger = Ledger(benchmark.out / LINES, schema=SCHEMA, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
+
+    @functools.cache
+    def captured_at(length: int) -> str:
+        input_ids = first_tokens(text, tokenizer, length)[0].tolist()
+        return str(captured(work, loadable, input_ids, layers, benchmark.threads, tell))
+
+    def run(point: Point, on_message: Send) -> Json:
+        request = {
+            "point": asdict(point),
+            "memory_limit_gib": benchmark.limits.memory_gib,
+            "repetitions": benchmark.repetitions,
+            "enough_s": benchmark.enough_s,
+            "captured": captured_at(point.length),
+        }
+        return run_within(benchmark.limits, f"{measure.__name__}:measure_point", request, str(point), on_message)
+
+    identity = ((source.name, source.revision), (text.source, text.sha256), layers)
+    points = [point for length in sorted(set(benchmark.lengths)) for point in benchmark.points(length, *identity)]
+    records = records_of(points, ledger, run, spares=benchmark.limits.spare, in_words=in_words, console=console)
     show(records, console)
     for written in report(benchmark.out):
         tell(f"Written: {written}")
-    tell(f"Records: {file.lines}")
+    tell(f"Records: {ledger.path}")
     return records

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a real model reading a real text, and what dense attention makes of them."""
+"""Queries, keys and values of a real model reading a real text, and the output of dense attention for them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from topk_attention.convert import convert
 from topk_attention.functional.observation import observed
 
 from ...models.pretrained import ModelSource, Say, load_model
+from ...rivals import VanillaAttention
 from ...runs.process import Send, run_in_fresh_process
 from ...runs.records import Json
 
-# Above any sequence: such a k keeps every key.
+# Longer than any sequence: such a k keeps every key.
 _FULL_K = 2**31 - 1
-# Rows of scores in float64 that exist at a time for each head: 64 x 9 x 8,192 are 38 MB.
-_ROWS = 64
+# Queries whose scores exist at a time, in float64: for 9 heads and 8,192 keys they take 38 MB.
+_QUERY_CHUNK_SIZE = 64
 
 
 class Layer(NamedTuple):
-    """What attention got in one layer, float32. Heads of keys and values are repeated: each query head has its own.
+    """The inputs of attention in one layer, float32, and its output. Each query head has keys and values of its own.
 
     query   [1, H, N, D]  scaled such that scores are query . key / sqrt(D)
     key     [1, H, N, D]
@@ -43,7 +44,7 @@ class Layer(NamedTuple):
 def captured(
     folder: Path, source: ModelSource, input_ids: Sequence[int], layers: Sequence[int], threads: int, say: Say
 ) -> Path:
-    """The file with what attention gets in these layers; made in a process of its own unless it is there.
+    """The file with the inputs of attention in these layers. A process of its own makes it if it does not exist yet.
 
     Raises:
         WorkerError: the model's attention is not plain causal attention, or it has no such layer.
@@ -65,7 +66,7 @@ def captured(
 
 
 def capture(request: Json, send: Send) -> Json:
-    """Run the model and write the layers asked for; in a process of its own."""
+    """Run the model and write the layers asked for; runs in a process of its own."""
     torch.set_num_threads(request["threads"])
     path, wanted = Path(request["path"]), set(request["layers"])
     model = load_model(ModelSource(**request["model"]))
@@ -99,17 +100,10 @@ def load_layers(path: Path | str, device: str = "cpu") -> Iterator[tuple[int, La
         yield int(number), Layer(**{name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
 
 
+@torch.no_grad()
 def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention in float64, a few rows at a time: [B, H, N, D], ... -> [B, H, N, E]."""
-    query, key, value = (tensor.double() for tensor in (query, key, value))
-    output = query.new_empty(*query.shape[:3], value.shape[3])
-    positions = torch.arange(key.shape[2], device=query.device)
-    for start in range(0, query.shape[2], _ROWS):
-        rows = slice(start, start + _ROWS)
-        scores = query[:, :, rows] @ key.mT / query.shape[3] ** 0.5
-        scores.masked_fill_(positions > positions[rows, None], -torch.inf)
-        output[:, :, rows] = scores.softmax(-1) @ value
-    return output
+    """Causal softmax attention in float64, a few queries at a time: [B, H, N, D], ... -> [B, H, N, E]."""
+    return VanillaAttention(_QUERY_CHUNK_SIZE)(query.double(), key.double(), value.double(), is_causal=True)
 
 
 def _layer(call: AttentionCall) -> Layer:

@@ -1,4 +1,4 @@
-"""The methods whose error is measured, and their settings."""
+"""The methods whose error is measured, with their sizes, and the errors themselves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...rivals import METHODS as EVERY_METHOD
 from ...rivals import new_attention
 from .capture import Layer
 
@@ -16,10 +17,11 @@ _NUM_FEATURES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 class Method(NamedTuple):
     """
-    size       what its size is; None where it has none
-    sizes      those measured by default
-    sharpness  factors on the scores, of which each head gets the best
-    is_random  its error depends on what is drawn
+    description  its name in tables and pictures
+    size         the name of its size; None where it has none
+    sizes        those measured by default
+    sharpness    factors on the scores; each head uses the best of them
+    is_random    its error depends on random directions
     """
 
     description: str
@@ -30,8 +32,8 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "topk": Method("top-k attention", "k", (4, 8, 16, 32, 64, 128, 256, 512, 1024)),
-    "performer": Method("Performer", "features", _NUM_FEATURES, is_random=True),
+    "topk": Method(EVERY_METHOD["topk"].description, "k", (4, 8, 16, 32, 64, 128, 256, 512, 1024)),
+    "performer": Method(EVERY_METHOD["performer"].description, "features", _NUM_FEATURES, is_random=True),
     "performer-tuned": Method(
         "Performer, each head with its best sharpness",
         "features",
@@ -47,21 +49,21 @@ METHODS = {
         is_random=True,
     ),
     "uniform": Method("mean of the visible values"),
-    "sdpa": Method("PyTorch's scaled_dot_product_attention"),
+    "sdpa": Method(EVERY_METHOD["sdpa"].description),
 }
 
 
 def sizes_of(method: str, sizes: Sequence[int] | None) -> tuple[int | None, ...]:
-    """The sizes of a method to measure: those given, or its own."""
+    """The sizes of a method to measure: those given, otherwise its own."""
     if METHODS[method].size is None:
         return (None,)
     return METHODS[method].sizes if sizes is None else tuple(dict.fromkeys(sizes))
 
 
 class Attention:
-    """Causal attention by a method, for the heads of one layer. Random features are drawn anew.
+    """Causal attention by a method, for the heads of one layer. Each object draws random features of its own.
 
-    sharpness  [H]  factor on the scores of each head, at first 1
+    sharpness  [H]  factor on the scores of each head, initially 1
     """
 
     def __init__(self, method: str, size: int | None, num_heads: int, head_dim: int, device: str) -> None:
@@ -75,7 +77,7 @@ class Attention:
             self._attention = attention.to(device).requires_grad_(False)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[1, H, N, D] -> [1, H, N, E], from what `prepare` returned."""
+        """[1, H, N, D], ... -> [1, H, N, E], of the tensors that `prepare` returned."""
         if self._is_uniform:
             count = torch.arange(1, value.shape[2] + 1, device=value.device, dtype=value.dtype)
             return value.cumsum(2) / count[:, None]
@@ -83,7 +85,7 @@ class Attention:
 
     @torch.no_grad()
     def prepare(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with each head's sharpness, which a model would have in its weights."""
+        """Query, key and value scaled by each head's sharpness, which a model would have in its weights."""
         root = self.sharpness.sqrt()[:, None]  # [H, 1]
         if self._is_rfa:
             sigma = cast(Tensor, self._attention.sigma)  # [H, D]
@@ -94,7 +96,7 @@ class Attention:
 
     @torch.no_grad()
     def tune(self, layer: Layer) -> None:
-        """Give each head the candidate with which its own error on these very tensors is lowest."""
+        """Set the sharpness of each head to the candidate with the lowest error on these very tensors."""
         if not self._candidates:
             return
         errors = []

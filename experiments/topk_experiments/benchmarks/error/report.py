@@ -1,65 +1,55 @@
-"""Tables, sentences and a picture from the records. Nothing here measures."""
+"""Tables, sentences and a picture from the records. Nothing in this module measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runs.points import newest_records, say
-from ...runs.records import Json, days_and_commits, write_whole
-from ...runs.timing import busy_note
-from ...show.plots import COLOURS, MARKERS, QUOTED, new_figure, plain_numbers, save
-from ..tables import Page, by_setting, markdown_table
+from ...runs.ledger import is_finished, newest, on_file
+from ...runs.progress import say
+from ...runs.records import Json, write_whole
+from ...show.plots import QUOTED, legend_below, new_figure, plain_numbers, save, styles
+from ..tables import Page, busy_notes, by_setting, head, markdown_table
 from .methods import METHODS
-from .settings import LINES, SCHEMA
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+SCHEMA = "topk_attention/attention-error/1"
+LINES = "error.jsonl"
 _HEADINGS = (
-    "method",
-    "size",
-    "relative error",
-    "worst head",
-    "largest error",
-    "forward [s]",
-    "forward + backward [s]",
-    "peak forward [MiB]",
-    "peak forward + backward [MiB]",
+    *("method", "size", "relative error", "worst head", "largest error", "forward [s]", "forward + backward [s]"),
+    *("peak forward [MiB]", "peak forward + backward [MiB]"),
 )
 _SETTINGS = ("model", "text", "layers", "device", "threads")
-_OURS = "topk"
-_RIVALS = ("performer", "performer-tuned", "rfa")
-
-
-def _seconds(mode: str) -> Callable[[Json], float]:
-    return lambda record: record[mode]["elapsed_s"]
-
-
-def _mib(mode: str) -> Callable[[Json], float]:
-    return lambda record: record[f"{mode}_peak_mib"]
-
-
-# What a setting costs: name, how to read it off a record, words for a panel
-_COSTS: dict[str, tuple[Callable[[Json], float], str]] = {
-    "forward time": (_seconds("forward"), "Forward [s]"),
-    "forward and backward time": (_seconds("forward_backward"), "Forward and backward [s]"),
-    "memory of forward": (_mib("forward"), "Peak memory of forward [MiB]"),
-    "memory of forward and backward": (_mib("forward_backward"), "Peak memory of forward and backward [MiB]"),
+_RANDOM = tuple(name for name, method in METHODS.items() if method.is_random)
+# What a method costs: name, and label of its axis.
+_COSTS = {
+    "forward time": "Forward [s]",
+    "forward and backward time": "Forward and backward [s]",
+    "memory of forward": "Peak memory of forward [MiB]",
+    "memory of forward and backward": "Peak memory of forward and backward [MiB]",
 }
+
+
+def costs_of(record: Json) -> dict[str, float]:
+    """The costs of a finished record by name, in the units of the labels."""
+    seconds = (record["forward"]["elapsed_s"], record["forward_backward"]["elapsed_s"])
+    return dict(zip(_COSTS, (*seconds, record["forward_peak_mib"], record["forward_backward_peak_mib"]), strict=True))
 
 
 def in_words(record: Json) -> str:
     """A finished point in a few words."""
-    seconds, mib = (of(record) for of, _ in (_COSTS["forward time"], _COSTS["memory of forward"]))
-    return f"error {record['relative_error']:.3g}, {seconds:.3g} s, {mib:,.0f} MiB"
+    costs = costs_of(record)
+    return f"error {record['relative_error']:.3g}, {costs['forward time']:.3g} s, {costs['memory of forward']:,.0f} MiB"
 
 
 def show(records: Sequence[Json], console: Console) -> None:
-    """A table for each length, and how the numbers came about."""
-    for length, of_length in _by_length(records).items():
-        Page(f"{length:,} tokens", _HEADINGS, [_row(record) for record in of_length], ()).show(console)
+    """A table for each length, and how the numbers were measured."""
+    for page in _pages(records):
+        page.show(console)
     for line in notes(records):
         say(console, line)
 
@@ -69,63 +59,50 @@ def report(out: Path) -> list[Path]:
 
     Returns the files written.
     """
-    on_file = newest_records(out / LINES, SCHEMA)
-    if not on_file:
+    records = newest(on_file(out / LINES, SCHEMA), lambda record: json.dumps(record["point"], sort_keys=True))
+    if not records:
         return []
     order = list(METHODS)
     records = sorted(
-        by_setting(on_file, _SETTINGS)[-1],
+        by_setting(records, _SETTINGS)[-1],
         key=lambda record: (order.index(record["point"]["method"]), record["point"]["size"] or 0),
     )
     written = [out / "error.md"]
     write_whole(written[0], as_markdown(records))
-    if any(record["outcome"] == "finished" and record["point"]["size"] is not None for record in records):
+    if any(is_finished(record) and record["point"]["size"] is not None for record in records):
         written.append(out / "error.png")
         draw(records, written[1])
     return written
 
 
 def as_markdown(records: Sequence[Json]) -> str:
-    """A page: how it was made, then for each length all settings, and what rivals reach at equal cost."""
-    lines = [f"# {title(records)}", "", *notes(records)]
-    for length, of_length in _by_length(records).items():
-        lines += ["", f"## {length:,} tokens", "", *markdown_table(_HEADINGS, [_row(record) for record in of_length])]
+    """A page: how it was measured, then for each length all points, and what random features reach at equal cost."""
+    parts = [f"# {title(records)}", *notes(records)]
+    for page, of_length in zip(_pages(records), by_setting(records, ("length",)), strict=True):
+        parts += [f"## {page.title}", "\n".join(markdown_table(page.headings, page.rows))]
         for cost in _COSTS:
-            rows = equal_cost(of_length, cost)
-            if rows:
-                headings = ("top-k", cost, "its error", *(METHODS[rival].description for rival in _RIVALS))
-                lines += ["", f"The lowest error of each within the {cost} of top-k attention:", ""]
-                lines += markdown_table(headings, rows)
-    return "\n".join(lines) + "\n"
+            if rows := equal_cost(of_length, cost):
+                headings = ("top-k", cost, "its error", *(METHODS[method].description for method in _RANDOM))
+                parts.append(f"The lowest error of each within the {cost} of top-k attention:")
+                parts.append("\n".join(markdown_table(headings, rows)))
+    return "\n\n".join(parts) + "\n"
 
 
 def equal_cost(records: Sequence[Json], cost: str) -> list[tuple[str, ...]]:
-    """For each k of top-k attention its cost and error, and the best that each rival does at no higher cost.
+    """For each k of top-k attention its cost and error, and the lowest error of each other method at no higher cost.
 
-    Both variants of Performer do the same work, so that each counts with what the cheaper one cost.
+    Both variants of Performer do the same work. Each counts with the cost of the cheaper one.
     """
-    finished = [record for record in records if record["outcome"] == "finished"]
-    lowest: dict[tuple[str, int | None], float] = {}
-    for record in finished:
-        measured = _COSTS[cost][0](record)
-        lowest[_work(record)] = min(measured, lowest.get(_work(record), measured))
-
-    def value(record: Json) -> float:
-        return lowest[_work(record)]
-
+    finished = [record for record in records if is_finished(record)]
+    cheapest_last = sorted(finished, key=lambda record: costs_of(record)[cost], reverse=True)
+    costs = {_work(record): costs_of(record)[cost] for record in cheapest_last}
     rows = []
-    for ours in finished:
-        if ours["point"]["method"] != _OURS:
-            continue
-        cells = [
-            f"k = {ours['point']['size']:,}",
-            _three_digits(value(ours)),
-            _three_digits(ours["relative_error"]),
-        ]
-        for rival in _RIVALS:
-            within = [
-                record for record in finished if record["point"]["method"] == rival and value(record) <= value(ours)
-            ]
+    for ours in (record for record in finished if record["point"]["method"] == "topk"):
+        limit = costs[_work(ours)]
+        cells = [f"k = {ours['point']['size']:,}", _three_digits(limit), _three_digits(ours["relative_error"])]
+        for method in _RANDOM:
+            of_method = (record for record in finished if record["point"]["method"] == method)
+            within = (record for record in of_method if costs[_work(record)] <= limit)
             best = min(within, key=lambda record: record["relative_error"], default=None)
             cells.append(
                 "none" if best is None else f"{best['relative_error']:.3g} ({best['point']['size']:,} features)"
@@ -135,9 +112,8 @@ def equal_cost(records: Sequence[Json], cost: str) -> list[tuple[str, ...]]:
 
 
 def _work(record: Json) -> tuple[str, int | None]:
-    """What is computed, apart from the numbers it is computed with."""
-    method = record["point"]["method"]
-    return "performer" if method == "performer-tuned" else method, record["point"]["size"]
+    """What is computed, apart from the numbers that it is computed with."""
+    return record["point"]["method"].removesuffix("-tuned"), record["point"]["size"]
 
 
 def title(records: Sequence[Json]) -> str:
@@ -146,71 +122,67 @@ def title(records: Sequence[Json]) -> str:
 
 
 def notes(records: Sequence[Json]) -> list[str]:
-    """How the numbers came about."""
-    point, here = records[0]["point"], records[0]["environment"]
-    numbers = ", ".join(map(str, point["layers"]))
-    watched = [record["forward_backward"].get("other_cores") for record in records if record["outcome"] == "finished"]
-    busy = busy_note(watched, here["num_cpus"])
-    draws = max((record["point"]["draws"] or 1 for record in records), default=1)
+    """How the numbers were measured."""
+    point = records[0]["point"]
+    layers = ", ".join(map(str, point["layers"]))
+    draws = max(record["point"]["draws"] or 1 for record in records)
     return [
-        f"{here['cpu'] if point['device'] == 'cpu' else point['device']}, {point['threads']} threads, float32, PyTorch "
-        f"{here['torch']}, {days_and_commits(records)}.",
-        "",
-        f"Causal attention of all heads of layers {numbers}; keys and values repeated for the query heads that share "
+        head(records, threads=point["threads"], device=point["device"], dtype="float32"),
+        f"Causal attention of all heads of layers {layers}; keys and values repeated for the query heads that share "
         "them. Relative error: |output - dense| / |dense| of a head (Euclidean norms; dense attention in float64), "
         f"mean over heads and layers{f' and {draws} draws of random features' if draws > 1 else ''}. Worst head: the "
         "largest of those. Largest error: the largest difference in one number, as a fraction of the head's largest "
-        "number. Zeros "
-        "in place of the output would have relative error 1.",
-        "",
+        "number. Zeros in place of the output would have relative error 1.",
         "Time: one layer, median over layers and repetitions. Memory: peak above query, key, value and the gradient of "
         "the output.",
-        "",
         "Random features are made for models that are trained with them; here they take the place of softmax in a "
         "model that was not. In favour of them, each head of RFA has the sigma, and each head of the tuned Performer "
         "the factor on its scores, with which its error on these very data is lowest, of a grid.",
-        *([] if busy is None else ["", busy]),
+        *busy_notes([record | record.get("forward_backward", {}) for record in records]),
     ]
 
 
 def draw(records: Sequence[Json], path: Path) -> None:
-    """Error against each cost, a row for each length."""
-    lengths = _by_length(records)
-    figure = new_figure(width=4.4 * len(_COSTS), height=0.6 + 3.6 * len(lengths))
-    for row, (length, of_length) in enumerate(lengths.items()):
-        finished = [record for record in of_length if record["outcome"] == "finished"]
-        for column, (value, label) in enumerate(_COSTS.values()):
-            axes = figure.add_subplot(len(lengths), len(_COSTS), row * len(_COSTS) + column + 1)
-            _draw_panel(axes, finished, value)
+    """Error against each cost, a row of panels for each length."""
+    by_length = by_setting(records, ("length",))
+    figure = new_figure(width=4.4 * len(_COSTS), height=0.6 + 3.6 * len(by_length))
+    panels = iter(figure.subplots(len(by_length), len(_COSTS), squeeze=False).flat)
+    for of_length in by_length:
+        for cost, label in _COSTS.items():
+            axes = next(panels)
+            _draw_panel(axes, [record for record in of_length if is_finished(record)], cost)
             axes.set_xlabel(label)
-            axes.set_title(f"{length:,} tokens", fontsize=10, loc="left")
-            if column == 0:
-                axes.set_ylabel("relative error")
-            if row == column == 0:
-                axes.legend(frameon=False, fontsize=7)
+            axes.set_title(f"{of_length[0]['point']['length']:,} tokens", fontsize=10, loc="left")
+    for axes in figure.axes[:: len(_COSTS)]:
+        axes.set_ylabel("relative error")
+    legend_below(figure, columns=6)
     figure.suptitle(title(records), fontsize=10)
     save(figure, path)
 
 
-def _draw_panel(axes: Any, finished: Sequence[Json], value: Callable[[Json], float]) -> None:
-    for index, method in enumerate(name for name, about in METHODS.items() if about.size is not None):
+def _draw_panel(axes: Any, finished: Sequence[Json], cost: str) -> None:
+    style_of = styles(about.description for about in METHODS.values())
+    for method in (name for name, about in METHODS.items() if about.size is not None):
         of_method = [record for record in finished if record["point"]["method"] == method]
-        points = sorted((record["point"]["size"], value(record), record["relative_error"]) for record in of_method)
+        points = sorted(
+            (record["point"]["size"], costs_of(record)[cost], record["relative_error"]) for record in of_method
+        )
         if not points:
             continue
         _, costs, errors = zip(*points, strict=True)
-        colour = COLOURS[index % len(COLOURS)]
         label = METHODS[method].description
-        axes.plot(costs, errors, label=label, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4)
+        colour, marker, line = style_of[label]
+        axes.plot(costs, errors, label=label, color=colour, marker=marker, linestyle=line, markersize=4)
         for size, x, y in (points[0], points[-1]):
             axes.annotate(f"{size:,}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, color=colour)
     for record in finished:
-        if record["point"]["method"] == "sdpa":
-            axes.axvline(value(record), color=QUOTED, linestyle="--", linewidth=1, label=METHODS["sdpa"].description)
-        if record["point"]["method"] == "uniform":
-            axes.axhline(
-                record["relative_error"], color=QUOTED, linestyle=":", linewidth=1, label=METHODS["uniform"].description
-            )
+        method = record["point"]["method"]
+        style = {"color": QUOTED, "linewidth": 1, "label": METHODS[method].description}
+        if method == "sdpa":
+            style["color"] = style_of[METHODS[method].description].colour
+            axes.axvline(costs_of(record)[cost], linestyle="--", **style)
+        if method == "uniform":
+            axes.axhline(record["relative_error"], linestyle=":", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     plain_numbers(axes.xaxis)
@@ -218,20 +190,23 @@ def _draw_panel(axes: Any, finished: Sequence[Json], value: Callable[[Json], flo
     axes.grid(alpha=0.25, which="both")
 
 
+def _pages(records: Sequence[Json]) -> list[Page]:
+    """A table for each length."""
+    return [
+        Page(f"{group[0]['point']['length']:,} tokens", _HEADINGS, [_row(record) for record in group], ())
+        for group in by_setting(records, ("length",))
+    ]
+
+
 def _row(record: Json) -> tuple[str, ...]:
     point = record["point"]
-    size = "" if point["size"] is None else f"{point['size']:,}"
-    if record["outcome"] != "finished":
-        return (METHODS[point["method"]].description, size, record["outcome"], *[""] * (len(_HEADINGS) - 3))
-    errors = (record[name] for name in ("relative_error", "worst_relative_error", "largest_error"))
-    costs = (value(record) for value, _ in _COSTS.values())
-    return (METHODS[point["method"]].description, size, *map(_three_digits, (*errors, *costs)))
+    name = (METHODS[point["method"]].description, "" if point["size"] is None else f"{point['size']:,}")
+    if not is_finished(record):
+        return (*name, record["outcome"], *[""] * (len(_HEADINGS) - 3))
+    errors = (record[field] for field in ("relative_error", "worst_relative_error", "largest_error"))
+    return (*name, *map(_three_digits, (*errors, *costs_of(record).values())))
 
 
 def _three_digits(number: float) -> str:
     """Three significant digits, without an exponent for large numbers."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
-
-
-def _by_length(records: Sequence[Json]) -> dict[int, list[Json]]:
-    return {group[0]["point"]["length"]: group for group in by_setting(records, ("length",))}

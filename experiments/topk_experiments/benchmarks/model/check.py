@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from topk_attention.convert import unconvert
-
-from ...runs.checking import CheckFailedError
+from ...runs.checks import CheckFailedError
 from ...runs.records import Json
-from .methods import use_library
-from .points import ALL, RANDOM, Point
-from .random_features import NAME, WRITTEN_OUT, use_random_features
+from .methods import use_method
+from .points import RANDOM, Point
+from .random_features import WRITTEN_OUT
 from .shapes import is_smoothed, new_inputs, new_model
 
 # Long enough that k leaves most keys out, short enough that the check costs seconds.
@@ -23,16 +20,22 @@ _LENGTH = 96
 _DECODER_LENGTH = 16
 _K = 24
 _EVERY_NEURON = 2**31 - 1
-# Of the loss, and of a gradient's largest entry. Rounding gives up to a tenth of it (twelve layers, float32).
+# Limit for the error of the loss, and for that of gradients relative to their largest entry. Rounding alone gives up to
+# a tenth of it (twelve layers, float32).
 _TOLERANCE = 1e-3
-# Some gradients are zero but for rounding: those are held against this share of the largest of all.
+# Gradients that are zero except for rounding are compared relative to this share of the largest gradient.
 _FLOOR = 1e-2
+_COMPARED_WITH = {
+    "vanilla": None,
+    "topk": "eager attention, with k >= L: loss and all gradients",
+    **dict.fromkeys(RANDOM, "the same random features, every weight written out: loss and all gradients"),
+}
 
 
 def check(point: Point) -> Json:
-    """Compare loss and gradients of a point's method with those of eager attention, the same weights and input.
+    """Compare the loss and all gradients of a point's method with those of eager attention, weights and input equal.
 
-    Random features estimate something else: those are compared with the same features written out, all weights in
+    Random features estimate something else. They are compared with the same features written out, with all weights in
     memory.
 
     Top-k attention is compared twice: with k >= L (loss and gradients of the original), and with k < L (loss of the
@@ -41,7 +44,7 @@ def check(point: Point) -> Json:
     Returns the settings of the check and the largest errors, as fractions.
 
     Raises:
-        CheckFailedError: they differ by more than rounding.
+        CheckFailedError: the results differ by more than rounding.
     """
     small = replace(
         point,
@@ -50,53 +53,49 @@ def check(point: Point) -> Json:
         k=min(point.k, _K),
         dropout_p=0.0,
         dtype="float32",
+        # By name: "auto" would leave k >= L to PyTorch's attention.
+        backend=point.backend_name or point.backend,
     )
-    settings: Json = {"length": small.length, "dtype": small.dtype, "dropout_p": small.dropout_p}
+    result: Json = {"length": small.length, "dtype": small.dtype, "dropout_p": small.dropout_p}
     model = new_model(small, "eager", smooth=True)
     if is_smoothed(small):
-        settings["activation"] = "GELU in place of ReLU"
+        result["activation"] = "GELU in place of ReLU"
     inputs = new_inputs(small, model)
     if point.method in RANDOM:
-        use_random_features(model, small)
+        use_method(model, small)
         model.set_attn_implementation(WRITTEN_OUT)
     loss, gradients = _loss_and_gradients(model, inputs)
-    if point.method == "vanilla":  # nothing to compare, but as warm as the others when its steps are timed
-        del model, gradients
-        gc.collect()
-        return settings | {"compared_with": None}
-    compared: Json = {"compared_with": "eager attention: loss and all gradients"}
-    if point.method == "sdpa":
-        model.set_attn_implementation("sdpa")
-    elif point.method in RANDOM:
-        model.set_attn_implementation(NAME)
-        compared["compared_with"] = "the same random features, every weight written out: loss and all gradients"
-    elif point.method == "query-chunks":
-        use_library(model, ALL, None if point.feed_forward_k is None else ALL, backend="chunked")
-    else:
-        # By name: "auto" would leave k >= L to PyTorch's attention.
-        backend = str(point.backend_name)
-        every_neuron = _EVERY_NEURON if isinstance(point.feed_forward_k, int) else point.feed_forward_k
-        use_library(model, max(small.length, small.decoder_length), every_neuron, backend=backend)
-    own_loss, own_gradients = _loss_and_gradients(model, inputs)
-    compared |= {"loss_error": _loss_error(own_loss, loss), "gradient_error": _gradient_error(own_gradients, gradients)}
+    result["compared_with"] = _COMPARED_WITH.get(point.method, "eager attention: loss and all gradients")
+    if point.method != "vanilla":  # eager attention itself only warms up, so that it starts as warm as the others
+        use_method(model, _keeping_everything(small))
+        own_loss, own_gradients = _loss_and_gradients(model, inputs)
+        result["loss_error"] = _loss_error(own_loss, loss)
+        result["gradient_error"] = _gradient_error(own_gradients, gradients)
     if point.method == "topk":
-        compared["compared_with"] = "eager attention, with k >= L: loss and all gradients"
-        losses = {}
-        for name in (backend, "reference"):
-            use_library(model, small.k, point.feed_forward_k, backend=name)
-            losses[name] = model(**inputs).loss.item()
-        unconvert(model)
-        compared |= {
-            "k": small.k,
-            "compared_with_below_length": "the reference backend, with this k: loss",
-            "loss_error_below_length": _loss_error(losses[backend], losses["reference"]),
-        }
-    for name, error in compared.items():
+        result |= _below_length(model, inputs, small)
+    for name, error in result.items():
         if "error" in name and not error <= _TOLERANCE:
-            raise CheckFailedError(f"{small}: {name} is {error:.1e} ({compared})")
-    del model
-    gc.collect()
-    return settings | compared
+            raise CheckFailedError(f"{small}: {name} is {error:.1e} ({result})")
+    return result
+
+
+def _keeping_everything(point: Point) -> Point:
+    """The same point with k of every key and neuron; a feed-forward k of None or "all" stays."""
+    feed_forward_k = _EVERY_NEURON if isinstance(point.feed_forward_k, int) else point.feed_forward_k
+    return replace(point, k=max(point.length, point.decoder_length), feed_forward_k=feed_forward_k)
+
+
+def _below_length(model: Any, inputs: Mapping[str, Tensor], point: Point) -> Json:
+    """Compare the loss of top-k attention with k < L on the point's backend and on the reference backend."""
+    losses = []
+    for backend in (point.backend, "reference"):
+        use_method(model, replace(point, backend=backend))
+        losses.append(model(**inputs).loss.item())
+    return {
+        "k": point.k,
+        "compared_with_below_length": "the reference backend, with this k: loss",
+        "loss_error_below_length": _loss_error(*losses),
+    }
 
 
 def _loss_and_gradients(model: Any, inputs: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:

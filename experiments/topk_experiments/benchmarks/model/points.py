@@ -11,21 +11,15 @@ from topk_attention.backends import choose_backend
 from topk_attention.functional.checks import check_count, check_dropout
 
 from ...models.pretrained import ModelSource
-from ...runs.checks import check_at_least
+from ...rivals import METHODS as EVERY_METHOD
+from ...rivals.names import among
+from ...runs.checks import check_at_least, check_one_of
 from ...runs.records import Json
 
-METHODS = {
-    "vanilla": "eager attention",
-    "sdpa": "PyTorch's scaled_dot_product_attention",
-    "query-chunks": "every key, in query chunks",
-    "topk": "top-k attention",
-    "performer": "Performer",
-    "rfa": "Random Feature Attention",
-}
-# Methods that compute with this library: their points belong to one version of its code.
-OURS = ("query-chunks", "topk", "performer", "rfa")
-# Of these, who puts random features in place of attention weights, and who may compute networks in another way too.
-RANDOM = ("performer", "rfa")
+# In the order of the tables.
+METHODS = ("vanilla", "sdpa", "query-chunks", "topk", "performer", "rfa")
+RANDOM = among(METHODS, is_random=True)
+# Methods that may compute the networks of a model in another way too.
 _WITH_NETWORKS = ("query-chunks", "topk")
 SHAPES = ("bert-base", "t5-base")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -39,16 +33,16 @@ class Point:
     shape           one of SHAPES, or the name of the configuration in `source`
     method          one of METHODS
     length          tokens of the input; of the encoder's where there are two
-    k               keys kept per query; counts for method "topk" alone
-    feed_forward_k  neurons kept per token by method "topk"; "all" computes every neuron in token chunks, and "all" or a
-                    number makes method "query-chunks" do so as well; None, and every other method, leaves the
-                    networks as they are
+    k               keys kept per query; only method "topk" uses it
+    feed_forward_k  neurons kept per token by method "topk". "all" computes every neuron in token chunks; method
+                    "query-chunks" does so for "all" and for a number. None leaves the networks as they are, and so
+                    does every other method
     decoder_length  tokens of the decoder, where there is one
-    dropout_p       for every dropout that the configuration has, but for that of attention weights with methods
-                    "performer" and "rfa", which form none
+    dropout_p       of every dropout in the configuration. Methods "performer" and "rfa" form no attention weights and
+                    drop none
     checkpointing   gradient checkpointing, layer by layer
-    num_features    random features of a head; counts for methods "performer" and "rfa" alone
-    source          where a configuration of the user's own is; None for shapes by name
+    num_features    random features of a head; only methods "performer" and "rfa" use it
+    source          where the user's own configuration is; None for shapes by name
     """
 
     shape: str
@@ -79,26 +73,25 @@ class Point:
         check_at_least(1, self, "length", "decoder_length", "threads", "num_features")
         if self.method == "rfa" and self.num_features % 2:
             raise ValueError(f"num_features must be even for rfa, half sines and half cosines, got {self.num_features}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be among {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_one_of(DTYPES, self, "dtype")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device!r}')
         choose_backend(self.backend)
 
     @staticmethod
     def of(request: Json) -> Point:
-        """From `asdict`, by way of JSON."""
+        """The point of an `asdict`, also after it went through JSON."""
         source = request["source"]
         return Point(**request | {"source": None if source is None else ModelSource(**source)})
 
     def as_record(self) -> Json:
-        """What tells this point from others: no folder names, and no settings that its method does not look at."""
+        """What identifies this point: no folder names, and no settings that its method does not use."""
         record = asdict(self)
         record["source"] = None if self.source is None else self.source.revision
         if self.method != "topk":
             record["k"] = None
         if self.method not in RANDOM:
-            del record["num_features"]  # as in records made before there were any
+            del record["num_features"]  # as in records from before this setting existed
         if self.method not in _WITH_NETWORKS:
             record["feed_forward_k"] = None
         elif self.method == "query-chunks" and self.feed_forward_k is not None:
@@ -108,7 +101,7 @@ class Point:
 
     @property
     def backend_name(self) -> str | None:
-        """Which of the library's backends computes this point's attention."""
+        """The backend of the library that computes this point's attention; None for methods of others."""
         if self.method == "topk":
             return "chunked" if self.backend == "auto" and self.device != "cpu" else choose_backend(self.backend).name
         return "chunked" if self.method == "query-chunks" else None
@@ -118,7 +111,9 @@ class Point:
 
 
 def curve_name(point: Json) -> str:
-    """What a table or a picture calls a method with its settings; `point` is a record of one.
+    """The name of a method with its settings in tables and pictures.
+
+    point  as in a record
 
     >>> curve_name(Point("bert-base", "topk", 2048, k=64, feed_forward_k="all", backend="chunked").as_record())
     'top-k, k = 64 (chunked), every neuron in token chunks'
@@ -128,10 +123,10 @@ def curve_name(point: Json) -> str:
             return "vanilla (eager)"
         case "sdpa":
             return "PyTorch's SDPA"
-        case "query-chunks":
-            name = "every key, in query chunks"
         case "performer" | "rfa" as method:
-            return f"{METHODS[method]}, {point['num_features']} features"
+            return f"{EVERY_METHOD[method].description}, {point['num_features']} features"
+        case "query-chunks" as method:
+            name = EVERY_METHOD[method].description
         case _:
             name = f"top-k, k = {point['k']} ({point['backend']})"
     if point["feed_forward_k"] is None:
@@ -142,12 +137,9 @@ def curve_name(point: Json) -> str:
 
 
 def settings(point: Json) -> Json:
-    """What has to agree for two points to stand in one table: everything but length and method."""
-    return {
-        name: value
-        for name, value in point.items()
-        if name not in ("method", "length", "k", "feed_forward_k", "backend", "seed", "num_features")
-    }
+    """What all points of a table have in common: everything except the length and the method with its settings."""
+    varied = ("method", "length", "k", "feed_forward_k", "backend", "seed", "num_features")
+    return {name: value for name, value in point.items() if name not in varied}
 
 
 def grid(lengths: Iterable[int], methods: Iterable[str], **settings: object) -> list[Point]:

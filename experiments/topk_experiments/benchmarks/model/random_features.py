@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from topk_attention.convert.masks import CompactMask, compact_mask
 from topk_attention.convert.search import attention_sites
 
-from ...rivals import PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
+from ...rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
 from .points import RANDOM, Point
 from .shapes import model_class, new_config
 
@@ -21,7 +21,7 @@ WRITTEN_OUT = "random-features-written-out"
 
 
 def check_family(point: Point) -> None:
-    """Whether a point's method can compute the attention of its model, as far as the configuration tells.
+    """Whether a point's method can compute the attention of its model, as far as the configuration says.
 
     Raises:
         ValueError: random features for a model with a decoder or a position bias.
@@ -39,13 +39,13 @@ def check_family(point: Point) -> None:
 
 
 def use_random_features(model: Any, point: Point) -> None:
-    """Let a model's every self-attention be the point's method, with random directions of its own.
+    """Let the point's method compute every self-attention of a model, each with random directions of its own.
 
-    They are drawn once, from the point's seed and not from torch's random numbers: weights, input and dropout are
-    those of other methods. The method has no attention weights to drop; every other dropout stays.
+    The directions are drawn once, from the point's seed. Torch's random numbers stay untouched, so that weights, input
+    and dropout equal those of other methods. The method has no attention weights to drop; every other dropout stays.
 
     Raises:
-        ValueError: the model has a decoder or a position bias, or takes its attention from elsewhere.
+        ValueError: the model has a decoder or a position bias, or its attention does not use the interface.
     """
     check_family(point)
     sites = list(attention_sites(model))
@@ -72,13 +72,13 @@ def _register() -> None:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers v5 hands it over; of its arguments `dropout` has nothing to act on.
+    """Attention with the arguments of transformers v5. `dropout` among them has nothing to act on.
 
     B batch, H heads, L length
 
     query, key, value [B, H, L, D]. Returns output [B, L, H, D] and None in place of weights.
     """
-    attention = _attention_of(module)
+    attention = cast("AttentionMethod", module.random_features)
     key_mask = _key_mask(module, query, attention_mask, arguments)
     return attention(query, key, value, key_mask=key_mask).transpose(1, 2).contiguous(), None
 
@@ -87,22 +87,18 @@ def _attend_written_out(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **arguments: Any
 ) -> tuple[Tensor, None]:
     """The same from its definition, in float64."""
-    attention = _attention_of(module)
+    attention = cast("PerformerAttention | RandomFeatureAttention", module.random_features)
     key_mask = _key_mask(module, query, attention_mask, arguments)
     visible = None if key_mask is None else key_mask[:, None, None]
     weights = random_feature_weights(attention, query.double(), key.double(), visible=visible)
     return (weights @ value.double()).to(value.dtype).transpose(1, 2).contiguous(), None
 
 
-def _attention_of(module: nn.Module) -> PerformerAttention | RandomFeatureAttention:
-    return cast("PerformerAttention | RandomFeatureAttention", module.random_features)
-
-
 def _key_mask(module: nn.Module, query: Tensor, mask: object, arguments: dict[str, Any]) -> Tensor | None:
-    """Which keys are no padding, bool [B, L], or None for all of them.
+    """Which keys are not padding, bool [B, L]; None where there is no padding.
 
     Raises:
-        ValueError: attention is to compute what these methods do not.
+        ValueError: the model asks for attention that these methods cannot compute.
     """
     from transformers.masking_utils import bidirectional_mask_function
 
@@ -118,7 +114,7 @@ def _key_mask(module: nn.Module, query: Tensor, mask: object, arguments: dict[st
     elif scaling is not None and not math.isclose(scaling, query.shape[3] ** -0.5):
         obstacle = "scores that are not scaled by 1 / sqrt(head size)"
     if obstacle is not None:
-        raise _misfit(type(_attention_of(module)).__name__, getattr(module, "config", None), obstacle)
+        raise _misfit(type(module.random_features).__name__, getattr(module, "config", None), obstacle)
     padding = mask.key_padding() if isinstance(mask, CompactMask) else None
     return None if padding is None else padding[:, 0, 0]
 

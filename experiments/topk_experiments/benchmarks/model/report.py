@@ -1,242 +1,168 @@
-"""Tables and pictures from the records of a file. Nothing here measures."""
+"""Tables and pictures from the records of a file. Nothing in this module measures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from topk_attention.environment import environment
-
+from ...rivals import METHODS as EVERY_METHOD
+from ...runs.ledger import is_finished, newest
 from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
-from ...runs.timing import busy_note
-from ...show.plots import draw_memory_and_time
-from . import paper
-from .benchmark import ModelBenchmark, is_comparable
-from .points import METHODS, RANDOM, Point, curve_name, settings
+from ...show.quoted import MODEL as PAPER
+from ...show.quoted import MODEL_NOTE
+from ..tables import Page, Quoted, busy_notes, curves_over, draw_sweep
+from .points import METHODS, RANDOM, curve_name, settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _HEADINGS = (
-    "L",
-    "method",
-    "peak [GiB]",
-    "held after forward [GiB]",
-    "step [s]",
-    "forward [s]",
-    "backward [s]",
-    "paper [GiB]",
-    "paper [s]",
+    *("L", "method", "peak [GiB]", "held after forward [GiB]", "step [s]", "forward [s]", "backward [s]"),
+    *("paper [GiB]", "paper [s]"),
 )
 
 
-class Curve(NamedTuple):
-    """The newest records of one method in one setting, by length."""
+def report(lines: Path, setting: Json | None = None, console: Console | None = None) -> list[Path]:
+    """Write the table and the picture of the records in `NAME.jsonl` to `NAME.md` and `NAME.png` beside it.
 
-    name: str
-    method: str
-    records: dict[int, Json]
+    setting  of `points.settings`; records of other settings are left out. None: that of the last record
+    console  shows the table too
 
-
-def report(benchmark: ModelBenchmark, console: Console) -> list[Path]:
-    """Show all points on file that share the settings of those asked for, and write `NAME.md` and `NAME.png`.
-
-    Returns the files written.
+    Returns the files written; none where no record has the setting.
     """
-    curves = curves_on_file(benchmark)
-    if not curves:
+    on_file = read_json_lines(lines)
+    setting = settings(on_file[-1]["point"]) if setting is None and on_file else setting
+    records = [record for record in on_file if settings(record["point"]) == setting]
+    if not records:
         return []
-    _show(benchmark, curves, console)
-    page = benchmark.out / f"{benchmark.name}.md"
-    write_whole(page, as_markdown(benchmark, curves))
-    if not any(record["outcome"] == "finished" for record in _records(curves)):
-        return [page]
-    picture = benchmark.out / f"{benchmark.name}.png"
-    _draw(benchmark, curves, picture)
-    return [page, picture]
+    records = newest(records, lambda record: f"{curve_name(record['point'])}, {record['point']['length']}")
+    records.sort(key=lambda record: (METHODS.index(record["point"]["method"]), record["point"]["length"]))
+    table = page_of(records)
+    if console is not None:
+        table.show(console)
+    page = lines.with_suffix(".md")
+    write_whole(page, table.as_markdown())
+    return [page, *_draw(records, lines.with_suffix(".png"))]
 
 
-def curves_on_file(benchmark: ModelBenchmark) -> list[Curve]:
-    """In the order of METHODS, and of the file within a method. The page names the commits they are of."""
-    here, wanted = environment(), settings(benchmark.points[0].as_record())
-    curves: dict[str, Curve] = {}
-    for record in read_json_lines(benchmark.lines):
-        point = record["point"]
-        if settings(point) != wanted or not is_comparable(record, here):
-            continue
-        name = curve_name(point)
-        curves.setdefault(name, Curve(name, point["method"], {})).records[point["length"]] = record
-    return sorted(curves.values(), key=lambda curve: list(METHODS).index(curve.method))
+def page_of(records: Sequence[Json]) -> Page:
+    """The table of records of one setting, by length, and the notes below it."""
+    by_length = sorted(records, key=lambda record: record["point"]["length"])
+    rows = [(f"{record['point']['length']:,}", curve_name(record["point"]), *_cells(record)) for record in by_length]
+    # The paper's columns appear if the paper has a number for at least one row.
+    used = [number for number, name in enumerate(_HEADINGS) if "paper" not in name or any(row[number] for row in rows)]
+    headings, *shown = ([row[number] for number in used] for row in (_HEADINGS, *rows))
+    of_last = records[-1]["environment"]
+    software = f"PyTorch {of_last['torch']}, transformers {of_last['transformers']}"
+    head = f"{of_last['cpu']}, {software}, {days_and_commits(records)}."
+    return Page(title(records[0]["point"]), headings, shown, notes(records), has_list=True, head=head)
 
 
-def as_markdown(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> str:
-    """Heading, table, and how its numbers came about."""
-    records = _records(curves)
-    here = records[-1]["environment"]
-    headings, rows = _table(benchmark, curves)
-    lines = [
-        f"**{title(benchmark.points[0])}**",
-        "",
-        f"{here['cpu']}, PyTorch {here['torch']}, transformers {here['transformers']}, {days_and_commits(records)}.",
-        "",
-        _row(headings),
-        _row(["---"] * len(headings)),
-        *map(_row, rows),
-        "",
-        *(f"- {line}" for line in notes(benchmark, curves)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def title(point: Point) -> str:
+def title(point: Json) -> str:
     """What all points of a table share."""
-    parts = [
-        f"One training step of {point.shape}, batch 1",
-        point.dtype,
-        f"dropout {point.dropout_p:g}",
-        "gradient checkpointing" if point.checkpointing else "no gradient checkpointing",
-    ]
-    parts.append("GPU" if point.device == "cuda" else f"{point.threads} CPU thread{'s' if point.threads > 1 else ''}")
-    return ", ".join(parts)
+    threads = f"{point['threads']} CPU thread{'s' if point['threads'] > 1 else ''}"
+    checkpointing = "gradient checkpointing" if point["checkpointing"] else "no gradient checkpointing"
+    return (
+        f"One training step of {point['shape']}, batch 1, {point['dtype']}, dropout {point['dropout_p']:g}, "
+        f"{checkpointing}, {'GPU' if point['device'] == 'cuda' else threads}"
+    )
 
 
-def notes(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> list[str]:
-    """How the numbers came about, what was checked, and what is missing and why."""
-    records = _records(curves)
-    finished = [record for record in records if record["outcome"] == "finished"]
+def notes(records: Sequence[Json]) -> list[str]:
+    """How the numbers were measured, what was checked, and what is missing and why."""
+    finished = [record for record in records if is_finished(record)]
     lines = [
         "Peak: of the first step, above what the process held before the model was made: weights, their gradients, "
         "activations and all between. Step: median (fastest to slowest) where there were several.",
-        *(f"{curve.name}: {line}" for curve in curves for line in [*_check_lines(curve), *_dropout_lines(curve)]),
     ]
+    curves, _ = curves_over("length", records, curve_name)
+    for name, of_curve in curves.items():
+        lines += [f"{name}: {line}" for line in _check_lines(of_curve)]
+        if any(record["point"]["method"] in RANDOM and record["point"]["dropout_p"] > 0 for record in of_curve):
+            lines.append(
+                f"{name}: no dropout of attention weights, which it never forms; every other dropout of the model acts."
+            )
     if finished:
         weights = sorted({round(record["weights_mib"] / 1024, 2) for record in finished})
-        told = f"{weights[0]:.2f}" if len(weights) == 1 else f"{weights[0]:.2f} to {weights[-1]:.2f}"
-        lines.append(f"Weights take {told} GiB of it, and their gradients as much.")
-    for curve in curves:
-        for length, record in sorted(curve.records.items()):
-            if record["outcome"] != "finished":
-                message = record["message"].splitlines()[0]
-                limit = f", of {record['memory_limit_mib'] / 1024:.1f} GiB" if "memory_limit_mib" in record else ""
-                lines.append(f"L = {length:,}, {curve.name}: {record['outcome']}{limit} ({message}).")
-    busy = busy_note([record["other_cores"] for record in finished], records[-1]["environment"]["num_cpus"])
-    lines += [] if busy is None else [busy]
-    return [*lines, paper.NOTE] if _is_the_papers(benchmark.points[0]) else lines
+        gib = f"{weights[0]:.2f}" if len(weights) == 1 else f"{weights[0]:.2f} to {weights[-1]:.2f}"
+        lines.append(f"Weights take {gib} GiB of it, and their gradients as much.")
+    for record in records:
+        if not is_finished(record):
+            message = record["message"].splitlines()[0]
+            limit = f", of {record['memory_limit_mib'] / 1024:.1f} GiB" if "memory_limit_mib" in record else ""
+            lines.append(
+                f"L = {record['point']['length']:,}, {curve_name(record['point'])}: {record['outcome']}{limit} "
+                f"({message})."
+            )
+    return [*lines, *busy_notes(records), *([MODEL_NOTE] if _is_the_papers(records[0]["point"]) else [])]
 
 
-def _check_lines(curve: Curve) -> list[str]:
-    checks = [record["check"] for record in curve.records.values() if record["outcome"] == "finished"]
+def _check_lines(records: Sequence[Json]) -> list[str]:
+    """How the answer of one method was checked; nothing where there was nothing to compare with."""
+    checks = [record["check"] for record in records if is_finished(record)]
     checks = [check for check in checks if check["compared_with"] is not None]
     if not checks:
         return []
+    first = checks[0]
     loss, gradient = (max(check[name] for check in checks) for name in ("loss_error", "gradient_error"))
-    activation = f" and with {checks[0]['activation']}" if "activation" in checks[0] else ""
+    activation = f" and with {first['activation']}" if "activation" in first else ""
     line = (
-        f"checked at {checks[0]['length']} tokens without dropout{activation} against {checks[0]['compared_with']}; "
-        f"largest errors "
-        f"{loss:.0e} and {gradient:.0e} of a gradient's largest entry"
+        f"checked at {first['length']} tokens without dropout{activation} against {first['compared_with']}; "
+        f"largest errors {loss:.0e} and {gradient:.0e} of a gradient's largest entry"
     )
-    if "loss_error_below_length" in checks[0]:
+    if "loss_error_below_length" in first:
         below = max(check["loss_error_below_length"] for check in checks)
-        line += f"; with k = {checks[0]['k']} against {checks[0]['compared_with_below_length']}, {below:.0e}"
+        line += f"; with k = {first['k']} against {first['compared_with_below_length']}, {below:.0e}"
     return [f"{line}."]
 
 
-def _dropout_lines(curve: Curve) -> list[str]:
-    if curve.method not in RANDOM or all(record["point"]["dropout_p"] == 0 for record in curve.records.values()):
-        return []
-    return ["no dropout of attention weights, which it never forms; every other dropout of the model acts."]
-
-
-def _table(benchmark: ModelBenchmark, curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for length in sorted({length for curve in curves for length in curve.records}):
-        for curve in curves:
-            if length in curve.records:
-                rows.append([f"{length:,}", curve.name, *_cells(benchmark.points[0], curve, length)])
-    # The paper's columns are there where it has a number for one of the rows.
-    used = [number for number, name in enumerate(_HEADINGS) if "paper" not in name or any(row[number] for row in rows)]
-    return [_HEADINGS[number] for number in used], [[row[number] for number in used] for row in rows]
-
-
-def _cells(point: Point, curve: Curve, length: int) -> list[str]:
-    record = curve.records[length]
-    quoted = [
-        numbers.get(curve.method, {}).get(length) if _is_the_papers(point) and _is_its_size(record["point"]) else None
-        for numbers in (paper.PEAK_GIB, paper.SECONDS)
-    ]
-    of_paper = ["" if number is None else f"{number:g}" for number in quoted]
-    if record["outcome"] != "finished":
+def _cells(record: Json) -> list[str]:
+    quoted = _papers_curve(record["point"]).get(record["point"]["length"])
+    of_paper = ["", ""] if quoted is None else [f"{number:g}" for number in quoted]
+    if not is_finished(record):
         return [record["outcome"], "", "", "", "", *of_paper]
+    spread = f"{record['fastest_s']:.1f} to {record['slowest_s']:.1f}"
     return [
         f"{record['peak_mib'] / 1024:.2f}",
         f"{record['held_after_forward_mib'] / 1024:.2f}",
-        f"{record['elapsed_s']:.1f} ({record['fastest_s']:.1f} to {record['slowest_s']:.1f})"
-        if record["repetitions"] > 1
-        else f"{record['elapsed_s']:.1f} (one step, the first)",
+        f"{record['elapsed_s']:.1f} ({spread if record['repetitions'] > 1 else 'one step, the first'})",
         f"{record['forward_s']:.1f}",
         f"{record['backward_s']:.1f}",
         *of_paper,
     ]
 
 
-def _is_the_papers(point: Point) -> bool:
+def _is_the_papers(point: Json) -> bool:
     """Whether the paper measured a model of these settings."""
-    return (point.shape, point.dropout_p, point.checkpointing, point.dtype) == ("bert-base", 0.1, False, "float32")
+    names = ("shape", "dropout_p", "checkpointing", "dtype")
+    return [point[name] for name in names] == ["bert-base", 0.1, False, "float32"]
 
 
-def _is_its_size(point: Json) -> bool:
-    """Whether a method kept as many keys, or drew as many features, as the paper's."""
-    return {"topk": point["k"] == 64, "performer": point.get("num_features") == 256}.get(point["method"], True)
+def _papers_curve(point: Json) -> dict[int, tuple[float, float]]:
+    """The paper's numbers for a method of these settings that keeps as many keys, or draws as many features."""
+    is_its_size = {"topk": point["k"] == 64, "performer": point.get("num_features") == 256}.get(point["method"], True)
+    return PAPER.get(point["method"], {}) if _is_the_papers(point) and is_its_size else {}
 
 
-def _show(benchmark: ModelBenchmark, curves: Sequence[Curve], console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    headings, rows = _table(benchmark, curves)
-    table = Table(title=escape(title(benchmark.points[0])), title_justify="left")
-    for heading in headings:
-        table.add_column(escape(heading), justify="left" if heading == "method" else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-    for line in notes(benchmark, curves):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _draw(benchmark: ModelBenchmark, curves: Sequence[Curve], path: Path) -> None:
-    point = benchmark.points[0]
-    quoted, like = {}, {}
-    if _is_the_papers(point):
-        names = {method: f"{METHODS[method]}, Gupta et al. 2021 (quoted, GPU)" for method in paper.PEAK_GIB}
-        quoted = {
-            field: {names[method]: numbers for method, numbers in of_paper.items()}
-            for field, of_paper in (("peak_mib", paper.PEAK_GIB), ("elapsed_s", paper.SECONDS))
-        }
+def _draw(records: Sequence[Json], path: Path) -> list[Path]:
+    quoted: dict[str, Quoted] = {}
+    if _is_the_papers(records[0]["point"]):
         like = {
-            names[curve.method]: curve.name
-            for curve in reversed(curves)
-            if curve.method in names and _is_its_size(next(iter(curve.records.values()))["point"])
+            record["point"]["method"]: curve_name(record["point"])
+            for record in reversed(records)
+            if _papers_curve(record["point"])
         }
-    draw_memory_and_time(
-        {
-            curve.name: [record | {"length": length} for length, record in sorted(curve.records.items())]
-            for curve in curves
-        },
+        for method, numbers in PAPER.items():
+            # Without the explanation in parentheses: the legend has no room for it.
+            name = EVERY_METHOD[method].description.partition(" (")[0]
+            quoted[f"{name}, Gupta et al. 2021 (quoted, GPU)"] = Quoted(numbers, like.get(method, ""))
+    return draw_sweep(
+        records,
         path,
         x="length",
         x_label="L, length of the input",
-        title=title(point),
+        title=title(records[0]["point"]),
+        name=curve_name,
         quoted=quoted,
-        quoted_like=like,
     )
-
-
-def _records(curves: Iterable[Curve]) -> list[Json]:
-    return [record for curve in curves for record in curve.records.values()]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

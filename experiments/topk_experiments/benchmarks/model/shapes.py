@@ -1,4 +1,4 @@
-"""Whole models made of configurations, with random weights, and one batch for them."""
+"""Whole models with random weights, built from configurations, and one batch of input for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST_WORD = 4
 
 
 def new_config(point: Point) -> Any:
-    """The configuration of a point's model: long enough for its input, with its dropout, and without a cache."""
+    """The configuration of a point's model: enough positions for its input, its dropout, and no cache."""
     from transformers import BertConfig, T5Config
 
     if point.source is not None:
@@ -26,19 +26,19 @@ def new_config(point: Point) -> Any:
     else:
         config = BertConfig()  # 12 layers, 12 heads of 64, 3,072 neurons: the paper's 12-layer model
     config.use_cache = False
-    # RoBERTa counts positions from the one after its padding token's number.
+    # RoBERTa counts positions from the number of its padding token plus one.
     longest = max(point.length, point.decoder_length) + 1 + (getattr(config, "pad_token_id", None) or 0)
     if (getattr(config, "max_position_embeddings", None) or longest) < longest:
         config.max_position_embeddings = longest
     for name, value in config.to_dict().items():
         if "dropout" in name or name.endswith(("_drop", "_pdrop")):
-            # None stands for another dropout of the configuration.
+            # None refers to another dropout of the configuration.
             setattr(config, name, value if value is None else point.dropout_p)
     return config
 
 
 def is_smoothed(point: Point) -> bool:
-    """Whether `new_model` has an activation to replace where it is asked for a smooth one."""
+    """Whether `new_model` replaces an activation if it is asked for a smooth one."""
     return bool(_names_of_relu(new_config(point)))
 
 
@@ -51,12 +51,13 @@ def _names_of_relu(config: Any) -> list[str]:
 def new_model(point: Point, attn_implementation: str, *, smooth: bool = False) -> Any:
     """A model of a point's shape in training mode, its weights random.
 
-    With an encoder and a decoder it generates; otherwise it tells tokens apart (one label of two for each), or, where
-    only a language model is to be had, predicts the next. A head over two labels adds nothing to what is compared.
+    A model with an encoder and a decoder generates text. Any other model classifies tokens (one of two labels for each)
+    or, where transformers offers only a language model, predicts the next token. A head over two labels adds almost
+    nothing to the memory and time that are compared.
 
-    smooth  put GELU in place of ReLU. Where a neuron's input is zero but for rounding, two right answers differ by all
-            of its gradient: in T5-base's shape at 96 tokens PyTorch's attention is up to 6e-2 of a gradient's largest
-            entry away from float64 for that reason alone.
+    smooth  use GELU instead of ReLU. Where a neuron's input is zero except for rounding, two correct answers differ by
+            all of its gradient: in T5-base's shape at 96 tokens PyTorch's attention differs from float64 by up to 6e-2
+            of a gradient's largest entry for that reason alone.
 
     Raises:
         ValueError: transformers has no such model for the configuration.
@@ -78,10 +79,10 @@ def new_model(point: Point, attn_implementation: str, *, smooth: bool = False) -
             f"config {point.shape} makes no model of {name}: {str(error).strip().splitlines()[0]}"
         ) from error
     if point.checkpointing:
-        # Since 5.23 transformers warns of the older name.
-        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        enable = getattr(model, f"{name}_checkpointing_enable")
-        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        # Since 5.23 transformers warns about the older name.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(model, f"{kind}_checkpointing_enable")
+        enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     return model.train()
 
 
@@ -101,11 +102,11 @@ def new_inputs(point: Point, model: Any) -> dict[str, Tensor]:
 
 
 def model_class(config: Any) -> str:
-    """Which of transformers' classes makes the model of a configuration."""
+    """The class of transformers that builds the model of a configuration."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if config.is_encoder_decoder:
         return "AutoModelForSeq2SeqLM"
-    # Encoders are in both: as language models they would hold a number for each token and word.
+    # Encoders are in both mappings. As language models they would hold a number for each token and each word.
     is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     return "AutoModelForCausalLM" if is_decoder else "AutoModelForTokenClassification"

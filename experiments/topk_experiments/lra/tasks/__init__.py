@@ -1,7 +1,7 @@
 """The tasks of the Long Range Arena (Tay et al. 2021, arXiv 2011.04006): data from generators and from files.
 
-Every task is a frozen dataclass of its settings. `prepare` makes its data once, in compact files, and reads them from
-then on.
+Every task is a frozen dataclass of its settings. `prepare` makes its data once and writes compact files, which later
+calls read.
 """
 
 from .examples import SPLITS, Batch, Examples, ExamplesWriter

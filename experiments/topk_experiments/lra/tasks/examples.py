@@ -1,4 +1,4 @@
-"""Labelled sequences of small whole numbers, packed so that a whole data set is a few megabytes on disk."""
+"""Labelled sequences of small whole numbers, packed: a whole data set takes a few megabytes on disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SPLITS = ("train", "validation", "test")
 
 
 class Batch(NamedTuple):
-    """B examples of P sequences each (two where pairs are compared), padded at the end to the longest, L.
+    """B examples of P sequences each (two in tasks that compare pairs), padded at the end to the longest, L.
 
     tokens  [B, P, L]  int64, 0 for padding, 1 + value otherwise
-    mask    [B, P, L]  bool, True for what is not padding; None where nothing is padded
+    mask    [B, P, L]  bool, False for padding; None if nothing is padded
     labels  [B]        int64
     """
 
@@ -33,10 +33,10 @@ class Batch(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """N examples made of P of S sequences each; one sequence may be part of many examples.
+    """N examples, each of P out of S sequences; a sequence may be part of many examples.
 
     values     [T]      uint8, all sequences one after another
-    starts     [S + 1]  int64, where each sequence begins, and T
+    starts     [S + 1]  int64, the start of each sequence, and T
     sequences  [N, P]   int32, the sequences of each example
     labels     [N]      uint8
     """
@@ -48,7 +48,7 @@ class Examples(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """How many there are (`len` counts the fields of the tuple)."""
+        """The number of examples (`len` counts the fields of the tuple)."""
         return len(self.labels)
 
     def sequence(self, number: int) -> np.ndarray:
@@ -56,7 +56,7 @@ class Examples(NamedTuple):
         return self.values[self.starts[number] : self.starts[number + 1]]
 
     def lengths(self) -> np.ndarray:
-        """Of the longest sequence of each example, int64 [N]."""
+        """The length of the longest sequence of each example, int64 [N]."""
         return np.diff(self.starts)[self.sequences].max(1)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
@@ -90,21 +90,21 @@ class Examples(NamedTuple):
         return float(np.bincount(self.labels, minlength=num_classes).max() / len(self.labels))
 
     def sha256(self) -> str:
-        """Hash of everything in it."""
+        """Hash of all arrays."""
         whole = hashlib.sha256()
         for field in self:
             whole.update(f"{field.dtype.str} {field.shape} ".encode() + np.ascontiguousarray(field).tobytes())
         return whole.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """As a compressed .npz file."""
+        """The content of a compressed .npz file."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **self._asdict())
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Examples:
-        """What `to_bytes` made."""
+        """Examples from the content that `to_bytes` returned."""
         with np.load(io.BytesIO(content)) as arrays:
             return cls(*(arrays[name] for name in cls._fields))
 
@@ -142,7 +142,7 @@ class ExamplesWriter:
         return len(self._values) - 1
 
     def add_example(self, sequences: Iterable[int], label: int) -> None:
-        """Add an example made of sequences that are kept already."""
+        """Add an example of sequences that were added before."""
         self._examples.append(list(sequences))
         self._labels.append(label)
 
@@ -151,7 +151,7 @@ class ExamplesWriter:
         self.add_example([self.add_sequence(part) for part in parts], label)
 
     def examples(self) -> Examples:
-        """All of them."""
+        """All examples that were added."""
         lengths = np.array([0, *map(len, self._values)], dtype=np.int64)
         values = np.concatenate(self._values) if self._values else np.zeros(0, dtype=np.uint8)
         return Examples(

@@ -27,7 +27,7 @@ class GreyImages:
 
     source          folder of the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin and test_batch.bin),
                     or the folder above; or an .npz file with x_train, y_train, x_test and y_test, the images uint8
-                    [N, 32, 32] or, with colours, [N, 32, 32, 3]; colours are turned into grey
+                    [N, 32, 32] or, with colours, [N, 32, 32, 3]; colours are converted to grey
     num_validation  training images held out for validation
     """
 
@@ -61,7 +61,7 @@ class GreyImages:
         if len(labels) != len(images):
             raise ValueError(f"{source.name} must hold a label for each of {len(images)} images, got {len(labels)}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"labels of {source.name} must be 0 to 9, and some, got {sorted(set(labels.tolist()))}")
+            raise ValueError(f"{source.name} must hold labels, all of them 0 to 9, got {sorted(set(labels.tolist()))}")
         writer = ExamplesWriter()
         for image, label in zip(images, labels, strict=True):
             writer.add([image], int(label))

@@ -24,13 +24,14 @@ _OPERATOR_PROBABILITY = 0.25
 
 @dataclass(frozen=True)
 class ListOps:
-    """Expressions drawn at random; those whose length does not fit are dropped.
+    """Random expressions; those that are too short or too long are dropped.
 
     The defaults are the published ones: lengths strictly between 500 and 2,000, at most ten levels and ten arguments.
 
-    max_depth   levels of brackets, with the outermost
-    max_args    arguments of an operator, at least 2
-    min_length, max_length  operators, digits and closing brackets, both included
+    max_depth   levels of brackets, the outermost included
+    max_args    most arguments of an operator, at least 2
+    min_length  least number of operators, digits and closing brackets
+    max_length  largest number of operators, digits and closing brackets
     """
 
     num_train: int = 96_000
@@ -63,13 +64,15 @@ class ListOps:
             )
 
     def make(self, progress: Progress) -> Splits:
-        """All three splits; what earlier, interrupted calls made is used."""
+        """All three splits; shards of earlier, interrupted calls are used."""
         counts = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return make_in_shards(self._add_shard, counts, self.seed, progress)
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, float]]:
-        """Accuracies of what needs no model. "by first operator": the value most frequent in training after the first
-        symbol, which leaves the arguments unread.
+        """Accuracies of guesses without a model.
+
+        "by first operator": the value that is most frequent in training after the first symbol, without reading the
+        arguments.
         """
         return {"by first operator": shares_right_by(_first_symbols, self.vocabulary, self.num_classes, splits)}
 
@@ -80,14 +83,14 @@ class ListOps:
             writer.add([bytes(values)], evaluate(values))
 
     def draw(self, random: Random) -> Iterator[list[int]]:
-        """Expressions without end."""
+        """Expressions, one after another without end."""
         while True:
             values: list[int] = []
             if self._extend(values, random, depth=1) and len(values) >= self.min_length:
                 yield values
 
     def _extend(self, values: list[int], random: Random, depth: int) -> bool:
-        """Append one expression; False as soon as the whole has become too long."""
+        """Append one expression; False as soon as the whole expression is too long."""
         if depth >= self.max_depth or random.random() > _OPERATOR_PROBABILITY:
             values.append(int(10 * random.random()))
             return len(values) <= self.max_length
@@ -107,7 +110,8 @@ def _first_symbols(examples: Examples) -> np.ndarray:
 
 
 def longest_expression(max_depth: int, max_args: int) -> int:
-    """
+    """The largest number of symbols of an expression.
+
     >>> longest_expression(1, 10), longest_expression(2, 10), longest_expression(3, 2)
     (1, 12, 10)
     """
@@ -118,7 +122,7 @@ def longest_expression(max_depth: int, max_args: int) -> int:
 
 
 def evaluate(values: Sequence[int]) -> int:
-    """The digit that an expression stands for.
+    """The value of an expression, a digit.
 
     >>> evaluate(parse("[MAX 2 [MED 4 9 1 5 ] [SM 9 9 ] 0 ]"))
     8
@@ -150,7 +154,7 @@ def _apply(operator: str, arguments: list[int]) -> int:
 
 
 def parse(text: str) -> list[int]:
-    """Values of an expression as `write` shows it.
+    """The values of an expression from the text that `write` returns.
 
     >>> parse("[MIN 3 4 ]")
     [10, 3, 4, 14]
@@ -160,7 +164,7 @@ def parse(text: str) -> list[int]:
 
 
 def write(values: Sequence[int]) -> str:
-    """An expression for people to read.
+    """The text of an expression, for people to read.
 
     >>> write([10, 3, 4, 14])
     '[MIN 3 4 ]'

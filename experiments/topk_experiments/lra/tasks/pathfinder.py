@@ -1,11 +1,11 @@
 """Pathfinder (Linsley et al. 2018): are the two circles at the ends of one dashed curve?
 
-Two long dashed curves and several short ones that distract are drawn, all at some distance from one another. A circle
-marks one end of a long curve, another either the other end of the same curve (label 1) or an end of the other one
-(label 0). How far apart the circles lie says nothing: each image with label 1 has one with label 0 whose circles are
-as far apart, and images that find no counterpart are dropped. (The published generator leaves this shortcut in.) Where
-they lie still says something: two curves that each have one take more room than one, which may lie at the border. The
-model reads the grey pixels row by row.
+An image holds two long dashed curves and several short distractors, none of them close to another. One circle marks an
+end of a long curve. A second circle marks the other end of the same curve (label 1) or an end of the other long curve
+(label 0). The distance of the circles carries no information: for each image with label 1 there is one with label 0
+whose circles are as far apart, and images without such a counterpart are dropped. (The published generator leaves this
+shortcut in.) The place of the circles still carries a little: two curves with a circle each take more room than one,
+which may lie at the border. The model reads the grey pixels row by row.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .preparation import Progress, Splits, make_in_shards, shares_right_by
 
 Point = tuple[float, float]
 
-# Tries before a dash, a short curve, or a whole image is begun anew.
+# Tries for a dash, a distractor and a second long curve before the curve, or the whole image, is drawn anew.
 _DASH_TRIES = 8
 _DISTRACTOR_TRIES = 8
 _SEED_TRIES = 50
-# Distance of the points, in pixels, that stand for a curve where closeness is checked.
+# Closeness is checked between points on the curves, so many pixels apart.
 _SPACING = 0.5
-# Two images are counterparts when the distances of their circles fall into the same interval; so many along a long
-# curve. Of short curves most distances are nearly the longest possible: with intervals ten times as wide, distances
-# within one told the label of 56 to 59 % of images whose curves have two dashes.
+# Two images are counterparts if the distances of their circles fall into the same interval. A long curve has so many
+# intervals. On short curves most distances are nearly the largest possible: with intervals ten times as wide, the
+# distance within an interval gave away the label of 56 to 59 % of the images whose curves have two dashes.
 _INTERVALS = 140
-# Rings around the middle of an image for guessing by where circles lie.
+# Rings around the middle of an image, for the guess from the place of the circles.
 _ZONES = 16
 
 
 class Drawing(NamedTuple):
-    """What is in an image.
+    """The content of an image.
 
     curves   corners of each dashed curve; the two long ones first
     circles  centres of the two circles
-    label    1 where the circles lie at the two ends of one curve
+    label    1 if the circles lie at the two ends of one curve, otherwise 0
     """
 
     curves: list[list[Point]]
@@ -53,26 +53,27 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True)
 class Pathfinder:
-    """Images drawn at random, half of them with label 1.
+    """Random images, half of them with label 1.
 
-    The defaults draw 32 x 32 images with long curves of 14 dashes: the published sizes of the hard third, which is the
-    one that published accuracies are for. Long curves of 6 and 9 dashes are the easy and the intermediate third. For
-    128 x 128 images every length has to be given too, in pixels.
+    The defaults draw 32 x 32 images with long curves of 14 dashes: the published sizes of the hard third of the task,
+    to which published accuracies belong. Long curves of 6 and 9 dashes are the easy and the intermediate third. For
+    128 x 128 images every length must be given too, in pixels.
 
     resolution          pixels along each side
     contour_length      dashes of a long curve
     distractor_length   dashes of a short curve
-    num_distractors     short curves, as far as there is room
-    dash_length, gap    in pixels, along the curve
+    num_distractors     short curves; fewer if there is no room
+    dash_length         in pixels, along the curve
+    gap                 between two dashes, in pixels
     thickness           of a dash, in pixels
-    contrast            brightness where a dash covers a pixel, cut off at 1
-    continuity          how straight curves are: at 1 a turn of up to 90 degrees can follow a dash, at 2 of up to 45
-    seed_distance       between the first ends of the long curves
+    contrast            brightness of a pixel that a dash covers, cut off at 1
+    continuity          how straight curves are: at 1 a dash may turn by up to 90 degrees, at 2 by up to 45
+    seed_distance       between the first ends of the long curves, in pixels
     circle_radius       in pixels
-    clearance           between any two curves, in pixels from centre line to centre line; at low resolutions the faint
-                        edges of close curves meet all the same
+    clearance           least distance of any two curves, in pixels between centre lines; at low resolutions the faint
+                        edges of close curves still meet
     padding             pixels at the border that no curve enters
-    grey_levels         how many shades there are, with black and white; 256 as published
+    grey_levels         number of shades, black and white included; 256 as published
     """
 
     num_train: int = 160_000
@@ -120,14 +121,16 @@ class Pathfinder:
         return self.resolution**2
 
     def make(self, progress: Progress) -> Splits:
-        """All three splits; what earlier, interrupted calls made is used."""
+        """All three splits; shards of earlier, interrupted calls are used."""
         counts = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return make_in_shards(self._add_shard, counts, self.seed, progress)
 
     def baselines(self, splits: Splits) -> dict[str, dict[str, float]]:
-        """Accuracies of what needs no model. "by where the circles lie": the label more frequent in training where the
-        point between the circles is so far from the middle of the image; it takes no look at any curve. Only where
-        the shade of curves is not white and every circle has a white pixel.
+        """Accuracies of guesses without a model.
+
+        "by where the circles lie": the label that is more frequent in training at this distance between the middle of
+        the image and the point between the circles, without a look at any curve. Left out if curves may be white or a
+        circle may lack a white pixel.
         """
         levels = self.grey_levels - 1
         if round(levels * self.contrast) >= levels or self.circle_radius < 0.5 + math.sqrt(0.5):
@@ -136,10 +139,10 @@ class Pathfinder:
         return {"by where the circles lie": shares}
 
     def _zones_of_circles(self, examples: Examples) -> np.ndarray:
-        """Of each image, in which of _ZONES rings around its middle the mean of all white pixels lies, int64 [N]."""
+        """For each image the ring, one of _ZONES around its middle, with the mean of all white pixels, int64 [N]."""
         places = np.arange(self.resolution) + 0.5 - self.resolution / 2
         zones = []
-        for number in examples.sequences[:, 0]:  # one by one: all images together may take gigabytes
+        for number in examples.sequences[:, 0]:  # one at a time: all images together may take gigabytes
             white = examples.sequence(number).reshape(self.resolution, self.resolution) == 255
             from_middle = math.hypot(white.sum(0) @ places, white.sum(1) @ places) / white.sum()
             zones.append(min(int(from_middle / (self.resolution / 2) * _ZONES), _ZONES - 1))
@@ -150,7 +153,7 @@ class Pathfinder:
             writer.add([self.render(drawing)], drawing.label)
 
     def draw(self, random: Random) -> Iterator[Drawing]:
-        """Drawings without end, in pairs of both labels whose circles are equally far apart."""
+        """Drawings without end, in pairs of both labels with equal distances of the circles."""
         waiting: dict[tuple[int, int], list[Drawing]] = {}  # (label, interval of the distance)
         interval = self.contour_length * (self.dash_length + self.gap) / _INTERVALS
         while True:
@@ -165,7 +168,7 @@ class Pathfinder:
             yield from pair
 
     def draw_one(self, random: Random) -> Drawing:
-        """One drawing, whose label the distance of its circles may well betray."""
+        """One drawing; the distance of its circles may give away its label."""
         while True:
             paper = _Paper(self, random)
             long_curves = paper.two_long_curves()
@@ -182,8 +185,8 @@ class Pathfinder:
     def render(self, drawing: Drawing, *, dashed: bool = True, circles: bool = True) -> np.ndarray:
         """Grey pixels, uint8 [resolution, resolution].
 
-        dashed   False draws the curves without gaps
-        circles  False leaves the circles out
+        dashed   whether curves have gaps
+        circles  whether to draw the circles
         """
         segments = []
         for curve in drawing.curves:
@@ -207,18 +210,18 @@ class Pathfinder:
 
 
 class _Paper:
-    """An image on which curves are being laid out."""
+    """An image while its curves are drawn."""
 
     def __init__(self, task: Pathfinder, random: Random) -> None:
         self.task = task
         self.random = random
         self.curves: list[list[Point]] = []
         self._step = task.dash_length + task.gap
-        # How many points of a curve's own end are too close to its next dash by necessity.
+        # So many points at the end of a curve are always too close to its next dash, and are not checked.
         self._own_end = math.ceil((task.clearance + self._step) / _SPACING)
 
     def two_long_curves(self) -> tuple[list[Point], list[Point]] | None:
-        """Two curves that grow in turn from seeds at a set distance; None where they got stuck."""
+        """Two curves that grow in turns from seeds at the set distance; None if one of them cannot grow."""
         first = self._seed(self._anywhere(), [])
         if first is None:
             return None
@@ -239,7 +242,7 @@ class _Paper:
         return first.corners, second.corners
 
     def short_curve(self) -> bool:
-        """Add one that distracts, if there is room where it is tried."""
+        """Try to add a distractor at a random place; False if there is no room."""
         curve = self._seed(self._anywhere(), self._points)
         if curve is None:
             return False
@@ -264,7 +267,7 @@ class _Paper:
         return _Curve([begin, end], angle, points)
 
     def _extend(self, curve: _Curve, others: list[np.ndarray]) -> bool:
-        """Add a dash that turns by no more than `continuity` allows."""
+        """Add a dash that turns by at most what `continuity` allows; False if there is no room."""
         for _ in range(_DASH_TRIES):
             angle = curve.angle + self._turn()
             end = _moved(curve.corners[-1], angle, self._step)
@@ -279,7 +282,7 @@ class _Paper:
         return False
 
     def _turn(self) -> float:
-        """An angle whose density is the squared cosine of continuity x angle, up to where that reaches 0."""
+        """A random angle. Its density is the squared cosine of continuity x angle, up to where that is 0."""
         widest = 0.5 * math.pi / self.task.continuity
         while True:
             angle = self.random.uniform(-widest, widest)
@@ -291,7 +294,7 @@ class _Paper:
         return low <= point[0] <= high and low <= point[1] <= high
 
     def _is_free(self, points: np.ndarray, others: list[np.ndarray]) -> bool:
-        """Whether no other curve comes closer than the clearance."""
+        """Whether no other curve is closer than the clearance."""
         for other in others:
             if len(other):
                 apart = points[:, None] - other[None]
@@ -301,7 +304,7 @@ class _Paper:
 
 
 class _Curve:
-    """Corners so far, the angle of the last dash, and complex numbers for points close together on the curve."""
+    """A curve: its corners so far, the angle of its last dash, and close points on it as complex numbers."""
 
     def __init__(self, corners: list[Point], angle: float, points: np.ndarray) -> None:
         self.corners = corners

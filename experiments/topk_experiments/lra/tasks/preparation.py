@@ -1,4 +1,4 @@
-"""Making a task's data once: in shards where it is generated, in one go where files are read."""
+"""The data of a task, made once: generated data in shards, data from files in one step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import numpy as np
 from .examples import SPLITS, Examples, ExamplesWriter
 
 Splits = dict[str, Examples]
-# Generated examples that are written at a time; about ten seconds' work.
+# Examples of a shard; generating them takes about ten seconds.
 _SHARD = 500
 
 
 class Progress:
-    """What `make` is told about where to keep what is finished, and whom to tell how far it is.
+    """Where `make` keeps finished shards, and a function that it reports progress to.
 
     folder  for shards of generated data
-    report  called with examples made and examples wanted
+    report  called with the examples finished and the examples wanted; None: no reports
     """
 
     def __init__(self, folder: Path, report: Callable[[int, int], None] | None = None) -> None:
@@ -33,17 +33,18 @@ class Progress:
         self._report = report
 
     def tell(self, done: int, total: int) -> None:
+        """Report the examples finished and the examples wanted."""
         if self._report is not None:
             self._report(done, total)
 
 
 class Task(Protocol):
-    """What a task says about itself.
+    """The interface of a task.
 
     name         one word
     num_classes  labels are 0 to num_classes - 1
     vocabulary   values are 0 to vocabulary - 1
-    parts        sequences of an example
+    parts        number of sequences of an example
     max_length   of a sequence
     """
 
@@ -61,20 +62,20 @@ class Task(Protocol):
 
 
 class PreparedData(NamedTuple):
-    """A task's examples, and what records say of them: nothing that names a folder."""
+    """A task's examples and their description for records, which names no folder."""
 
     splits: Splits
     description: dict[str, Any]
 
 
 def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None = None) -> PreparedData:
-    """A task's data: made, or read from `cache` where it was made before with the same settings from the same files.
+    """A task's data, read from `cache` if it holds data of the same settings and source files, and made otherwise.
 
-    report  called with examples made and examples wanted while they are made
+    report  called with the examples finished and the examples wanted
 
     Raises:
-        ValueError: a source has not what the task needs, or a file of the cache was changed.
-        FileNotFoundError: a source is not there.
+        ValueError: the source lacks something that the task needs, or a file of the cache was changed.
+        FileNotFoundError: the source does not exist.
     """
     settings = _settings(task)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -96,8 +97,8 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
         raise ValueError(f"{folder} is not as it was written ({error}); delete it to make it again") from error
     for name, examples in splits.items():
         if examples.sha256() != description["splits"][name]["sha256"]:
-            raise ValueError(f"{folder / name}.npz is not as it was written; delete {folder} to make it again")
-    # Not in the file: data that was made before these were known has them too.
+            raise ValueError(f"{folder / name}.npz was changed after it was written; delete {folder} to make it again")
+    # Computed at every call and not stored, so that data from before baselines existed has them too.
     baselines = getattr(task, "baselines", None)
     return PreparedData(splits, description | {"baselines": {} if baselines is None else baselines(splits)})
 
@@ -108,12 +109,13 @@ def make_in_shards(
     seed: int,
     progress: Progress,
 ) -> Splits:
-    """Generate splits of so many examples each, a shard at a time, each from a random state of its own.
+    """Generate splits shard by shard, each shard from a random state of its own.
 
-    add_shard  draws so many examples into a writer
+    add_shard  draws a number of examples into a writer
+    counts     split -> number of examples
 
     Raises:
-        ValueError: one example came twice, so that a test example could be one of those trained on.
+        ValueError: an example was drawn twice, so that a test example could also be a training example.
     """
     total = sum(counts.values())
     done = 0
@@ -137,13 +139,13 @@ def make_in_shards(
     different = {split.sequence(number).tobytes() for split in splits.values() for number in range(split.num_examples)}
     if len(different) < total:
         raise ValueError(
-            f"{total - len(different)} of {total} generated examples came twice; longer ones, or fewer, are needed"
+            f"{total - len(different)} of {total} generated examples were drawn twice; ask for longer or fewer examples"
         )
     return splits
 
 
 def describe_source(path: Path) -> list[Any]:
-    """What tells that a file, or any file at any depth of a folder, has changed."""
+    """Name, size and time of a file, or of all files at any depth of a folder: they differ after a change."""
     files = {path.name: path}
     if path.is_dir():
         files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
@@ -151,10 +153,10 @@ def describe_source(path: Path) -> list[Any]:
 
 
 def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
-    """(the rest, so many examples drawn from it); which ones depends on the seed alone.
+    """(the rest, `count` examples drawn at random); the seed alone decides which.
 
     Raises:
-        ValueError: there are not more than that.
+        ValueError: there are no more than `count` examples.
     """
     if count >= examples.num_examples:
         raise ValueError(f"num_validation must be below the {examples.num_examples} training examples, got {count}")
@@ -166,9 +168,9 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
 def shares_right_by(
     seen: Callable[[Examples], np.ndarray], num_values: int, num_classes: int, splits: Splits
 ) -> dict[str, float]:
-    """Split -> accuracy of guessing the label that is most frequent in training where the same value is seen.
+    """Split -> accuracy of guessing, for each value, the label that is most frequent with it in training.
 
-    seen  of N examples, one of `num_values` values each, int [N]
+    seen  N examples -> the value seen in each, one of `num_values`, int [N]
     """
     values = {name: seen(examples) for name, examples in splits.items()}
     counts = np.zeros((num_values, num_classes), dtype=np.int64)
@@ -179,7 +181,7 @@ def shares_right_by(
 
 def _settings(task: Task) -> dict[str, Any]:
     settings: dict[str, Any] = {"task": task.name} | dataclasses.asdict(task)  # type: ignore[call-overload]
-    # Data that an earlier version drew otherwise from the same settings is not taken for this one's.
+    # Data that an earlier version of the generator drew from the same settings does not count.
     if hasattr(task, "version"):
         settings["version"] = task.version
     source = settings.get("source")

@@ -1,7 +1,7 @@
-"""Do two documents belong together? The published task, from its files, and one that stands in for it.
+"""Do two documents belong together? The published task, from its files, and a substitute for it.
 
 The published pairs are papers of the ACL Anthology Network (Radev et al. 2013), one citing the other or not. The
-stand-in asks whether two passages come from the same document, and takes any folder of texts.
+substitute asks whether two passages come from the same document, and takes any folder of texts.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class CitedPapers:
     parts = 2
 
     def make(self, progress: Progress) -> Splits:
-        """All three splits; a paper that stands in many pairs is kept once."""
+        """All three splits; a paper that is part of many pairs is stored once."""
         return {split: self._read(name, progress) for split, name in _AAN_FILES.items()}
 
     def _read(self, name: str, progress: Progress) -> Examples:
         path = Path(self.source).expanduser() / f"new_aan_pairs.{name}.tsv"
         if not path.is_file():
-            raise FileNotFoundError(f"source must hold {path.name}, which is not there: {path}")
+            raise FileNotFoundError(f"source must hold {path.name}; there is no {path}")
         writer = ExamplesWriter()
         known: dict[bytes, int] = {}
         with path.open("rb") as lines:
@@ -70,10 +70,10 @@ class CitedPapers:
 
 @dataclass(frozen=True)
 class SameDocument:
-    """A stand-in for the published pairs: do two passages come from the same document (1) or not (0)?
+    """A substitute for the published pairs: do two passages come from the same document (1) or not (0)?
 
-    No document serves in two splits. All passages are max_length bytes long, so that lengths say nothing about the
-    label; the two of one document do not overlap.
+    No document is part of two splits. All passages are max_length bytes long, so that lengths carry no information
+    about the label. Two passages of one document do not overlap.
 
     source        folder, or .zip file, with UTF-8 .txt files at any depth, each a document
     shortest      documents with fewer bytes are left out; at least 2 x max_length
@@ -102,7 +102,7 @@ class SameDocument:
             )
 
     def make(self, progress: Progress) -> Splits:
-        """All three splits; documents go to each in the proportion of its pairs, at least two to each."""
+        """All three splits; each gets documents in proportion to its pairs, and at least two."""
         documents = [text for text in _texts(Path(self.source).expanduser()) if len(text) >= self.shortest]
         counts = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         total = sum(counts.values())
@@ -118,7 +118,7 @@ class SameDocument:
             if split in shares:
                 documents = documents[shares[split] :] + documents[: shares[split]]
             splits[split] = self._pairs(own, count, Random(f"{self.seed} {split}"))
-            progress.tell(sum(made.num_examples for made in splits.values()), total)
+            progress.tell(sum(examples.num_examples for examples in splits.values()), total)
         return splits
 
     def _pairs(self, documents: list[bytes], count: int, random: Random) -> Examples:

@@ -24,8 +24,8 @@ class ReviewSentiment:
     source          the folder of the full data set (train/pos/*.txt and so on); a folder with train.jsonl and
                     test.jsonl, plain or .gz, whose lines have text and label; or the id of a Hugging Face data set with
                     these two columns, which needs the package datasets
-    num_validation  training reviews held out for validation; with 0 the test reviews serve for validation too, as
-                    published
+    num_validation  training reviews held out for validation; with 0 the test reviews are also the validation
+                    reviews, as published
     """
 
     source: str
@@ -126,7 +126,7 @@ def _from_hugging_face(name: str, split: str) -> Iterator[_Review]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"source {name!r} is no folder; to read it as a Hugging Face data set the package datasets is needed: "
-            "make install, in the folder of the clone",
+            "pip install datasets",
             name="datasets",
         ) from error
     for number, review in enumerate(datasets.load_dataset(name, split=split), 1):

@@ -1,4 +1,4 @@
-"""Answers in a text-to-text model's own words (T5, UnifiedQA, BART): greedy decoding of every input."""
+"""Answers that a text-to-text model writes (T5, UnifiedQA, BART): greedy decoding of every input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# UnifiedQA's answers are a few words; what goes on for longer is wrong anyway.
+# UnifiedQA's answers are a few words; a longer answer is wrong in any case.
 MAX_NEW_TOKENS = 32
 _MAX_BATCH_TOKENS = 4096
 
@@ -21,11 +21,11 @@ def generated_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_batch_tokens: int = _MAX_BATCH_TOKENS,
 ) -> Iterator[dict[int, str]]:
-    """For batches of inputs, longest first: their numbers and what the model writes, without special tokens.
+    """Yield the answers of one batch after another: number -> text without special tokens. Longest inputs come first.
 
     inputs  number -> text, see `unifiedqa.input_text`
 
-    Inputs of about one length share a batch, at most `max_batch_tokens` with padding.
+    Inputs of about equal length share a batch of at most `max_batch_tokens` tokens, padding included.
     """
     token_ids = {number: tokenizer(text)["input_ids"] for number, text in inputs.items()}
     for batch in batches_by_length({number: len(ids) for number, ids in token_ids.items()}, max_batch_tokens):
@@ -42,7 +42,7 @@ def generated_answers(
 
 
 def batches_by_length(lengths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
-    """Numbers, the longest first, in batches of at most so many tokens when all are padded to the longest.
+    """Numbers in batches of at most max_tokens tokens when padded to the longest of the batch; longest first.
 
     >>> batches_by_length({0: 3, 1: 7, 2: 4, 3: 3}, max_tokens=8)
     [[1], [2, 0], [3]]
@@ -56,7 +56,7 @@ def batches_by_length(lengths: Mapping[int, int], max_tokens: int) -> list[list[
 
 
 def share_in_longer_inputs(lengths: Sequence[int], k: float) -> float:
-    """Of the tokens of all inputs, how many stand in inputs of more than k tokens, where top-k attention is not full.
+    """The share of tokens in inputs of more than k tokens; in shorter inputs top-k attention is full attention.
 
     >>> share_in_longer_inputs([3, 7], k=3)
     0.7

@@ -1,4 +1,4 @@
-"""Choices scored by a decoder model: the log-likelihood of each as what follows the question."""
+"""Choices scored by a decoder model: the log-likelihood of each as the continuation of the question."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .prompts import Prompt
 
 # Keys in the cache of a batch, with prefix and a copy for every choice: 16,384 of SmolLM2-135M's take 750 MB.
 _MAX_CACHED_TOKENS = 16_384
-# What a call costs beside its tokens, in tokens: with SmolLM2-135M on one core 0.12 s, where a token takes 2.6 ms.
+# Fixed cost of a call, in tokens: with SmolLM2-135M on one core a call takes 0.12 s and a token 2.6 ms.
 _CALL_TOKENS = 48
 _NO_TARGET = -100
 
@@ -24,14 +24,14 @@ _NO_TARGET = -100
 def choice_log_likelihoods(
     model: Any, prompts: Mapping[int, Prompt], *, max_cached_tokens: int = _MAX_CACHED_TOKENS
 ) -> Iterator[dict[int, list[float]]]:
-    """For batches of prompts: their numbers, and the log-likelihood of each choice, summed over its tokens.
+    """Yield the scores of one batch of prompts after another: number -> log-likelihood of each choice, over its tokens.
 
     model    a causal transformers model
-    prompts  number -> prompt, in any order; longest first they are read
+    prompts  number -> prompt, in any order; the longest are read first
 
     Nothing is computed twice: a prefix is read once for all its prompts, a question once for all its choices. Only
-    questions of one length share a batch, and choices are padded behind their ends, where a causal model does not look.
-    What is computed is what the model would compute for each sequence by itself.
+    questions of equal length share a batch. Choices are padded at their ends, which a causal model does not see. The
+    result is the same as for each sequence by itself.
     """
     for prefix in dict.fromkeys(prompt.prefix for prompt in prompts.values()):
         cache = None
@@ -45,7 +45,7 @@ def choice_log_likelihoods(
 
 
 def batches(prompts: Mapping[int, Prompt], max_cached_tokens: int) -> list[list[int]]:
-    """Numbers of prompts whose contexts are equally long, the longest first.
+    """Numbers of prompts in batches whose contexts are equally long; longest first.
 
     >>> lengths = {0: 2, 1: 3, 2: 2, 3: 2}
     >>> batches({number: Prompt((), (1,) * length, ((1,), (2,))) for number, length in lengths.items()}, 12)
@@ -89,13 +89,13 @@ def _read_batch(model: Any, prefix_cache: Any, prompts: Sequence[Prompt]) -> lis
 
 
 def padded_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Which rows of these lengths to read together, each padded to the longest of its group, for the least work.
+    """Groups of rows to read together, each padded to the longest of its group, for the least work.
 
     >>> padded_groups([1, 9, 2, 400])
     [[3], [1, 2, 0]]
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    # (work, first row of the last group) for the first so many rows
+    # best[n] = (work, first row of the last group) for the n longest rows
     best = [(0, 0)]
     for end in range(1, len(order) + 1):
         best.append(min((best[s][0] + _CALL_TOKENS + (end - s) * lengths[order[s]], s) for s in range(end)))
@@ -109,13 +109,13 @@ def padded_groups(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """[R, L, V] and [R, L] to [R]"""
+    """Logits [R, L, V] and targets [R, L] -> summed log-likelihoods [R]."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none")
     return -losses.view_as(targets).sum(-1)
 
 
 def _rows_of(cache: Any, rows: Sequence[int]) -> Any:
-    """A cache of these rows of another, which stays as it is: caches replace tensors and never write into them."""
+    """A new cache with these rows of another, which stays as it is: caches replace tensors, never write into them."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(torch.tensor(rows))

@@ -1,10 +1,10 @@
-"""How a decoder model is asked: solved examples, then the question, then each choice as what might follow.
+"""How a decoder model is asked: solved examples, then the question, then each choice as a continuation.
 
     PASSAGE
     Question: TEXT
     Answer: ANSWER
 
-with an empty line between examples. Choices are never listed: a small model knows them by their words, not by letters.
+with an empty line between examples. Choices are never listed: a small model scores their words better than letters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from .questions import Question, examples_for
 
-# Changes with the wording, so that records tell answers to different prompts apart.
+# To be raised with every change of the wording: records of other prompts then count as other runs.
 PROMPT_VERSION = 1
 _BETWEEN_EXAMPLES = "\n\n"
 
@@ -24,9 +24,9 @@ _BETWEEN_EXAMPLES = "\n\n"
 class Prompt:
     """Token ids of one question.
 
-    prefix   the examples, the same for many questions; may be empty
-    context  the question up to where the answer begins
-    choices  what may follow, one entry a choice
+    prefix   the examples, shared by many questions; may be empty
+    context  the question up to the start of the answer
+    choices  the continuations, one entry a choice
     """
 
     prefix: tuple[int, ...]
@@ -35,12 +35,12 @@ class Prompt:
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest sequence."""
+        """Tokens of the longest sequence."""
         return len(self.prefix) + len(self.context) + max(map(len, self.choices))
 
 
 def question_text(question: Question) -> str:
-    """The question up to where the answer begins.
+    """The question up to the start of the answer.
 
     >>> question_text(Question("Who ate?", ("Bob",), passage="Bob ate."))
     'Bob ate.\\nQuestion: Who ate?\\nAnswer:'
@@ -74,7 +74,7 @@ def choice_prompts(
         shown = "".join(solved_text(e) + _BETWEEN_EXAMPLES for e in examples_for(question, examples, num_shots))
         if shown not in prefixes:
             prefixes[shown] = tuple(tokenizer(shown)["input_ids"]) if shown else ()
-        # What begins the text (a BOS token, say) is the prefix's, where there is one.
+        # A token that begins every text, such as BOS, belongs to the prefix if there is one.
         settings = {"add_special_tokens": not shown}
         asked = question_text(question)
         context = tokenizer(asked, **settings)["input_ids"]
@@ -92,7 +92,7 @@ def choice_prompts(
 
 
 def share_that_sees_more_keys(prompts: Sequence[Prompt], k: float) -> float:
-    """Of the tokens of questions and choices, how many see more than k keys: elsewhere top-k attention is full.
+    """The share of tokens of questions and choices that see more than k keys; for all others attention is full.
 
     >>> share_that_sees_more_keys([Prompt((7, 7), (1, 2, 3), ((4,), (5,)))], k=4)
     0.6

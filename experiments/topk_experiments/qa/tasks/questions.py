@@ -1,4 +1,4 @@
-"""What a question is, whatever file it came from."""
+"""A question and a set of questions, whatever file they were read from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ YES_OR_NO = ("yes", "no")
 class Question:
     """One question with its right answers.
 
-    answers        any of them is right; at least one
-    choices        the right answer is among them; empty where the answer is free
-    passage        text in which to look; empty where there is none
-    answer_starts  characters of the passage at which the answers begin; empty where the file does not say
-    is_yes_or_no   choices are yes and no, which nobody needs to be told
+    answers        right answers; at least one
+    choices        what to choose from, the right answer among them; empty for a free answer
+    passage        text that holds the answer; empty if there is none
+    answer_starts  characters of the passage at which the answers begin; empty if the file does not say
+    is_yes_or_no   whether the choices are yes and no; such choices are not listed in a prompt
 
     >>> Question("what?", ("a",), choices=("b", "c"))
     Traceback (most recent call last):
@@ -43,7 +43,7 @@ class Question:
 
     @property
     def correct(self) -> int:
-        """Which choice is right, from 0 on."""
+        """The number of the right choice, from 0."""
         return self.choices.index(self.answers[0])
 
     @property
@@ -52,13 +52,13 @@ class Question:
 
     @staticmethod
     def from_json(stored: dict[str, object]) -> Question:
-        """What `dataclasses.asdict` made, also by way of JSON."""
+        """A question from its `dataclasses.asdict`, also after a round trip through JSON."""
         return Question(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions and where they came from; `name` holds no folder names above the last."""
+    """Questions and the name of their source: file and folder, no folders above."""
 
     name: str
     questions: tuple[Question, ...]
@@ -68,7 +68,7 @@ class QuestionSet:
         return hashlib.sha256(json.dumps([asdict(question) for question in self.questions]).encode()).hexdigest()
 
     def describe(self) -> dict[str, str | int]:
-        """For records: the name, the content's hash, and how many there are."""
+        """For records: the name, the hash of the content and the number of questions."""
         return {"name": self.name, "sha256": self.sha256, "number": len(self.questions)}
 
     def shuffled(self, seed: int) -> list[Question]:
@@ -78,30 +78,32 @@ class QuestionSet:
         return questions
 
 
-def split_by_passage(some: QuestionSet, share: float, seed: int) -> tuple[QuestionSet, QuestionSet]:
-    """The set without, and with only, the questions about a share of its passages, drawn at random.
+def split_by_passage(questions: QuestionSet, share: float, seed: int) -> tuple[QuestionSet, QuestionSet]:
+    """Split a set by its passages: without a share of them, drawn at random, and with only these.
 
-    Questions about one passage stay together: a model must not be trained on what it is asked about later.
+    All questions about a passage stay together, so that no model is asked about a passage that it was trained on.
 
     Raises:
         ValueError: share is not between 0 and 1, or one side would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out must be between 0 and 1, got {share}")
-    passages = list(dict.fromkeys(question.passage for question in some.questions))
+    passages = list(dict.fromkeys(question.passage for question in questions.questions))
     random.Random(seed).shuffle(passages)
     held_out = set(passages[: round(share * len(passages))])
     sides = [
-        tuple(q for q in some.questions if (q.passage in held_out) == is_held_out) for is_held_out in (False, True)
+        tuple(q for q in questions.questions if (q.passage in held_out) == is_held_out) for is_held_out in (False, True)
     ]
     if not all(sides):
-        raise ValueError(f"{some.name} has {len(passages)} passages: a share of {share} leaves one side without any")
-    names = (f"{some.name} without {share:g} of its passages", f"{share:g} of the passages of {some.name}")
+        raise ValueError(
+            f"{questions.name} has {len(passages)} passages: a share of {share} leaves one side without any"
+        )
+    names = (f"{questions.name} without {share:g} of its passages", f"{share:g} of the passages of {questions.name}")
     return QuestionSet(names[0], sides[0]), QuestionSet(names[1], sides[1])
 
 
 def examples_for(question: Question, examples: Sequence[Question], number: int) -> tuple[Question, ...]:
-    """`number` of the examples, never the question itself.
+    """`number` of the examples, without the question itself.
 
     examples  twice as many: a question of the first half gets the second half, any other question the first
 

@@ -1,6 +1,6 @@
-"""Questions from files in the forms that question-answering sets are published in, or from the Hugging Face hub.
+"""Questions from files in the published forms of question-answering sets, or from the Hugging Face hub.
 
-The form is told from the content, never from a name:
+The content decides the form, never the name:
 
 - UnifiedQA's lines, see `unifiedqa`;
 - JSON or JSON lines of rows as the hub has them: ARC, OpenBookQA and CommonsenseQA (choices with labels and an
@@ -33,9 +33,9 @@ _MCTEST_ESCAPES = ((r"\newline", "\n"), (r"\tab", "\t"))
 
 
 def read_questions(source: str | Path) -> QuestionSet:
-    """All questions of a file, of the one data file in a folder, or of "ID:CONFIGURATION:SPLIT" on the hub.
+    """All questions of a file, of the only data file in a folder, or of "ID:CONFIGURATION:SPLIT" on the hub.
 
-    Of a folder's files one in UnifiedQA's form is taken only where there is no other, because it has lost its capitals.
+    A file in UnifiedQA's form is read only if the folder holds no other: it has lost its capitals.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -84,7 +84,7 @@ def _from_file(path: Path) -> Iterator[Question]:
         else:
             yield from _each(parse_line, "line", _lines(content))
     except _BAD_CONTENT as error:
-        raise ValueError(f"{path} is in no form of question file that is known here: {_words(error)}") from error
+        raise ValueError(f"{path} has none of the known forms of question files: {_words(error)}") from error
 
 
 def _from_objects(content: str) -> Iterator[Question]:
@@ -131,7 +131,7 @@ def _own_row(row: dict[str, Any]) -> Question:
 
 
 def _instruction_row(row: dict[str, Any]) -> Question:
-    """Question, blank line, numbered answers, blank line, what to answer with; answers count from 1."""
+    """Question, blank line, numbered answers from 1, blank line, the format of the answer."""
     body, found, _ = row["instruction"].rpartition("\n\nAnswer format:")
     before, numbered, listed = body.partition("\n\nAnswer1: ")
     if not found or not numbered:
@@ -142,7 +142,7 @@ def _instruction_row(row: dict[str, Any]) -> Question:
 
 
 def _labelled_row(row: dict[str, Any]) -> Question:
-    """Choices with labels, in either of two ways to write them, and the label of the right one."""
+    """Choices with labels, in either of two notations, and the label of the right one."""
     asked: Any = row.get("question_stem") or row["question"]
     choices: Any = row.get("choices")
     if isinstance(asked, dict):
@@ -179,7 +179,7 @@ def _squad_row(row: dict[str, Any]) -> Question:
     question, context = _text("question", row["question"]), row["context"]
     if not isinstance(context, str):
         raise ValueError(f"context must be text, got {context!r}")
-    # Unanswerable questions of SQuAD 2 have no answer; UnifiedQA wants these words.
+    # Unanswerable questions of SQuAD 2 have no answer; UnifiedQA expects these words.
     if not answers:
         return Question(question, ("<no answer>",), passage=context)
     return Question(question, tuple(answers), passage=context, answer_starts=tuple(starts))

@@ -1,9 +1,9 @@
-r"""A generated reading task: a paragraph of facts in words of a real text, and a question about one of them.
+r"""A generated reading task: a paragraph of facts in words of a real text, and a question about one fact.
 
     where is the anchor? \n the anchor of queequeg is in the cabin. the whale of ahab is in the ...	cabin
 
-Three kinds of question, "what", "where" and "who"; a model trained on two of them can be fine-tuned on the third.
-Whoever answers must find the right sentence and take a word from it: no word says what another is about.
+There are three kinds of question, "what", "where" and "who". A model trained on two of them can be fine-tuned on the
+third. To answer, a model must find the right sentence and take a word from it: words carry no hint of each other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Words:
-    """What facts are made of."""
+    """The words that facts are built from."""
 
     holders: tuple[str, ...]
     things: tuple[str, ...]
@@ -44,7 +44,7 @@ class Words:
 
     @staticmethod
     def of(text: str, number: int) -> Words:
-        """So many words of each kind: the most frequent of a text that have at least four letters.
+        """`number` words of each kind: the most frequent words of a text with at least four letters.
 
         Raises:
             ValueError: the text has too few.
@@ -66,15 +66,16 @@ def make_questions(
     seed: int,
     without: Collection[Question] = (),
 ) -> list[Question]:
-    """So many questions, each with a paragraph of its own.
+    """Generate questions, each with a paragraph of its own.
 
-    kinds  of question, in equal parts
-    facts  fewest and most of a paragraph; no holder, thing or place occurs twice in it
-    forms  of sentence that state facts, 1 to NUM_FORMS: with several, the words of a fact come in several orders
-    without  questions that are not asked again with the same paragraph
+    number   of questions
+    kinds    of question, in equal parts
+    facts    fewest and most facts of a paragraph; no holder, thing or place occurs twice in it
+    forms    number of sentence forms, 1 to NUM_FORMS: with several, the words of a fact come in several orders
+    without  questions with their paragraphs that must not occur again
 
     Raises:
-        ValueError: kinds, facts or forms do not fit, or there are hardly any questions beside those to leave out.
+        ValueError: kinds, facts or forms do not fit, or nearly every question is among those to leave out.
 
     >>> words = Words(("ahab", "bildad"), ("whale", "anchor"), ("cabin", "hold"))
     >>> (question,) = make_questions(words, 1, kinds=["where"], facts=(2, 2), forms=3, seed=1)
@@ -105,7 +106,7 @@ def make_questions(
 
 
 def share_right_at_random(questions: Sequence[Question]) -> float:
-    """How many of these questions one gets right who picks a fact of the paragraph at random, and the right word of it.
+    """The share of right answers by picking a random fact of the paragraph, and the right word of that fact.
 
     >>> share_right_at_random([Question("who?", ("x",), passage=passage) for passage in ("One.", "One. Another.")])
     0.75
@@ -114,7 +115,7 @@ def share_right_at_random(questions: Sequence[Question]) -> float:
 
 
 def _question(words: Words, kind: str, num_facts: int, forms: int, draw: random.Random) -> Question:
-    columns = (draw.sample(some, num_facts) for some in (words.holders, words.things, words.places))
+    columns = (draw.sample(kind_of_word, num_facts) for kind_of_word in (words.holders, words.things, words.places))
     facts = [dict(zip(("holder", "thing", "place"), parts, strict=True)) for parts in zip(*columns, strict=True)]
     passage = " ".join(draw.choice(_FACTS[:forms]).format(**fact) for fact in facts)
     text, answer = _ASKED[kind]

@@ -31,7 +31,7 @@ def normalised(answer: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 where the prediction is one of the answers after normalisation, otherwise 0.
+    """1 if the prediction is one of the answers after normalisation, otherwise 0.
 
     >>> exact_match("the Beatles!", ["Queen", "Beatles"])
     1.0
@@ -42,7 +42,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Harmonic mean of precision and recall of normalised words, repeated ones counted; the best over the answers.
 
-    Where the prediction or an answer is empty after normalisation, 1 if both are, otherwise 0.
+    If the prediction or an answer is empty after normalisation: 1 if both are, otherwise 0.
 
     >>> f1("in the city of Paris", ["Paris", "city of light"])
     0.5714285714285715
@@ -51,7 +51,8 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def mean_and_error(values: Sequence[float]) -> Mean:
-    """
+    """The mean of the values and its standard error.
+
     >>> mean_and_error([0.0, 1.0, 1.0, 0.0])
     Mean(value=0.5, error=0.28867513459481287)
     """

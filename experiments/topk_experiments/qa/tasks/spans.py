@@ -1,7 +1,7 @@
-"""Answers as stretches of the passage: what a BERT with a span head reads, learns and answers (Devlin et al. 2018).
+"""Answers as spans of the passage, by a BERT with a span head (Devlin et al. 2018).
 
-Question and passage share one input. A passage too long for it is read in windows that overlap, and the best stretch
-of all windows is the answer.
+Question and passage share one input. A passage that is too long is read in overlapping windows, and the best span of
+all windows is the answer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _MAX_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Window:
-    """What the model reads at once of one question.
+    """One input of the model: a question and a part of its passage.
 
-    question        its number
-    inputs          what the tokenizer made, by name
-    first, offsets  the passage's tokens begin at token `first` and cover these characters of it, [start, end)
+    question  number of the question
+    inputs    name -> output of the tokenizer
+    first     number of the passage's first token in the input
+    offsets   for each token of the passage its characters, [start, end)
     """
 
     question: int
@@ -46,7 +47,7 @@ def read_windows(
 ) -> list[Window]:
     """All windows of all questions, in their order.
 
-    stride  passage tokens that two windows share
+    stride  passage tokens that two neighbouring windows share
 
     Raises:
         ValueError: a question has no passage, or leaves no room for it.
@@ -55,7 +56,7 @@ def read_windows(
     for number, question in questions.items():
         if not question.passage:
             raise ValueError(f"a span model needs a passage to mark, this question has none: {question.text!r}")
-        # The question with its special tokens, what a window shares with the one before, and one token of its own.
+        # Room for the question with its special tokens, for the shared tokens, and for one new token.
         taken = len(tokenizer(question.text.strip())["input_ids"]) + 1 + stride + 1
         if taken > max_length:
             raise ValueError(f"max_length must be at least {taken} for {question.text!r}, got {max_length}")
@@ -77,7 +78,7 @@ def read_windows(
 
 
 def target_tokens(window: Window, question: Question) -> tuple[int, int]:
-    """First and last token of the first answer; (0, 0), the token before everything, where the window lacks a part.
+    """First and last token of the first answer; (0, 0), the first token of the input, if the window lacks a part.
 
     Raises:
         ValueError: the file does not say where the answer begins.
@@ -94,7 +95,7 @@ def target_tokens(window: Window, question: Question) -> tuple[int, int]:
 
 
 def pad_windows(windows: Sequence[Window], tokenizer: Any) -> dict[str, Tensor]:
-    """What the model takes, name -> [B, L]"""
+    """The model's inputs, name -> [B, L]."""
     return dict(tokenizer.pad([window.inputs for window in windows], return_tensors="pt"))
 
 
@@ -108,14 +109,14 @@ def marked_answers(
     stride: int = STRIDE,
     max_batch_tokens: int = _MAX_BATCH_TOKENS,
 ) -> Iterator[dict[int, str]]:
-    """For batches of questions, longest first: their numbers and the stretch of the passage with the highest score.
+    """Yield the answers of one batch of questions after another: number -> span with the highest score. Longest first.
 
     All windows of a question share a batch.
     """
     by_question: dict[int, list[Window]] = {}
     for window in read_windows(questions, tokenizer, max_length=max_length, stride=stride):
         by_question.setdefault(window.question, []).append(window)
-    lengths = {n: len(some) * max(w.num_tokens for w in some) for n, some in by_question.items()}
+    lengths = {n: len(of_question) * max(w.num_tokens for w in of_question) for n, of_question in by_question.items()}
     for batch in batches_by_length(lengths, max_batch_tokens):
         windows = [window for number in batch for window in by_question[number]]
         output = model(**pad_windows(windows, tokenizer))
@@ -130,9 +131,9 @@ def marked_answers(
 
 
 def best_span(window: Window, start_logits: Tensor, end_logits: Tensor) -> tuple[float, int, int]:
-    """The best sum of two logits [L] over all stretches of the window's passage of at most MAX_ANSWER_TOKENS tokens.
+    """The best sum of start and end logits [L] over all spans of at most MAX_ANSWER_TOKENS tokens of the passage.
 
-    Returns the sum, and first and last token counted from the passage's first.
+    Returns the sum, and first and last token of the span, counted from the first token of the passage.
     """
     passage = slice(window.first, window.first + len(window.offsets))
     sums = start_logits[passage, None] + end_logits[None, passage]  # [P, P]

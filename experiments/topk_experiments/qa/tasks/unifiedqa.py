@@ -19,7 +19,7 @@ _SPACES = re.compile(r"\s+")
 
 
 def input_text(question: Question) -> str:
-    r"""What the model reads.
+    r"""The input of the model.
 
     >>> print(input_text(Question("Which is a  fruit?", ("Apple",), choices=("Apple", "Stone"))))
     which is a fruit? \n (a) apple (b) stone
@@ -36,12 +36,12 @@ def input_text(question: Question) -> str:
 
 
 def target_text(question: Question) -> str:
-    """What the model should answer: the first answer, in lower case."""
+    """The target of the model: the first answer in lower case."""
     return in_lower_case(question.answers[0])
 
 
 def parse_line(line: str) -> Question:
-    r"""One line of a file. Further answers stand in further columns, or all of them as a JSON list in the second.
+    r"""The question in one line of a file. Several answers stand in several columns, or as a JSON list in the second.
 
     >>> parse_line('who ate it? \\n bob and ann ate.\t["bob", "ann"]').answers
     ('bob', 'ann')
@@ -64,7 +64,7 @@ def parse_line(line: str) -> Question:
 
 
 def in_lower_case(text: str) -> str:
-    """Lower case, every run of white space one space."""
+    """The text in lower case, with one space for every run of white space."""
     return _SPACES.sub(" ", text.strip()).lower()
 
 
@@ -87,7 +87,7 @@ def _listed(target: str) -> object:
 
 
 def _choices(part: str) -> tuple[str, ...]:
-    """The choices in a text that begins with "(a) " or "(A) "; empty where it does not, or where there is but one."""
+    """The choices of a text that begins with "(a) " or "(A) "; empty if it does not, or if there is only one."""
     if not part.lower().startswith("(a) "):
         return ()
     choices, rest = [], part[len("(a) ") :]

@@ -1,0 +1,219 @@
+"""Who computes the attention: this library's backends and their rivals, each as one function of tensors."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from topk_attention.functional import RelativeBias, topk_attention
+from topk_attention.nn import TopKAttention
+
+from ...rivals import PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
+from ...rivals.names import kept, split_backend
+from ...runs.turns import Method, Tensors, leaves
+from .works import Work
+
+# Query, key, value [1, H, L, D], with a learned bias its table [H, 2 L - 1], and a method's own weights -> [1, H, L, D]
+Attend = Callable[..., Tensor]
+
+_PERFORMER_FEATURES = 256
+_PROJECTIONS = ("query", "key", "value", "output")
+_WEIGHTS = tuple(f"{name}_projection.{part}" for name in _PROJECTIONS for part in ("weight", "bias"))
+
+
+def why_not(method: str, work: Work) -> str | None:
+    """Why a method cannot take its turn at this work here; None where it can."""
+    if method != "performer":
+        return None
+    if work.bias != "none" or work.dropout_p:
+        return "Performer has no scores to add a bias to and no weights to drop"
+    if work.is_causal:
+        return "performer-pytorch's causal attention needs another package's CUDA kernel to be of use"
+    try:
+        _fast_attention_class()
+    except ImportError as error:
+        return f"performer-pytorch cannot be imported ({error}); pip install --no-deps -r requirements-benchmark.txt"
+    return None
+
+
+def is_package(method: str, work: Work) -> bool:
+    """Whether the method is performer-pytorch, an approximation with features of its own."""
+    return method == "performer" and not work.is_causal
+
+
+def new_method(method: str, work: Work) -> Method:
+    """The method, ready for `new_inputs`.
+
+    method  "topk-BACKEND" or a name of `rivals.names.METHODS`. "performer" is the package performer-pytorch where the
+            attention is not causal, otherwise the one in `rivals`
+    """
+    name, backend = split_backend(method)
+    if name in ("topk", "query-chunks"):
+        k, backend = kept(method, work.k), backend or "chunked"
+        if work.projections:
+            return Method(_library_layer(work, k, backend))
+        return Method(functools.partial(run_topk, work, k, backend))
+    if name == "sdpa":
+        return Method(_layer(work, functools.partial(_sdpa, work)))
+    if is_package(name, work):
+        return Method(_fast_attention_class()(work.head_dim, nb_features=_PERFORMER_FEATURES))
+    return _rival(name, work)
+
+
+def new_inputs(work: Work) -> Tensors:
+    """Random tensors of an operation, in the order of `input_names`."""
+    shape = (1, work.num_heads, work.length, work.head_dim)
+    tensors: list[Tensor]
+    if work.projections:
+        width = work.num_heads * work.head_dim
+        tensors = [torch.randn(1, work.length, width)]
+        tensors += [parameter for _ in _PROJECTIONS for parameter in nn.Linear(width, width).parameters()]
+    else:
+        tensors = [torch.randn(shape) for _ in range(3)]
+    if work.bias == "learned":
+        tensors.append(torch.randn(work.num_heads, 2 * work.length - 1))
+    return tuple(tensors)
+
+
+def input_names(work: Work) -> list[str]:
+    """What errors call the tensors; a method's own weights come after them."""
+    names = ["x", *_WEIGHTS] if work.projections else ["query", "key", "value"]
+    return [*names, *(["bias"] if work.bias == "learned" else []), "sigma"]
+
+
+def heads_of(work: Work, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+    """Query, key and value [1, H, L, D] from the tensors of an operation, and the tensors after the projections."""
+    if not work.projections:
+        query, key, value, *others = tensors
+        return query, key, value, tuple(others)
+    x, others = tensors[0], list(tensors[9:])
+    query, key, value = (
+        F.linear(x, weight, bias).unflatten(-1, (work.num_heads, -1)).transpose(1, 2)
+        for weight, bias in zip(tensors[1:7:2], tensors[2:8:2], strict=True)
+    )
+    return query, key, value, tuple(others)
+
+
+def run_topk(
+    work: Work,
+    k: int | None,
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """`topk_attention` with the options of the work."""
+    return topk_attention(
+        query,
+        key,
+        value,
+        k=k,
+        bias=None if table is None else RelativeBias(table),
+        is_causal=work.is_causal,
+        dropout_p=work.dropout_p,
+        backend=backend,
+        query_chunk_size=work.chunk_size,
+        **options,
+    )
+
+
+def reference(method: str, work: Work) -> Callable[..., Tensor]:
+    """The right output, by the library's reference backend."""
+    return _layer(work, functools.partial(run_topk, work, kept(method, work.k), "reference"))
+
+
+def _layer(work: Work, attend: Attend) -> Callable[..., Tensor]:
+    """The attention, with projections around it where the work has them."""
+    if not work.projections:
+        return attend
+
+    def run(*tensors: Tensor) -> Tensor:
+        query, key, value, others = heads_of(work, tensors)
+        return F.linear(attend(query, key, value, *others).transpose(1, 2).flatten(2), *tensors[7:9])
+
+    return run
+
+
+def _library_layer(work: Work, k: int | None, backend: str) -> Callable[..., Tensor]:
+    """`TopKAttention`. It gets its weights with each call, so that its own take no memory."""
+    width = work.num_heads * work.head_dim
+    layer = TopKAttention(
+        *(nn.Linear(width, width, device="meta") for _ in _PROJECTIONS),
+        num_heads=work.num_heads,
+        k=k,
+        is_causal=work.is_causal,
+        dropout_p=work.dropout_p,
+        backend=backend,
+        query_chunk_size=work.chunk_size,
+    )
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        table = tensors[8:]
+        bias = RelativeBias(table[0]) if table else None
+        return functional_call(layer, dict(zip(_WEIGHTS, tensors[:8], strict=True)), (x,), {"bias": bias})
+
+    return run
+
+
+def _rival(name: str, work: Work) -> Method:
+    """A method of `rivals`, whose own weights come after the tensors of the work."""
+    baseline = new_attention(
+        name, head_dim=work.head_dim, num_features=work.num_features, query_chunk_size=work.chunk_size
+    )
+    weights = dict(baseline.named_parameters())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *own: Tensor) -> Tensor:
+        options = {"is_causal": work.is_causal, "dropout_p": work.dropout_p}
+        return functional_call(baseline, dict(zip(weights, own, strict=True)), (query, key, value), options)
+
+    truth = None
+    if isinstance(baseline, PerformerAttention | RandomFeatureAttention):
+        truth = _layer(work, functools.partial(_written_out, work, baseline))
+    stored = (lambda tensors: leaves((*tensors, *weights.values()))) if weights else leaves
+    return Method(_layer(work, attend), stored, truth)
+
+
+def _written_out(
+    work: Work,
+    baseline: PerformerAttention | RandomFeatureAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *own: Tensor,
+) -> Tensor:
+    """Attention with random features, every weight in memory."""
+    visible = torch.ones(work.length, work.length, dtype=torch.bool, device=query.device)
+    visible = visible.tril() if work.is_causal else visible
+    return random_feature_weights(baseline, query, key, visible=visible, sigma=own[0] if own else None) @ value
+
+
+def _sdpa(work: Work, query: Tensor, key: Tensor, value: Tensor, table: Tensor | None = None) -> Tensor:
+    # Windows of the table are the cheapest way to write it out: an index_select would hold an L x L index as well.
+    mask = None if table is None else table.unfold(1, work.length, 1).flip(1)  # [H, L, L]
+    if mask is not None and work.is_causal:
+        # In place, before a view of it is taken: autograd would copy the gradient of a view that changes.
+        mask.masked_fill_(torch.ones(mask.shape[1:], dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[None],
+        dropout_p=work.dropout_p,
+        is_causal=work.is_causal and mask is None,
+    )
+
+
+def _fast_attention_class() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses what Python and torch have since deprecated
+        from performer_pytorch import FastAttention
+    return FastAttention

@@ -1,0 +1,189 @@
+"""What is computed: sizes and options of attention, how much faster than PyTorch's it should be, and which points.
+
+The rounds are planned by their table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from topk_attention.functional.checks import check_count, check_dropout
+
+from ...rivals.names import METHODS, among, check_method, kept, method_of, on_backend, split_backend
+from ...runs.checks import check_at_least, check_one_of
+from ...runs.records import Json
+from .. import rounds
+from ..round_tables import Goal
+
+BIASES = ("none", "learned")
+# The fields of a work in the records of rounds, of layers and of chunk sizes.
+_FIELDS = ("num_heads", "length", "k", "is_causal", "bias", "dropout_p", "head_dim")
+_LAYER_FIELDS = ("length", "k", "num_features", "num_heads", "head_dim", "bias", "dropout_p", "projections")
+_CHUNK_FIELDS = ("chunk_size", "length", "k", "num_heads", "head_dim", "is_causal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Self-attention of one sequence in float32.
+
+    bias          "learned": one number per head and distance, which gets a gradient
+    projections   four square linear layers around it: its input is [1, L, H * D] instead of query, key and value
+                  [1, H, L, D]
+    num_features  of random features
+    chunk_size    queries that are handled at a time; None: what the method finds good
+    """
+
+    length: int
+    k: int = 128
+    num_heads: int = 12
+    head_dim: int = 64
+    is_causal: bool = False
+    bias: str = "none"
+    dropout_p: float = 0.0
+    projections: bool = False
+    num_features: int = 256
+    chunk_size: int | None = None
+    gradients_mib: ClassVar[float] = 0.0  # of weights: attention alone has none
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k)
+        if self.chunk_size is not None:
+            check_count("chunk-sizes", self.chunk_size)
+        check_dropout(self.dropout_p)
+        check_one_of(BIASES, self, "bias")
+        check_at_least(1, self, "length", "num_features", "num_heads", "head_dim")
+
+    def as_record(self) -> Json:
+        """The fields that distinguish a work of the operation alone."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    @property
+    def saved_mib(self) -> float:
+        """An int32 index and a float32 weight for each kept key."""
+        return 8 * min(self.k, self.length) * self.num_heads * self.length / 2**20
+
+    def __str__(self) -> str:
+        parts = [f"H = {self.num_heads}", f"L = {self.length:,}", f"k = {self.k}"]
+        if self.head_dim != 64:
+            parts.append(f"D = {self.head_dim}")
+        if self.is_causal:
+            parts.append("causal")
+        if self.bias != "none":
+            parts.append(f"{self.bias} relative bias")
+        if self.dropout_p:
+            parts.append(f"dropout {self.dropout_p:g}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Work, rounds.Setting):
+    """One method at one work: a causal layer's step, or in mode "forward" a pass of the attention for a chunk size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_setting()
+        check_method(self.method, LAYER_METHODS[1:])
+        method = method_of(self.method)
+        if self.bias != "none" and not method.takes_bias:
+            raise ValueError(f'bias must be "none" for {self.method}, got {self.bias!r}')
+        if self.dropout_p > 0 and method.is_random:
+            raise ValueError(
+                f"dropout must be 0 for {self.method}, which forms no weights to drop, got {self.dropout_p:g}"
+            )
+
+    def as_record(self) -> Json:
+        """The fields that distinguish this point from others, without settings that its method does not look at."""
+        fields = asdict(self) | {"k": kept(self.method, self.k)}
+        name, backend = split_backend(self.method)
+        if self.mode == "forward":
+            sizes = {field: fields[field] for field in _CHUNK_FIELDS}
+            return {"method": name if backend == "chunked" else self.method} | sizes | self.setting_record()
+        if not method_of(name).is_random:
+            fields["num_features"] = None
+        backend = "chunked" if name == "query-chunks" else backend
+        sizes = {field: fields[field] for field in _LAYER_FIELDS}
+        return {"implementation": name, "backend": backend} | sizes | self.setting_record()
+
+    def __str__(self) -> str:
+        chunks = "" if self.chunk_size is None else f", chunks of {self.chunk_size:,}"
+        return f"{self.method}, {super().__str__()}{chunks}"
+
+
+LAYER_METHODS = tuple(METHODS)  # "topk" first, whose points name its backend
+# In chunks of queries. "topk" is the backend in plain PyTorch; the compiled kernels of "topk-cpu" have no chunks.
+CHUNK_METHODS = {
+    "vanilla-chunks": "vanilla, a chunk of queries at a time",
+    "query-chunks": f"{METHODS['query-chunks'].description} (chunked)",
+    "topk": "top-k (chunked)",
+    "topk-cpu": "top-k (compiled kernels)",
+    "sdpa": METHODS["sdpa"].description,
+}
+
+_PLAIN = Work(num_heads=4, length=8192, k=64)
+_ROWS = {
+    "plain": (_PLAIN, Goal(2.0, 5.5)),
+    "long": (replace(_PLAIN, length=32768), Goal(2.3, 7.0)),
+    "causal": (replace(_PLAIN, is_causal=True), Goal(1.8, 5.0)),
+    "short": (replace(_PLAIN, num_heads=12, length=2048), Goal(1.0, 3.0)),
+    "large-k": (replace(_PLAIN, k=256), Goal(1.5, 3.5)),
+    "learned-bias": (replace(_PLAIN, bias="learned"), Goal(None, 15.0)),
+    "dropout": (replace(_PLAIN, dropout_p=0.1), Goal(None, 25.0)),
+}
+TABLE = {name: work for name, (work, _) in _ROWS.items()}
+GOALS = dict(_ROWS.values())
+LENGTHS = [replace(_PLAIN, length=2**exponent) for exponent in range(10, 18)]  # 1,024 to 131,072
+KS = [replace(_PLAIN, k=2**exponent) for exponent in range(3, 11)]  # 8 to 1,024
+
+
+def grid(lengths: Iterable[int], methods: Sequence[str], *args: Any, **settings: Any) -> list[Point]:
+    """Points of causal layers, as `rounds.grid` makes them; by default with projections.
+
+    >>> [(point.length, point.method, point.k) for point in grid([512], ["topk-chunked", "sdpa"], [64, 32])]
+    [(512, 'topk-chunked', 32), (512, 'topk-chunked', 64), (512, 'sdpa', 32)]
+    """
+    for method in methods:
+        check_method(method, LAYER_METHODS, argument="implementations")
+    settings = {"is_causal": True, "projections": True} | settings
+    return rounds.grid(Point, "length", lengths, methods, *args, **settings)
+
+
+def able_to(bias: str, dropout_p: float) -> list[str]:
+    """The methods that can do a bias and dropout; top-k also with the backend in plain PyTorch.
+
+    >>> able_to("learned", 0.0)
+    ['topk', 'topk-chunked', 'query-chunks', 'sdpa']
+    """
+    takes_bias, is_random = (True if bias != "none" else None), (False if dropout_p > 0 else None)
+    topk, *others = among(LAYER_METHODS, takes_bias=takes_bias, is_random=is_random)
+    return [topk, "topk-chunked", *others]
+
+
+def bias_and_dropout(k: int = 128, **settings: Any) -> list[Point]:
+    """Causal points at the two works of the table for which PyTorch's attention on a CPU takes an L x L path."""
+    points: list[Point] = []
+    for work in (TABLE["learned-bias"], TABLE["dropout"]):
+        settings |= {"num_heads": work.num_heads, "bias": work.bias, "dropout_p": work.dropout_p}
+        points += grid([work.length], ["topk", "sdpa"], [k], projections=False, **settings)
+    return points
+
+
+def chunk_grid(methods: Iterable[str], chunk_sizes: Sequence[int], length: int = 32768, **settings: Any) -> list[Point]:
+    """Points of forward passes: one for each method and chunk size, smallest first; one for a method without chunks.
+
+    methods  names of CHUNK_METHODS
+
+    >>> [(point.method, point.chunk_size) for point in chunk_grid(["topk", "sdpa"], [256, 128])]
+    [('topk-chunked', 128), ('topk-chunked', 256), ('sdpa', None)]
+    """
+    points = []
+    for name in dict.fromkeys(methods):
+        if name not in CHUNK_METHODS:
+            raise ValueError(f"methods must be among {', '.join(CHUNK_METHODS)}, got {name!r}")
+        has_chunks = method_of(name).has_chunks and name != "topk-cpu"
+        for size in sorted(set(chunk_sizes)) if has_chunks else [None]:
+            points.append(
+                Point(method=on_backend(name, "chunked"), mode="forward", length=length, chunk_size=size, **settings)
+            )
+    return points

@@ -1,0 +1,80 @@
+"""Who computes the layer: this library's backends, PyTorch's dense layer, and the paper's own forms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from topk_attention.backends.activations import activate
+from topk_attention.functional import topk_feed_forward
+
+from ...rivals.feed_forward import in_chunks, sparse_topk_feed_forward
+from ...rivals.names import TOPK, kept
+from ...runs.turns import Method, Tensors, leaves
+from .works import PAPERS, Work
+
+
+def why_not(method: str, work: Work) -> str | None:
+    """Why a method cannot do a work, None where it can."""
+    return "it is written for layers without a gate" if method in PAPERS and work.is_gated else None
+
+
+def new_method(method: str, work: Work) -> Method:
+    """The method, ready for `new_inputs`: x [T, C], w_in [F, C], w_out [C, F] and, if gated, w_gate [F, C]."""
+    # In the records of rounds, the dense layer is "dense"; in those of layers it is "vanilla".
+    dense = functools.partial(_dense, work)
+    match method:
+        case "dense" | "vanilla":
+            return Method(dense)
+        case "token-chunks":
+            return Method(functools.partial(_topk, work, None, "chunked"))
+        case "dense-chunks" | "vanilla-chunks":
+            return Method(in_chunks(dense, paper_chunk(work.tokens)))
+        case "topk-torch-sparse":
+            sparse = functools.partial(sparse_topk_feed_forward, k=work.k, activation=work.activation)
+            return Method(in_chunks(sparse, paper_chunk(work.tokens)), by_neuron)
+    return Method(functools.partial(_topk, work, work.k, method.removeprefix(TOPK)), by_neuron)
+
+
+def reference(method: str, work: Work) -> Callable[..., Tensor]:
+    """The right output, by the library's reference backend."""
+    return functools.partial(_topk, work, kept(method, work.k), "reference")
+
+
+def by_neuron(tensors: Tensors) -> Tensors:
+    """The same tensors, w_out stored neuron by neuron as `TopKFeedForward` keeps it; all require a gradient."""
+    x, w_in, w_out, *w_gate = tensors
+    return leaves((x, w_in, w_out.t().contiguous().t(), *w_gate))
+
+
+def paper_chunk(tokens: int) -> int:
+    """Tokens of a chunk: the same part of all as the paper's 16,384 of 262,144.
+
+    >>> paper_chunk(4096)
+    256
+    """
+    return max(1, tokens // 16)
+
+
+def new_inputs(work: Work) -> Tensors:
+    """x, w_in, w_out and w_gate: random weights as nn.Linear holds them; rows of pre-activations have variance 1."""
+    weights = [(work.d_ff, work.d_model), (work.d_model, work.d_ff), (work.d_ff, work.d_model)]
+    shapes = weights if work.is_gated else weights[:2]
+    return torch.randn(work.tokens, work.d_model), *(torch.randn(shape).div_(shape[1] ** 0.5) for shape in shapes)
+
+
+def _topk(
+    work: Work, k: int | None, backend: str, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None
+) -> Tensor:
+    """`topk_feed_forward` with the options of the work."""
+    return topk_feed_forward(x, w_in, w_out, k=k, w_gate=w_gate, activation=work.activation, backend=backend)
+
+
+def _dense(work: Work, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None) -> Tensor:
+    if w_gate is None:
+        return F.linear(activate(F.linear(x, w_in), work.activation), w_out)
+    return F.linear(activate(F.linear(x, w_gate), work.activation) * F.linear(x, w_in), w_out)

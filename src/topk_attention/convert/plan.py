@@ -1,0 +1,191 @@
+"""The plan of a conversion: which k each layer gets, and why the others get none. It changes nothing in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..functional.checks import as_k
+from . import position_bias
+from .report import ReportEntry
+from .settings import ALL, K, ModelSettings
+from .sites import AttentionSite, FeedForwardSite
+
+Where = Callable[[str, nn.Module], bool]
+EntryK = K | Sequence[int] | Tensor | None
+AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The k of both kinds of layer, None where the layers of a kind stay as they are, and their backends."""
+
+    attention_k: AnyK | None
+    feed_forward_k: AnyK | None
+    attention_backend: str
+    feed_forward_backend: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen at each site. A kind of layer that stays as it is has no entries."""
+
+    attention: list[tuple[AttentionSite, ReportEntry]]
+    feed_forward: list[tuple[FeedForwardSite, ReportEntry]]
+    not_found: tuple[str, ...]  # kinds of layer that a k is given for and of which the model has none
+
+    unknown: tuple[ReportEntry, ...] = ()  # layers that hold attention or a network in a form that nothing here knows
+
+    @property
+    def entries(self) -> tuple[ReportEntry, ...]:
+        return (*(entry for _, entry in [*self.attention, *self.feed_forward]), *self.unknown)
+
+    def with_unknown(self, entries: Sequence[ReportEntry]) -> Plan:
+        """The plan with those of these layers whose kind was asked for."""
+        kinds = {
+            "attention" if isinstance(site, AttentionSite) else "feed_forward"
+            for site, _ in (*self.attention, *self.feed_forward)
+        }
+        kinds |= {kind.replace("-", "_") for kind in self.not_found}
+        listed = tuple(entry for entry in entries if entry.kind in kinds)
+        named = {entry.kind.replace("_", "-") for entry in listed}
+        return replace(self, unknown=listed, not_found=tuple(kind for kind in self.not_found if kind not in named))
+
+
+def wanted_by_config(
+    model: nn.Module,
+    config: Any,
+    attention: Sequence[AttentionSite],
+    feed_forward: Sequence[FeedForwardSite],
+    backend: str | None,
+) -> Wanted:
+    """What a saved model remembers of its conversion."""
+    stored = ModelSettings.from_config(config)
+    if stored is None:
+        raise ValueError(
+            "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
+        )
+    prefix = prefix_of(model)
+    return Wanted(
+        _with_prefix(stored.attention_k, [site.path for site in attention], prefix) or None,
+        _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
+        backend or stored.attention_backend,
+        backend or stored.feed_forward_backend,
+    )
+
+
+def make_plan(
+    attention: Sequence[AttentionSite],
+    feed_forward: Sequence[FeedForwardSite],
+    wanted: Wanted,
+    where: Where | None,
+) -> Plan:
+    """Decide for each site, and raise where a k does not fit, before anything changes."""
+    attention_plan: list[tuple[AttentionSite, ReportEntry]] = []
+    feed_forward_plan: list[tuple[FeedForwardSite, ReportEntry]] = []
+    not_found = []
+    if wanted.attention_k is not None:
+        attention_plan = _plan_attention(attention, wanted.attention_k, where)
+        not_found += [] if attention_plan else ["attention"]
+    if wanted.feed_forward_k is not None:
+        feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, where)
+        not_found += [] if feed_forward_plan else ["feed-forward"]
+    return Plan(attention_plan, feed_forward_plan, tuple(not_found))
+
+
+def _plan_attention(
+    sites: Sequence[AttentionSite], k: AnyK, where: Where | None
+) -> list[tuple[AttentionSite, ReportEntry]]:
+    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
+    per_path = _k_per_path("attention_k", k, [site.path for site in chosen], _obstacles(sites))
+    plan = []
+    for site in sites:
+        layer_k = per_path.get(site.path)
+        if site.obstacle is not None:
+            reason = site.obstacle
+        elif layer_k is None:
+            reason = "attention_k has no entry for it" if site in chosen else "not picked by where="
+        else:
+            if isinstance(layer_k, tuple) and site.num_heads is not None and len(layer_k) != site.num_heads:
+                raise ValueError(
+                    f"attention_k for {site.path} must hold one int for each of its {site.num_heads} heads, "
+                    f"got {len(layer_k)}"
+                )
+            reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
+            if position_bias.builds_bias_in_full(site.module):
+                reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
+        plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
+    return plan
+
+
+def _plan_feed_forward(
+    sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
+) -> list[tuple[FeedForwardSite, ReportEntry]]:
+    chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
+    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen], _obstacles(sites))
+    plan = []
+    for site in sites:
+        layer_k = per_path.get(site.path)
+        if isinstance(layer_k, tuple):
+            raise TypeError(f"feed_forward_k for {site.path} must be an int, got {list(layer_k)}")
+        if layer_k is not None:
+            reason = f"k = {layer_k} of {site.num_neurons} neurons"
+        elif site.obstacle is not None:
+            reason = site.obstacle
+        else:
+            reason = "feed_forward_k has no entry for it" if site in chosen else "not picked by where="
+        plan.append((site, ReportEntry(site.path, "feed_forward", layer_k, reason)))
+    return plan
+
+
+def _obstacles(sites: Sequence[AttentionSite | FeedForwardSite]) -> dict[str, str]:
+    return {site.path: site.obstacle for site in sites if site.obstacle is not None}
+
+
+def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, K]:
+    """The k of each of the paths. `obstacles` says of other paths why their layers cannot be replaced."""
+    entries: dict[str, Any]
+    if isinstance(k, Mapping):
+        unknown = sorted(set(k) - set(paths))
+        if reason := next((obstacles[path] for path in unknown if path in obstacles), None):
+            raise ValueError(f"{name} names layers that cannot be replaced ({reason}): {', '.join(unknown)}")
+        if unknown:
+            raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
+        entries = dict(k)
+    elif isinstance(k, list | tuple | Tensor) and not _is_one_number(k):
+        if len(k) != len(paths):
+            raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
+        entries = dict(zip(paths, k, strict=True))
+    else:
+        _as_k(name, k)  # also where there is no layer
+        entries = dict.fromkeys(paths, k)
+    return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
+
+
+def _is_one_number(k: object) -> bool:
+    return isinstance(k, Tensor) and k.ndim == 0
+
+
+def _as_k(name: str, entry: Any) -> K:
+    k = as_k(name, entry)
+    return ALL if k is None else k
+
+
+def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
+    """Stored k by the model's own paths. A checkpoint loads with or without a head, so it is stored without the prefix
+    of the base model."""
+    by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
+    # A checkpoint also loads in part, for example without its decoder. Every part that the model has must be complete.
+    parts = {name.split(".")[0] for name in by_name}
+    wanted = {name: k for name, k in stored.items() if name.split(".")[0] in parts}
+    if unknown := sorted(set(wanted or stored) - set(by_name)):
+        raise ValueError(f"the model's configuration names layers that do not exist: {', '.join(unknown)}")
+    return {by_name[name]: k for name, k in wanted.items()}
+
+
+def prefix_of(model: nn.Module) -> str:
+    """The name under which a model with a head holds its base model."""
+    return getattr(model, "base_model_prefix", "")

@@ -1,0 +1,79 @@
+"""Every layer that holds attention or a feed-forward network is in the report, with the true reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from topk_attention import convert
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_experts_are_listed():
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
+    )
+    report = convert(model, attention_k=4, feed_forward_k=4)
+    assert [entry.path for entry in report.skipped] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert report.skipped[0].reason == (
+        "transformers.models.mixtral.modeling_mixtral.MixtralExperts holds the weights of all its experts in tensors "
+        "of three axes, and these have no top-k form"
+    )
+    assert report.not_found == ()
+    assert len(convert(model, attention_k=4).entries) == 2  # of the kind that was asked for alone
+
+
+def test_gate_and_up_in_one_matrix_are_named():
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES, num_key_value_heads=2))
+    report = convert(model, attention_k=4, feed_forward_k=4)
+    assert [entry.path for entry in report.skipped] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert "Phi3MLP holds gate and up in one matrix, gate_up_proj, and this" in report.skipped[0].reason
+
+
+def test_an_activation_that_no_configuration_names_is_known_by_its_values():
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4)
+    model, tokens = transformers.OpenAIGPTLMHeadModel(config).eval(), torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        report = convert(model, feed_forward_k=128)
+        torch.testing.assert_close(model(tokens).logits, expected)
+    assert [entry.path for entry in report.replaced] == ["transformer.h.0.mlp"]
+
+
+@pytest.mark.parametrize("name", ["LongT5", "PegasusX"])
+def test_hand_written_attention_beside_converted_layers_is_listed(name):
+    if name == "LongT5":
+        config = transformers.LongT5Config(
+            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, local_radius=4
+        )
+        model, path = transformers.LongT5Model(config), "encoder.block.0.layer.0.LocalSelfAttention"
+    else:
+        sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "block_size": 8, "num_global_tokens": 4}
+        model = transformers.PegasusXModel(transformers.PegasusXConfig(vocab_size=97, d_model=32, **sizes, **heads))
+        path = "encoder.layers.0.self_attn"
+    report = convert(model, attention_k=4, feed_forward_k=6)
+    reasons = {entry.path: entry.reason for entry in report.skipped if entry.kind == "attention"}
+    assert list(reasons) == [path]
+    assert "computes attention in its own code and does not ask transformers' attention interface" in reasons[path]
+
+
+def test_no_trial_runs_where_no_network_was_asked_for(monkeypatch):
+    from topk_attention.convert import network_module
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    monkeypatch.setattr(network_module, "_is_plain", lambda *_: pytest.fail("a trial"))
+    convert(model, attention_k=4)
+
+
+def test_a_network_whose_trial_fails_is_skipped_with_the_error():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = transformers.MoshiForCausalLM(transformers.MoshiConfig(vocab_size=99, ffn_dim=48, head_dim=8, **sizes))
+    training = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match=r"MoshiGatingMLP could not be tried, RuntimeError: mat1 and mat2 shapes"):
+        convert(model, feed_forward_k=4)
+    assert [module.training for module in model.modules()] == training

@@ -48,7 +48,9 @@ def test_without_a_way_to_reset_the_peak_the_record_says_so(monkeypatch):
         torch.ones(16 * 2**20)
     result = meter.read()
     assert result.method == "peak of the whole process: an upper bound"
-    assert result.total_peak_mib >= resident_mib() > 0
+    # Linux counts resident pages for each processor and adds them up later: two readings differ by a few dozen pages.
+    assert result.total_peak_mib >= resident_mib() - 1
+    assert result.total_peak_mib >= 64  # the tensor
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

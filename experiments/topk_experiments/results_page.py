@@ -224,7 +224,11 @@ def _records(out: Path, section: Section) -> str:
     listed = []
     for path in _files(out, section, ".jsonl", ".json"):
         text = path.read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
+        lines = list(filter(str.strip, text.split("\n"))) if path.suffix == ".jsonl" else [text]
+        try:
+            records = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise ValueError(f"{path} holds something else than records: {error}") from error
         places = [_environment(record) for record in records]
         commits = ", ".join(dict.fromkeys(str(place["commit"]) for place in places if place.get("commit")))
         number = f"{counted(len(records), 'record')}{f', commit {commits}' if commits else ''}"

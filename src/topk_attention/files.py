@@ -16,6 +16,24 @@ def write_whole(path: Path, content: str | bytes) -> None:
     partial.replace(path)
 
 
+def check_writable(name: str, path: Path) -> None:
+    """Raise unless a file can be written there, before the work whose result it will hold. Folders are made.
+
+    Raises:
+        OSError: the file, or a folder above it, cannot be written; the message has the option's `name`.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} must be a file, got the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
+        path.open("ab").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise type(error)(f"{name} cannot be written: {path} ({error.strerror})") from error
+
+
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Append one record to a file, as one line of JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -342,6 +342,8 @@ def test_the_package_imports_and_works_without_its_kernels(tmp_path):
     done = run_copied_package(tmp_path, WITHOUT_KERNELS)()
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+    assert done.stderr.count("UserWarning: topk_attention runs without its compiled kernels") == 1
+    assert "pip install --no-build-isolation ." in done.stderr
 
 
 def test_kernels_that_do_not_load_are_a_reason_and_no_error(tmp_path):

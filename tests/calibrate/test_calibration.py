@@ -373,10 +373,11 @@ def test_a_module_that_is_no_transformers_model_is_named(batches):
     ("target", "error", "message"),
     [
         (64, TypeError, "target must be MeanK, LostMass or LossIncrease, got int"),
-        (MeanK(0.5), ValueError, "mean_k must be at least 1, got 0.5"),
-        (MeanK(25), ValueError, "mean_k must be between 1 and 24, the largest k that was measured, got 25"),
-        (LostMass(1), ValueError, "bound must be a share of the mass between 0 and 1, got 1"),
-        (LossIncrease(0), ValueError, "bound must be above 0 nats per token, got 0"),
+        (
+            MeanK(25),
+            ValueError,
+            "mean_k must be at most 24, the tokens of the longest batch.* got 25",
+        ),
     ],
 )
 def test_a_bad_target_is_named_and_leaves_the_model_alone(target, error, message, batches):
@@ -385,6 +386,39 @@ def test_a_bad_target_is_named_and_leaves_the_model_alone(target, error, message
     with pytest.raises(error, match=message):
         calibrate(model, batches, target=target)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("number", [0.5, 0, -1, float("nan")])
+def test_a_target_out_of_range_cannot_be_made(number):
+    with pytest.raises(ValueError, match=f"mean_k must be at least 1, got {number:g}"):
+        MeanK(number)
+    with pytest.raises(ValueError, match="bound must be a share of the mass between 0 and 1, got"):
+        LostMass(2 * number)
+    with pytest.raises(ValueError, match=r"bound must be above 0 nats per token, got"):
+        LossIncrease(-abs(number))
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (torch.zeros(2, 8, dtype=torch.long), TypeError, "batches must be a list of batches, got one Tensor"),
+        ({"input_ids": torch.zeros(2, 8)}, TypeError, "batches must be a list of batches, got one dict"),
+        ("a text", TypeError, "batches must be a list of batches, got one str"),
+        (["a text"], TypeError, r"batches\[0\] must be token ids .* got str; a tokenizer makes them from text"),
+        ([torch.zeros(8, dtype=torch.long)], ValueError, r"batches\[0\] must have shape \[B, N\], got \[8\]; give it"),
+        ([torch.zeros(2, 8)], TypeError, r"batches\[0\] must hold whole numbers, got torch.float32"),
+        ([{"input_ids": torch.zeros(2, 8)}], TypeError, r"batches\[0\]\['input_ids'\] must hold whole numbers"),
+        (
+            [{"ids": torch.zeros(2, 8)}],
+            TypeError,
+            r"batches\[0\] must hold a tensor under one of .* got ids",
+        ),
+        ([], ValueError, "batches must hold at least one batch of token ids, got none"),
+    ],
+)
+def test_wrong_batches_are_refused_before_the_model_reads_one(batches, error, message):
+    with pytest.raises(error, match=message):
+        calibrate(tiny_llama(), batches, target=MeanK(2))
 
 
 def test_a_bad_feed_forward_target_is_named(batches):

@@ -67,6 +67,10 @@ def test_neurons_are_chosen_too_where_asked(arguments, tmp_path):
         (["--tokens", "1"], "tokens must be at least 2, got 1"),
         (["--windows", "0"], "windows must be at least 1, got 0"),
         (["--lost-mass", "0.1"], "give one of --mean-k, --lost-mass and --loss-increase, got several"),
+        (["--mean-k", "-1"], "mean_k must be at least 1, got -1"),
+        (["--mean-k", "0"], "mean_k must be at least 1, got 0"),
+        (["--mean-k", "1000"], "mean-k must be at most 64, the tokens of a window, where it is full attention"),
+        (["--feed-forward-mean-k", "0"], "mean_k must be at least 1, got 0"),
         (["--text", "/no/such/text.txt"], "text file not found: /no/such/text.txt"),
     ],
 )
@@ -87,3 +91,14 @@ def test_a_folder_that_is_not_a_model_is_refused_with_one_line_and_status_2(argu
     (line,) = result.output.splitlines()
     assert line.startswith("error: ")
     assert "not a model" in line
+
+
+def test_an_out_that_cannot_be_written_is_named_before_anything_is_measured(arguments, tmp_path, monkeypatch):
+    from topk_attention.cli import calibration
+
+    monkeypatch.setattr(calibration, "measure", None)
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert (result.exit_code, f"error: out must be a file, got the folder {tmp_path}" in result.output) == (2, True)
+    (tmp_path / "file").write_text("")
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "file" / "k.json")])
+    assert (result.exit_code, "error: out cannot be written: " in result.output) == (2, True)

@@ -40,4 +40,6 @@ def test_without_the_packages_it_needs_the_command_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None\nfrom topk_attention.cli import app; app()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: typer is not installed; pip install 'topk-attention[cli]'\n"
+    assert done.stderr == (
+        "error: typer is not installed; in the folder of the clone: pip install --no-build-isolation '.[cli]'\n"
+    )

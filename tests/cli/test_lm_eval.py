@@ -178,7 +178,9 @@ def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
     harness.register.cache_clear()
     result = runner.invoke(app, ["lm-eval", "--help"])
     assert result.exit_code == 2
-    assert result.output == "error: lm_eval is not installed; pip install 'topk-attention[lm-eval]'\n"
+    assert result.output == (
+        "error: lm_eval is not installed; in the folder of the clone: pip install --no-build-isolation '.[lm-eval]'\n"
+    )
 
 
 REAL = """
@@ -209,7 +211,7 @@ run("hf-topk", f"pretrained={converted}")
 
 def test_the_real_harness_finds_the_same_by_every_way_to_choose_k(tiny_model, tmp_path):
     if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-eval is not installed: pip install 'topk-attention[lm-eval]'")
+        pytest.skip("lm-eval is not installed: pip install --no-build-isolation '.[lm-eval]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from topk_attention import convert

@@ -63,8 +63,8 @@ def test_bad_options_are_named_and_leave_the_model_as_it_was(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"attention_k": True}, r"attention_k must be an int, got bool True"),
-        ({"attention_k": "many"}, r"attention_k must be an int, got str 'many'"),
+        ({"attention_k": True}, r'attention_k must be an int, one int per head, "all" or None, got bool True'),
+        ({"attention_k": "many"}, r"attention_k must be an int, .* got str 'many'"),
         ({"feed_forward_k": [[1, 2], 3]}, r"feed_forward_k for model.layers.0.mlp must be an int, got \[1, 2\]"),
     ],
 )
@@ -297,3 +297,24 @@ def test_each_call_decides_anew_for_the_kind_it_names():
     assert model.config.topk_attention["attention_backend"] == "reference"
     assert model.config.topk_attention["feed_forward_backend"] == "auto"
     assert len(model.config.topk_attention["attention_k"]) == 2
+
+
+@pytest.mark.parametrize(
+    "k",
+    [
+        [8, [4, 2, 4, 2]],
+        (8, (4, 2, 4, 2)),
+        [torch.tensor(8), torch.tensor([4, 2, 4, 2])],
+        {"model.layers.0.self_attn": 8, "model.layers.1.self_attn": torch.tensor([4, 2, 4, 2])},
+    ],
+    ids=str,
+)
+def test_k_of_a_layer_is_what_topk_attention_takes(k):
+    model = tiny_llama()
+    report = convert(model, attention_k=k)
+    assert [entry.k for entry in report.replaced] == [8, (4, 2, 4, 2)]
+
+
+def test_a_tensor_of_k_has_one_entry_per_layer_and_none_leaves_a_layer():
+    assert [entry.k for entry in convert(tiny_llama(), attention_k=torch.tensor([8, 3])).replaced] == [8, 3]
+    assert [entry.k for entry in convert(tiny_llama(), attention_k=[None, 3]).replaced] == [3]

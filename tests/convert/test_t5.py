@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -48,6 +50,46 @@ def test_a_cache_of_either_kind_keeps_the_offsets(build, cache):
     convert(model, attention_k=4)
     expected = model.generate(**inputs, **options, use_cache=False)
     assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), expected)
+
+
+def with_cache_argument(model, name):
+    """The model whose attention layers take the cache under this name, as another version of transformers writes it."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    parameters = inspect.signature(T5Attention.forward).parameters
+    own = "cache" if "cache" in parameters else "past_key_values"
+
+    def renamed(kwargs, old, new):
+        return {new if key == old else key: value for key, value in kwargs.items()}
+
+    class Attention(T5Attention):
+        @functools.wraps(T5Attention.forward)
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **renamed(kwargs, name, own))
+
+    Attention.forward.__signature__ = inspect.Signature(
+        [p.replace(name=name) if p.name == own else p for p in parameters.values()]
+    )
+    for module in model.modules():
+        if type(module) is T5Attention:
+            module.__class__ = Attention
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, renamed(kwargs, own, name)), with_kwargs=True
+            )
+    return model
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "a_name_of_the_future"])
+def test_the_offsets_stay_right_whatever_transformers_calls_the_cache(name):
+    model, inputs = tiny_t5().double(), inputs_of(FAMILIES["t5"])
+    tokens = inputs.pop("decoder_input_ids")
+    with_cache_argument(model, name)
+    with torch.no_grad():
+        whole = model(**inputs, decoder_input_ids=tokens).logits
+        convert(model, attention_k=1000)
+        cache = model(**inputs, decoder_input_ids=tokens[:, :6], use_cache=True).past_key_values
+        rest = model(**inputs, decoder_input_ids=tokens[:, 6:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 6:])
 
 
 def test_beams_read_an_encoders_output_that_was_computed_before():

@@ -92,3 +92,8 @@ def test_k_may_be_any_sequence_of_ints():
     expected = topk_attention(query, query, query, k=[1, 2, 3])
     for k in (range(1, 4), (1, 2, 3), torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]).numpy()):
         assert torch.equal(topk_attention(query, query, query, k=k), expected)
+
+
+def test_all_is_none():
+    query = torch.randn(1, 3, 5, 4)
+    assert torch.equal(topk_attention(query, query, query, k="all"), topk_attention(query, query, query, k=None))

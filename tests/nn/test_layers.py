@@ -119,3 +119,13 @@ def test_layers_print_their_k():
     assert "k=5, num_heads=4" in repr(TopKAttention(*projections(24), num_heads=4, k=5))
     dense = Dense(gated=False)
     assert "k=7, activation='relu'" in repr(TopKFeedForward(dense.up, dense.down, k=7))
+
+
+def test_a_k_that_does_not_fit_the_heads_is_refused_when_the_layer_is_made():
+    projections = [nn.Linear(8, 8) for _ in range(4)]
+    with pytest.raises(ValueError, match="k must hold one number for each of the 2 query heads, got 3"):
+        TopKAttention(*projections, num_heads=2, k=[1, 2, 3])
+    with pytest.raises(TypeError, match="k must be an int, one int per head"):
+        TopKAttention(*projections, num_heads=2, k=2.5)
+    assert TopKAttention(*projections, num_heads=2, k="all").k is None
+    assert TopKAttention(*projections, num_heads=2, k=torch.tensor([1, 2])).k == (1, 2)

@@ -248,7 +248,10 @@ def test_every_run_gets_the_tokens_after_the_calibration_windows(arguments, text
         (["--windows", "0"], "error: windows must be at least 1, got 0"),
         (["--start", "100000"], "characters, so none from 100,000 on"),
         (["--mean-k", "0.5"], "error: mean_k must be at least 1, got 0.5"),
-        (["--mean-k", "65"], "error: mean_k must be between 1 and 64, the largest k that was measured, got 65"),
+        (
+            ["--mean-k", "65"],
+            "error: mean-k must be at most 64, the tokens of a window, where it is full",
+        ),
         (["--uniform", "0"], "error: uniform must be at least 1"),
         (["--also-mean-k", "few"], "error: also-mean-k must be whole numbers separated by commas, got 'few'"),
         (["--backend", "gpu"], "error: backend must be one of"),

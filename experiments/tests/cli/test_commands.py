@@ -132,6 +132,9 @@ def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments,
     )
     record = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert record["config"]["num_tokens"] == record["model"]["num_parameters"] == 64
+    refused = runner.invoke(app, [*demo_arguments, "--tokens", "513"])
+    assert refused.exit_code == 2
+    assert "is replaced" not in refused.output
     again = runner.invoke(app, [*demo_arguments, "--tokens", "64", "--fresh"])
     assert "Starting anew as asked" in again.output
 
@@ -149,7 +152,7 @@ def test_a_run_that_fails_is_named_and_the_runs_before_it_are_kept(demo_argument
     monkeypatch.setattr(demo, "run_in_fresh_process", measured)
     result = runner.invoke(app, demo_arguments)
     assert result.exit_code == 2
-    assert "error: k = 96 failed (out of memory): cannot allocate memory" in result.output
+    assert "error: k = 96 (every key: full attention) failed (out of memory): cannot allocate memory" in result.output
     assert [run["k"] for run in json.loads((tmp_path / "out" / "demo.json").read_text())["runs"]] == [None, 4]
 
 
@@ -164,6 +167,8 @@ def test_a_run_that_fails_is_named_and_the_runs_before_it_are_kept(demo_argument
         (["--tokens", "1"], "error: tokens must be at least 2"),
         (["--tokens", "500"], "is too short: 500 tokens needed, it has 390; give a longer text or ask for at most 390"),
         (["--tokens", "513"], "error: tokens must be at most 512, the longest input of tiny-llama, got 513"),
+        (["--k", ""], "error: k must be whole numbers separated by commas, got ''"),
+        (["--out", "/dev/null/results"], "error: out cannot be written: /dev/null/results"),
         (["--threads", "0"], "error: threads must be at least 1, got 0"),
         (["--rounds", "0"], "error: rounds must be at least 1, got 0"),
         (["--backend", "gpu"], "error: backend must be one of"),

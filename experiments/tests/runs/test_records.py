@@ -42,3 +42,14 @@ def test_a_line_that_was_cut_short_costs_only_itself(tmp_path):
     append_json_line(path, {"number": 3})
     assert read_json_lines(path) == [{"number": 1}, {"number": 3}]
     assert [json.loads(line)["number"] for line in path.read_text().splitlines() if line.endswith("}")] == [1, 3]
+
+
+def test_a_record_with_other_separators_of_lines_stays_whole(tmp_path):
+    append_json_line(tmp_path / "a.jsonl", {"text": "one\u2028two\x85three"})
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"text": "one\u2028two\x85three"}]
+
+
+def test_json_with_sections_of_another_kind_is_no_record(tmp_path):
+    (tmp_path / "a.json").write_text('{"config": [1]}')
+    with pytest.raises(ValueError, match=r"a\.json is not a record; move it away"):
+        read_json(tmp_path / "a.json")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from topk_experiments.runs.training import TrainingPlan, schedule, train
+from topk_experiments.runs.training import TrainingPlan, load_whole, schedule, train
 
 
 def new_model():
@@ -75,3 +75,10 @@ def test_a_group_with_a_rate_learns_that_many_times_as_fast(tmp_path):
 )
 def test_the_learning_rate_rises_then_falls_to_a_tenth_or_stays(step, falls, share):
     assert schedule(step, 110, 10, falls) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"cos\nsystem\n(S'exit 1'\ntR.", b"PK\x03\x04"])
+def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of these commands, or a damaged one"):
+        load_whole(tmp_path / "checkpoint.pt")

@@ -74,7 +74,7 @@ TrainAgain = Annotated[bool, typer.Option("--fresh", help="Train all arms again.
 
 def errors_in_words(kept: str = "") -> AbstractContextManager[None]:
     """As in the product, for `topk-experiments`."""
-    return options.errors_in_words(kept, command="topk-experiments", install="./experiments")
+    return options.errors_in_words(kept, command="topk-experiments", install="make install")
 
 
 def names_or_none(listed: str | None) -> list[str] | None:

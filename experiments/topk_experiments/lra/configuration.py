@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ..runs.checks import check_at_least, check_one_of
+from ..runs.files import read_utf8
 from ..runs.records import Json
 from .model import ModelConfig
 from .tasks import CitedPapers, GreyImages, ListOps, Pathfinder, ReviewSentiment, SameDocument, Task
@@ -176,7 +177,7 @@ def read_config(name_or_path: str) -> LraConfig:
             raise FileNotFoundError(
                 f"there is no configuration {name_or_path!r}: neither a file nor one of {', '.join(shipped_configs())}"
             )
-        name, content = path.stem, path.read_text(encoding="utf-8")
+        name, content = path.stem, read_utf8(path)
     try:
         sections = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:

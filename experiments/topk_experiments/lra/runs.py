@@ -16,6 +16,7 @@ from ..runs.checks import check_at_least
 from ..runs.ledger import Ledger, made_when
 from ..runs.progress import progress_bar
 from ..runs.records import Json
+from ..runs.training import load_whole
 from .configuration import LraConfig
 from .tasks import SPLITS, PreparedData, prepare
 from .training import Report, Run, evaluate, new_accelerator, new_model, train
@@ -138,7 +139,7 @@ def evaluate_run(
         raise ValueError(f"{_name(run)} has left no weights at {path}; train it first, or give --weights")
     accelerator = new_accelerator(plan.device, plan.config.training)
     data = prepare_data(plan, console)
-    saved = torch.load(path, map_location=accelerator.device)
+    saved = load_whole(path, map_location=accelerator.device)
     identity = run.identity(data)
     if saved["identity"] != identity:
         other = _other_fields(saved["identity"], identity)
@@ -179,7 +180,7 @@ def _train(
     task = plan.config.new_task(plan.source)
     main = accelerator.is_main_process
     if run.checkpoint.exists():
-        saved = torch.load(run.checkpoint, map_location="cpu")["identity"]
+        saved = load_whole(run.checkpoint, map_location="cpu")["identity"]
         other = _other_fields(saved, run.identity(data))
         if other:
             console.print(

@@ -23,7 +23,7 @@ from ..rivals import new_attention
 from ..runs.memory import PeakMeter
 from ..runs.records import Json
 from ..runs.timing import Stopwatch
-from ..runs.training import save_whole, seed_of
+from ..runs.training import load_whole, save_whole, seed_of
 from .configuration import LraConfig, TrainingConfig
 from .model import Classifier
 from .tasks import Examples, PreparedData, Task
@@ -127,7 +127,7 @@ class _Trainer:
         path = self._run.checkpoint
         if not path.exists():
             return
-        saved = torch.load(path, map_location=self._accelerator.device)
+        saved = load_whole(path, map_location=self._accelerator.device)
         if saved["identity"] != self._run.identity(self._data):
             return
         self._plain_model.load_state_dict(saved["model"])

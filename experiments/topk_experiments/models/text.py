@@ -51,7 +51,7 @@ def read_text(path: Path | None = None) -> Text:
     if not path.is_file():
         raise FileNotFoundError(f"text file not found: {path}")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"

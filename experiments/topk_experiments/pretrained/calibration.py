@@ -18,6 +18,7 @@ import torch
 from topk_attention.backends import choose_backend
 from topk_attention.calibrate import Calibration, LossIncrease
 from topk_attention.environment import now
+from topk_attention.files import check_writable
 
 from ..models.pretrained import ModelSource, find_model, unpacked
 from ..models.text import Text, read_text
@@ -31,6 +32,7 @@ from .calibration_settings import (
     AFTER,
     CalibrationConfig,
     Point,
+    check_budget,
     evaluation_start,
     measure_for,
     points_of,
@@ -60,12 +62,20 @@ def run_calibration(config: CalibrationConfig, console: Console) -> Json:
     evaluate_text = text if config.evaluate_text is None else read_text(config.evaluate_text)
     source = find_model(config.model, say)
     config = with_defaults(config, source)
-    record = _start_or_continue(_new_record(config, source, text, evaluate_text), config, say)
-    calibration = _measured_before(record, config, say)
+    for name, path in (("out", config.out), ("report", config.report), ("records", config.record)):
+        check_writable(name, path)
+    notes: list[str] = []  # said only when it is certain that what is missing can be measured
+    record = _start_or_continue(_new_record(config, source, text, evaluate_text), config, notes.append)
+    calibration = _measured_before(record, config, notes.append)
     windows: Windows | None = None
     if calibration is None:
         source = unpacked(source, config.records / "work" / "model", say)
+        check_budget(config)
         windows = Windows.read(config, source, text, evaluate_text)
+    for note in notes:
+        say(note)
+    if calibration is None:
+        assert windows is not None
         calibration = _measure(record, config, source, windows, console)
     points = points_of(calibration, config, say)
     missing = [point for point in points if point.key not in [run["key"] for run in record["runs"]]]

@@ -157,6 +157,16 @@ def with_defaults(config: CalibrationConfig, source: ModelSource) -> Calibration
     )
 
 
+def check_budget(config: CalibrationConfig) -> None:
+    """Raise where the mean k is above the tokens of a window, before anything is measured."""
+    tokens = config.num_tokens or 0
+    if isinstance(config.target, MeanK) and config.target.mean_k > tokens:
+        raise ValueError(
+            f"mean-k must be at most {tokens}, the tokens of a window, where it is full attention, got "
+            f"{config.target.mean_k:g}; give a smaller one, or more --tokens"
+        )
+
+
 def measure_for(source: ModelSource) -> str:
     """By what a model is judged: "perplexity", or "embedding_error" for an encoder."""
     return "embedding_error" if source.gguf_file is None and is_encoder(load_config(source)) else "perplexity"

@@ -19,6 +19,7 @@ import torch
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert
 from topk_attention.environment import now
+from topk_attention.files import check_writable
 
 from ..models.pretrained import (
     ModelSource,
@@ -99,12 +100,17 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     say = line_printer(console)
     text = read_text(config.text)
     source = find_model(config.model, say)
-    record = _start_or_continue(_new_record(config, source, text), config, say)
+    check_writable("out", config.record)
+    notes: list[str] = []  # said only when it is certain that the new runs can be made
+    record = _start_or_continue(_new_record(config, source, text), config, notes.append)
     finished = [(run["round"], run["k"]) for run in record["runs"]]
     missing = [turn for turn in config.turns() if turn not in finished]
     if missing:
         source = unpacked(source, config.out / "work" / "model", say)
         input_ids = _input_ids(config, source, text)
+    for note in notes:
+        say(note)
+    if missing:
         say(_plan(config, source, text, missing))
         _make_runs(record, missing, source, input_ids, config, console)
     picture, page = write_report(record, config.out)
@@ -229,7 +235,7 @@ def _make_runs(
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for number, (round_number, k) in enumerate(missing):
-            name = run_name(k)
+            name = run_name(k, config.num_tokens)
             described = f"round {round_number} of {config.rounds}, {name}"
             bar.update(task, description=described, completed=number)
 

@@ -42,9 +42,15 @@ def write_report(record: Json, out: Path) -> list[Path]:
     return [png, written]
 
 
-def run_name(k: int | None) -> str:
-    """The name of a run in tables and messages: "full attention" or "k = 64"."""
-    return "full attention" if k is None else f"k = {k}"
+def run_name(k: int | None, num_tokens: int | None = None) -> str:
+    """The name of a run in tables and messages: "full attention" or "k = 64", and what a k of every token is.
+
+    >>> run_name(5000, 4096)
+    'k = 5000 (every key: full attention)'
+    """
+    if k is None:
+        return "full attention"
+    return f"k = {k} (every key: full attention)" if num_tokens is not None and k >= num_tokens else f"k = {k}"
 
 
 def by_setting(record: Json) -> list[Json]:
@@ -70,7 +76,7 @@ def table_rows(record: Json) -> list[list[str]]:
         times = _values(setting, "elapsed_s")
         rows.append(
             [
-                run_name(setting["k"]),
+                run_name(setting["k"], record["config"]["num_tokens"]),
                 f"{setting['perplexity']:.2f}",
                 f"{setting['elapsed_s']:.1f}",
                 f"{min(times):.1f} to {max(times):.1f}" if len(times) > 1 else "one round",

@@ -57,6 +57,8 @@ def check_runs(ks: Sequence[int], backend: str) -> None:
     Traceback (most recent call last):
     ValueError: k must not hold a number twice, got 16, 32, 16
     """
+    if not ks:
+        raise ValueError("k must hold at least one number, got none")
     for k in ks:
         check_count("k", k)
     if len(set(ks)) != len(ks):

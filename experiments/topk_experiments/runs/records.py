@@ -69,7 +69,9 @@ def read_json(path: Path) -> Json | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); move it away or give another --out") from error
-    if not isinstance(record, dict):
+    sections = {"config": dict, "model": dict, "text": dict, "environment": dict, "runs": list}
+    is_record = isinstance(record, dict)
+    if not is_record or not all(isinstance(record.get(name, kind()), kind) for name, kind in sections.items()):
         raise ValueError(f"{path} is not a record; move it away or give another --out")
     return record
 
@@ -79,7 +81,7 @@ def read_json_lines(path: Path) -> list[Json]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # records may hold the other separators of lines
         try:
             record = json.loads(line)
         except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def train(
     """
     state: Json = {"step": 0, "elapsed_s": 0.0, "curve": [], "other_cores": None}
     if plan.checkpoint.exists():
-        saved = torch.load(plan.checkpoint)
+        saved = load_whole(plan.checkpoint)
         if saved["identity"] == plan.identity:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -244,3 +245,27 @@ def save_whole(path: Path, content: Json) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getvalue())
+
+
+def load_whole(path: Path, **options: Any) -> Json:
+    """What `save_whole` wrote; the options are those of `torch.load`.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        saved = torch.load(path, weights_only=True, **options)
+        if not isinstance(saved, dict) or "identity" not in saved:
+            raise ValueError("it says of no run that it is that run's")
+    except (
+        AttributeError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no checkpoint of these commands, or a damaged one: {reason}") from error
+    return saved

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import NamedTuple
+
+import torch
 
 from . import cpu, sdpa
 from .calls import AttentionCall, FeedForwardCall
@@ -64,8 +68,21 @@ def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
         return Choice("chunked", "the compiled kernels are for CPU tensors")
     problem = cpu.problem()
     if problem is not None:
+        if call is not None and not torch.compiler.is_compiling():
+            _warn_of_missing_kernels(problem)
         return Choice("chunked", problem)
     return Choice("cpu", f"the fastest for CPU tensors; kernels for {cpu.cpu_target()}")
+
+
+@cache
+def _warn_of_missing_kernels(problem: str) -> None:
+    """Once in a process: without a word, the library would just be slow."""
+    warnings.warn(
+        f"topk_attention runs without its compiled kernels, several times slower: {problem}; install it from a clone "
+        "with pip install --no-build-isolation . where torch and a C++ compiler are there, or say "
+        'backend="chunked" to run without them',
+        stacklevel=2,
+    )
 
 
 def _check_cpu(call: AttentionCall | FeedForwardCall | None) -> None:

@@ -21,12 +21,20 @@ class MeanK:
 
     mean_k: float
 
+    def __post_init__(self) -> None:
+        if not self.mean_k >= 1:
+            raise ValueError(f"mean_k must be at least 1, got {self.mean_k:g}")
+
 
 @dataclass(frozen=True)
 class LostMass:
     """A bound on the softmax weight that each head may lose, on average over queries, e.g. 0.05."""
 
     bound: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bound < 1:
+            raise ValueError(f"bound must be a share of the mass between 0 and 1, got {self.bound:g}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,10 @@ class LossIncrease:
     """
 
     bound: float
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"bound must be above 0 nats per token, got {self.bound:g}")
 
 
 Target = MeanK | LostMass | LossIncrease

@@ -17,6 +17,8 @@ from ..backends.calls import AttentionCall, FeedForwardCall
 from ..convert import convert, unconvert
 from ..convert.by_name import is_in_force
 from ..convert.search import attention_sites, feed_forward_sites
+from ..convert.wrappers import unwrapped
+from ..functional.checks import check_count
 from ..functional.observation import observed
 from .allocation import Allocation, LossIncrease, LostMass, MeanK, Target, mean_of, with_mean_k, within_lost_mass
 from .statistics import Collector, Curves
@@ -29,6 +31,8 @@ Objective = Callable[[Any, Mapping[str, Any]], Tensor]
 # Longer than any sequence: with this k attention is full attention.
 _FULL_K = 2**31 - 1
 _SEARCH_STEPS = 6
+# What a batch may hold, of which the first is measured by its length.
+_INPUTS = ("input_ids", "input_features", "pixel_values")
 _VERSION = 2
 
 
@@ -128,14 +132,18 @@ class Calibration(Mapping[str, tuple[int, ...]]):
                     for layer, c in stored.items()
                 }
 
+            attention = {layer: tuple(ks) for layer, ks in content["attention_k"].items()}
+            for layer, ks in [*attention.items(), *((layer, [k]) for layer, k in content["feed_forward_k"].items())]:
+                for k in ks:
+                    check_count(f"k of {layer}", k)
             return Calibration(
-                {layer: tuple(ks) for layer, ks in content["attention_k"].items()},
+                attention,
                 content["feed_forward_k"],
                 of(content["attention_curves"]),
                 of(content["feed_forward_curves"]),
                 content["about"],
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error
 
 
@@ -177,15 +185,16 @@ def calibrate(
     memory is that of such a backward pass. A `LossIncrease` adds a forward pass for each search step.
 
     Raises:
-        TypeError: a target is of the wrong kind.
-        ValueError: there are no batches, the model was converted already, or the target does not fit.
+        TypeError: a target or a batch is of the wrong kind.
+        ValueError: there are no batches, a batch has no batch axis, the model was converted already, or the target does
+            not fit.
     """
     _check_target("target", target, (MeanK, LostMass, LossIncrease))
     if feed_forward_target is not None:
         _check_target("feed_forward_target", feed_forward_target, (MeanK, LostMass))
-    batches = sorted(batches, key=lambda batch: -_token_ids(batch).shape[-1])  # curves are as long as the first
-    if not batches:
-        raise ValueError("batches must hold at least one batch of token ids, got none")
+    model = unwrapped(model)
+    batches = _checked(batches)
+    _check_budget(target, batches, largest_k)
     collector = Collector(queries_per_head, largest_k)
     loss = measure(
         model,
@@ -289,15 +298,62 @@ def measure(
 
 
 def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
-    """Raise where a target is of the wrong kind or out of range, before the measurement."""
+    """Raise where a target is of the wrong kind, before the measurement."""
     if not isinstance(target, kinds):
         raise TypeError(f"{name} must be {_listed(kind.__name__ for kind in kinds)}, got {type(target).__name__}")
-    if isinstance(target, MeanK) and target.mean_k < 1:
-        raise ValueError(f"mean_k must be at least 1, got {target.mean_k:g}")
-    if isinstance(target, LostMass) and not 0 < target.bound < 1:
-        raise ValueError(f"bound must be a share of the mass between 0 and 1, got {target.bound:g}")
-    if isinstance(target, LossIncrease) and target.bound <= 0:
-        raise ValueError(f"bound must be above 0 nats per token, got {target.bound:g}")
+
+
+def _checked(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, each of them checked before the model reads the first.
+
+    Raises:
+        TypeError: they are one batch alone, or a batch holds no token ids and nothing else that models read.
+        ValueError: token ids without a batch axis, or there is no batch.
+    """
+    if isinstance(batches, Tensor | Mapping | str | bytes):
+        raise TypeError(f"batches must be a list of batches, got one {type(batches).__name__}; put it into a list")
+    checked = list(batches)
+    for number, batch in enumerate(checked):
+        name = f"batches[{number}]"
+        if isinstance(batch, Mapping):
+            if not any(isinstance(batch.get(field), Tensor) for field in _INPUTS):
+                raise TypeError(
+                    f"{name} must hold a tensor under one of {', '.join(_INPUTS)}, got {', '.join(map(str, batch))}"
+                )
+            name, ids = f"{name}['input_ids']", batch.get("input_ids")
+        else:
+            ids = batch
+            if not isinstance(ids, Tensor):
+                raise TypeError(
+                    f"{name} must be token ids [B, N] or a mapping of the model's arguments, got "
+                    f"{type(batch).__name__}; a tokenizer makes them from text"
+                )
+        if ids is None:
+            continue
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"{name} must hold whole numbers, got {ids.dtype}")
+        if ids.ndim != 2 or ids.numel() == 0:
+            hint = "; give it a batch axis with [None]" if ids.ndim == 1 else ""
+            raise ValueError(f"{name} must have shape [B, N], got {list(ids.shape)}{hint}")
+    if not checked:
+        raise ValueError("batches must hold at least one batch of token ids, got none")
+    return sorted(checked, key=lambda batch: -_token_ids(batch).shape[-1])  # curves are as long as the first
+
+
+def _check_budget(target: Target, batches: list[Batch], largest_k: int) -> None:
+    """Raise where a budget is above the most keys that can be measured, before the measurement."""
+    lengths = [
+        part.shape[1]
+        for batch in batches
+        for part in (batch.values() if isinstance(batch, Mapping) else (batch,))
+        if isinstance(part, Tensor) and part.ndim == 2
+    ]
+    if not isinstance(target, MeanK) or not all(isinstance(batch, Tensor) or "input_ids" in batch for batch in batches):
+        return
+    most = min(largest_k, max(lengths))
+    if target.mean_k > most:
+        what = "largest_k" if most == largest_k else "the tokens of the longest batch, and full attention"
+        raise ValueError(f"mean_k must be at most {most}, {what}, got {target.mean_k:g}")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -387,7 +443,7 @@ def _is_padding_mask(mask: object) -> TypeGuard[Tensor]:
 def _token_ids(batch: Batch) -> Tensor:
     if isinstance(batch, Tensor):
         return batch
-    return next(batch[name] for name in ("input_ids", "input_features", "pixel_values") if name in batch)
+    return next(batch[name] for name in _INPUTS if isinstance(batch.get(name), Tensor))
 
 
 @contextmanager

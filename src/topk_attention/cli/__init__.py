@@ -12,7 +12,9 @@ except ModuleNotFoundError as error:
 
     def app() -> None:  # type: ignore[misc]
         """Stands in for the command line where the packages it needs are missing."""
-        raise SystemExit(f"error: {_missing} is not installed; pip install 'topk-attention[cli]'")
+        raise SystemExit(
+            f"error: {_missing} is not installed; in the folder of the clone: pip install --no-build-isolation '.[cli]'"
+        )
 
 
 __all__ = ["app"]

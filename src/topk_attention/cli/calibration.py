@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibrate import LossIncrease, LostMass, MeanK
 from ..calibrate import calibrate as measure
+from ..files import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ class CalibrationRequest:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
-        _ = self.target  # a target checks its own number
+        _ = self.target, self.feed_forward_target  # a target checks its own number
 
     @property
     def target(self) -> MeanK | LostMass | LossIncrease:
@@ -54,6 +55,10 @@ class CalibrationRequest:
         if self.loss_increase is not None:
             return LossIncrease(self.loss_increase)
         return MeanK(_DEFAULT_MEAN_K if self.mean_k is None else self.mean_k)
+
+    @property
+    def feed_forward_target(self) -> MeanK | None:
+        return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
 
 
 def run_calibration(request: CalibrationRequest, console: Console) -> None:
@@ -72,8 +77,15 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
         torch.set_num_threads(request.threads)
     options: dict[str, Any] = {} if request.gguf_file is None else {"gguf_file": request.gguf_file}
     config = _load(AutoConfig, request.model, **options)
+    length = _window_length(request, config)
+    if isinstance(request.target, MeanK) and request.target.mean_k > length:
+        raise ValueError(
+            f"mean-k must be at most {length}, the tokens of a window, where it is full attention, got "
+            f"{request.target.mean_k:g}; give a smaller one, or more --tokens"
+        )
     tokenizer = _load(AutoTokenizer, request.model, **options)
-    batches = _windows(tokenizer, content, _window_length(request, config), request)
+    batches = _windows(tokenizer, content, length, request)
+    check_writable("out", request.out)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = _load(loader, request.model, dtype=torch.float32, **options).eval()
@@ -82,10 +94,9 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
             model,
             batches,
             target=request.target,
-            feed_forward_target=None if request.feed_forward_mean_k is None else MeanK(request.feed_forward_mean_k),
+            feed_forward_target=request.feed_forward_target,
             progress=lambda step, done, total: status.update(f"{step}: {done} of {total}"),
         )
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     calibration.save(request.out)
     lines = [
         f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
@@ -110,7 +121,7 @@ def _read(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"text file not found: {path}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"

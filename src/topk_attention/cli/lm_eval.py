@@ -124,7 +124,7 @@ def register() -> type:
             **options: Any,
         ) -> None:
             super().__init__(pretrained, **options)
-            if isinstance(attention_k, str):
+            if isinstance(attention_k, str) and attention_k != "all":
                 attention_k = Calibration.load(attention_k)
             self.model.requires_grad_(False)  # nothing trains here, so weights may be stored by neuron
             report = convert(self.model, attention_k=attention_k, feed_forward_k=feed_forward_k, backend=topk_backend)

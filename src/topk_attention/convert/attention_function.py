@@ -16,6 +16,7 @@ from ..functional import topk_attention
 from .masks import CompactMask
 from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
 from .settings import LayerSettings, layer_settings, left_alone
+from .tensor_parallel import k_of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
@@ -108,6 +109,8 @@ def topk_attention_forward(
             stacklevel=2,
         )
     settings = layer_settings(module)
+    if isinstance(settings.k, tuple):
+        settings = replace(settings, k=k_of_own_heads(module, settings.k, query.shape[1]))
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
     if (indices := kwargs.get("indices")) is not None:
@@ -217,8 +220,11 @@ def _attend_in_mask_chunks(call: _LayerCall, mask_of: Callable[[range | None], T
 
     mask_of  the mask of a range of queries, or of all of them
 
-    Where the backward pass would keep each chunk's part of the mask, the chunks are checkpoints instead.
+    Where the backward pass would keep each chunk's part of the mask, the chunks are checkpoints instead. An exported
+    program serves many lengths and a loop would fix the number of chunks, so its mask is written out whole.
     """
+    if torch.compiler.is_exporting():
+        return _attend(call, mask_of(None))
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     k = call.settings.kept_keys
     smallest_k = k if isinstance(k, int) else min(k or (num_keys,))

@@ -29,6 +29,7 @@ from .settings import ALL, CONFIG_ATTRIBUTE, NAME, LayerSettings, ModelSettings,
 from .sites import AttentionSite, FeedForwardSite
 from .transaction import all_or_nothing, give_own_configuration
 from .unknown_layers import unknown_layers
+from .wrappers import unwrapped
 
 # Each transformers model in a converted one remembers the former attention of its configuration and of its parts here.
 # `save_pretrained` does not save it.
@@ -45,10 +46,12 @@ def convert(
 ) -> ConversionReport:
     """Change a model in place: each query uses its k best keys, each token its k best feed-forward neurons.
 
-    model           a transformers model whose layers take their attention from transformers' attention interface, or
-                    any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer or ...DecoderLayer
-    attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head or
-                    "all"), or a mapping from layer path to such an entry; with None attention stays as it is
+    model           a transformers model whose layers take their attention from transformers' attention interface, a
+                    SentenceTransformer or PeftModel around one, or any module that holds nn.MultiheadAttention,
+                    nn.TransformerEncoderLayer or ...DecoderLayer
+    attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head as
+                    a list, tuple or 1-D tensor, "all", or None to leave it as it is), or a mapping from layer path to
+                    such an entry; with None attention stays as it is
     feed_forward_k  neurons kept per token: an int, "all", one such entry per layer, or a mapping from layer path; with
                     None the networks stay as they are
     where           where(path, module) -> bool picks layers, e.g. `is_self_attention`; all by default. A list of k has
@@ -84,6 +87,7 @@ def convert(
       encoder.layer.0.attention.self  replaced  k = 16
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
+    model = unwrapped(model)
     with all_or_nothing(model):
         return _convert(model, attention_k, feed_forward_k, where, backend)
 
@@ -185,6 +189,7 @@ def unconvert(model: Any) -> None:
     Raises:
         ValueError: the model was not converted, or was restored already.
     """
+    model = unwrapped(model)
     with all_or_nothing(model):
         _unconvert(model)
 

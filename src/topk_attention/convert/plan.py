@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..functional.checks import check_count
+from ..functional.checks import as_k
 from . import position_bias
 from .report import ReportEntry
 from .settings import ALL, K, ModelSettings
 from .sites import AttentionSite, FeedForwardSite
 
 Where = Callable[[str, nn.Module], bool]
-AnyK = K | Sequence[K | Sequence[int]] | Mapping[str, K | Sequence[int]]
+EntryK = K | Sequence[int] | Tensor | None
+AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _plan_attention(
     sites: Sequence[AttentionSite], k: AnyK, where: Where | None
 ) -> list[tuple[AttentionSite, ReportEntry]]:
     chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("attention_k", k, [site.path for site in chosen])
+    per_path = _k_per_path("attention_k", k, [site.path for site in chosen], _obstacles(sites))
     plan = []
     for site in sites:
         layer_k = per_path.get(site.path)
@@ -124,7 +125,7 @@ def _plan_feed_forward(
     sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
 ) -> list[tuple[FeedForwardSite, ReportEntry]]:
     chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen])
+    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen], _obstacles(sites))
     plan = []
     for site in sites:
         layer_k = per_path.get(site.path)
@@ -140,28 +141,37 @@ def _plan_feed_forward(
     return plan
 
 
-def _k_per_path(name: str, k: AnyK, paths: Sequence[str]) -> dict[str, K]:
+def _obstacles(sites: Sequence[AttentionSite | FeedForwardSite]) -> dict[str, str]:
+    return {site.path: site.obstacle for site in sites if site.obstacle is not None}
+
+
+def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, K]:
+    """The k of each of the paths. `obstacles` says of other paths why their layers cannot be replaced."""
     entries: dict[str, Any]
     if isinstance(k, Mapping):
-        if unknown := sorted(set(k) - set(paths)):
+        unknown = sorted(set(k) - set(paths))
+        if reason := next((obstacles[path] for path in unknown if path in obstacles), None):
+            raise ValueError(f"{name} names layers that cannot be replaced ({reason}): {', '.join(unknown)}")
+        if unknown:
             raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
         entries = dict(k)
-    elif isinstance(k, list | tuple):
+    elif isinstance(k, list | tuple | Tensor) and not _is_one_number(k):
         if len(k) != len(paths):
             raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
         entries = dict(zip(paths, k, strict=True))
     else:
         _as_k(name, k)  # also where there is no layer
         entries = dict.fromkeys(paths, k)
-    return {path: _as_k(name, entry) for path, entry in entries.items()}
+    return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
+
+
+def _is_one_number(k: object) -> bool:
+    return isinstance(k, Tensor) and k.ndim == 0
 
 
 def _as_k(name: str, entry: Any) -> K:
-    if entry == ALL:
-        return ALL
-    for k in entry if isinstance(entry, list | tuple) else [entry]:
-        check_count(name, k)
-    return tuple(entry) if isinstance(entry, list | tuple) else int(entry)
+    k = as_k(name, entry)
+    return ALL if k is None else k
 
 
 def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:

@@ -18,6 +18,8 @@ from ..functional import BucketedBias, RelativeBias
 from .settings import NAME
 
 _HOOK = "_topk_attention_hook"
+# A layer's argument for the cache, whose name transformers changed in 5.24.
+_CACHE_NAMES = ("past_key_values", "cache")
 
 Bias = BucketedBias | RelativeBias
 
@@ -51,12 +53,14 @@ class NoBias:
 
 
 def computes_bias(module: nn.Module) -> bool:
-    """Whether this layer computes a bias if it is given none."""
-    return (
-        hasattr(module, "has_relative_attention_bias")
-        and hasattr(module, "relative_attention_max_distance")
-        and "position_bias" in inspect.signature(type(module).forward).parameters
-    )
+    """Whether this layer computes a bias if it is given none, in a way that this file knows.
+
+    Without the argument that holds the cache, the position of the first query would be unknown.
+    """
+    if not hasattr(module, "has_relative_attention_bias") or not hasattr(module, "relative_attention_max_distance"):
+        return False
+    arguments = inspect.signature(type(module).forward).parameters
+    return "position_bias" in arguments and any(name in arguments for name in _CACHE_NAMES)
 
 
 def builds_bias_in_full(module: nn.Module) -> bool:
@@ -85,9 +89,9 @@ def give_bias_back(module: nn.Module) -> None:
 def _pass_table(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     if module.config._attn_implementation != NAME or kwargs.get("position_bias") is not None:
         return None
+    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    bias = _bias_of(module, kwargs.get("past_key_values"), hidden_states.device)
-    return args, kwargs | {"position_bias": bias}
+    return args, kwargs | {"position_bias": _bias_of(module, cache, hidden_states.device)}
 
 
 def _bias_of(module: Any, cache: Any, device: torch.device) -> TableBias | NoBias:

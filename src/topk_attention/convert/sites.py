@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
 from ..nn.feed_forward import added_to_call, full_name, is_plain_linear, why_call
+from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
 _ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
@@ -63,6 +64,8 @@ def obstacle_of(
     bypassed    further parts by name that the top-k network computes itself and does not call
     """
     for name, linear in linears.items():
+        if (reason := cut_over_processes(linear)) is not None:
+            return f"{name} {reason}"
         if (reason := why_call(name, linear)) is not None:
             return f"{reason}; a top-k network reads only weights"
     if (reason := added_to(bypassed or {})) is not None:

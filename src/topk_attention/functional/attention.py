@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast, overload
+from typing import Literal, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,8 @@ from ..backends.calls import AttentionCall, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
 from .checks import (
+    as_k,
+    check_context_parallel,
     check_count,
     check_dropout,
     check_floating,
@@ -26,6 +27,7 @@ from .checks import (
 from .observation import notify_observer
 
 _BIAS_TYPES = Bias.__args__
+AnyK = int | Sequence[int] | Tensor | Literal["all"] | None
 
 
 class Selection(NamedTuple):
@@ -46,7 +48,7 @@ def topk_attention(
     key: Tensor,
     value: Tensor,
     *,
-    k: int | Sequence[int] | Tensor | None,
+    k: AnyK,
     attn_mask: Tensor | None = ...,
     bias: Tensor | Bias | None = ...,
     is_causal: bool = ...,
@@ -65,7 +67,7 @@ def topk_attention(
     key: Tensor,
     value: Tensor,
     *,
-    k: int | Sequence[int] | Tensor | None,
+    k: AnyK,
     attn_mask: Tensor | None = ...,
     bias: Tensor | Bias | None = ...,
     is_causal: bool = ...,
@@ -83,7 +85,7 @@ def topk_attention(
     key: Tensor,
     value: Tensor,
     *,
-    k: int | Sequence[int] | Tensor | None,
+    k: AnyK,
     attn_mask: Tensor | None = None,
     bias: Tensor | Bias | None = None,
     is_causal: bool = False,
@@ -101,7 +103,8 @@ def topk_attention(
     query       [B, H, N, D]  float16, bfloat16, float32 or float64
     key         [B, H, M, D]  same dtype and device as query
     value       [B, H, M, E]  same dtype and device as query
-    k           keys kept per query: an int, one int per head, or None for all (query chunking alone)
+    k           keys kept per query: an int, one int per head (a list, tuple or 1-D tensor), or "all" or None for all
+                (query chunking alone)
     attn_mask   bool, True = may attend, or float, added to the scores; broadcasts to [B, H, N, M]; size-1 axes are
                 never expanded (of several leading axes, all or none); gets no gradient
     bias        float tensor that broadcasts to [B, H, N, M], or RelativeBias, BucketedBias or ALiBi; added to the
@@ -142,7 +145,7 @@ def topk_attention(
     Raises:
         TypeError: k, a mask or a bias is of the wrong type.
         ValueError: a shape, dtype, device, k or the backend's name does not fit.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the backend asked for cannot run here, or the call is within torch's `context_parallel`.
         NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.
 
     >>> import torch
@@ -150,6 +153,7 @@ def topk_attention(
     >>> topk_attention(q, key, v, k=32).shape
     torch.Size([2, 8, 128, 64])
     """
+    check_context_parallel()
     query, key, value = in_autocast_dtype(query), in_autocast_dtype(key), in_autocast_dtype(value)
     _check_shapes(query, key, value, enable_gqa)
     *batch, num_heads, num_queries, head_dim = query.shape
@@ -260,20 +264,15 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _k_per_head(k: int | Sequence[int] | Tensor | None, num_heads: int, num_keys: int) -> tuple[int, ...] | None:
+def _k_per_head(k: AnyK, num_heads: int, num_keys: int) -> tuple[int, ...] | None:
+    k = as_k("k", k)
     if k is None:
         return None
-    if isinstance(k, Tensor | np.ndarray):
-        k = k.tolist()
-    if not isinstance(k, list | tuple | range):
-        check_count("k", k)
-        return (min(cast(int, k), num_keys),) * num_heads
-    per_head = list(k)
-    if len(per_head) != num_heads:
-        raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
-    for k_of_head in per_head:
-        check_count("k", k_of_head)
-    return tuple(min(k_of_head, num_keys) for k_of_head in per_head)
+    if not isinstance(k, tuple):
+        return (min(k, num_keys),) * num_heads
+    if len(k) != num_heads:
+        raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(k)}")
+    return tuple(min(k_of_head, num_keys) for k_of_head in k)
 
 
 def _lower_bias(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PYTORCHS_ATTENTION = F.scaled_dot_product_attention
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -20,6 +24,11 @@ def check_floating(name: str, tensor: Tensor | None) -> None:
     """Raise unless this is a tensor of a dtype that the operations take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if type(tensor) not in (Tensor, nn.Parameter) and type(tensor).__module__.startswith("torch.distributed.tensor"):
+        raise TypeError(
+            f"{name} must be a tensor of this process alone, got {type(tensor).__name__}; pass full_tensor(), or "
+            "to_local() where this process holds every key, or every neuron, of what it computes"
+        )
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
@@ -51,6 +60,46 @@ def check_count(name: str, count: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(count).__name__} {count!r}")
     if not 1 <= int(cast(SupportsIndex, count)) < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2^31, got {count}")
+
+
+def as_k(name: str, k: Any) -> int | tuple[int, ...] | None:
+    """A k in the form that calls hold: None for all keys, an int for every head, or one int per head.
+
+    k  None or "all", an int, or one int per head: a list, tuple or range, or a 1-D tensor or array of ints
+    """
+    if k is None or type(k) is int:
+        if k is not None:
+            check_count(name, k)
+        return k
+    if isinstance(k, str) and k == "all":
+        return None
+    if isinstance(k, Tensor | np.ndarray):
+        is_integer = k.dtype.kind in "iu" if isinstance(k, np.ndarray) else k.dtype in _INTEGER_DTYPES
+        if not is_integer or k.ndim > 1:
+            raise TypeError(f"{name} must hold ints along one axis, got {k.dtype} {list(k.shape)}")
+        return as_k(name, k.tolist())
+    if isinstance(k, list | tuple | range):
+        for k_of_head in k:
+            check_count(f"each entry of {name}", k_of_head)
+        return tuple(int(k_of_head) for k_of_head in k)
+    if isinstance(k, bool) or not isinstance(k, SupportsIndex | torch.SymInt):
+        raise TypeError(f'{name} must be an int, one int per head, "all" or None, got {type(k).__name__} {k!r}')
+    check_count(name, k)
+    return cast(int, k) if isinstance(k, torch.SymInt) else int(k)
+
+
+def check_context_parallel() -> None:
+    """Raise within torch's `context_parallel`, in which each process holds a part of every sequence.
+
+    That context puts a function of its own in the place of PyTorch's attention. It knows no other attention.
+    """
+    attention = F.scaled_dot_product_attention
+    if attention is not _PYTORCHS_ATTENTION and getattr(attention, "__module__", "").startswith("torch.distributed"):
+        raise RuntimeError(
+            "topk_attention cannot run within torch's context_parallel: each process would attend to its own part of "
+            "the sequence alone; run it outside, or give the model its own attention back with "
+            "topk_attention.unconvert(model)"
+        )
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from ..backends import choose_backend
@@ -25,7 +27,7 @@ def topk_feed_forward(
     w_in: Tensor,
     w_out: Tensor,
     *,
-    k: int | None,
+    k: int | Literal["all"] | None,
     w_gate: Tensor | None = None,
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
@@ -42,7 +44,7 @@ def topk_feed_forward(
     x           [..., D]  float16, bfloat16, float32 or float64
     w_in        [F, D]  same dtype and device, as in `nn.Linear`
     w_out       [O, F]  as in `nn.Linear`
-    k           neurons kept per token, an int or None for all (token chunking alone)
+    k           neurons kept per token: an int, or "all" or None for all (token chunking alone)
     w_gate      [F, D]  makes the layer gated: activation(x w_gate') * (x w_in')
     b_in        [F]
     b_gate      [F]  needs w_gate
@@ -85,6 +87,8 @@ def topk_feed_forward(
     w_gate, b_in = in_autocast_dtype(w_gate), in_autocast_dtype(b_in)
     b_out, b_gate = in_autocast_dtype(b_out), in_autocast_dtype(b_gate)
     _check_shapes(x, w_in, w_out, w_gate, b_in, b_out, b_gate)
+    if isinstance(k, str) and k == "all":
+        k = None
     if k is not None:
         check_count("k", k)
     if token_chunk_size is not None:

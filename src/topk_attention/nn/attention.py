@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ..functional import topk_attention
 from ..functional.bias import Bias
+from ..functional.checks import as_k
 
 
 class TopKAttention(nn.Module):
@@ -21,7 +23,7 @@ class TopKAttention(nn.Module):
     output_projection  H * E -> any size
     num_heads          H
     num_key_heads      G, by default H
-    k                  keys kept per query: an int, one int per head, or None for all
+    k                  keys kept per query, as in `topk_attention`
 
     The other options are those of `topk_attention`; dropout applies in training mode only.
 
@@ -39,7 +41,7 @@ class TopKAttention(nn.Module):
         output_projection: nn.Module,
         *,
         num_heads: int,
-        k: int | Sequence[int] | None,
+        k: int | Sequence[int] | Tensor | Literal["all"] | None,
         num_key_heads: int | None = None,
         is_causal: bool = False,
         dropout_p: float = 0.0,
@@ -48,13 +50,16 @@ class TopKAttention(nn.Module):
         query_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        per_head = as_k("k", k)
+        if isinstance(per_head, tuple) and len(per_head) != num_heads:
+            raise ValueError(f"k must hold one number for each of the {num_heads} query heads, got {len(per_head)}")
         self.query_projection = query_projection
         self.key_projection = key_projection
         self.value_projection = value_projection
         self.output_projection = output_projection
         self.num_heads = num_heads
         self.num_key_heads = num_key_heads or num_heads
-        self.k = k
+        self.k = per_head
         self.is_causal = is_causal
         self.dropout_p = dropout_p
         self.scale = scale

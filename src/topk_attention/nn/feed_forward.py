@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +196,7 @@ class TopKFeedForward(nn.Module):
     linear_in    nn.Linear(C, F)
     linear_out   nn.Linear(F, O)
     linear_gate  nn.Linear(C, F) for a gated network, activation(gate) * in, or None
-    k            neurons kept per token, or None for all
+    k            neurons kept per token, or "all" or None for all
     activation   as in `topk_feed_forward`
     dropout_p    probability of dropping a kept activation, in training mode only
     backend      as in `topk_feed_forward`
@@ -220,7 +220,7 @@ class TopKFeedForward(nn.Module):
         linear_in: nn.Linear,
         linear_out: nn.Linear,
         *,
-        k: int | None,
+        k: int | Literal["all"] | None,
         linear_gate: nn.Linear | None = None,
         activation: str = "relu",
         dropout_p: float = 0.0,
@@ -234,7 +234,7 @@ class TopKFeedForward(nn.Module):
             self.add_module(name, linear)
         if is_frozen(linear_in, linear_out, linear_gate):
             self._store_by_neuron()
-        self.k = k
+        self.k = None if isinstance(k, str) and k == "all" else k
         self.activation = activation
         self.dropout_p = dropout_p
         self.backend = backend

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import shutil
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,3 +285,139 @@ def test_the_real_subsets_are_balanced(progress):
     )
     assert pictures["test"].num_examples == 2000
     assert pictures["test"].majority_share(10) == 0.1
+
+
+def test_reviews_lie_among_files_that_are_none(tmp_path, progress):
+    expected = ReviewSentiment(full_folder(tmp_path / "plain")).make(progress)
+    for folder in (full_folder(tmp_path / "other"), full_folder(tmp_path / "above" / "aclImdb")):
+        pos = Path(folder) / "train" / "pos"
+        (pos / "._0_7.txt").write_bytes(b"\x00\x05\x16\x07Mac OS X\xb0\xff")
+        (pos / "folder.txt").mkdir()
+    for source in (tmp_path / "other", tmp_path / "above"):
+        made = ReviewSentiment(str(source)).make(progress)
+        assert {name: part.sha256() for name, part in made.items()} == {
+            name: part.sha256() for name, part in expected.items()
+        }
+
+
+def test_a_review_that_is_not_utf8_and_a_class_without_reviews_are_named(tmp_path, progress):
+    folder = Path(full_folder(tmp_path / "plain"))
+    (folder / "train" / "pos" / "9_9.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"9_9\.txt is not UTF-8 \(line 1, byte 3\); convert it"):
+        ReviewSentiment(str(folder)).make(progress)
+    shutil.rmtree(folder / "train" / "neg")
+    with pytest.raises(ValueError, match=r"train/neg must hold \.txt files, and holds none"):
+        ReviewSentiment(str(folder)).make(progress)
+
+
+def test_lines_of_json_may_begin_with_a_byte_order_mark_and_end_blank(tmp_path, progress):
+    lines = [json.dumps({"text": "a\u2028b\x85c", "label": True}, ensure_ascii=False), "", ""]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    made = ReviewSentiment(str(tmp_path)).make(progress)
+    assert contents(made["train"]) == [(["a\u2028b\x85c".encode()], 1)]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": null, "label": 1}', "text must be a string, got None in line 1 of train.jsonl"),
+        ('{"text": "a\\ud83d", "label": 1}', "text of line 1 of train.jsonl of .* is no UTF-8: surrogates not allowed"),
+        (
+            '{"text": "a", "label": "1"}',
+            r"label must be 0 or 1, got '1' in a train review .* .line 1 of train.jsonl",
+        ),
+        ('{"text": "a", "label": [1]}', r"label must be 0 or 1, got \[1\]"),
+    ],
+)
+def test_a_line_that_is_no_review_is_named(line, words, tmp_path, progress):
+    (tmp_path / "train.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=words):
+        ReviewSentiment(str(tmp_path)).make(progress)
+
+
+def test_a_damaged_gz_file_is_named(tmp_path, progress):
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a", "label": 1}')[:-9])
+    with pytest.raises(ValueError, match=r"train\.jsonl\.gz is a damaged \.gz file"):
+        ReviewSentiment(str(tmp_path)).make(progress)
+
+
+def test_pairs_may_begin_with_a_byte_order_mark_and_end_blank(tmp_path, progress):
+    expected = contents(CitedPapers(aan_folder(tmp_path)).make(progress)["train"])
+    for path in tmp_path.glob("*.tsv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n\r\n")
+    assert contents(CitedPapers(str(tmp_path)).make(progress)["train"]) == expected
+
+
+def test_a_damaged_zip_file_is_named_and_hidden_files_in_one_are_left_out(tmp_path, progress):
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04garbage")
+    with pytest.raises(ValueError, match=r"bad\.zip cannot be read: File is not a zip file"):
+        SameDocument(str(tmp_path / "bad.zip")).make(progress)
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
+        archive.writestr("__MACOSX/._a.txt", "hidden" * 50)
+        archive.writestr("a.txt", "seen" * 50)
+    with pytest.raises(ValueError, match="must hold at least 6 documents of 40 bytes or more, got 1"):
+        SameDocument(str(tmp_path / "good.zip"), max_length=20, shortest=40).make(progress)
+
+
+def keras(tmp_path, **changes):
+    (x_train, y_train), (x_test, y_test) = images(0, 12), images(1, 3)
+    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+    np.savez(tmp_path / "keras.npz", **arrays | changes)
+    return GreyImages(str(tmp_path / "keras.npz"), num_validation=4)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32])
+def test_labels_may_be_a_column_of_any_kind_of_number(kind, tmp_path, progress):
+    column = images(0, 12)[1][:, None].astype(kind)
+    made, expected = keras(tmp_path, y_train=column).make(progress), keras(tmp_path).make(progress)
+    assert made["train"].sha256() == expected["train"].sha256()
+
+
+def test_arrays_of_colours_become_grey_as_the_binary_version_does(tmp_path, progress):
+    colours = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    for channel in range(3):
+        colours[channel, :, :, channel] = 255
+    assert {pixels[0][0] for pixels, _ in contents(keras(tmp_path, x_test=colours).make(progress)["test"])} == {
+        76,
+        149,
+        29,
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.full(12, -1), r"keras.npz must hold labels, all of them 0 to 9, got \[-1\]"),
+        (np.eye(12), r"labels of keras.npz must be whole numbers \[N\] or \[N, 1\], got float64 \[12, 12\]"),
+        (np.full(12, 0.5), "labels of keras.npz must be whole numbers"),
+        (np.full(12, np.nan), "labels of keras.npz must be whole numbers"),
+        (np.zeros(11, int), "keras.npz must hold a label for each of 12 images, got 11"),
+        (np.array(["cat"] * 12), "labels of keras.npz must be whole numbers"),
+        (np.array([{}] * 12, dtype=object), r"keras.npz cannot be read: Object arrays"),
+    ],
+)
+def test_labels_that_are_none_are_refused(labels, words, tmp_path, progress):
+    with pytest.raises(ValueError, match=words):
+        keras(tmp_path, y_train=labels).make(progress)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04garbage", b"hello", b""])
+def test_a_file_that_is_no_npz_is_named(content, tmp_path, progress):
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.npz is no \.npz file, or a damaged one"):
+        GreyImages(str(tmp_path / "bad.npz")).make(progress)
+
+
+def test_the_python_version_of_cifar_is_never_unpickled(tmp_path, progress):
+    (tmp_path / "data_batch_1").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ValueError, match="a pickle, which could run any code and is not opened"):
+        GreyImages(str(tmp_path)).make(progress)
+
+
+def test_the_folder_above_the_images_is_as_good(tmp_path, progress):
+    inner = tmp_path / "above" / "cifar-10-batches-bin"
+    inner.mkdir(parents=True)
+    for name in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
+        (inner / name).write_bytes(bytes(3073) * 2)
+    assert GreyImages(str(tmp_path / "above"), num_validation=5).make(progress)["test"].num_examples == 2

@@ -1,3 +1,4 @@
+import gzip
 import json
 import sys
 import types
@@ -100,11 +101,14 @@ def test_of_a_folder_the_one_file_that_kept_its_capitals_is_read(tmp_path):
     ("content", "said"),
     [
         ([{"what": 1}], "a row has none of the known sets of fields, got what"),
-        ({"what": 1}, "a JSON object must have SQuAD's data, got what"),
+        ({"what": 1}, "row 1: a row has none of the known sets of fields, got what"),
         ("[1", "has none of the known forms"),
         ("no tab here", "a line must hold an input, a tab and an answer, got 'no tab here'"),
         ("which? \\n (a) x (b) y\tz", "the answer 'z' is not among the choices 'x', 'y'"),
-        ([{"question": "q", "answerKey": "C", "choices": LABELLED["choices"]}], "'C' is not in list"),
+        (
+            [{"question": "q", "answerKey": "C", "choices": LABELLED["choices"]}],
+            "answerKey must be one of the labels A, B, got 'C'",
+        ),
         ([{"question": "q", "passage": "p", "answer": "yes"}], "answer must be true or false, got 'yes'"),
     ],
 )
@@ -165,3 +169,98 @@ def test_published_files_come_out_as_their_unifiedqa_lines(original, reformatted
     for file in (original, reformatted):
         questions = read_questions(shared_data(file)).questions
         assert [" ".join(f"{input_text(q)} {target_text(q)}".split()) for q in questions] == lines
+
+
+BOOLQ = {"question": "is it so", "passage": "first\u2028second \u0085 third", "answer": True}
+IS_IT_SO = Question("is it so?", ("yes",), ("yes", "no"), BOOLQ["passage"])
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    lines = json.dumps(BOOLQ, ensure_ascii=False) + "\n"
+    (tmp_path / "a.jsonl").write_bytes(2 * lines.encode())
+    assert read_questions(tmp_path / "a.jsonl").questions == (IS_IT_SO, IS_IT_SO)
+    (tmp_path / "a.tsv").write_bytes("who? \\n bob\u2028ate.\tbob\r\n".encode())
+    assert read_questions(tmp_path / "a.tsv").questions[0].answers == ("bob",)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_lines_of_json_are_read_whatever_the_name_and_with_a_byte_order_mark(name, number, tmp_path):
+    lines = "\r\n".join([json.dumps(BOOLQ)] * number)
+    (tmp_path / name).write_bytes(lines.encode("utf-8-sig"))
+    assert read_questions(tmp_path / name).questions == (IS_IT_SO,) * number
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(lines.encode()))
+    assert read_questions(tmp_path / f"{name}.gz").questions == (IS_IT_SO,) * number
+
+
+def test_boolq_of_superglue_calls_its_answer_label(tmp_path):
+    row = {name: value for name, value in BOOLQ.items() if name != "answer"}
+    for label in (True, 1):
+        assert read(tmp_path / "a.json", [row | {"label": label}]) == (IS_IT_SO,)
+    with pytest.raises(ValueError, match=r"row 1: label must be true or false, got -1"):
+        read(tmp_path / "a.json", [row | {"label": -1}])
+
+
+def test_hidden_files_in_a_folder_are_left_out(tmp_path):
+    written(tmp_path / "dev.jsonl", json.dumps(BOOLQ))
+    (tmp_path / "._dev.jsonl").write_bytes(b"\x00\x05\x16\x07\xff")
+    assert read_questions(tmp_path).questions == (IS_IT_SO,)
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.tsv").write_bytes("who? \\n bob.\tbob\nwho? \\n café.\tbob\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.tsv is not UTF-8 \(line 2, byte \d+\); convert it"):
+        read_questions(tmp_path / "a.tsv")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "a.json holds no questions"),
+        ("who? \\n bob.\tbob\nwho left? \\n nobody.\t\n", "line 2: a line must hold an input, a tab and an answer"),
+        (json.dumps(BOOLQ) + "\n{", "line 2: "),
+        (
+            [{"question": "q", "choices": LABELLED["choices"], "answerKey": ""}],
+            "test sets are published without answers",
+        ),
+        ([{"question": "q", "context": None, "answers": {"text": ["a"]}}], "row 1: context must be text, got None"),
+        ({"data": [{"paragraphs": [{"qas": [{"question": "q", "answers": []}]}]}]}, "the field 'context' is missing"),
+        ([1, 2], "row 1: a row must be a JSON object, got int"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(content, words, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json") as error:
+        read(tmp_path / "a.json", content)
+    assert words in str(error.value)
+
+
+def test_numbers_may_be_choices(tmp_path):
+    row = {"question": "2 + 2?", "choices": {"text": [4, 5], "label": ["A", "B"]}, "answerKey": "A"}
+    assert read(tmp_path / "a.json", [row]) == (Question("2 + 2?", ("4",), ("4", "5")),)
+
+
+def test_lines_of_unifiedqa_as_others_write_them():
+    assert parse_line("which? \\n (a)  Red  (b) blue\tred") == Question("which?", ("Red",), ("Red", "blue"))
+    assert parse_line("Which? \\n (A) red (B) blue\tred") == Question("Which?", ("red",), ("red", "blue"))
+    assert parse_line('"who ""it""? \\n bob."\t"bob"') == Question('who "it"?', ("bob",), passage="bob.")
+    assert parse_line("who? \\n bob.\t['bob', 'ann']").answers == ("bob", "ann")
+
+
+STORY = "\t".join(
+    ["mc.1", "Author: 1;Work Time(s): 2", "A\\newlinestory with \u0085.", *["one: Who?", "w", "x", "y", "z"] * 4]
+)
+
+
+def test_mctest_needs_its_answers_and_no_more(tmp_path):
+    (tmp_path / "m.tsv").write_bytes(f"{STORY}\r\n\n\n".encode())
+    with pytest.raises(ValueError, match=r"MCTest's answers must be in a file beside it, m\.ans"):
+        read_questions(tmp_path / "m.tsv")
+    (tmp_path / "m.ans").write_bytes(b"B\tA\tC\tD\r\n\n")
+    questions = read_questions(tmp_path / "m.tsv").questions
+    assert [question.answers for question in questions] == [("x",), ("w",), ("y",), ("z",)]
+    (tmp_path / "m.ans").write_bytes(b"B\tA\tC\tE\n")
+    with pytest.raises(ValueError, match="line 1: four choices and one of A, B, C, D are needed"):
+        read_questions(tmp_path / "m.tsv")
+    (tmp_path / "m.ans").write_bytes(b"B\n" * 2)
+    with pytest.raises(ValueError, match=r"m\.ans must hold a line for each of 1 stories, got 2"):
+        read_questions(tmp_path / "m.tsv")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ...runs.files import folder_with
 from .examples import Examples, ExamplesWriter
 from .preparation import Progress, Splits, hold_out
 
@@ -23,8 +26,8 @@ class GreyImages:
     """Which of ten things is in a 32 x 32 image? The model reads the grey pixels row by row.
 
     source          folder of the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin and test_batch.bin),
-                    whose colours are converted to grey; or an .npz file with x_train, y_train, x_test and y_test, the
-                    images uint8 [N, 32, 32]
+                    or the folder above; or an .npz file with x_train, y_train, x_test and y_test, the images uint8
+                    [N, 32, 32] or, with colours, [N, 32, 32, 3]; colours are converted to grey
     num_validation  training images held out for validation
     """
 
@@ -46,7 +49,7 @@ class GreyImages:
         return {"train": rest, "validation": validation, "test": test}
 
     def _read(self, split: str) -> Examples:
-        source = Path(self.source).expanduser()
+        source = folder_with(Path(self.source).expanduser(), lambda folder: (folder / "data_batch_1.bin").is_file())
         if source.is_dir():
             images, labels = _from_binary_version(source, split)
         elif source.is_file() and source.suffix == ".npz":
@@ -55,7 +58,9 @@ class GreyImages:
             raise FileNotFoundError(
                 f"source must be the folder of CIFAR-10's binary version or an .npz file, got {self.source}"
             )
-        if len(labels) == 0 or labels.max() >= self.num_classes:
+        if len(labels) != len(images):
+            raise ValueError(f"{source.name} must hold a label for each of {len(images)} images, got {len(labels)}")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"{source.name} must hold labels, all of them 0 to 9, got {sorted(set(labels.tolist()))}")
         writer = ExamplesWriter()
         for image, label in zip(images, labels, strict=True):
@@ -67,6 +72,11 @@ def _from_binary_version(folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
     images, labels = [], []
     for name in _BINARY_FILES[split]:
         path = folder / name
+        if not path.is_file() and path.with_suffix("").is_file():
+            raise ValueError(
+                f"source holds {path.stem} of CIFAR-10's Python version, a pickle, which could run any code and is not "
+                f"opened; take the binary version, which holds {name}: {folder}"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"source must hold {name} of CIFAR-10's binary version: {path}")
         content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
@@ -80,11 +90,24 @@ def _from_binary_version(folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _from_arrays(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path) as arrays:
-        missing = [name for name in _ARRAYS[split] if name not in arrays]
-        if missing:
-            raise ValueError(f"{path.name} must hold {' and '.join(_ARRAYS[split])}, got {', '.join(arrays)}")
-        images, labels = (arrays[name] for name in _ARRAYS[split])
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file, or a damaged one")
+    try:
+        with np.load(path) as arrays:
+            missing = [name for name in _ARRAYS[split] if name not in arrays]
+            if missing:
+                raise ValueError(f"it must hold {' and '.join(_ARRAYS[split])}, got {', '.join(arrays)}")
+            images, labels = (arrays[name] for name in _ARRAYS[split])
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras stores them
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf" or (labels % 1 != 0).any():
+        raise ValueError(
+            f"labels of {path.name} must be whole numbers [N] or [N, 1], got {labels.dtype} {list(labels.shape)}"
+        )
+    if images.dtype == np.uint8 and images.shape[1:] == (_SIDE, _SIDE, 3):
+        images = (images @ _BRIGHTNESS).astype(np.uint8)
     if images.dtype != np.uint8 or images.shape[1:] != (_SIDE, _SIDE):
         raise ValueError(f"images of {path.name} must be uint8 [N, 32, 32], got {images.dtype} {list(images.shape)}")
     return images, labels

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -88,8 +90,11 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
         _write_whole(summary, json.dumps(description, indent=2).encode())  # last: without it the folder is unfinished
         for shard in (folder / "shards").glob("*.npz"):
             shard.unlink()
-    description = json.loads(summary.read_text())
-    splits = {name: Examples.from_bytes((folder / f"{name}.npz").read_bytes()) for name in SPLITS}
+    try:
+        description = json.loads(summary.read_text())
+        splits = {name: Examples.from_bytes((folder / f"{name}.npz").read_bytes()) for name in SPLITS}
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{folder} is not as it was written ({error}); delete it to make it again") from error
     for name, examples in splits.items():
         if examples.sha256() != description["splits"][name]["sha256"]:
             raise ValueError(f"{folder / name}.npz was changed after it was written; delete {folder} to make it again")
@@ -124,7 +129,10 @@ def make_in_shards(
                 writer = ExamplesWriter()
                 add_shard(Random(f"{seed} {split} {number}"), size, writer)
                 _write_whole(path, writer.examples().to_bytes())
-            shards.append(Examples.from_bytes(path.read_bytes()))
+            try:
+                shards.append(Examples.from_bytes(path.read_bytes()))
+            except (EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{path} is not as it was written ({error}); delete it to make it again") from error
             done += size
             progress.tell(done, total)
         splits[split] = Examples.concatenated(shards)

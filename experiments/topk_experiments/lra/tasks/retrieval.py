@@ -7,14 +7,17 @@ substitute asks whether two passages come from the same document, and takes any 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from ...runs.files import visible_files
 from .examples import Examples, ExamplesWriter
 from .preparation import Progress, Splits
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _AAN_FILES = {"train": "train", "validation": "eval", "test": "test"}
 
 
@@ -46,7 +49,9 @@ class CitedPapers:
         known: dict[bytes, int] = {}
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                fields = line.rstrip(b"\r\n").split(b"\t")
+                if not line.strip():
+                    continue
+                fields = line.rstrip(b"\r\n").removeprefix(_BYTE_ORDER_MARK).split(b"\t")
                 if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
                     raise ValueError(
                         f"line {number} of {path.name} must have five fields separated by tabs, the first 0 or 1, got "
@@ -140,12 +145,15 @@ def _passage(text: bytes, size: int, random: Random) -> bytes:
 def _texts(source: Path) -> Iterator[bytes]:
     """Contents of all .txt files, in the order of their names."""
     if source.is_dir():
-        for path in sorted(source.rglob("*.txt")):
+        for path in visible_files(source, "**/*.txt"):
             yield path.read_bytes()
     elif source.suffix == ".zip" and source.is_file():
-        with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                if name.endswith(".txt"):
-                    yield archive.read(name)
+        try:
+            with zipfile.ZipFile(source) as archive:
+                for name in sorted(archive.namelist()):
+                    if name.endswith(".txt") and not name.rpartition("/")[2].startswith("."):
+                        yield archive.read(name)
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
+            raise ValueError(f"{source} cannot be read: {error}") from error
     else:
         raise FileNotFoundError(f"source must be a folder or a .zip file with .txt files, got {source}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import json
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...runs.files import folder_with, read_utf8, visible_files
 from .examples import Examples, ExamplesWriter
 from .preparation import Progress, Splits, hold_out
 
 _FOLDER_LABELS = {"neg": 0, "pos": 1}
+_Review = tuple[Any, Any, str]  # text, label, and where it stands
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,18 @@ class ReviewSentiment:
 
     def _read(self, split: str, progress: Progress) -> Examples:
         writer = ExamplesWriter()
-        for number, (text, label) in enumerate(self._reviews(split), 1):
-            if label not in (0, 1):
-                raise ValueError(f"label must be 0 or 1, got {label!r} in a {split} review of {self._source_name}")
-            writer.add([text.encode()[: self.max_length]], label)
+        for number, (text, label, place) in enumerate(self._reviews(split), 1):
+            if not isinstance(label, int | float) or label not in (0, 1):
+                raise ValueError(
+                    f"label must be 0 or 1, got {label!r} in a {split} review of {self._source_name} ({place})"
+                )
+            if not isinstance(text, str):
+                raise ValueError(f"text must be a string, got {text!r} in {place} of {self._source_name}")
+            try:
+                content = text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text of {place} of {self._source_name} is no UTF-8: {error.reason}") from error
+            writer.add([content[: self.max_length]], int(label))
             if number % 500 == 0:
                 progress.tell(number, number)
         examples = writer.examples()
@@ -66,38 +75,50 @@ class ReviewSentiment:
     def _source_name(self) -> str:
         return Path(self.source).name or self.source
 
-    def _reviews(self, split: str) -> Iterable[tuple[str, Any]]:
-        folder = Path(self.source).expanduser()
-        if not folder.is_dir():
+    def _reviews(self, split: str) -> Iterable[_Review]:
+        source = Path(self.source).expanduser()
+        if not source.is_dir():
             return _from_hugging_face(self.source, split)
-        if (folder / split / "pos").is_dir():
-            return _from_full_folder(folder / split)
-        for name in (f"{split}.jsonl.gz", f"{split}.jsonl"):
-            if (folder / name).is_file():
-                return _from_json_lines(folder / name)
-        raise ValueError(
-            f"source {self._source_name} must hold {split}/pos and {split}/neg with .txt files, or {split}.jsonl or "
-            f"{split}.jsonl.gz"
-        )
+        folder = folder_with(source, lambda folder: _form_of(folder, split) is not None)
+        form = _form_of(folder, split)
+        if form is None:
+            raise ValueError(
+                f"source {self._source_name} must hold {split}/pos and {split}/neg with .txt files, or {split}.jsonl "
+                f"or {split}.jsonl.gz"
+            )
+        return _from_full_folder(form) if form.is_dir() else _from_json_lines(form)
 
 
-def _from_full_folder(folder: Path) -> Iterator[tuple[str, int]]:
+def _form_of(folder: Path, split: str) -> Path | None:
+    """The folder of the full data set's split, or its file of JSON lines."""
+    if any((folder / split / name).is_dir() for name in _FOLDER_LABELS):
+        return folder / split
+    files = (folder / f"{split}.jsonl.gz", folder / f"{split}.jsonl")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _from_full_folder(folder: Path) -> Iterator[_Review]:
     for name, label in _FOLDER_LABELS.items():
-        for path in sorted((folder / name).glob("*.txt")):
-            yield path.read_text(encoding="utf-8"), label
+        paths = list(visible_files(folder / name, "*.txt"))
+        if not paths:
+            raise ValueError(f"{folder.name}/{name} must hold .txt files, and holds none: {folder / name}")
+        for path in paths:
+            yield read_utf8(path), label, f"{folder.name}/{name}/{path.name}"
 
 
-def _from_json_lines(path: Path) -> Iterator[tuple[str, int]]:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for number, line in enumerate(content.splitlines(), 1):
+def _from_json_lines(path: Path) -> Iterator[_Review]:
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             review = json.loads(line)
-            yield review["text"], review["label"]
-        except (ValueError, KeyError, TypeError) as error:
+            text, label = review["text"], review["label"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"line {number} of {path.name} is not a JSON object with text and label") from error
+        yield text, label, f"line {number} of {path.name}"
 
 
-def _from_hugging_face(name: str, split: str) -> Iterator[tuple[str, int]]:
+def _from_hugging_face(name: str, split: str) -> Iterator[_Review]:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"source folder not found: {name}")
     try:
@@ -108,5 +129,5 @@ def _from_hugging_face(name: str, split: str) -> Iterator[tuple[str, int]]:
             "pip install datasets",
             name="datasets",
         ) from error
-    for review in datasets.load_dataset(name, split=split):
-        yield review["text"], review["label"]
+    for number, review in enumerate(datasets.load_dataset(name, split=split), 1):
+        yield review["text"], review["label"], f"row {number}"

@@ -16,16 +16,19 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...runs.files import read_utf8
 from .questions import YES_OR_NO, Question, QuestionSet
 from .unifiedqa import parse_line
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".tsv")
 _UNIFIEDQA = ".unifiedqa.tsv"
 _NUMBERED_ANSWER = re.compile(r"\s*Answer(\d+): ")
+# What content of another form than expected raises.
+_BAD_CONTENT = (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
 _MCTEST_ESCAPES = ((r"\newline", "\n"), (r"\tab", "\t"))
 
 
@@ -43,14 +46,18 @@ def read_questions(source: str | Path) -> QuestionSet:
     if path.is_dir():
         path = _only_file(path)
     if path.is_file():
-        return QuestionSet(_name(path), tuple(_from_file(path)))
+        questions = tuple(_from_file(path))
+        if not questions:
+            raise ValueError(f"{path} holds no questions")
+        return QuestionSet(_name(path), questions)
     if _is_hub_id(str(source)):
         return _from_hub(str(source))
     raise FileNotFoundError(f"question file not found: {source}")
 
 
 def _only_file(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _DATA_SUFFIXES)
+    # macOS leaves files like ._dev.json beside those that it unpacks.
+    files = sorted(file for file in folder.iterdir() if file.suffix in _DATA_SUFFIXES and file.name[0] != ".")
     files = [file for file in files if not file.name.endswith(_UNIFIEDQA)] or files
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
@@ -63,32 +70,56 @@ def _name(path: Path) -> str:
 
 
 def _from_file(path: Path) -> Iterator[Question]:
-    content = path.read_text(encoding="utf-8")
+    content = read_utf8(path)
     start = content.lstrip()[:1]
     try:
-        if start == "[" or (start == "{" and path.suffix == ".json"):
-            yield from _from_json(json.loads(content))
+        if start == "[":
+            yield from _each(_from_row, "row", enumerate(json.loads(content), 1))
         elif start == "{":
-            yield from _from_json([json.loads(line) for line in content.splitlines() if line.strip()])
+            yield from _from_objects(content)
         elif path.with_suffix(".ans").is_file():
-            yield from _from_mctest(content, path.with_suffix(".ans").read_text(encoding="utf-8"))
+            yield from _from_mctest(content, path.with_suffix(".ans"))
+        elif _looks_like_mctest(content):
+            raise ValueError(f"MCTest's answers must be in a file beside it, {path.with_suffix('.ans').name}")
         else:
-            yield from map(parse_line, filter(str.strip, content.split("\n")))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has none of the known forms of question files: {error}") from error
+            yield from _each(parse_line, "line", _lines(content))
+    except _BAD_CONTENT as error:
+        raise ValueError(f"{path} has none of the known forms of question files: {_words(error)}") from error
 
 
-def _from_json(content: Any) -> Iterator[Question]:
-    if isinstance(content, dict):
-        if "data" not in content:
-            raise ValueError(f"a JSON object must have SQuAD's data, got {', '.join(list(content)[:8])}")
-        yield from _from_squad(content["data"])
+def _from_objects(content: str) -> Iterator[Question]:
+    """SQuAD's one object, or a row on each line, whatever the file's name ends in."""
+    try:
+        whole = json.loads(content)
+    except ValueError:
+        yield from _each(lambda line: _from_row(json.loads(line)), "line", _lines(content))
         return
-    for row in content:
-        yield _from_row(row)
+    if "data" in whole:
+        yield from _from_squad(whole["data"])
+    else:
+        yield from _each(_from_row, "row", [(1, whole)])
+
+
+def _lines(content: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers. Only line feeds end them: texts hold the other separators."""
+    return ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
+
+
+def _each(read: Callable[[Any], Question], unit: str, numbered: Iterable[tuple[int, Any]]) -> Iterator[Question]:
+    for number, part in numbered:
+        try:
+            yield read(part)
+        except _BAD_CONTENT as error:
+            raise ValueError(f"{unit} {number}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _from_row(row: dict[str, Any]) -> Question:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, got {type(row).__name__}")
     for wanted, convert in _ROWS:
         if wanted <= set(row):
             return convert(row)
@@ -118,24 +149,40 @@ def _labelled_row(row: dict[str, Any]) -> Question:
         asked, choices = asked["stem"], asked["choices"]
     if isinstance(choices, list):
         choices = {name: [choice[name] for choice in choices] for name in ("label", "text")}
-    texts = tuple(text.strip() for text in choices["text"])
-    return Question(asked.strip(), (texts[choices["label"].index(row["answerKey"])],), texts)
+    texts = tuple(_text("a choice", text) for text in choices["text"])
+    labels, key = list(choices["label"]), row["answerKey"]
+    if key not in labels:
+        hint = "; test sets are published without answers" if not key else ""
+        raise ValueError(f"answerKey must be one of the labels {', '.join(map(str, labels))}, got {key!r}{hint}")
+    return Question(_text("question", asked), (texts[labels.index(key)],), texts)
+
+
+def _text(name: str, value: Any) -> str:
+    """A text without space around it; numbers stand for themselves."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{name} must be text, got {value!r}")
+    return str(value).strip()
 
 
 def _boolq_row(row: dict[str, Any]) -> Question:
-    text = row["question"].strip()
-    answer = row["answer"]
-    if not isinstance(answer, bool):
-        raise ValueError(f"answer must be true or false, got {answer!r}")
-    return Question(text if text.endswith("?") else f"{text}?", ("yes" if answer else "no",), YES_OR_NO, row["passage"])
+    text = _text("question", row["question"])
+    name = "answer" if "answer" in row else "label"
+    answer = row[name]
+    if answer not in (0, 1):  # also true and false
+        raise ValueError(f"{name} must be true or false, got {answer!r}")
+    passage = _text("passage", row["passage"])
+    return Question(text if text.endswith("?") else f"{text}?", ("yes" if answer else "no",), YES_OR_NO, passage)
 
 
 def _squad_row(row: dict[str, Any]) -> Question:
-    answers, starts = row["answers"]["text"], row["answers"]["answer_start"]
+    answers, starts = row["answers"]["text"], row["answers"].get("answer_start", ())
+    question, context = _text("question", row["question"]), row["context"]
+    if not isinstance(context, str):
+        raise ValueError(f"context must be text, got {context!r}")
     # Unanswerable questions of SQuAD 2 have no answer; UnifiedQA expects these words.
     if not answers:
-        return Question(row["question"].strip(), ("<no answer>",), passage=row["context"])
-    return Question(row["question"].strip(), tuple(answers), passage=row["context"], answer_starts=tuple(starts))
+        return Question(question, ("<no answer>",), passage=context)
+    return Question(question, tuple(answers), passage=context, answer_starts=tuple(starts))
 
 
 _ROWS: tuple[tuple[set[str], Callable[[dict[str, Any]], Question]], ...] = (
@@ -144,6 +191,7 @@ _ROWS: tuple[tuple[set[str], Callable[[dict[str, Any]], Question]], ...] = (
     ({"answerKey", "question"}, _labelled_row),
     ({"answerKey", "question_stem"}, _labelled_row),
     ({"question", "passage", "answer"}, _boolq_row),
+    ({"question", "passage", "label"}, _boolq_row),
     ({"question", "context", "answers"}, _squad_row),
 )
 
@@ -152,17 +200,34 @@ def _from_squad(articles: list[dict[str, Any]]) -> Iterator[Question]:
     for article in articles:
         for paragraph in article["paragraphs"]:
             for asked in paragraph["qas"]:
-                answers = {name: [answer[name] for answer in asked["answers"]] for name in ("text", "answer_start")}
+                given = asked["answers"]
+                names = [name for name in ("text", "answer_start") if all(name in answer for answer in given)]
+                if "text" not in names:
+                    raise ValueError(f"an answer must hold text, got {given!r:.80}")
+                answers = {name: [answer[name] for answer in given] for name in names}
                 yield _squad_row({"question": asked["question"], "context": paragraph["context"], "answers": answers})
 
 
-def _from_mctest(content: str, answers: str) -> Iterator[Question]:
+def _looks_like_mctest(content: str) -> bool:
+    fields = content.partition("\n")[0].split("\t")
+    return len(fields) >= 23 and fields[1].startswith("Author:")
+
+
+def _from_mctest(content: str, answer_file: Path) -> Iterator[Question]:
     """A story a line, with four questions of four choices each."""
-    for line, letters in zip(content.splitlines(), answers.splitlines(), strict=True):
-        _, _, story, *rest = line.split("\t")
-        for number, letter in enumerate(letters.split("\t")):
-            text, *choices = rest[5 * number : 5 * number + 5]
+    stories, answers = list(_lines(content)), list(_lines(read_utf8(answer_file)))
+    if len(stories) != len(answers):
+        raise ValueError(f"{answer_file.name} must hold a line for each of {len(stories)} stories, got {len(answers)}")
+    for (number, line), (_, letters) in zip(stories, answers, strict=True):
+        _, _, story, *rest = [*line.rstrip("\r").split("\t"), "", ""]
+        for question, letter in enumerate(letters.rstrip("\r").split("\t")):
+            text, *choices = rest[5 * question : 5 * question + 5] or [""]
             choices = [_without_escapes(choice) for choice in choices]
+            if len(choices) < 4 or letter not in tuple("ABCD"):
+                raise ValueError(
+                    f"line {number}: four choices and one of A, B, C, D are needed for each question, got "
+                    f"{len(choices)} choices and {letter!r}"
+                )
             answer = choices["ABCD".index(letter)]
             yield Question(text.partition(":")[2].strip(), (answer,), tuple(choices), _without_escapes(story))
 

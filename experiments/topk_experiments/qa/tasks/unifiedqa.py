@@ -7,6 +7,7 @@ backslash and an n, and in files a tab and the answer after them.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 
@@ -45,13 +46,18 @@ def parse_line(line: str) -> Question:
     >>> parse_line('who ate it? \\n bob and ann ate.\t["bob", "ann"]').answers
     ('bob', 'ann')
     """
-    source, *targets = line.rstrip("\n").split("\t")
+    source, *targets = line.strip("\r\n").split("\t")
+    if targets and all(len(field) > 1 and field[0] == field[-1] == '"' for field in (source, *targets)):
+        source, *targets = (field[1:-1].replace('""', '"') for field in (source, *targets))  # quoted as in CSV
     answers = tuple(answer for target in targets for answer in _answers(target))
     if not answers:
         raise ValueError(f"a line must hold an input, a tab and an answer, got {line[:80]!r}")
     text, *rest = (part.strip() for part in source.split(r"\n"))
     choices = _choices(rest[0]) if rest else ()
     passage = " ".join(part for part in (rest[1:] if choices else rest) if part)
+    if choices and answers[0] not in choices:
+        same = [choice for choice in choices if in_lower_case(choice) == in_lower_case(answers[0])]
+        answers = (*same[:1], *answers[1:]) if same else answers
     if not choices and set(answers) <= set(YES_OR_NO):
         choices = YES_OR_NO
     return Question(text, answers, choices, passage)
@@ -64,21 +70,28 @@ def in_lower_case(text: str) -> str:
 
 def _answers(target: str) -> list[str]:
     if target.startswith("[") and target.endswith("]"):
-        try:
-            listed = json.loads(target)
-        except ValueError:
-            return [target]
+        listed = _listed(target)
         if isinstance(listed, list) and listed and all(isinstance(answer, str) for answer in listed):
             return listed
     return [target.strip()] if target.strip() else []
 
 
+def _listed(target: str) -> object:
+    """A list as JSON writes it, or as Python does; None where it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(target)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
 def _choices(part: str) -> tuple[str, ...]:
-    """The choices of a text that begins with "(a) "; empty if it does not, or if there is only one."""
-    if not part.startswith("(a) "):
+    """The choices of a text that begins with "(a) " or "(A) "; empty if it does not, or if there is only one."""
+    if not part.lower().startswith("(a) "):
         return ()
     choices, rest = [], part[len("(a) ") :]
-    for letter in _LETTERS[1:]:
+    for letter in (_LETTERS if part[1] == "a" else _LETTERS.upper())[1:]:
         choice, found, after = rest.partition(f" ({letter}) ")
         if not found:
             break

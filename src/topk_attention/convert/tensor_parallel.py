@@ -1,0 +1,37 @@
+"""Models whose linear layers are cut over several processes, as `from_pretrained(..., tp_plan="auto")` cuts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def cut_over_processes(linear: Any) -> str | None:
+    """Why a layer that holds some of the neurons is no layer of a top-k network; None for a whole layer.
+
+    The weights of fully sharded data parallelism are whole whenever the layer runs. Those of tensor parallelism are
+    not, and the layer calls the other processes in a forward or hooks of its own.
+    """
+    placements = getattr(getattr(linear, "weight", None), "placements", None)
+    if not placements or not any(placement.is_shard() for placement in placements):
+        return None
+    if "forward" not in vars(linear) and not linear._forward_pre_hooks and not linear._forward_hooks:
+        return None
+    return "is cut over several processes (tensor parallel), and the k best neurons are chosen among all"
+
+
+def k_of_own_heads(module: nn.Module, k: tuple[int, ...], num_heads: int) -> tuple[int, ...]:
+    """Those entries of a layer's k per head that are for the heads of this process; all if the layer is not cut.
+
+    num_heads  how many heads this process has
+    """
+    if len(k) == num_heads:
+        return k
+    for weight in module.parameters():
+        for axis, placement in enumerate(getattr(weight, "placements", ())):
+            mesh: Any = getattr(weight, "device_mesh", None)
+            if placement.is_shard(0) and mesh.size(axis) * num_heads == len(k):
+                first = mesh.get_local_rank(axis) * num_heads
+                return k[first : first + num_heads]
+    return k

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -20,14 +21,14 @@ _MEMORY_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class Limits:
-    """A process that exceeds one of these is stopped, and its record says so.
+    """A process that exceeds one of these is stopped, and its record says so."""
 
-    memory_gib  of the whole process, on a GPU of what it takes there; None: 0.9 of what is free when it starts, on a
-                GPU all of it
-    """
-
-    time_s: float = 900.0
-    memory_gib: float | None = None
+    time_s: Annotated[float, "Seconds after which a process is stopped and recorded so."] = 900.0
+    memory_gib: Annotated[
+        float | None,
+        "GiB that a point's process may take, on a GPU there. Default: 0.9 of what is free when it starts, on a GPU "
+        "all of it.",
+    ] = None
 
     def __post_init__(self) -> None:
         for name, limit in (("time-limit", self.time_s), ("memory-limit", self.memory_gib)):

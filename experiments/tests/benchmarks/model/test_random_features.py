@@ -115,7 +115,7 @@ def test_padding_changes_nothing(point, method):
 def test_another_family_is_named_with_the_way_out_before_anything_is_measured(point, console, tmp_path, family, words):
     points = [point(family, "sdpa"), point(family, "rfa")]
     with pytest.raises(ValueError, match=words):
-        run_model_benchmark(ModelBenchmark(points, tmp_path, name="name"), console)
+        run_model_benchmark(ModelBenchmark(points, out=tmp_path, name="name"), console)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=words):
         prepared_model(points[1])

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from topk_attention.functional.checks import check_count
 
@@ -19,8 +19,8 @@ from ...runs.ledger import Ledger
 from ...runs.process import Send
 from ...runs.progress import say
 from ...runs.records import Json
-from ...runs.steps import Limits, run_within
-from ..rounds import records_of
+from ...runs.steps import run_within
+from ..rounds import Benchmark, Device, Seed, Threads, records_of
 from . import measure
 from .capture import captured
 from .measure import Point
@@ -33,37 +33,28 @@ if TYPE_CHECKING:
 _DEFAULT_NUM_LAYERS = 5
 
 
-@dataclass(frozen=True)
-class ErrorBenchmark:
-    """Which points to measure, and how.
+@dataclass(frozen=True, kw_only=True)
+class ErrorBenchmark(Benchmark):
+    """Which points to measure. A step is timed in each layer, in all of them for about `enough_s`."""
 
-    model, text  as the user wrote them; None: SmolLM2 from a package, Python's documentation topics
-    layers       numbers; None: five from the first to the last
-    k            sizes of top-k attention; None: its own
-    features     sizes of random features; None: their own
-    repetitions  of a timed step in each layer; fewer where they would take longer than enough_s in all layers
-    limits       of a point's process
-    fresh        whether to measure points again that are on file
-    """
-
-    model: str | None = None
-    text: Path | None = None
-    lengths: Sequence[int] = (2048, 8192)
-    layers: Sequence[int] | None = None
-    methods: Sequence[str] = tuple(METHODS)
-    k: Sequence[int] | None = None
-    features: Sequence[int] | None = None
-    draws: int = 3
-    out: Path = Path("results/attention-error")
-    repetitions: int = 3
+    model: Annotated[
+        str | None, "Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."
+    ] = None
+    text: Annotated[Path | None, "UTF-8 text file. Default: Python's own documentation topics."] = None
+    lengths: Annotated[Sequence[int], "Tokens of the window."] = (2048, 8192)
+    layers: Annotated[Sequence[int] | None, "Numbers from 0. Default: five from first to last."] = None
+    methods: Annotated[Sequence[str], f"Among {', '.join(METHODS)}."] = tuple(METHODS)
+    k: Annotated[Sequence[int] | None, "Keys kept per query. Default: 4 to 1,024."] = None
+    features: Annotated[Sequence[int] | None, "Numbers of random features. Default: 32 to 4,096."] = None
+    draws: Annotated[int, "Draws of random features; errors are means over them."] = 3
+    out: Annotated[Path, "Folder for the results."] = Path("results/attention-error")
     enough_s: float = 60.0
-    limits: Limits = Limits()  # noqa: RUF009 - frozen
-    device: str = "cpu"
-    threads: int = 1
-    seed: int = 0
-    fresh: bool = False
+    device: Device = "cpu"
+    threads: Threads = 1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
@@ -76,7 +67,7 @@ class ErrorBenchmark:
             raise ValueError(f"features must be even, half sines and half cosines for rfa, got {self.features}")
         if min(self.lengths) < 2:
             raise ValueError(f"lengths must be at least 2, got {min(self.lengths)}")
-        check_at_least(1, self, "draws", "repetitions", "threads")
+        check_at_least(1, self, "draws", "threads")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"layers must be numbers from 0, got {list(self.layers)}")
         check_device(self.device)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from ...runs.progress import say
 from .benchmark import ModelBenchmark, run_model_benchmark
-from .points import ALL, Point, grid, settings
+from .points import METHODS, Point, grid, settings
 from .report import report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["ALL", "ModelBenchmark", "Point", "grid", "redraw", "report", "run_and_report", "run_model_benchmark"]
+__all__ = ["METHODS", "ModelBenchmark", "Point", "grid", "redraw", "report", "run_and_report", "run_model_benchmark"]
 
 
 def run_and_report(benchmark: ModelBenchmark, console: Console) -> None:

@@ -15,7 +15,7 @@ from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
 from ...runs.timing import expected_s
-from ..rounds import PointBenchmark, records_of
+from ..rounds import PointBenchmark, StepLimit, records_of
 from ..tables import memory_and_time
 from . import measure
 from .points import Point
@@ -33,15 +33,14 @@ _NOTICEABLY_MORE = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmark(PointBenchmark):
-    """Which points of whole models to measure and how, as `PointBenchmark` describes it.
+    """Which points of whole models to measure. A point is left out if shorter inputs suggest too long a step.
 
-    name          of the files in `out`
-    step_limit_s  a point is left out if shorter inputs suggest that its step takes longer
+    name  of the files in `out`
     """
 
     name: str
     enough_s: float = 300.0
-    step_limit_s: float = 600.0
+    step_limit_s: StepLimit = 600.0
     limits: Limits = Limits(3600.0)  # noqa: RUF009 - frozen
 
     @property

@@ -106,6 +106,11 @@ class Benchmark:
     def __post_init__(self) -> None:
         check_at_least(1, self, "repetitions")
 
+    def ledger(self, name: str, schema: str, module: str) -> Ledger:
+        """The records in `NAME.jsonl`; the code that counts lies in the folder of a module and in that of rivals."""
+        folder = Path(str(importlib.import_module(module).__file__)).parent
+        return Ledger(self.out / f"{name}.jsonl", schema=schema, folder=folder, also=[RIVALS], fresh=self.fresh)
+
 
 @dataclass(frozen=True)
 class PointBenchmark(Benchmark):
@@ -163,7 +168,7 @@ def run_points(table: PointTable, benchmark: PointBenchmark, console: Console) -
         request = {"point": asdict(point), "memory_limit_gib": limits.memory_gib, **shared}
         return run_within(limits, f"{turns.__name__}:measure_point", request, str(point))
 
-    ledger = _ledger(table, benchmark, table.name)
+    ledger = benchmark.ledger(table.name, table.schema, table.operation)
     return records_of(benchmark.points, ledger, run, spares=limits.spare, in_words=memory_and_time, console=console)
 
 
@@ -181,7 +186,8 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
     Raises:
         WorkerError: an answer is wrong, or a process died; what was measured before is kept.
     """
-    table, ledger = benchmark.table, _ledger(benchmark.table, benchmark, benchmark.name)
+    table = benchmark.table
+    ledger = benchmark.ledger(benchmark.name, table.schema, table.operation)
     results: list[Result] = []
 
     def record(function: str, work: Any, asked: Json, **more: Any) -> Json:
@@ -232,13 +238,6 @@ def run_and_show_rounds(benchmark: RoundBenchmark, console: Console) -> None:
     lines = benchmark.out / f"{benchmark.name}.jsonl"
     for path in (lines, *benchmark.table.report(benchmark.out, benchmark.name)):
         say(console, f"Written: {path}")
-
-
-def _ledger(table: PointTable | RoundTable, benchmark: PointBenchmark | RoundBenchmark, name: str) -> Ledger:
-    """The records of a table; the code that counts lies in the folder of its operation and in that of rivals."""
-    folder = Path(str(importlib.import_module(table.operation).__file__)).parent
-    lines = benchmark.out / f"{name}.jsonl"
-    return Ledger(lines, schema=table.schema, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
 
 
 def records_of(points: Sequence[Any], ledger: Ledger, run: Callable[[Any, Send], Json], **how: Any) -> list[Json]:

@@ -149,11 +149,8 @@ def measure_step(new_step: Callable[[], Callable[[], object]], device: str, requ
     memory, later_memory = first_meter.read(), later_meter.read()
     return {
         **times.as_record(),
-        "peak_mib": memory.peak_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
+        **memory.as_record(),
         # Memory that the allocator keeps between steps is in this one.
         "peak_of_later_steps_mib": later_memory.total_peak_mib - memory.baseline_mib,
-        "memory_method": memory.method,
         "device_name": device_name(device),
     }

@@ -12,10 +12,8 @@ from topk_attention.functional.checks import check_count
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
-from ...rivals import FOLDER as RIVALS
 from ...runs.checks import check_at_least
 from ...runs.devices import check_device
-from ...runs.ledger import Ledger
 from ...runs.process import Send
 from ...runs.progress import say
 from ...runs.records import Json
@@ -25,7 +23,7 @@ from . import measure
 from .capture import captured
 from .measure import Point
 from .methods import METHODS, sizes_of
-from .report import LINES, SCHEMA, in_words, report, show
+from .report import NAME, SCHEMA, in_words, report, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,11 +86,12 @@ class ErrorBenchmark(Benchmark):
     def points(self, length: int, model: Sequence[str], text: Sequence[str], layers: Sequence[int]) -> list[Point]:
         """Every method and size at one length."""
         points = []
-        for method in dict.fromkeys(self.methods):
-            draws = self.draws if METHODS[method].is_random else None
+        for name in dict.fromkeys(self.methods):
+            method = METHODS[name]
+            draws = self.draws if method.is_random else None
             shared = (length, list(model), list(text), list(layers), draws, self.device, self.threads, self.seed)
-            sizes = sizes_of(method, self.k if METHODS[method].size == "k" else self.features)
-            points += [Point(method, size, *shared) for size in sizes]
+            sizes = sizes_of(name, self.k if method.size == "k" else self.features)
+            points += [Point(name, size, *shared) for size in sizes]
         return points
 
 
@@ -116,8 +115,7 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
             f"lengths must be at most {limit}, the longest input of {source.name}, got {max(benchmark.lengths)}"
         )
     layers = benchmark.layers_of(config.num_hidden_layers)
-    folder = Path(__file__).parent
-    ledger = Ledger(benchmark.out / LINES, schema=SCHEMA, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
+    limits, ledger = benchmark.limits, benchmark.ledger(NAME, SCHEMA, __name__)
 
     @functools.cache
     def captured_at(length: int) -> str:
@@ -127,16 +125,16 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
     def run(point: Point, on_message: Send) -> Json:
         request = {
             "point": asdict(point),
-            "memory_limit_gib": benchmark.limits.memory_gib,
+            "memory_limit_gib": limits.memory_gib,
             "repetitions": benchmark.repetitions,
             "enough_s": benchmark.enough_s,
             "captured": captured_at(point.length),
         }
-        return run_within(benchmark.limits, f"{measure.__name__}:measure_point", request, str(point), on_message)
+        return run_within(limits, f"{measure.__name__}:measure_point", request, str(point), on_message)
 
     identity = ((source.name, source.revision), (text.source, text.sha256), layers)
     points = [point for length in sorted(set(benchmark.lengths)) for point in benchmark.points(length, *identity)]
-    records = records_of(points, ledger, run, spares=benchmark.limits.spare, in_words=in_words, console=console)
+    records = records_of(points, ledger, run, spares=limits.spare, in_words=in_words, console=console)
     show(records, console)
     for written in report(benchmark.out):
         tell(f"Written: {written}")

@@ -1,13 +1,12 @@
 """One training step of a whole transformers model against its length: memory first, then time.
 
-points.py           what is measured
-shapes.py           the models, from configurations, and their inputs
-methods.py          who computes their attention
-random_features.py  Performer and RFA for such models
-check.py            whether the answer is right, at a short length
-measure.py          one step, in a process of its own
-benchmark.py        which points are missing, and their records
-report.py           tables and pictures from the records
+points.py     what is measured
+shapes.py     the models, from configurations, and their inputs
+methods.py    who computes their attention
+check.py      whether the answer is right, at a short length
+measure.py    one step, in a process of its own
+benchmark.py  which points are missing, and their records
+report.py     tables and pictures from the records
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from topk_attention.functional.checks import check_count, check_dropout
 
 from ...models.pretrained import ModelSource
 from ...rivals import METHODS as EVERY_METHOD
-from ...rivals.names import among
+from ...rivals.names import TOPK, among, on_backend
 from ...runs.checks import check_at_least, check_one_of
 from ...runs.records import Json
 from ..rounds import Device, Seed, Threads
@@ -99,7 +99,7 @@ class Point:
     def backend_name(self) -> str | None:
         """The backend of the library that computes this point's attention; None for methods of others."""
         if self.method == "topk":
-            return "chunked" if self.backend == "auto" and self.device != "cpu" else choose_backend(self.backend).name
+            return on_backend("topk", self.backend, self.device).removeprefix(TOPK)
         return "chunked" if self.method == "query-chunks" else None
 
     def __str__(self) -> str:

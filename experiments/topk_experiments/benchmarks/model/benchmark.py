@@ -11,6 +11,7 @@ import torch
 from ...runs.ledger import Ledger
 from ...runs.memory import available_mib
 from ...runs.process import Send
+from ...runs.progress import say
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
 from ...runs.timing import expected_s
@@ -18,7 +19,8 @@ from ..rounds import PointBenchmark, StepLimit, records_of
 from ..tables import memory_and_time
 from . import measure
 from .methods import check_family
-from .points import Point
+from .points import Point, settings
+from .report import report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,6 +86,14 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
                 return again is not None and again["message"] == record["message"]
 
     return records_of(benchmark.points, ledger, run, spares=spares, in_words=memory_and_time, console=console)
+
+
+def run_and_report(benchmark: ModelBenchmark, console: Console) -> None:
+    """Measure what is missing, show the table of everything on file with the same settings, and name its files."""
+    run_model_benchmark(benchmark, console)
+    setting = settings(benchmark.points[0].as_record())
+    for path in (benchmark.lines, *report(benchmark.lines, setting, console)):
+        say(console, f"Written: {path}")
 
 
 def _left_out(point: Json, benchmark: ModelBenchmark, ledger: Ledger) -> Json | None:

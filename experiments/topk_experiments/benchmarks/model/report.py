@@ -49,6 +49,11 @@ def report(lines: Path, setting: Json | None = None, console: Console | None = N
     return [page, *_draw(records, lines.with_suffix(".png"))]
 
 
+def redraw(results: Path) -> list[Path]:
+    """Draw the tables and pictures of all records in `results/model` again. Nothing is measured."""
+    return [written for lines in sorted((results / "model").glob("*.jsonl")) for written in report(lines)]
+
+
 def page_of(records: Sequence[Json]) -> Page:
     """The table of records of one setting, by length, and the notes below it."""
     by_length = sorted(records, key=lambda record: record["point"]["length"])

@@ -54,7 +54,7 @@ def test_limits_and_repetitions_that_allow_nothing_are_refused():
     with pytest.raises(ValueError, match="memory-limit must be above 0, got 0"):
         Limits(memory_gib=0)
     with pytest.raises(ValueError, match="repetitions must be at least 1, got 0"):
-        PointBenchmark([1], Path(), repetitions=0)
+        PointBenchmark([1], out=Path(), repetitions=0)
 
 
 def test_a_process_beyond_its_memory_limit_is_out_of_memory():

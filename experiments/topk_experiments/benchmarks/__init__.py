@@ -28,4 +28,4 @@ def redraw(results: Path) -> list[Path]:
     for operation, name in ((attention, "attention-kernel"), (feed_forward, "feed-forward-kernel")):
         for sweep in ("table", *operation.ROUNDS.sweeps):
             written += operation.ROUNDS.report(results / name, sweep)
-    return [*written, *model.redraw(results), *error.redraw(results)]
+    return [*written, *model.redraw(results), *error.report(results / "attention-error")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,6 @@ from .error import ErrorBenchmark, run_error_benchmark
 from .feed_forward.works import DEFAULT
 from .feed_forward.works import grid as feed_forward_grid
 from .rounds import PointBenchmark, run_and_show_points
-from .tables import PointTable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,42 +118,27 @@ def run_figures(
             raise ValueError(f"only must be among {', '.join(NAMES)}, got {name!r}")
     sizes = FULL if is_full else QUICK
     shared: dict[str, Any] = {"device": device, "threads": threads}
-    settings: dict[str, Any] = {"enough_s": sizes.enough_s, "limits": Limits(memory_gib=memory_gib)}
+    how: dict[str, Any] = {"enough_s": sizes.enough_s, "limits": Limits(memory_gib=memory_gib)}
 
-    def points(table: PointTable, grid: Sequence[Any]) -> None:
-        # Several sweeps may have a point in common.
-        benchmark = PointBenchmark(list(dict.fromkeys(grid)), out / table.name, **settings)
-        run_and_show_points(table, benchmark, console)
+    def without(method: str, methods: Iterable[str]) -> list[str]:
+        """A GPU has one backend, and needs no second name for it."""
+        return [name for name in methods if device == "cpu" or name != method]
 
-    def layers(table: PointTable, grid: Callable[..., list[Any]], sweeps: Sequence[Sweep], **more: int) -> None:
-        points(
-            table,
-            [
-                point
-                for sweep in sweeps
-                for point in grid(sweep.sizes, _on(device, sweep.methods), sweep.ks, **more, **shared)
-            ],
-        )
+    def layers(grid: Callable[..., list[Any]], sweeps: Sequence[Sweep], **more: int) -> list[Any]:
+        grids = [grid(s.sizes, without("topk-chunked", s.methods), s.ks, **more, **shared) for s in sweeps]
+        return list(dict.fromkeys(itertools.chain(*grids)))  # several sweeps may have a point in common
 
-    def chunks() -> None:
-        methods = [name for name in CHUNK_METHODS if device == "cpu" or name != "topk-cpu"]
-        points(attention.CHUNKS, chunk_grid(methods, sizes.chunk_sizes, length=sizes.chunk_length, **shared))
-
-    def error() -> None:
-        for asked in sizes.error:
-            run_error_benchmark(ErrorBenchmark(out=out / "attention-error", **asked, **settings, **shared), console)
-
-    runs: dict[str, Callable[[], None]] = {
-        "attention": lambda: layers(attention.LAYERS, attention_grid, sizes.attention),
-        "feed-forward": lambda: layers(feed_forward.LAYERS, feed_forward_grid, sizes.feed_forward, tokens=sizes.tokens),
-        "chunk-size": chunks,
-        "error": error,
+    chunks = without("topk-cpu", CHUNK_METHODS)
+    points = {
+        "attention": (attention.LAYERS, layers(attention_grid, sizes.attention)),
+        "feed-forward": (feed_forward.LAYERS, layers(feed_forward_grid, sizes.feed_forward, tokens=sizes.tokens)),
+        "chunk-size": (attention.CHUNKS, chunk_grid(chunks, sizes.chunk_sizes, sizes.chunk_length, **shared)),
     }
     for number, name in enumerate(names := list(only or NAMES), 1):
         say(console, f"Benchmark {number} of {len(names)}: {name}")
-        runs[name]()
-
-
-def _on(device: str, methods: Sequence[str]) -> list[str]:
-    """Without a second name for the one backend that a GPU has."""
-    return [name for name in methods if device == "cpu" or name != "topk-chunked"]
+        if name in points:
+            table, of_table = points[name]
+            run_and_show_points(table, PointBenchmark(of_table, out=out / table.name, **how), console)
+            continue
+        for asked in sizes.error:
+            run_error_benchmark(ErrorBenchmark(out=out / "attention-error", **asked, **how, **shared), console)

@@ -11,9 +11,9 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..rivals import FOLDER as RIVALS
 from ..rivals.names import TOPK, check_method, kept, on_backend
@@ -31,6 +31,12 @@ from .tables import PointTable, memory_and_time
 if TYPE_CHECKING:
     from rich.console import Console
 
+# A field with a text is an option of the commands that take it (`cli.options.taking`).
+Device = Annotated[str, '"cpu" or "cuda".']
+Threads = Annotated[int, "CPU threads."]
+Seed = Annotated[int, "Seed of random numbers."]
+StepLimit = Annotated[float, "Leave out what should take more seconds a step, forward and backward."]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -38,9 +44,9 @@ class Setting:
 
     method: str
     mode: str = "forward_backward"
-    device: str = "cpu"
-    threads: int = 1
-    seed: int = 0
+    device: Device = "cpu"
+    threads: Threads = 1
+    seed: Seed = 0
 
     def check_setting(self) -> None:
         """
@@ -83,53 +89,64 @@ def grid(
     return points
 
 
-@dataclass(frozen=True)
-class PointBenchmark:
-    """Which points to measure and how.
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """How to measure what is missing on file.
 
-    points       have `as_record`, which identifies them; their strings say what is measured
-    repetitions  timed steps of a point; fewer where they would take longer than `enough_s` together
-    limits       of the process of a point
+    enough_s  repetitions are fewer where they would take longer together
+    limits    of each process
     """
 
-    points: Sequence[Any]
-    out: Path
-    repetitions: int = 3
+    out: Annotated[Path, "Folder for the results."]
+    repetitions: Annotated[int, "Timed steps of a point; long ones get fewer."] = 3
     enough_s: float = 240.0
     limits: Limits = Limits()  # noqa: RUF009 - frozen
-    fresh: bool = False
+    fresh: Annotated[bool, "Measure again what is on file."] = False
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "repetitions")
+
+    def ledger(self, name: str, schema: str, module: str) -> Ledger:
+        """The records in `NAME.jsonl`; the code that counts lies in the folder of a module and in that of rivals."""
+        folder = Path(str(importlib.import_module(module).__file__)).parent
+        return Ledger(self.out / f"{name}.jsonl", schema=schema, folder=folder, also=[RIVALS], fresh=self.fresh)
+
+
+@dataclass(frozen=True)
+class PointBenchmark(Benchmark):
+    """Which points to measure: they have `as_record`, which identifies them, and their strings say what is measured."""
+
+    points: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.points:
             raise ValueError("there is no point to measure: give at least one of each kind of setting")
 
 
 @dataclass(frozen=True)
-class RoundBenchmark:
-    """Which methods to measure at which works and how.
+class RoundBenchmark(Benchmark):
+    """Which methods to measure at which works.
 
-    name          of its files in `out`
-    plan          work -> methods that take turns at it; the first is the one with goals
-    step_limit_s  a method whose forward and backward pass is expected to take longer is left out
-    limits        of each process
+    name  of its files in `out`
+    plan  work -> methods that take turns at it; the first is the one with goals
     """
 
     table: RoundTable
     name: str
     plan: Mapping[Any, Sequence[str]]
-    out: Path
-    threads: int = 2
-    seed: int = 0
-    repetitions: int = 7
+    _: KW_ONLY
+    threads: Threads = 2
+    seed: Seed = 0
+    repetitions: Annotated[int, "Timed rounds of a work; long ones get fewer, but three."] = 7
     enough_s: float = 120.0
-    step_limit_s: float = 120.0
+    step_limit_s: StepLimit = 120.0
     limits: Limits = Limits(3600.0)  # noqa: RUF009 - frozen
-    with_memory: bool = True
-    fresh: bool = False
+    with_memory: Annotated[bool, "Measure peak memory too."] = True
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "repetitions", "threads")
+        super().__post_init__()
+        check_at_least(1, self, "threads")
         if not self.plan or not all(self.plan.values()):
             raise ValueError("there is nothing to measure: give at least one work and one method")
         for method in dict.fromkeys(itertools.chain(*self.plan.values())):
@@ -151,7 +168,7 @@ def run_points(table: PointTable, benchmark: PointBenchmark, console: Console) -
         request = {"point": asdict(point), "memory_limit_gib": limits.memory_gib, **shared}
         return run_within(limits, f"{turns.__name__}:measure_point", request, str(point))
 
-    ledger = _ledger(table, benchmark, table.name)
+    ledger = benchmark.ledger(table.name, table.schema, table.operation)
     return records_of(benchmark.points, ledger, run, spares=limits.spare, in_words=memory_and_time, console=console)
 
 
@@ -169,7 +186,8 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
     Raises:
         WorkerError: an answer is wrong, or a process died; what was measured before is kept.
     """
-    table, ledger = benchmark.table, _ledger(benchmark.table, benchmark, benchmark.name)
+    table = benchmark.table
+    ledger = benchmark.ledger(benchmark.name, table.schema, table.operation)
     results: list[Result] = []
 
     def record(function: str, work: Any, asked: Json, **more: Any) -> Json:
@@ -220,13 +238,6 @@ def run_and_show_rounds(benchmark: RoundBenchmark, console: Console) -> None:
     lines = benchmark.out / f"{benchmark.name}.jsonl"
     for path in (lines, *benchmark.table.report(benchmark.out, benchmark.name)):
         say(console, f"Written: {path}")
-
-
-def _ledger(table: PointTable | RoundTable, benchmark: PointBenchmark | RoundBenchmark, name: str) -> Ledger:
-    """The records of a table; the code that counts lies in the folder of its operation and in that of rivals."""
-    folder = Path(str(importlib.import_module(table.operation).__file__)).parent
-    lines = benchmark.out / f"{name}.jsonl"
-    return Ledger(lines, schema=table.schema, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
 
 
 def records_of(points: Sequence[Any], ledger: Ledger, run: Callable[[Any, Send], Json], **how: Any) -> list[Json]:

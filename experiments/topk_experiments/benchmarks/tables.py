@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.ledger import newest, on_file
+from ..runs.ledger import is_finished, newest, on_file
 from ..runs.progress import say
 from ..runs.records import Json, days_and_commits, write_whole
 from ..runs.timing import busy_note
@@ -21,8 +21,12 @@ Numbers = Mapping[int, tuple[float, float]]  # size -> (GiB, seconds)
 Panels = Sequence[tuple[str, str, float]]
 # Field of a panel -> which of (GiB, seconds) it shows, and how many of its unit that number has.
 _QUOTED = {"peak_mib": (0, 1024.0), "elapsed_s": (1, 1.0), "forward_backward_s": (1, 1.0)}
-# Headings above what `measured_cells` returns.
-MEASURED = ("memory [GiB]", "time [s]", "fastest to slowest [s]")
+Columns = Mapping[str, Callable[[Json], str]]  # heading -> cell of a finished record
+MEASURED: Columns = {
+    "memory [GiB]": lambda record: f"{record['peak_mib'] / 1024:.3f}",
+    "time [s]": lambda record: f"{record['elapsed_s']:.2f}",
+    "fastest to slowest [s]": lambda record: "{fastest_s:.2f} to {slowest_s:.2f} (of {repetitions})".format_map(record),
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class PointTable:
             point, size = record["point"], record["point"][self.size[0]]
             beside = self.paper(point)[1].get(size, ("",) * 2) if self.paper_headings else ()
             numbers = [number if number == "" else f"{number:.2f}" for number in beside]
-            rows.append((self.label(point), "" if size is None else f"{size:,}", *measured_cells(record), *numbers))
+            rows.append((self.label(point), "" if size is None else f"{size:,}", *cells(record, MEASURED), *numbers))
         below: list[tuple[str, ...]] = [
             (name, f"{size:,}", f"{gib:.2f}", f"{seconds:.2f}", "")
             for name, numbers in self.paper_rows(records[0]["point"]).items()
@@ -209,12 +213,11 @@ def how_measured(records: Sequence[Json]) -> list[str]:
     return [*lines, *busy_notes(records)]
 
 
-def measured_cells(record: Json) -> tuple[str, str, str]:
-    """Peak memory, time and its spread of a record; its outcome in place of the first where it did not finish."""
-    if record["outcome"] != "finished":
-        return (record["outcome"], "", "")
-    spread = f"{record['fastest_s']:.2f} to {record['slowest_s']:.2f} (of {record['repetitions']})"
-    return (f"{record['peak_mib'] / 1024:.3f}", f"{record['elapsed_s']:.2f}", spread)
+def cells(record: Json, columns: Columns) -> tuple[str, ...]:
+    """The cells of a record in these columns; its outcome in the first of them where it did not finish."""
+    if not is_finished(record):
+        return (record["outcome"], *[""] * (len(columns) - 1))
+    return tuple(cell(record) for cell in columns.values())
 
 
 def memory_and_time(record: Json) -> str:

@@ -1,64 +1,49 @@
-"""Benchmarks whose methods take turns, beside their rivals, and of whole models."""
+"""The benchmarks: operations and whole models beside their rivals, the paper's figures, and the error of attention."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from .. import benchmarks
+from ..benchmarks.attention import works as attention_works
+from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
+from ..benchmarks.feed_forward import works as feed_forward_works
+from ..benchmarks.figures import run_figures
+from ..benchmarks.model import ModelBenchmark
+from ..benchmarks.model import Point as ModelPoint
+from ..benchmarks.rounds import PointBenchmark, RoundBenchmark, Setting, run_and_show_points, run_and_show_rounds
+from ..models.pretrained import find_model
+from ..results_page import write_page
+from ..runs.progress import say
+from ..runs.records import Json
+from ..runs.steps import Limits
 from .application import benchmark
-from .options import (
-    Backend,
-    Fresh,
-    Out,
-    PointOptions,
-    Seed,
-    TimeLimit,
-    errors_in_words,
-    feed_forward_neurons,
-    integers,
-    integers_or_none,
-    names,
-    names_or_none,
-    new_console,
-    taking,
-)
+from .options import Backend, feed_forward_neurons, new_console, taking
 
-
-@dataclass(frozen=True)
-class RoundOptions:
-    """Options of benchmarks whose methods take turns."""
-
-    rivals: Annotated[str | None, typer.Option(help="Methods beside ours, separated by commas.")] = None
-    repetitions: Annotated[int, typer.Option(help="Timed rounds of a work; long ones get fewer, but three.")] = 7
-    step_limit: Annotated[
-        float, typer.Option(help="Leave a method out where a forward and backward pass should take more seconds.")
-    ] = 120
-    time_limit: TimeLimit = 3600
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True
-    out: Out = Path("results")
-    seed: Seed = 0
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2
-    backend: Annotated[str, typer.Option(help="Backend of top-k that is compared with the rivals.")] = "cpu"
-    fresh: Fresh = False
+_SETTING = ("device", "threads", "seed")
+_USUAL = ("topk", "query-chunks", "sdpa", "vanilla")
+_AS_MANY = torch.get_num_threads()  # as torch takes by itself
+Rivals = Annotated[Sequence[str] | None, "Methods beside ours."]
+Compared = Annotated[str, "Backend of top-k that is compared with the rivals."]
 
 
 @benchmark.command()
-@taking(RoundOptions, out=Path("results/attention-kernel"))
+@taking(RoundBenchmark, (Limits, "time_s"), out=Path("results/attention-kernel"), time_s=3600.0)
 def attention_kernel(
-    shared: RoundOptions,
-    sweep: Annotated[
-        str | None, typer.Option(help='Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).')
-    ] = None,
+    rounds: Json,
+    limits: Json,
+    sweep: Annotated[str | None, 'Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).'] = None,
     works: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows of the table, separated by commas: plain, long, causal, short, large-k, learned-bias, dropout."
-        ),
+        Sequence[str] | None, "Rows of the table: plain, long, causal, short, large-k, learned-bias, dropout."
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="For the sweep over length, instead of its own.")] = None,
+    lengths: Annotated[Sequence[int] | None, "For the sweep over length, instead of its own."] = None,
+    rivals: Rivals = None,
+    backend: Compared = "cpu",
 ) -> None:
     """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
 
@@ -66,92 +51,58 @@ def attention_kernel(
     appended to table.jsonl, length.jsonl or k.jsonl; interrupted, the same command continues with those that are
     missing.
     """
-    with errors_in_words(f"finished points are in {shared.out}"):
-        from ..benchmarks.attention import ROUNDS
-
-        if lengths is not None and sweep != "length":
-            raise ValueError('lengths goes with sweep "length" alone')
-        _run_rounds(ROUNDS, shared, sweep=sweep, works=works, sizes=integers_or_none("lengths", lengths))
+    if lengths is not None and sweep != "length":
+        raise ValueError('lengths goes with sweep "length" alone')
+    plan = benchmarks.attention.ROUNDS.plan(backend, sweep=sweep, works=works, sizes=lengths, rivals=rivals)
+    _run_rounds(benchmarks.attention.ROUNDS, plan, rounds, limits)
 
 
 @benchmark.command()
-@taking(RoundOptions, out=Path("results/feed-forward-kernel"))
+@taking(RoundBenchmark, (Limits, "time_s"), out=Path("results/feed-forward-kernel"), time_s=3600.0)
 def feed_forward_kernel(
-    shared: RoundOptions,
-    sweep: Annotated[
-        str | None, typer.Option(help='Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).')
-    ] = None,
+    rounds: Json,
+    limits: Json,
+    sweep: Annotated[str | None, 'Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).'] = None,
     works: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows of the table, separated by commas: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N "
-            "= 1, 2, 4 and 8 tokens."
-        ),
+        Sequence[str] | None,
+        "Rows of the table: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N = 1, 2, 4 and 8 tokens.",
     ] = None,
-    d_ff: Annotated[str | None, typer.Option(help="For the sweep, instead of its own.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.")] = None,
+    d_ff: Annotated[Sequence[int] | None, "For the sweep, instead of its own."] = None,
+    tokens: Annotated[int | None, "For the sweep, instead of 4,096."] = None,
+    rivals: Rivals = None,
+    backend: Compared = "cpu",
 ) -> None:
     """The feed-forward operation alone, forward and with backward, against PyTorch's dense layer in alternation.
 
     Methods are checked against the reference first. Rivals: dense, topk-chunked and token-chunks. Points are appended
     to table.jsonl or d_ff.jsonl; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {shared.out}"):
-        from ..benchmarks.feed_forward import ROUNDS
-
-        sweep = "d_ff" if sweep == "d-ff" else sweep
-        _run_rounds(ROUNDS, shared, sweep=sweep, works=works, sizes=integers_or_none("d_ff", d_ff), tokens=tokens)
-
-
-def _run_rounds(table: Any, shared: RoundOptions, *, works: str | None, **choice: Any) -> None:
-    from ..benchmarks.rounds import RoundBenchmark, run_and_show_rounds
-    from ..runs.steps import Limits
-
-    name, plan = table.plan(shared.backend, works=names_or_none(works), rivals=names_or_none(shared.rivals), **choice)
-    benchmark = RoundBenchmark(
-        table,
-        name,
-        plan,
-        out=shared.out,
-        threads=shared.threads,
-        seed=shared.seed,
-        repetitions=shared.repetitions,
-        step_limit_s=shared.step_limit,
-        limits=Limits(shared.time_limit),
-        with_memory=shared.memory,
-        fresh=shared.fresh,
-    )
-    run_and_show_rounds(benchmark, new_console())
+    table, sweep = benchmarks.feed_forward.ROUNDS, "d_ff" if sweep == "d-ff" else sweep
+    plan = table.plan(backend, sweep=sweep, works=works, sizes=d_ff, rivals=rivals, tokens=tokens)
+    _run_rounds(table, plan, rounds, limits)
 
 
 @benchmark.command()
-@taking(PointOptions, out=Path("results/model"), time_limit=3600)
+@taking(
+    ModelBenchmark,
+    Limits,
+    (ModelPoint, "k", "num_features", "decoder_length", "dropout_p", "checkpointing", "dtype", *_SETTING),
+    out=Path("results/model"),
+    time_s=3600.0,
+    threads=_AS_MANY,
+)
 def model(
-    shared: PointOptions,
-    shape: Annotated[str, typer.Option(help="Random weights in the shape of bert-base or t5-base.")] = "bert-base",
-    config: Annotated[
-        str | None, typer.Option(help="Instead: local folder or Hugging Face id whose configuration to use.")
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Input lengths, separated by commas; doubling from 2,048 to 32,768 by default.")
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(help="Among vanilla, sdpa, query-chunks, topk, performer and rfa, separated by commas.")
-    ] = "topk,query-chunks,sdpa,vanilla",
-    k: Annotated[int, typer.Option(help="Keys kept per query (topk).")] = 64,
+    how: Json,
+    limits: Json,
+    point: Json,
+    shape: Annotated[str, "Random weights in the shape of bert-base or t5-base."] = "bert-base",
+    config: Annotated[str | None, "Instead: local folder or Hugging Face id whose configuration to use."] = None,
+    lengths: Annotated[Sequence[int], "Input lengths."] = (2048, 4096, 8192, 16384, 32768),
+    methods: Annotated[Sequence[str], f"Among {', '.join(benchmarks.model.METHODS)}."] = _USUAL,
     feed_forward_k: Annotated[
-        str | None,
-        typer.Option(help='Neurons kept per token (topk); "all": every neuron, in token chunks. Else dense layers.'),
+        str | None, 'Neurons kept per token (topk); "all": every neuron, in token chunks. Else dense layers.'
     ] = None,
-    features: Annotated[int, typer.Option(help="Random features (performer, rfa).")] = 256,
-    decoder_length: Annotated[int, typer.Option(help="Tokens of the decoder, where there is one.")] = 64,
-    dropout: Annotated[float, typer.Option(help="Probability of every dropout that the model has.")] = 0.1,
-    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, layer by layer.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    step_limit: Annotated[float, typer.Option(help="Leave a point out whose step should take more seconds.")] = 600,
-    name: Annotated[str | None, typer.Option(help="Of the files; default: the shape. Other settings, other name.")] = (
-        None
-    ),
+    name: Annotated[str | None, "Of the files; default: the shape. Other settings, other name."] = None,
     backend: Backend = "auto",
 ) -> None:
     """One training step of a whole model (forward, loss, backward): peak memory and time against length.
@@ -159,37 +110,161 @@ def model(
     Every point has a process of its own, in which its answer is checked first. Points are appended to NAME.jsonl, those
     that ran out of memory among them; interrupted, the same command continues with those that are missing.
     """
-    with errors_in_words(f"finished points are in {shared.out}"):
-        from ..benchmarks import model as model_benchmark
-        from ..models.pretrained import find_model
+    source = None if config is None else find_model(config)
+    shape = shape if source is None else source.name
+    point |= {"shape": shape, "source": source, "feed_forward_k": feed_forward_neurons(feed_forward_k)}
+    points = benchmarks.model.grid(lengths, methods, backend=backend, **point)
+    name = name or shape.replace("/", "--")
+    benchmarks.model.run_and_report(ModelBenchmark(points, name=name, limits=Limits(**limits), **how), new_console())
 
-        source = None if config is None else find_model(config)
-        if source is not None:
-            shape = source.name
-        points = model_benchmark.grid(
-            [2048, 4096, 8192, 16384, 32768] if lengths is None else integers("lengths", lengths),
-            names(methods),
-            shape=shape,
-            k=k,
-            feed_forward_k=feed_forward_neurons(feed_forward_k),
-            num_features=features,
-            decoder_length=decoder_length,
-            dropout_p=dropout,
-            checkpointing=checkpointing,
-            dtype=dtype,
-            backend=backend,
-            **shared.settings(),
-            source=source,
-        )
-        model_benchmark.run_and_report(
-            model_benchmark.ModelBenchmark(
-                points,
-                shared.out,
-                name=name or shape.replace("/", "--"),
-                repetitions=shared.repetitions,
-                step_limit_s=step_limit,
-                limits=shared.limits(),
-                fresh=shared.fresh,
-            ),
-            new_console(),
-        )
+
+@benchmark.command()
+@taking(
+    PointBenchmark,
+    Limits,
+    (attention_works.Point, "num_features", "num_heads", "head_dim", "bias", "dropout_p", "projections"),
+    Setting,
+    out=Path("results/attention"),
+    projections=True,
+    threads=_AS_MANY,
+)
+def attention(
+    how: Json,
+    limits: Json,
+    layer: Json,
+    setting: Json,
+    lengths: Annotated[Sequence[int], "Sequence lengths."] = (2048, 4096, 8192, 16384, 32768),
+    implementations: Annotated[
+        Sequence[str] | None,
+        "Among topk (on --backend), topk-BACKEND, query-chunks, sdpa, vanilla, vanilla-chunks, performer and rfa. "
+        "Default: all that can do the bias and the dropout.",
+    ] = None,
+    k: Annotated[Sequence[int], "Keys kept per query (topk)."] = (128,),
+    bias_and_dropout: Annotated[
+        bool,
+        "Instead of the grid: learned bias, then dropout 0.1, at L = 8192 with 4 heads without projections, topk "
+        "against sdpa.",
+    ] = False,
+    backend: Backend = "auto",
+) -> None:
+    """One self-attention layer, forward and backward: peak memory and time against length.
+
+    Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
+    Points are appended to attention.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    if bias_and_dropout:
+        points = attention_works.bias_and_dropout(k[0], backend=backend, **setting)
+    else:
+        if implementations is None:
+            implementations = attention_works.able_to(layer["bias"], layer["dropout_p"])
+        points = attention_works.grid(lengths, implementations, k, backend=backend, **layer, **setting)
+    _run_points(benchmarks.attention.LAYERS, points, how, limits)
+
+
+@benchmark.command()
+@taking(
+    PointBenchmark,
+    Limits,
+    (feed_forward_works.Point, "tokens", "d_model"),
+    Setting,
+    out=Path("results/feed-forward"),
+    threads=_AS_MANY,
+)
+def feed_forward(
+    how: Json,
+    limits: Json,
+    layer: Json,
+    setting: Json,
+    d_ff: Annotated[Sequence[int], "Neurons of the layer."] = (2048, 6144, 16384, 32768, 65536),
+    methods: Annotated[
+        Sequence[str], "Among topk, topk-BACKEND, vanilla, vanilla-chunks, token-chunks and topk-torch-sparse."
+    ] = feed_forward_works.DEFAULT,
+    k: Annotated[Sequence[int], "Neurons kept per token (topk)."] = (512,),
+) -> None:
+    """One feed-forward layer, forward and backward: peak memory and time against its number of neurons.
+
+    Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
+    Points are appended to feed-forward.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    points = feed_forward_works.grid(d_ff, methods, k, **layer, **setting)
+    _run_points(benchmarks.feed_forward.LAYERS, points, how, limits)
+
+
+@benchmark.command()
+@taking(
+    PointBenchmark,
+    Limits,
+    (attention_works.Point, "k", "num_heads", "head_dim", "is_causal"),
+    Setting,
+    out=Path("results/chunk-size"),
+    threads=_AS_MANY,
+)
+def chunk_size(
+    how: Json,
+    limits: Json,
+    work: Json,
+    setting: Json,
+    chunk_sizes: Annotated[Sequence[int], "Queries handled at a time."] = (128, 256, 512, 1024, 2048, 4096, 8192),
+    methods: Annotated[
+        Sequence[str],
+        "Among vanilla-chunks (the paper's query chunking), query-chunks, topk, topk-cpu and sdpa; the last two have "
+        "no chunk size.",
+    ] = tuple(attention_works.CHUNK_METHODS),
+    length: Annotated[int, "Length of the sequence; the paper's is 65536."] = 32768,
+) -> None:
+    """Attention without a mask, forward: peak memory and time against the number of queries handled at a time.
+
+    Every point is checked against a dense computation first. One that runs out of memory or time is recorded as such.
+    Points are appended to chunk-size.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    points = attention_works.chunk_grid(methods, chunk_sizes, length, **work, **setting)
+    _run_points(benchmarks.attention.CHUNKS, points, how, limits)
+
+
+@benchmark.command()
+@taking(ErrorBenchmark, Limits, threads=_AS_MANY)
+def error(how: Json, limits: Json) -> None:
+    """Top-k attention, Performer and RFA against dense attention, on what a real model attends to: error, time, memory.
+
+    Points are appended to error.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    run_error_benchmark(ErrorBenchmark(limits=Limits(**limits), **how), new_console())
+
+
+@benchmark.command()
+@taking(
+    (PointBenchmark, "out"),
+    (Limits, "memory_gib"),
+    (Setting, "device", "threads"),
+    out=Path("results"),
+    memory_gib=8.0,
+    threads=_AS_MANY,
+)
+def figures(
+    how: Json,
+    limits: Json,
+    setting: Json,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full/--quick", help="Sizes up to the paper's, about half an hour; or ten minutes on two cores."
+        ),
+    ] = False,
+    only: Annotated[Sequence[str] | None, "Among attention, feed-forward, chunk-size and error."] = None,
+) -> None:
+    """The benchmarks of the paper's figures, one after the other, and a page with all of them.
+
+    Interrupted, the same command continues with the points that are missing. The page is what `topk-experiments report`
+    makes of the records.
+    """
+    console = new_console()
+    run_figures(is_full=full, only=only, **limits, **how, **setting, console=console)
+    say(console, f"Page: {write_page(how['out'])}")
+
+
+def _run_rounds(table: Any, plan: tuple[str, Any], rounds: Json, limits: Json) -> None:
+    run_and_show_rounds(RoundBenchmark(table, *plan, limits=Limits(**limits), **rounds), new_console())
+
+
+def _run_points(table: Any, points: Sequence[Any], how: Json, limits: Json) -> None:
+    run_and_show_points(table, PointBenchmark(points, limits=Limits(**limits), **how), new_console())

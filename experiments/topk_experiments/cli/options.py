@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -17,51 +19,33 @@ from topk_attention.cli.options import Backend, Seed, Threads, integers, names, 
 
 __all__ = [
     "Backend",
-    "Device",
     "EvaluateEvery",
-    "Fresh",
-    "HeadDim",
     "Heads",
     "Layers",
     "LearningRate",
-    "MemoryLimit",
     "ModelSize",
     "Neurons",
     "Out",
-    "PointOptions",
-    "Repetitions",
     "Seed",
     "Steps",
     "Text",
     "Threads",
-    "TimeLimit",
     "TrainAgain",
     "Windows",
     "errors_in_words",
     "feed_forward_neurons",
     "integers",
-    "integers_or_none",
     "names",
-    "names_or_none",
     "new_console",
     "settings",
     "taking",
 ]
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")]
-Device = Annotated[str, typer.Option(help='"cpu" or "cuda".')]
-Repetitions = Annotated[int, typer.Option(help="Timed steps of a point; long ones get fewer.")]
-TimeLimit = Annotated[float, typer.Option(help="Seconds after which a point is stopped and recorded so.")]
-MemoryLimit = Annotated[
-    float | None,
-    typer.Option(help="GiB that a point's process may take. Default: 0.9 of what is free when it starts."),
-]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
 ModelSize = Annotated[int, typer.Option(help="Model size.")]
 Heads = Annotated[int, typer.Option(help="Number of heads.")]
-HeadDim = Annotated[int, typer.Option(help="Size of a head.")]
 Neurons = Annotated[int, typer.Option(help="Neurons of a feed-forward layer.")]
 Windows = Annotated[int, typer.Option(help="Windows of a step.")]
 Steps = Annotated[int, typer.Option(help="Training steps of each arm.")]
@@ -77,67 +61,85 @@ def errors_in_words(kept: str = "") -> AbstractContextManager[None]:
     return options.errors_in_words(kept, command="topk-experiments", install="make install")
 
 
-def names_or_none(listed: str | None) -> list[str] | None:
-    """`names` of an option that need not be given."""
-    return None if listed is None else names(listed)
+# Field of a dataclass -> its option, where the field's name also says its kind or its unit.
+_CALLED = {
+    "num_heads": "heads",
+    "num_features": "features",
+    "is_causal": "causal",
+    "with_memory": "memory",
+    "dropout_p": "dropout",
+    "step_limit_s": "step_limit",
+    "time_s": "time_limit",
+    "memory_gib": "memory_limit",
+}
 
 
-def integers_or_none(name: str, listed: str | None) -> list[int] | None:
-    """`integers` of an option that need not be given."""
-    return None if listed is None else integers(name, listed)
+def taking(*groups: type | tuple[Any, ...], **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a benchmark options that are described once, where their values are kept: fields of dataclasses.
 
+    A field `k: Annotated[int, "Keys kept per query."]` is an option with this help text, and so is a parameter of the
+    command that is annotated like this; fields without a text are none. Sequences are written with commas.
 
-@dataclass(frozen=True)
-class PointOptions:
-    """Options of benchmarks whose points each have a process of their own."""
-
-    repetitions: Repetitions = 3
-    time_limit: TimeLimit = 900
-    memory_limit: MemoryLimit = None
-    out: Out = Path("results")
-    device: Device = "cpu"
-    seed: Seed = 0
-    threads: Threads = None
-    fresh: Fresh = False
-
-    def settings(self) -> dict[str, Any]:
-        """Of every point."""
-        import torch
-
-        return {"device": self.device, "threads": self.threads or torch.get_num_threads(), "seed": self.seed}
-
-    def limits(self) -> Any:
-        """As `Limits`."""
-        from ..runs.steps import Limits
-
-        return Limits(self.time_limit, self.memory_limit)
-
-
-def taking(group: type, **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of a group after its own; the command gets them as one argument, its first.
-
-    group     a dataclass whose fields are options
-    defaults  of this command, in place of the group's
+    groups    a dataclass, or (dataclass, *names of fields). The command gets a dict of fields for each, as its first
+              arguments
+    defaults  of fields, in place of their own
     """
-    hints = get_type_hints(group, include_extras=True)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**options: object) -> None:
-            command(group(**{field.name: options.pop(field.name) for field in fields(group)}), **options)
+        handed = [_fields(group, defaults) for group in groups]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
+        parameters = [*own, *itertools.chain(*handed)]
 
-        _, *own = inspect.signature(command, eval_str=True).parameters.values()
-        given = {field.name: defaults.get(field.name, field.default) for field in fields(group)}
-        shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
-            for name, default in given.items()
-        ]
-        parameters = [*own, *shared]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            with errors_in_words(f"finished points are in {given['out']}"):
+                dicts = [{one.name: _value(one, given) for one in group} for group in (*handed, own)]
+                command(*dicts[:-1], **dicts[-1])
+
+        run.__signature__ = inspect.Signature([_option(one) for one in parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {name: one.annotation for name, one in inspect.signature(run).parameters.items()}
         return run
 
     return decorate
+
+
+def _fields(group: type | tuple[Any, ...], defaults: dict[str, object]) -> list[inspect.Parameter]:
+    """The fields of a dataclass that are options, or those named."""
+    kind, *names = group if isinstance(group, tuple) else (group,)
+    hints = get_type_hints(kind, include_extras=True)
+    names = names or [field.name for field in fields(kind) if get_origin(hints[field.name]) is Annotated]
+    own = {field.name: field.default for field in fields(kind)} | defaults
+    return [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=own[n], annotation=hints[n]) for n in names]
+
+
+def _item(field: inspect.Parameter) -> type | None:
+    """What a field is a sequence of; None where it is none."""
+    kind, *_ = get_args(field.annotation)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next((get_args(one)[0] for one in kinds if get_origin(one) is Sequence), None)
+
+
+def _option(field: inspect.Parameter) -> inspect.Parameter:
+    """As typer takes it; annotations that are typer's already stay."""
+    name = _CALLED.get(field.name, field.name)
+    kind, text = get_args(field.annotation)
+    default = field.default
+    if _item(field) is not None:
+        kind, text = str | None, f"{text} Separated by commas."
+        default = default if default is None else ",".join(map(str, default))
+    if isinstance(text, str):
+        text = typer.Option(help=text)
+    return field.replace(
+        name=name, kind=inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, text]
+    )
+
+
+def _value(field: inspect.Parameter, given: dict[str, Any]) -> Any:
+    """What a field holds, from the value of its option."""
+    value = given[_CALLED.get(field.name, field.name)]
+    if value is None or _item(field) is None:
+        return value
+    return integers(field.name.replace("_", "-"), value) if _item(field) is int else names(value)
 
 
 def settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:

@@ -82,10 +82,7 @@ def measure_embeddings(request: Json, send: Send) -> Json:
         "cosine": (vectors[0] * vectors[1]).sum(1).double().mean().item(),
         "elapsed_s": stopwatch.elapsed_s,
         "other_cores": stopwatch.other_cores,
-        "peak_mib": memory.peak_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
-        "memory_method": memory.method,
+        **memory.as_record(),
     }
 
 

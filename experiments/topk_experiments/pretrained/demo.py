@@ -151,10 +151,7 @@ def measure_run(request: Json, send: Send) -> Json:
         "perplexity": math.exp(sum(losses) / len(losses)),
         "elapsed_s": stopwatch.elapsed_s,
         "other_cores": stopwatch.other_cores,
-        "peak_mib": memory.peak_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
-        "memory_method": memory.method,
+        **memory.as_record(),
         "logits_in_chunks": logits_in_chunks,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

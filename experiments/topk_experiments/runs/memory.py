@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,15 @@ class PeakMemory(NamedTuple):
     baseline_mib: float
     total_peak_mib: float
     method: str
+
+    def as_record(self) -> dict[str, Any]:
+        """Its fields, as records hold them."""
+        return {
+            "peak_mib": self.peak_mib,
+            "baseline_mib": self.baseline_mib,
+            "total_peak_mib": self.total_peak_mib,
+            "memory_method": self.method,
+        }
 
 
 class PeakMeter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -20,14 +21,14 @@ _MEMORY_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class Limits:
-    """A process that exceeds one of these is stopped, and its record says so.
+    """A process that exceeds one of these is stopped, and its record says so."""
 
-    memory_gib  of the whole process, on a GPU of what it takes there; None: 0.9 of what is free when it starts, on a
-                GPU all of it
-    """
-
-    time_s: float = 900.0
-    memory_gib: float | None = None
+    time_s: Annotated[float, "Seconds after which a process is stopped and recorded so."] = 900.0
+    memory_gib: Annotated[
+        float | None,
+        "GiB that a point's process may take, on a GPU there. Default: 0.9 of what is free when it starts, on a GPU "
+        "all of it.",
+    ] = None
 
     def __post_init__(self) -> None:
         for name, limit in (("time-limit", self.time_s), ("memory-limit", self.memory_gib)):
@@ -148,11 +149,8 @@ def measure_step(new_step: Callable[[], Callable[[], object]], device: str, requ
     memory, later_memory = first_meter.read(), later_meter.read()
     return {
         **times.as_record(),
-        "peak_mib": memory.peak_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
+        **memory.as_record(),
         # Memory that the allocator keeps between steps is in this one.
         "peak_of_later_steps_mib": later_memory.total_peak_mib - memory.baseline_mib,
-        "memory_method": memory.method,
         "device_name": device_name(device),
     }

@@ -178,12 +178,7 @@ def measure_memory(request: Json, send: Send) -> Json:
         with PeakMeter() as meter:
             method.run(*tensors).backward(output_gradient)
     memory = meter.read()
-    record: Json = {
-        "peak_mib": memory.peak_mib - work.gradients_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
-        "memory_method": memory.method,
-    }
+    record = memory.as_record() | {"peak_mib": memory.peak_mib - work.gradients_mib}
     if not work.gradients_mib:
         return record
     tensors[0].grad = None

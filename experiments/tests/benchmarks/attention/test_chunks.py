@@ -85,7 +85,7 @@ def test_points_are_measured_once_and_shown_with_the_papers(measurements, tmp_pa
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     console = Console(width=160, record=True)
-    benchmark = PointBenchmark(chunk_grid(["vanilla-chunks", "topk", "sdpa"], [256, 1024, 4096]), tmp_path)
+    benchmark = PointBenchmark(chunk_grid(["vanilla-chunks", "topk", "sdpa"], [256, 1024, 4096]), out=tmp_path)
     records = run_points(CHUNKS, benchmark, console)
     assert [record["outcome"] for record in records] == ["finished", "finished", "out of memory"] * 2 + ["finished"]
     assert run_points(CHUNKS, benchmark, console) == records
@@ -109,13 +109,13 @@ def test_points_are_measured_once_and_shown_with_the_papers(measurements, tmp_pa
 def test_the_paper_is_quoted_beside_its_own_setting_alone(measurements, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
-    benchmark = PointBenchmark(chunk_grid(["vanilla-chunks"], [256, 512], is_causal=True), tmp_path)
+    benchmark = PointBenchmark(chunk_grid(["vanilla-chunks"], [256, 512], is_causal=True), out=tmp_path)
     run_points(CHUNKS, benchmark, Console(width=160, record=True))
     CHUNKS.report(tmp_path)
     assert not [line for line in figures[0].axes[0].lines if "quoted" in line.get_label()]
 
 
 def test_one_chunk_size_makes_no_picture(measurements, tmp_path):
-    run_points(CHUNKS, PointBenchmark(chunk_grid(["topk"], [256]), tmp_path), Console(width=160, record=True))
+    run_points(CHUNKS, PointBenchmark(chunk_grid(["topk"], [256]), out=tmp_path), Console(width=160, record=True))
     assert [path.name for path in CHUNKS.report(tmp_path)] == ["chunk-size.md"]
     assert CHUNKS.schema in (tmp_path / "chunk-size.jsonl").read_text()

@@ -114,7 +114,7 @@ def test_a_point_that_cannot_be_measured_is_refused(change, words):
 
 def test_a_benchmark_without_points_is_refused():
     with pytest.raises(ValueError, match="there is no point to measure"):
-        PointBenchmark(grid([], ["topk"]), Path())
+        PointBenchmark(grid([], ["topk"]), out=Path())
 
 
 def test_an_unknown_method_is_refused_before_anything_is_measured():

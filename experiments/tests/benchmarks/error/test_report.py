@@ -2,7 +2,6 @@ import pytest
 from rich.console import Console
 
 from topk_attention.environment import environment
-from topk_experiments.benchmarks.error import redraw
 from topk_experiments.benchmarks.error.report import as_markdown, equal_cost, report, show
 from topk_experiments.runs.records import append_json_line
 
@@ -86,7 +85,7 @@ def test_records_of_another_machine_are_drawn_again(tmp_path):
     for one in RECORDS:
         elsewhere = one["environment"] | {"cpu": "another processor"}
         append_json_line(tmp_path / "attention-error" / "error.jsonl", one | {"environment": elsewhere})
-    assert [path.name for path in redraw(tmp_path)] == ["error.md", "error.png"]
+    assert [path.name for path in report(tmp_path / "attention-error")] == ["error.md", "error.png"]
     assert "another processor, 1 threads" in (tmp_path / "attention-error" / "error.md").read_text()
 
 

@@ -90,7 +90,7 @@ def test_points_are_measured_once_and_shown_with_the_papers(measurements, tmp_pa
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.name: figure}))
     wanted = grid([2048, 6144, 16384], ["topk-chunked", "vanilla", "topk-torch-sparse"])
     wanted += grid([6144], ["topk-chunked"], [64, 128])
-    benchmark = PointBenchmark(wanted, tmp_path)
+    benchmark = PointBenchmark(wanted, out=tmp_path)
     records = run_points(LAYERS, benchmark, Console(width=160))
     assert run_points(LAYERS, benchmark, Console(width=160)) == records
     assert len(measurements.points) == 11

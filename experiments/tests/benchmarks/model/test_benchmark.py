@@ -54,7 +54,7 @@ def points_measured(monkeypatch):
 @pytest.fixture
 def benchmark(tmp_path):
     points = grid(LENGTHS, METHODS, shape="bert-base", backend="chunked", k=8)
-    return ModelBenchmark(points, tmp_path, name="bert-base", limits=Limits(3600.0, 2.0))
+    return ModelBenchmark(points, out=tmp_path, name="bert-base", limits=Limits(3600.0, 2.0))
 
 
 def outcomes(records):

@@ -1,7 +1,7 @@
 import pytest
 
 from topk_experiments.benchmarks.model import check as checking
-from topk_experiments.benchmarks.model import methods, random_features
+from topk_experiments.benchmarks.model import methods
 from topk_experiments.benchmarks.model.check import check
 from topk_experiments.benchmarks.model.shapes import new_model
 from topk_experiments.runs.checks import CheckFailedError
@@ -31,12 +31,12 @@ def test_random_features_compute_what_the_same_features_do_written_out(point, me
 
 @pytest.mark.parametrize("method", ["performer", "rfa"])
 def test_random_features_that_see_other_keys_are_an_error(point, monkeypatch, method):
-    attend = random_features._attend
+    attend = methods._attend
 
     def wrong(module, query, key, *rest, **arguments):
         return attend(module, query, 1.1 * key.roll(1, 1), *rest, **arguments)
 
-    monkeypatch.setattr(random_features, "_attend", wrong)
+    monkeypatch.setattr(methods, "_attend", wrong)
     with pytest.raises(CheckFailedError, match=r"(loss|gradient)_error is"):
         check(point(method=method))
 

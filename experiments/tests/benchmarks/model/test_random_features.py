@@ -7,8 +7,7 @@ import torch
 
 from convert_models import tiny_bert
 from topk_experiments.benchmarks.model import ModelBenchmark, Point, run_model_benchmark
-from topk_experiments.benchmarks.model.methods import prepared_model
-from topk_experiments.benchmarks.model.random_features import use_random_features
+from topk_experiments.benchmarks.model.methods import prepared_model, use_random_features
 from topk_experiments.benchmarks.model.shapes import new_inputs, new_model
 from topk_experiments.models.pretrained import find_model
 from topk_experiments.rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, random_feature_weights
@@ -115,7 +114,7 @@ def test_padding_changes_nothing(point, method):
 def test_another_family_is_named_with_the_way_out_before_anything_is_measured(point, console, tmp_path, family, words):
     points = [point(family, "sdpa"), point(family, "rfa")]
     with pytest.raises(ValueError, match=words):
-        run_model_benchmark(ModelBenchmark(points, tmp_path, name="name"), console)
+        run_model_benchmark(ModelBenchmark(points, out=tmp_path, name="name"), console)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=words):
         prepared_model(points[1])

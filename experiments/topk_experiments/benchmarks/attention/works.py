@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from topk_attention.functional.checks import check_count, check_dropout
 
@@ -28,22 +28,21 @@ _CHUNK_FIELDS = ("chunk_size", "length", "k", "num_heads", "head_dim", "is_causa
 class Work:
     """Self-attention of one sequence in float32.
 
-    bias          "learned": one number per head and distance, which gets a gradient
-    projections   four square linear layers around it: its input is [1, L, H * D] instead of query, key and value
-                  [1, H, L, D]
-    num_features  of random features
-    chunk_size    queries that are handled at a time; None: what the method finds good
+    A learned bias gets a gradient. With projections the input is [1, L, H * D] instead of query, key and value
+    [1, H, L, D].
+
+    chunk_size  queries that are handled at a time; None: what the method finds good
     """
 
     length: int
-    k: int = 128
-    num_heads: int = 12
-    head_dim: int = 64
-    is_causal: bool = False
-    bias: str = "none"
-    dropout_p: float = 0.0
-    projections: bool = False
-    num_features: int = 256
+    k: Annotated[int, "Keys kept per query (topk)."] = 128
+    num_heads: Annotated[int, "Number of heads."] = 12
+    head_dim: Annotated[int, "Size of a head."] = 64
+    is_causal: Annotated[bool, "A query sees the keys up to its own alone."] = False
+    bias: Annotated[str, '"none", or "learned": a number per head and distance.'] = "none"
+    dropout_p: Annotated[float, "Probability of dropping a weight."] = 0.0
+    projections: Annotated[bool, "Four square linear layers around the attention, or the attention alone."] = False
+    num_features: Annotated[int, "Random features (performer, rfa)."] = 256
     chunk_size: int | None = None
     gradients_mib: ClassVar[float] = 0.0  # of weights: attention alone has none
 

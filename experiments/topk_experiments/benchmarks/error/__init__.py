@@ -9,14 +9,7 @@ benchmark.py  the options, and which points are missing
 report.py     tables and pictures from the records
 """
 
-from pathlib import Path
-
 from .benchmark import ErrorBenchmark, run_error_benchmark
-from .report import report as _report
+from .report import report
 
-__all__ = ["ErrorBenchmark", "redraw", "run_error_benchmark"]
-
-
-def redraw(results: Path) -> list[Path]:
-    """Draw the tables and the picture of the records in `results/attention-error` again. Nothing is measured."""
-    return _report(results / "attention-error")
+__all__ = ["ErrorBenchmark", "report", "run_error_benchmark"]

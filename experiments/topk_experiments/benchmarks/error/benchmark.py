@@ -6,26 +6,24 @@ import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from topk_attention.functional.checks import check_count
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
-from ...rivals import FOLDER as RIVALS
 from ...runs.checks import check_at_least
 from ...runs.devices import check_device
-from ...runs.ledger import Ledger
 from ...runs.process import Send
 from ...runs.progress import say
 from ...runs.records import Json
-from ...runs.steps import Limits, run_within
-from ..rounds import records_of
+from ...runs.steps import run_within
+from ..rounds import Benchmark, Device, Seed, Threads, records_of
 from . import measure
 from .capture import captured
 from .measure import Point
 from .methods import METHODS, sizes_of
-from .report import LINES, SCHEMA, in_words, report, show
+from .report import NAME, SCHEMA, in_words, report, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,37 +31,28 @@ if TYPE_CHECKING:
 _DEFAULT_NUM_LAYERS = 5
 
 
-@dataclass(frozen=True)
-class ErrorBenchmark:
-    """Which points to measure, and how.
+@dataclass(frozen=True, kw_only=True)
+class ErrorBenchmark(Benchmark):
+    """Which points to measure. A step is timed in each layer, in all of them for about `enough_s`."""
 
-    model, text  as the user wrote them; None: SmolLM2 from a package, Python's documentation topics
-    layers       numbers; None: five from the first to the last
-    k            sizes of top-k attention; None: its own
-    features     sizes of random features; None: their own
-    repetitions  of a timed step in each layer; fewer where they would take longer than enough_s in all layers
-    limits       of a point's process
-    fresh        whether to measure points again that are on file
-    """
-
-    model: str | None = None
-    text: Path | None = None
-    lengths: Sequence[int] = (2048, 8192)
-    layers: Sequence[int] | None = None
-    methods: Sequence[str] = tuple(METHODS)
-    k: Sequence[int] | None = None
-    features: Sequence[int] | None = None
-    draws: int = 3
-    out: Path = Path("results/attention-error")
-    repetitions: int = 3
+    model: Annotated[
+        str | None, "Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."
+    ] = None
+    text: Annotated[Path | None, "UTF-8 text file. Default: Python's own documentation topics."] = None
+    lengths: Annotated[Sequence[int], "Tokens of the window."] = (2048, 8192)
+    layers: Annotated[Sequence[int] | None, "Numbers from 0. Default: five from first to last."] = None
+    methods: Annotated[Sequence[str], f"Among {', '.join(METHODS)}."] = tuple(METHODS)
+    k: Annotated[Sequence[int] | None, "Keys kept per query. Default: 4 to 1,024."] = None
+    features: Annotated[Sequence[int] | None, "Numbers of random features. Default: 32 to 4,096."] = None
+    draws: Annotated[int, "Draws of random features; errors are means over them."] = 3
+    out: Annotated[Path, "Folder for the results."] = Path("results/attention-error")
     enough_s: float = 60.0
-    limits: Limits = Limits()  # noqa: RUF009 - frozen
-    device: str = "cpu"
-    threads: int = 1
-    seed: int = 0
-    fresh: bool = False
+    device: Device = "cpu"
+    threads: Threads = 1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
@@ -76,7 +65,7 @@ class ErrorBenchmark:
             raise ValueError(f"features must be even, half sines and half cosines for rfa, got {self.features}")
         if min(self.lengths) < 2:
             raise ValueError(f"lengths must be at least 2, got {min(self.lengths)}")
-        check_at_least(1, self, "draws", "repetitions", "threads")
+        check_at_least(1, self, "draws", "threads")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"layers must be numbers from 0, got {list(self.layers)}")
         check_device(self.device)
@@ -97,11 +86,12 @@ class ErrorBenchmark:
     def points(self, length: int, model: Sequence[str], text: Sequence[str], layers: Sequence[int]) -> list[Point]:
         """Every method and size at one length."""
         points = []
-        for method in dict.fromkeys(self.methods):
-            draws = self.draws if METHODS[method].is_random else None
+        for name in dict.fromkeys(self.methods):
+            method = METHODS[name]
+            draws = self.draws if method.is_random else None
             shared = (length, list(model), list(text), list(layers), draws, self.device, self.threads, self.seed)
-            sizes = sizes_of(method, self.k if METHODS[method].size == "k" else self.features)
-            points += [Point(method, size, *shared) for size in sizes]
+            sizes = sizes_of(name, self.k if method.size == "k" else self.features)
+            points += [Point(name, size, *shared) for size in sizes]
         return points
 
 
@@ -125,8 +115,7 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
             f"lengths must be at most {limit}, the longest input of {source.name}, got {max(benchmark.lengths)}"
         )
     layers = benchmark.layers_of(config.num_hidden_layers)
-    folder = Path(__file__).parent
-    ledger = Ledger(benchmark.out / LINES, schema=SCHEMA, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
+    limits, ledger = benchmark.limits, benchmark.ledger(NAME, SCHEMA, __name__)
 
     @functools.cache
     def captured_at(length: int) -> str:
@@ -136,16 +125,16 @@ def run_error_benchmark(benchmark: ErrorBenchmark, console: Console) -> list[Jso
     def run(point: Point, on_message: Send) -> Json:
         request = {
             "point": asdict(point),
-            "memory_limit_gib": benchmark.limits.memory_gib,
+            "memory_limit_gib": limits.memory_gib,
             "repetitions": benchmark.repetitions,
             "enough_s": benchmark.enough_s,
             "captured": captured_at(point.length),
         }
-        return run_within(benchmark.limits, f"{measure.__name__}:measure_point", request, str(point), on_message)
+        return run_within(limits, f"{measure.__name__}:measure_point", request, str(point), on_message)
 
     identity = ((source.name, source.revision), (text.source, text.sha256), layers)
     points = [point for length in sorted(set(benchmark.lengths)) for point in benchmark.points(length, *identity)]
-    records = records_of(points, ledger, run, spares=benchmark.limits.spare, in_words=in_words, console=console)
+    records = records_of(points, ledger, run, spares=limits.spare, in_words=in_words, console=console)
     show(records, console)
     for written in report(benchmark.out):
         tell(f"Written: {written}")

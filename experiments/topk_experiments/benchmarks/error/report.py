@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "topk_attention/attention-error/1"
-LINES = "error.jsonl"
+NAME = "error"  # of the files
 _HEADINGS = (
     *("method", "size", "relative error", "worst head", "largest error", "forward [s]", "forward + backward [s]"),
     *("peak forward [MiB]", "peak forward + backward [MiB]"),
@@ -59,7 +59,7 @@ def report(out: Path) -> list[Path]:
 
     Returns the files written.
     """
-    records = newest(on_file(out / LINES, SCHEMA), lambda record: json.dumps(record["point"], sort_keys=True))
+    records = newest(on_file(out / f"{NAME}.jsonl", SCHEMA), lambda record: json.dumps(record["point"], sort_keys=True))
     if not records:
         return []
     order = list(METHODS)
@@ -67,10 +67,10 @@ def report(out: Path) -> list[Path]:
         by_setting(records, _SETTINGS)[-1],
         key=lambda record: (order.index(record["point"]["method"]), record["point"]["size"] or 0),
     )
-    written = [out / "error.md"]
+    written = [out / f"{NAME}.md"]
     write_whole(written[0], as_markdown(records))
     if any(is_finished(record) and record["point"]["size"] is not None for record in records):
-        written.append(out / "error.png")
+        written.append(out / f"{NAME}.png")
         draw(records, written[1])
     return written
 

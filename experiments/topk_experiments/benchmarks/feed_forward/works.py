@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
 from topk_attention.backends.activations import ACTIVATIONS
 from topk_attention.functional.checks import check_count
@@ -32,10 +33,10 @@ PAPERS = ("dense-chunks", "vanilla-chunks", "topk-torch-sparse")
 class Work:
     """A feed-forward layer without biases in float32: x [tokens, d_model], weights [d_ff, d_model] and back."""
 
-    d_model: int = 768
+    d_model: Annotated[int, "Size of a token."] = 768
     d_ff: int
     k: int = 512
-    tokens: int = 4096
+    tokens: Annotated[int, "Tokens; the paper's are 262144."] = 4096
     is_gated: bool = False
     activation: str = "relu"
 

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...rivals import FOLDER as RIVALS
 from ...runs.ledger import Ledger
 from ...runs.memory import available_mib
 from ...runs.process import Send
+from ...runs.progress import say
 from ...runs.records import Json
 from ...runs.steps import Limits, run_within
 from ...runs.timing import expected_s
-from ..rounds import PointBenchmark, records_of
+from ..rounds import PointBenchmark, StepLimit, records_of
 from ..tables import memory_and_time
 from . import measure
-from .points import Point
-from .random_features import check_family
+from .methods import check_family
+from .points import Point, settings
+from .report import report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,15 +34,14 @@ _NOTICEABLY_MORE = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmark(PointBenchmark):
-    """Which points of whole models to measure and how, as `PointBenchmark` describes it.
+    """Which points of whole models to measure. A point is left out if shorter inputs suggest too long a step.
 
-    name          of the files in `out`
-    step_limit_s  a point is left out if shorter inputs suggest that its step takes longer
+    name  of the files in `out`
     """
 
     name: str
     enough_s: float = 300.0
-    step_limit_s: float = 600.0
+    step_limit_s: StepLimit = 600.0
     limits: Limits = Limits(3600.0)  # noqa: RUF009 - frozen
 
     @property
@@ -61,39 +61,39 @@ def run_model_benchmark(benchmark: ModelBenchmark, console: Console) -> list[Jso
     """
     for point in {point.method: point for point in benchmark.points}.values():
         check_family(point)
-    folder = Path(__file__).parent
-    ledger = Ledger(benchmark.lines, schema=SCHEMA, folder=folder, also=[RIVALS], fresh=benchmark.fresh)
+    limits, ledger = benchmark.limits, benchmark.ledger(benchmark.name, SCHEMA, __name__)
 
     def run(point: Point, on_message: Send) -> Json:
         if left_out := _left_out(point.as_record(), benchmark, ledger):
             return left_out
-        request = {
-            "point": asdict(point),
-            "repetitions": benchmark.repetitions,
-            "enough_s": benchmark.enough_s,
-            "memory_limit_mib": _memory_limit_mib(point.device, benchmark.limits),
-        }
-        asked = {
-            "memory_limit_mib": request["memory_limit_mib"],
-            "time_limit_s": benchmark.limits.time_s,
-            "repetitions_asked": benchmark.repetitions,
-        }
-        return asked | run_within(benchmark.limits, f"{measure.__name__}:measure_step", request, str(point), on_message)
+        memory = {"memory_limit_mib": _memory_limit_mib(point.device, limits)}
+        steps = {"repetitions": benchmark.repetitions, "enough_s": benchmark.enough_s}
+        request = {"point": asdict(point), **steps, **memory}
+        asked = {**memory, "time_limit_s": limits.time_s, "repetitions_asked": benchmark.repetitions}
+        return asked | run_within(limits, f"{measure.__name__}:measure_step", request, str(point), on_message)
 
     def spares(record: Json) -> bool:
         match record["outcome"]:
             case "finished":
                 return record["repetitions_asked"] >= benchmark.repetitions
             case "time limit":
-                return record["time_limit_s"] >= benchmark.limits.time_s
+                return record["time_limit_s"] >= limits.time_s
             case "out of memory":
-                limit_mib = _memory_limit_mib(record["point"]["device"], benchmark.limits)
-                return record["memory_limit_mib"] * _NOTICEABLY_MORE >= limit_mib
+                now_mib = _memory_limit_mib(record["point"]["device"], limits)
+                return record["memory_limit_mib"] * _NOTICEABLY_MORE >= now_mib
             case _:  # left out
                 again = _left_out(record["point"], benchmark, ledger)
                 return again is not None and again["message"] == record["message"]
 
     return records_of(benchmark.points, ledger, run, spares=spares, in_words=memory_and_time, console=console)
+
+
+def run_and_report(benchmark: ModelBenchmark, console: Console) -> None:
+    """Measure what is missing, show the table of everything on file with the same settings, and name its files."""
+    run_model_benchmark(benchmark, console)
+    setting = settings(benchmark.points[0].as_record())
+    for path in (benchmark.lines, *report(benchmark.lines, setting, console)):
+        say(console, f"Written: {path}")
 
 
 def _left_out(point: Json, benchmark: ModelBenchmark, ledger: Ledger) -> Json | None:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ...runs.checks import CheckFailedError
 from ...runs.records import Json
-from .methods import use_method
+from .methods import WRITTEN_OUT, use_method
 from .points import RANDOM, Point
-from .random_features import WRITTEN_OUT
 from .shapes import is_smoothed, new_inputs, new_model
 
 # Long enough that k leaves most keys out, short enough that the check costs seconds.

@@ -59,20 +59,16 @@ def measure_step(request: Json, send: Send) -> Json:
         model.zero_grad(set_to_none=True)
         step_s.append(forward.take(run_forward) + backward.take(run_backward))
     parameters = list(model.parameters())
-    of_forward, of_backward = forward.as_record(), backward.as_record()
-    other_cores = (of_forward["other_cores"], of_backward["other_cores"])
+    other_cores = [cores for cores in (forward.other_cores, backward.other_cores) if cores is not None]
     return {
         "elapsed_s": statistics.median(step_s),
         "fastest_s": min(step_s),
         "slowest_s": max(step_s),
-        "forward_s": of_forward["elapsed_s"],
-        "backward_s": of_backward["elapsed_s"],
+        "forward_s": forward.as_record()["elapsed_s"],
+        "backward_s": backward.as_record()["elapsed_s"],
         "repetitions": len(step_s),
-        "other_cores": max((cores for cores in other_cores if cores is not None), default=None),
-        "peak_mib": memory.peak_mib,
-        "baseline_mib": memory.baseline_mib,
-        "total_peak_mib": memory.total_peak_mib,
-        "memory_method": memory.method,
+        "other_cores": max(other_cores, default=None),
+        **memory.as_record(),
         "weights_mib": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / _MIB,
         **after_forward,
         "num_parameters": sum(parameter.numel() for parameter in parameters),

@@ -1,16 +1,25 @@
-"""Who computes the attention of a model."""
+"""Who computes the attention of a model; Performer and RFA do it for encoders, by transformers' attention interface."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
 
 from topk_attention.convert import convert
+from topk_attention.convert.masks import CompactMask, compact_mask
+from topk_attention.convert.search import attention_sites
 
+from ...rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
 from .points import ALL, RANDOM, Point
-from .random_features import use_random_features
-from .shapes import new_model
+from .shapes import model_class, new_config, new_model
 
 K = int | Literal["all"]
+# What transformers calls the two ways of computing the same: in linear memory, and with every weight in memory.
+NAME = "random-features"
+WRITTEN_OUT = "random-features-written-out"
 
 
 def prepared_model(point: Point) -> Any:
@@ -37,3 +46,109 @@ def use_library(model: Any, attention_k: K, feed_forward_k: K | None, *, backend
     convert(model, attention_k=attention_k, backend=backend)
     if feed_forward_k is not None:
         convert(model, feed_forward_k=feed_forward_k, backend="auto" if feed_forward_k == ALL else backend)
+
+
+def check_family(point: Point) -> None:
+    """Whether a point's method can compute the attention of its model, as far as the configuration says.
+
+    Raises:
+        ValueError: random features for a model with a decoder or a position bias.
+    """
+    if point.method not in RANDOM:
+        return
+    config = new_config(point)
+    obstacles = []
+    if model_class(config) != "AutoModelForTokenClassification":
+        obstacles.append("a decoder")
+    if hasattr(config, "relative_attention_num_buckets"):
+        obstacles.append("a position bias")
+    if obstacles:
+        raise _misfit(point.method, config, " and ".join(obstacles))
+
+
+def use_random_features(model: Any, point: Point) -> None:
+    """Let the point's method compute every self-attention of a model, each with random directions of its own.
+
+    The directions are drawn once, from the point's seed. Torch's random numbers stay untouched, so that weights, input
+    and dropout equal those of other methods. The method has no attention weights to drop; every other dropout stays.
+
+    Raises:
+        ValueError: the model has a decoder or a position bias, or its attention does not use the interface.
+    """
+    check_family(point)
+    sites = list(attention_sites(model))
+    if not sites or not all(site.reads_interface and site.obstacle is None for site in sites):
+        raise _misfit(point.method, model.config, "attention that transformers' attention interface does not reach")
+    _register()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(point.seed)
+        for site in sites:
+            head_dim = model.config.hidden_size // cast(int, site.num_heads)
+            attention = new_attention(point.method, head_dim=head_dim, num_features=point.num_features)
+            site.module.register_module("random_features", attention.to(point.device))
+    model.set_attn_implementation(NAME)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for name, function in ((NAME, _attend), (WRITTEN_OUT, _attend_written_out)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, compact_mask)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **arguments: Any
+) -> tuple[Tensor, None]:
+    """Attention with the arguments of transformers v5. `dropout` among them has nothing to act on.
+
+    B batch, H heads, L length
+
+    query, key, value [B, H, L, D]. Returns output [B, L, H, D] and None in place of weights.
+    """
+    attention = cast("AttentionMethod", module.random_features)
+    key_mask = _key_mask(module, query, attention_mask, arguments)
+    return attention(query, key, value, key_mask=key_mask).transpose(1, 2).contiguous(), None
+
+
+def _attend_written_out(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **arguments: Any
+) -> tuple[Tensor, None]:
+    """The same from its definition, in float64."""
+    attention = cast("PerformerAttention | RandomFeatureAttention", module.random_features)
+    key_mask = _key_mask(module, query, attention_mask, arguments)
+    visible = None if key_mask is None else key_mask[:, None, None]
+    weights = random_feature_weights(attention, query.double(), key.double(), visible=visible)
+    return (weights @ value.double()).to(value.dtype).transpose(1, 2).contiguous(), None
+
+
+def _key_mask(module: nn.Module, query: Tensor, mask: object, arguments: dict[str, Any]) -> Tensor | None:
+    """Which keys are not padding, bool [B, L]; None where there is no padding.
+
+    Raises:
+        ValueError: the model asks for attention that these methods cannot compute.
+    """
+    from transformers.masking_utils import bidirectional_mask_function
+
+    sees_all = mask is None and not getattr(module, "is_causal", False)
+    if isinstance(mask, CompactMask):
+        sees_all = mask.mask_function is bidirectional_mask_function
+    scaling = arguments.get("scaling")
+    obstacle = None
+    if not sees_all:
+        obstacle = "queries that do not see every key"
+    elif arguments.get("position_bias") is not None:
+        obstacle = "a position bias"
+    elif scaling is not None and not math.isclose(scaling, query.shape[3] ** -0.5):
+        obstacle = "scores that are not scaled by 1 / sqrt(head size)"
+    if obstacle is not None:
+        raise _misfit(type(module.random_features).__name__, getattr(module, "config", None), obstacle)
+    padding = mask.key_padding() if isinstance(mask, CompactMask) else None
+    return None if padding is None else padding[:, 0, 0]
+
+
+def _misfit(method: str, config: Any, obstacle: str) -> ValueError:
+    family = getattr(config, "model_type", "this model")
+    return ValueError(
+        f"method {method} is for encoders such as BERT, and {family} has {obstacle}; leave {method} out of the methods"
+    )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from topk_attention.backends import choose_backend
 from topk_attention.functional.checks import check_count, check_dropout
 
 from ...models.pretrained import ModelSource
 from ...rivals import METHODS as EVERY_METHOD
-from ...rivals.names import among
+from ...rivals.names import TOPK, among, on_backend
 from ...runs.checks import check_at_least, check_one_of
 from ...runs.records import Json
+from ..rounds import Device, Seed, Threads
 
 # In the order of the tables.
 METHODS = ("vanilla", "sdpa", "query-chunks", "topk", "performer", "rfa")
@@ -33,32 +34,27 @@ class Point:
     shape           one of SHAPES, or the name of the configuration in `source`
     method          one of METHODS
     length          tokens of the input; of the encoder's where there are two
-    k               keys kept per query; only method "topk" uses it
     feed_forward_k  neurons kept per token by method "topk". "all" computes every neuron in token chunks; method
                     "query-chunks" does so for "all" and for a number. None leaves the networks as they are, and so
                     does every other method
-    decoder_length  tokens of the decoder, where there is one
-    dropout_p       of every dropout in the configuration. Methods "performer" and "rfa" form no attention weights and
-                    drop none
-    checkpointing   gradient checkpointing, layer by layer
-    num_features    random features of a head; only methods "performer" and "rfa" use it
+    dropout_p       methods "performer" and "rfa" form no attention weights and drop none
     source          where the user's own configuration is; None for shapes by name
     """
 
     shape: str
     method: str
     length: int
-    k: int = 64
+    k: Annotated[int, "Keys kept per query (topk)."] = 64
     feed_forward_k: int | Literal["all"] | None = None
-    decoder_length: int = 64
-    dropout_p: float = 0.1
-    checkpointing: bool = False
-    dtype: str = "float32"
-    device: str = "cpu"
+    decoder_length: Annotated[int, "Tokens of the decoder, where there is one."] = 64
+    dropout_p: Annotated[float, "Probability of every dropout that the model has."] = 0.1
+    checkpointing: Annotated[bool, "Gradient checkpointing, layer by layer."] = False
+    dtype: Annotated[str, "float32, bfloat16, float16 or float64."] = "float32"
+    device: Device = "cpu"
     backend: str = "auto"
-    threads: int = 1
-    seed: int = 0
-    num_features: int = 256
+    threads: Threads = 1
+    seed: Seed = 0
+    num_features: Annotated[int, "Random features of a head (performer, rfa)."] = 256
     source: ModelSource | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +99,7 @@ class Point:
     def backend_name(self) -> str | None:
         """The backend of the library that computes this point's attention; None for methods of others."""
         if self.method == "topk":
-            return "chunked" if self.backend == "auto" and self.device != "cpu" else choose_backend(self.backend).name
+            return on_backend("topk", self.backend, self.device).removeprefix(TOPK)
         return "chunked" if self.method == "query-chunks" else None
 
     def __str__(self) -> str:

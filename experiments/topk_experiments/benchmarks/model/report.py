@@ -11,16 +11,19 @@ from ...runs.ledger import is_finished, newest
 from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
 from ...show.quoted import MODEL as PAPER
 from ...show.quoted import MODEL_NOTE
-from ..tables import Page, Quoted, busy_notes, curves_over, draw_sweep
+from ..tables import Columns, Page, Quoted, busy_notes, cells, curves_over, draw_sweep
 from .points import METHODS, RANDOM, curve_name, settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_HEADINGS = (
-    *("L", "method", "peak [GiB]", "held after forward [GiB]", "step [s]", "forward [s]", "backward [s]"),
-    *("paper [GiB]", "paper [s]"),
-)
+_COLUMNS: Columns = {
+    "peak [GiB]": lambda record: f"{record['peak_mib'] / 1024:.2f}",
+    "held after forward [GiB]": lambda record: f"{record['held_after_forward_mib'] / 1024:.2f}",
+    "step [s]": lambda record: f"{record['elapsed_s']:.1f} ({_spread(record)})",
+    "forward [s]": lambda record: f"{record['forward_s']:.1f}",
+    "backward [s]": lambda record: f"{record['backward_s']:.1f}",
+}
 
 
 def report(lines: Path, setting: Json | None = None, console: Console | None = None) -> list[Path]:
@@ -46,17 +49,26 @@ def report(lines: Path, setting: Json | None = None, console: Console | None = N
     return [page, *_draw(records, lines.with_suffix(".png"))]
 
 
+def redraw(results: Path) -> list[Path]:
+    """Draw the tables and pictures of all records in `results/model` again. Nothing is measured."""
+    return [written for lines in sorted((results / "model").glob("*.jsonl")) for written in report(lines)]
+
+
 def page_of(records: Sequence[Json]) -> Page:
     """The table of records of one setting, by length, and the notes below it."""
     by_length = sorted(records, key=lambda record: record["point"]["length"])
-    rows = [(f"{record['point']['length']:,}", curve_name(record["point"]), *_cells(record)) for record in by_length]
-    # The paper's columns appear if the paper has a number for at least one row.
-    used = [number for number, name in enumerate(_HEADINGS) if "paper" not in name or any(row[number] for row in rows)]
-    headings, *shown = ([row[number] for number in used] for row in (_HEADINGS, *rows))
+    headings, rows = ["L", "method", *_COLUMNS], []
+    quoted = [_papers_curve(record["point"]).get(record["point"]["length"]) for record in by_length]
+    # The paper's columns appear if the paper has numbers for at least one row.
+    headings += ["paper [GiB]", "paper [s]"] if any(quoted) else []
+    for record, numbers in zip(by_length, quoted, strict=True):
+        row = (f"{record['point']['length']:,}", curve_name(record["point"]), *cells(record, _COLUMNS))
+        of_paper = ("", "") if numbers is None else (f"{number:g}" for number in numbers)
+        rows.append((*row, *of_paper)[: len(headings)])
     of_last = records[-1]["environment"]
     software = f"PyTorch {of_last['torch']}, transformers {of_last['transformers']}"
     head = f"{of_last['cpu']}, {software}, {days_and_commits(records)}."
-    return Page(title(records[0]["point"]), headings, shown, notes(records), has_list=True, head=head)
+    return Page(title(records[0]["point"]), headings, rows, notes(records), has_list=True, head=head)
 
 
 def title(point: Json) -> str:
@@ -117,20 +129,9 @@ def _check_lines(records: Sequence[Json]) -> list[str]:
     return [f"{line}."]
 
 
-def _cells(record: Json) -> list[str]:
-    quoted = _papers_curve(record["point"]).get(record["point"]["length"])
-    of_paper = ["", ""] if quoted is None else [f"{number:g}" for number in quoted]
-    if not is_finished(record):
-        return [record["outcome"], "", "", "", "", *of_paper]
-    spread = f"{record['fastest_s']:.1f} to {record['slowest_s']:.1f}"
-    return [
-        f"{record['peak_mib'] / 1024:.2f}",
-        f"{record['held_after_forward_mib'] / 1024:.2f}",
-        f"{record['elapsed_s']:.1f} ({spread if record['repetitions'] > 1 else 'one step, the first'})",
-        f"{record['forward_s']:.1f}",
-        f"{record['backward_s']:.1f}",
-        *of_paper,
-    ]
+def _spread(record: Json) -> str:
+    several = record["repetitions"] > 1
+    return "{fastest_s:.1f} to {slowest_s:.1f}".format_map(record) if several else "one step, the first"
 
 
 def _is_the_papers(point: Json) -> bool:

@@ -1,15 +1,18 @@
+import os
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from support_folder import SUPPORT
 from topk_experiments.benchmarks.attention import measure
 from topk_experiments.benchmarks.attention.measure import score_product
 from topk_experiments.benchmarks.attention.methods import Method, new_inputs, new_method
 from topk_experiments.benchmarks.attention.works import Work
 from topk_experiments.runs import steps
 from topk_experiments.runs import turns as turn_taking
-from topk_experiments.runs.turns import measure_memory, time_methods
+from topk_experiments.runs.process import run_in_fresh_process
+from topk_experiments.runs.turns import time_methods
 
 WORK = Work(num_heads=2, length=40, k=5, head_dim=4)
 METHODS = ["topk-chunked", "sdpa"]
@@ -96,16 +99,11 @@ def test_any_other_error_stops_the_measurement(monkeypatch):
 
 
 def test_memory_counts_what_the_operation_makes_and_not_its_inputs(monkeypatch):
-    def hungry(method, work):
-        def run(query, key, value):
-            scratch = torch.ones(16 * 2**20)  # 64 MiB
-            return (query + key + value) * scratch[0]
-
-        return Method(run)
-
-    use(monkeypatch, hungry)
+    """In a fresh process, as when it is measured: what other tests left in the heap moves the peak by a few pages."""
+    monkeypatch.setenv("PYTHONPATH", SUPPORT, prepend=os.pathsep)
     work = replace(WORK, head_dim=2**15)  # each tensor has 10 MiB
-    result = measure_memory(REQUEST | {"work": asdict(work), "method": "any"}, lambda message: None)
+    request = REQUEST | {"operation": "hungry_operation", "work": asdict(work), "method": "any"}
+    result = run_in_fresh_process(f"{turn_taking.__name__}:measure_memory", request)
     # 64, then freed; the output and two sums on the way to it.
     assert 64 < result["peak_mib"] < 110
 

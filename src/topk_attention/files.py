@@ -1,4 +1,4 @@
-"""Writes files so that a reader never sees half of one."""
+"""Reads text, and writes files so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def read_utf8(path: Path) -> str:
+    """The content of a text file, without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"text file not found: {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"
+        ) from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ from ..runs.ledger import is_finished, newest, on_file
 from ..runs.progress import say
 from ..runs.records import Json, days_and_commits, write_whole
 from ..runs.timing import busy_note
+from ..show.console import print_table
 from ..show.plots import MEMORY_AND_TIME, draw_memory_and_time
 
 if TYPE_CHECKING:
@@ -45,15 +46,7 @@ class Page:
     head: str = ""
 
     def show(self, console: Console) -> None:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(title=self.title, title_justify="left")
-        for number, heading in enumerate(self.headings):
-            table.add_column(escape(heading), justify="left" if number == 0 else "right")
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+        print_table(console, self.title, self.headings, self.rows)
         for line in self.notes:
             say(console, line)
 

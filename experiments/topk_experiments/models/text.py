@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topk_attention.files import read_utf8
+
 # progress(layers done, layers in all), after each layer of the one forward pass
 Progress = Callable[[int, int], None]
 
@@ -48,14 +50,7 @@ def read_text(path: Path | None = None) -> Text:
 
         content = "\n\n".join(topics[name] for name in sorted(topics))
         return Text(content, "Python's documentation topics (pydoc_data)")
-    if not path.is_file():
-        raise FileNotFoundError(f"text file not found: {path}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"
-        ) from error
+    content = read_utf8(path)
     if not content.strip():
         raise ValueError(f"text file {path} is empty")
     return Text(content, path.name)

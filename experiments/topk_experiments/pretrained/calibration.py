@@ -22,10 +22,10 @@ from topk_attention.files import check_writable
 
 from ..models.pretrained import ModelSource, find_model, unpacked
 from ..models.text import Text, read_text
-from ..runs.ledger import experiment_environment, what_differs
+from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.process import failures_named, run_in_fresh_process
 from ..runs.progress import Say, line_printer, progress_bar
-from ..runs.records import Json, differences, read_json, write_json, write_whole
+from ..runs.records import Json, differences, write_json, write_whole
 from .calibration_measures import measure_of
 from .calibration_report import html_page, run_name, show
 from .calibration_settings import (
@@ -134,18 +134,15 @@ def _new_record(config: CalibrationConfig, source: ModelSource, text: Text, eval
 
 def _start_or_continue(new: Json, config: CalibrationConfig, say: Say) -> Json:
     """The new record, with the measurement and the runs on file that still count."""
-    old = read_json(config.record)
+    old = record_of_same_run(
+        config.record,
+        new,
+        ("schema", "measure", "config", "model"),
+        fresh=config.fresh,
+        say=say,
+        as_planned=lambda record: record | {"model": _section(record, "model")},
+    )
     if old is None:
-        return new
-    if config.fresh:
-        say(f"Starting anew as asked: {config.record} is replaced.")
-        return new
-    configuration = {name: new[name] for name in ("schema", "measure", "config", "model")}
-    if changed := what_differs(old | {"model": _section(old, "model")}, configuration, new["environment"]):
-        say(
-            f"{config.record} was made with another configuration, environment or code and is replaced "
-            f"({'; '.join(changed)})."
-        )
         return new
     # Measurements serve every target but one that is searched for: another budget is only another choice of k.
     ignored = () if isinstance(config.target, LossIncrease) else ("target",)

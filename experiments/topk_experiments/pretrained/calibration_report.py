@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from topk_attention.calibrate import Calibration
 
 from ..runs.records import Json, read_json, write_whole
+from ..show.console import print_table
 from ..show.html import drawn, footer, page, table
 from ..show.plots import save
 from .calibration_measures import Measure, measure_of
@@ -172,17 +173,9 @@ def redraw(results: Path) -> list[Path]:
 
 def show(record: Json, console: Console) -> None:
     """Show the table and the recommendation on the console."""
-    from rich.markup import escape as escape_markup
-    from rich.table import Table
-
-    title = f"{escape_markup(record['model']['name'])}, {record['evaluated_on']['num_tokens']:,} tokens"
-    shown = Table(title=title, title_justify="left")
+    title = f"{record['model']['name']}, {record['evaluated_on']['num_tokens']:,} tokens"
     headings, *rows = table_rows(record)
-    for heading in headings:
-        shown.add_column(escape_markup(heading), justify="left" if heading == headings[0] else "right")
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    print_table(console, title, headings, rows)
     console.print(recommendation(record), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -32,12 +32,13 @@ from ..models.pretrained import (
 )
 from ..models.text import Text, first_tokens, hidden_states_give_logits, perplexity, read_text
 from ..runs.checks import check_at_least, check_runs
-from ..runs.ledger import experiment_environment, what_differs
+from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.memory import PeakMeter
 from ..runs.process import Send, failures_named, run_in_fresh_process
 from ..runs.progress import Say, line_printer, progress_bar
-from ..runs.records import Json, read_json, write_json
+from ..runs.records import Json, write_json
 from ..runs.timing import Stopwatch, busy_note
+from ..show.console import print_table
 from ..show.html import counted
 from .demo_report import run_name, summary, table_rows, write_report
 
@@ -180,20 +181,15 @@ def _new_record(config: DemoConfig, source: ModelSource, text: Text) -> Json:
 
 def _start_or_continue(new: Json, config: DemoConfig, say: Say) -> Json:
     """The record to continue: that on file if it is of the same run, otherwise a new one."""
-    old = read_json(config.record)
+
+    def as_planned(record: Json) -> Json:
+        """Without the number of parameters, which is known only after the first run."""
+        model = {name: value for name, value in record.get("model", {}).items() if name != "num_parameters"}
+        return record | {"model": model}
+
+    fields = ("schema", "config", "model", "text")
+    old = record_of_same_run(config.record, new, fields, fresh=config.fresh, say=say, as_planned=as_planned)
     if old is None:
-        return new
-    if config.fresh:
-        say(f"Starting anew as asked: {config.record} is replaced.")
-        return new
-    configuration = {name: new[name] for name in ("schema", "config", "model", "text")}
-    # The number of parameters is known only after the first run.
-    model = {name: value for name, value in old.get("model", {}).items() if name != "num_parameters"}
-    if changed := what_differs(old | {"model": model}, configuration, new["environment"]):
-        say(
-            f"{config.record} was made with another configuration, environment or code and is replaced "
-            f"({'; '.join(changed)})."
-        )
         return new
     finished, wanted = len(old["runs"]), len(config.turns())
     if finished == wanted:
@@ -264,17 +260,9 @@ def _make_runs(
 
 
 def _show(record: Json, console: Console, say: Say) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    title = f"{escape(record['model']['name'])}, {record['config']['num_tokens']:,} tokens"
-    table = Table(title=title, title_justify="left")
+    title = f"{record['model']['name']}, {record['config']['num_tokens']:,} tokens"
     headings, *rows = table_rows(record)
-    for heading in headings:
-        table.add_column(escape(heading), justify="left" if heading == headings[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, title, headings, rows)
     say(f"Peak memory is counted above the loaded model. {summary(record)}")
     note = busy_note([run.get("other_cores") for run in record["runs"]], record["environment"]["num_cpus"])
     if note is not None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from topk_attention.environment import code_sha256, environment
 
-from .records import Json, append_json_line, differences, read_json_lines
+from .progress import Say
+from .records import Json, append_json_line, differences, read_json, read_json_lines
 
 # Modules of an experiment that turn records into tables and pictures: a change to them leaves every number as it is.
 DRAWING = ("captions", "groups", "picture", "pictures", "published", "quoted", "report", "table")
@@ -158,3 +159,28 @@ def newest(records: Iterable[Json], configuration: Callable[[Json], str]) -> lis
         if all(there.get(name) == last.get(name) for name in _ENVIRONMENT):
             by_configuration[configuration(record)] = record
     return list(by_configuration.values())
+
+
+def record_of_same_run(
+    path: Path, new: Json, fields: Iterable[str], *, fresh: bool, say: Say, as_planned: Callable[[Json], Json]
+) -> Json | None:
+    """The record in a file that holds one run, if it is of the same run as `new`; None where a new one begins.
+
+    fields      of the record that say what is run
+    fresh       whether to begin anew in any case
+    say         receives the reason where a record on file is replaced
+    as_planned  a record without what is known only after a run
+
+    Raises:
+        ValueError: the file holds no record.
+    """
+    old = read_json(path)
+    if old is None:
+        return None
+    if fresh:
+        say(f"Starting anew as asked: {path} is replaced.")
+        return None
+    if changed := what_differs(as_planned(old), {name: new[name] for name in fields}, new["environment"]):
+        say(f"{path} was made with another configuration, environment or code and is replaced ({'; '.join(changed)}).")
+        return None
+    return old

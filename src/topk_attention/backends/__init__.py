@@ -76,7 +76,7 @@ def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
 
 @cache
 def _warn_of_missing_kernels(problem: str) -> None:
-    """Once in a process: without a word, the library would just be slow."""
+    """Warn once in a process: otherwise the library would silently be slow."""
     warnings.warn(
         f"topk_attention runs without its compiled kernels, several times slower: {problem}; install it from a clone "
         "with pip install --no-build-isolation . where torch and a C++ compiler are there, or say "

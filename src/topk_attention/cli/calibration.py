@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibrate import LossIncrease, LostMass, MeanK
 from ..calibrate import calibrate as measure
-from ..files import check_writable
+from ..files import check_writable, read_utf8
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +72,7 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    content = _read(request.text)
+    content = read_utf8(request.text)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     options: dict[str, Any] = {} if request.gguf_file is None else {"gguf_file": request.gguf_file}
@@ -115,17 +115,6 @@ def _load(loader: Any, model: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model} does not load as a transformers model: {first_line}") from error
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"text file not found: {path}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"
-        ) from error
 
 
 def _window_length(request: CalibrationRequest, config: Any) -> int:

@@ -1,8 +1,8 @@
 """What `attn_implementation="topk"` alone can do for a model, and the watch over those that it cannot serve.
 
 The name reaches the layers that ask transformers' attention interface for their function. It does not reach PyTorch's
-own layers and those that compute attention in their own code: these would run full attention without a word, or misread
-the mask. A model that holds one is refused when it is built or when the name is set.
+own layers and those that compute attention in their own code: these would silently run full attention, or misread the
+mask. A model that holds one is refused when it is built or when the name is set.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from . import torch_layers
+from .configurations import parts_of
 from .search import attention_obstacle, feed_forward_sites, reads_attention_interface
 from .settings import NAME, ModelSettings
 
@@ -108,14 +109,6 @@ def every_config(model: Any) -> list[Any]:
     """The configurations of a model and of all its parts, each once."""
     configs = [part for module in model.modules() for part in parts_of(getattr(module, "config", None))]
     return list({id(config): config for config in configs}.values())
-
-
-def parts_of(config: Any) -> list[Any]:
-    """A configuration of transformers and those inside it, in their order; none for anything else."""
-    if not hasattr(config, "_attn_implementation_internal"):
-        return []
-    inner = (getattr(config, key, None) for key in config.sub_configs)
-    return [config, *(part for one in inner for part in parts_of(one))]
 
 
 def _implementations(model: Any) -> list[tuple[Any, str | None]]:

@@ -17,10 +17,10 @@ from .by_name import (
     every_config,
     hand_written_attention,
     implementation_of,
-    parts_of,
     set_by_transformers,
     set_implementations,
 )
+from .configurations import parts_of
 from .plan import AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
 from .registration import register
 from .report import ConversionReport, ReportEntry

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .configurations import is_config, parts_of
+
 
 @contextmanager
 def all_or_nothing(model: object) -> Iterator[None]:
@@ -27,7 +29,7 @@ def all_or_nothing(model: object) -> Iterator[None]:
     except BaseException:
         try:
             before.restore()
-        except KeyboardInterrupt:  # impatient; half of it would be the worst
+        except KeyboardInterrupt:  # a second Ctrl-C: half of it put back would be worse than all or nothing
             before.restore()
         raise
 
@@ -37,7 +39,8 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(every_module(model))
-        configs = {id(config): config for module in modules for config in _configs_of(module)}
+        values = (value for module in modules for value in vars(module).values())
+        configs = {id(config): config for value in values for config in parts_of(value)}
         self.classes = [(module, type(module)) for module in modules]
         self.attributes = [_Attributes(vars(holder)) for holder in (*modules, *configs.values())]
         self.strides = [(parameter, parameter.stride()) for parameter in model.parameters() if _has_strides(parameter)]
@@ -78,7 +81,7 @@ def give_own_configuration(model: nn.Module) -> None:
     copies: dict[int, Any] = {}
     for module in every_module(model):
         for name, value in list(vars(module).items()):
-            if _is_config(value):
+            if is_config(value):
                 module.__dict__[name] = copy.deepcopy(value, copies)
 
 
@@ -101,21 +104,6 @@ def every_module(model: nn.Module) -> Iterator[nn.Module]:
 
 def _is_module(value: object) -> bool:
     return isinstance(value, nn.Module)
-
-
-def _configs_of(module: nn.Module) -> Iterator[Any]:
-    """Every configuration that a module holds, those inside it included."""
-    pending = [value for value in vars(module).values() if _is_config(value)]
-    while pending:
-        config = pending.pop()
-        yield config
-        parts = (getattr(config, name, None) for name in config.sub_configs)
-        pending += [part for part in parts if _is_config(part)]
-
-
-def _is_config(value: object) -> bool:
-    """Whether this is a configuration of transformers."""
-    return hasattr(type(value), "sub_configs") and hasattr(value, "_attn_implementation_internal")
 
 
 def _has_strides(parameter: nn.Parameter) -> bool:

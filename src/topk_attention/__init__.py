@@ -4,7 +4,16 @@ from ._version import __version__
 from .calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
 from .convert import ConversionReport, convert, is_cross_attention, is_self_attention, unconvert
 from .convert.registration import register_when_transformers_is_imported
-from .functional import ALiBi, BucketedBias, RelativeBias, Selection, topk_attention, topk_feed_forward
+from .functional import (
+    ALiBi,
+    BucketedBias,
+    Completion,
+    KeySums,
+    RelativeBias,
+    Selection,
+    topk_attention,
+    topk_feed_forward,
+)
 from .nn import TopKAttention, TopKFeedForward
 
 register_when_transformers_is_imported()
@@ -13,7 +22,9 @@ __all__ = [
     "ALiBi",
     "BucketedBias",
     "Calibration",
+    "Completion",
     "ConversionReport",
+    "KeySums",
     "LossIncrease",
     "LostMass",
     "MeanK",

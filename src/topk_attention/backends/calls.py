@@ -6,6 +6,7 @@ A call is plain data: tensors in canonical shapes, and the options that apply to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,74 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, num_queries, num_heads, value.shape[3]).transpose(1, 2)
 
 
+class KeySums(NamedTuple):
+    """Sums over keys, in the accumulation dtype.
+
+    keys      [..., D]
+    values    [..., E]
+    products  [..., D, E]  of each key times its value; None where the rest has order 0
+    """
+
+    keys: Tensor
+    values: Tensor
+    products: Tensor | None
+
+    def plus(self, others: KeySums) -> KeySums:
+        """The sums over these keys and others."""
+        products = None
+        if self.products is not None and others.products is not None:
+            products = self.products + others.products
+        return KeySums(self.keys + others.keys, self.values + others.values, products)
+
+
+class RestInputs(NamedTuple):
+    """What a backend reads to complete top-k attention: sums over the keys that each query sees, kept or not.
+
+    S is G, or H where a mask hides other keys from other heads of a group. All but counts in the accumulation dtype.
+
+    mass_scale    [H]  factor on the weight of the rest
+    order         0 or 1, as in `AttentionCall`
+    key_sums      [B, S, C, D]  and
+    value_sums    [B, S, C, E]  with interval 0: of all queries (C = 1), or of each query (C = N). With an interval: of
+                  the first c * interval keys, c = 0..C - 1; a query adds the keys from there to its last one
+    products      [B, S, C, D, E]  the same of each key times its value, for order 1 but where C = N
+    score_values  [B, H, N, E]  for order 1 where C = N: the sum over visible keys of scale * query . key times the value
+    grad_keys     [B, H, N, D]  in the backward pass, where score_values are given: the sum over visible keys of
+                  grad_output . value times the key
+    key, value    [B, S, M, D] and [B, S, M, E]  in the dtype of the call: the rows to add, 0 where a mask hides them
+    counts        [B|1, H|1, N] int32, visible keys of each query; None: all, or under causality all that are not in its
+                  future
+    score_sums    [B|1, H|1, N]  what masks and biases add to the scores of the visible keys, summed; None: nothing
+    """
+
+    mass_scale: Tensor
+    order: int
+    key_sums: Tensor
+    value_sums: Tensor
+    products: Tensor | None
+    score_values: Tensor | None
+    grad_keys: Tensor | None
+    key: Tensor
+    value: Tensor
+    counts: Tensor | None
+    score_sums: Tensor | None
+    interval: int
+
+
+class RestGradients(NamedTuple):
+    """What the rest sends to all keys that a query sees, kept or not; each [B, H, N], 0 in rows without a rest.
+
+    A key j that query i sees gets scale * (key[i] * query[i] + cross[i] * (grad_output[i] . value[j]) * query[i]), its
+    value (value[i] + cross[i] * scale * (query[i] . key[j])) * grad_output[i], and its bias bias[i].
+    """
+
+    key: Tensor
+    value: Tensor
+    cross: Tensor  # 0 where the rest has order 0
+    bias: Tensor
+    mass_scale: Tensor  # each row's part of the gradient of the head's scale
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention call.
@@ -40,6 +109,10 @@ class AttentionCall:
     relative_bias  [H|1, N + M - 1]  float, added as relative_bias[h, j - i + N - 1], differentiable
     is_causal      query i sees keys j <= i + M - N
     seed           int64 scalar that decides the dropout draw; None without dropout
+    mass_scale     [H]  accumulation dtype, differentiable: factor on the weight of the keys that are not kept; None
+                   leaves these keys out
+    rest_order     0: the value of these keys is their mean value; 1: it follows their scores to the first order
+    sums           over all keys, where the caller has them; only with mass_scale
     """
 
     query: Tensor
@@ -55,10 +128,21 @@ class AttentionCall:
     seed: Tensor | None
     query_chunk_size: int | None
     return_selection: bool
+    mass_scale: Tensor | None = None
+    rest_order: int = 0
+    sums: KeySums | None = None
 
     def is_full_attention(self) -> bool:
         """Whether every head keeps all keys that its queries see, so that nothing is selected."""
         return self.head_k is None or all(k >= self.key.shape[2] for k in self.head_k)
+
+    def is_completed(self) -> bool:
+        """Whether some query may have a rest that enters its softmax."""
+        return self.mass_scale is not None and not self.is_full_attention()
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may get a gradient."""
+        return self.query, self.key, self.value, self.bias, self.relative_bias, self.mass_scale
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def differentiate_topk_attention(operator: str, backward_op: Callable[..., tuple
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Gradients:
         if grad_output is None:
             return (None,) * ctx.num_inputs
-        _require_selection(ctx, operator)
+        require_selection(ctx, operator)
         saved = ctx.saved_tensors  # read once: under activation checkpointing each read computes them again
         # A frozen key or value, as in cross-attention to a frozen encoder, gets no gradient that would be thrown away.
         wanted = ctx.needs_input_grad[:3]
@@ -286,7 +286,7 @@ def differentiate_feed_forward(operator: str, backward_op: Callable[..., tuple[T
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Gradients:
         if grad_output is None:
             return (None,) * ctx.num_inputs
-        _require_selection(ctx, operator)
+        require_selection(ctx, operator)
         # Frozen weights, as under LoRA, get no [F, D] gradient that would be thrown away.
         wanted = FeedForwardInputs(*ctx.needs_input_grad[: len(FeedForwardInputs._fields)])
         of_weights = [wanted.w_in, wanted.w_out, wanted.w_gate]
@@ -330,7 +330,7 @@ def empty_feed_forward_gradients(
     )
 
 
-def _require_selection(ctx: Any, operator: str) -> None:
+def require_selection(ctx: Any, operator: str) -> None:
     if not ctx.has_selection:
         raise RuntimeError(f"{operator} needs save_selection=True for a backward pass")
 

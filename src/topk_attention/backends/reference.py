@@ -45,12 +45,45 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     row_is_empty = ~kept.any(-1, keepdim=True)
     scores = scores.masked_fill(~kept, -torch.inf).masked_fill(row_is_empty, 0)
     weights = torch.where(row_is_empty, 0, scores.softmax(-1))
+    rest_output = None
+    if call.mass_scale is not None:
+        visible = _visible(call, bias)
+        rest = visible & ~torch.zeros_like(visible).scatter(-1, chosen, kept)
+        log_sum = scores.logsumexp(-1, keepdim=True)
+        rest_weight, rest_value = _rest(call, rest, log_sum, query, key, value, bias)
+        weights, rest_output = weights * (1 - rest_weight), rest_weight * rest_value
     dropped = weights
     if call.seed is not None:
         kept_by_dropout = keep_mask(call.seed, _row_numbers(call), chosen, call.dropout_p)
         dropped = weights * kept_by_dropout / (1 - call.dropout_p)
     output = (dropped.unsqueeze(-1) * rows_of(value)).sum(-2)
+    if rest_output is not None:
+        output = output + rest_output
     return output.to(call.query.dtype), torch.where(kept, chosen, -1).int(), weights
+
+
+def _rest(
+    call: AttentionCall, rest: Tensor, log_sum: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weight [B, H, N, 1] and the value [B, H, N, E] of the entry for the rest: `functional.completion`.
+
+    rest     [B, H, N, M]  bool
+    log_sum  [B, H, N, 1]  of the kept scores
+    """
+    assert call.mass_scale is not None
+    among = rest.to(query.dtype)
+    count = among.sum(-1, keepdim=True)
+    shares = among / count.clamp(min=1)
+    # A row that sees a broken key keeps one and is NaN already.
+    products = torch.where(rest, query @ torch.where(key.isfinite(), key, 0).mT * call.scale, 0)
+    mean_product = (shares * products).sum(-1, keepdim=True)
+    mean_score = mean_product + (shares * torch.where(rest, bias, 0)).sum(-1, keepdim=True)
+    ratio = torch.where(count > 0, call.mass_scale[:, None, None] * count * (mean_score - log_sum).exp(), 0)
+    if call.rest_order == 1:
+        shares = shares * (1 + products - mean_product)
+    rest_value = shares @ torch.where(value.isfinite(), value, 0)
+    sees_broken_value = among @ (~value.isfinite()).to(among.dtype) > 0
+    return ratio / (1 + ratio), rest_value.masked_fill(sees_broken_value, torch.nan)
 
 
 def feed_forward(call: FeedForwardCall) -> Tensor:

@@ -1,7 +1,18 @@
 """What the operations mean: the public functions, their argument checks and their biases."""
 
+from ..backends.calls import KeySums
 from .attention import Selection, topk_attention
 from .bias import ALiBi, BucketedBias, RelativeBias
+from .completion import Completion
 from .feed_forward import topk_feed_forward
 
-__all__ = ["ALiBi", "BucketedBias", "RelativeBias", "Selection", "topk_attention", "topk_feed_forward"]
+__all__ = [
+    "ALiBi",
+    "BucketedBias",
+    "Completion",
+    "KeySums",
+    "RelativeBias",
+    "Selection",
+    "topk_attention",
+    "topk_feed_forward",
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..backends.autocast import autocast_off, in_autocast_dtype
-from ..backends.calls import AttentionCall, accumulation_dtype
+from ..backends.calls import AttentionCall, KeySums, accumulation_dtype
 from ..backends.dropout import draw_seed
 from .bias import Bias
 from .checks import (
@@ -24,6 +24,7 @@ from .checks import (
     check_same_dtype_and_device,
     shape_of,
 )
+from .completion import Completion
 from .observation import notify_observer
 
 _BIAS_TYPES = Bias.__args__
@@ -35,7 +36,7 @@ class Selection(NamedTuple):
 
     indices  [..., H, N, K]  int32, ascending; -1 marks an empty slot
     weights  [..., H, N, K]  float32 (float64 for float64 inputs), softmax weights before dropout, 0 in empty slots;
-                             without gradient
+                             without gradient; with completion they sum to 1 less the weight of the rest
     """
 
     indices: Tensor
@@ -57,6 +58,8 @@ def topk_attention(
     enable_gqa: bool = ...,
     backend: str = ...,
     query_chunk_size: int | None = ...,
+    completion: Completion | None = ...,
+    key_sums: KeySums | None = ...,
     return_selection: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -76,6 +79,8 @@ def topk_attention(
     enable_gqa: bool = ...,
     backend: str = ...,
     query_chunk_size: int | None = ...,
+    completion: Completion | None = ...,
+    key_sums: KeySums | None = ...,
     return_selection: Literal[True],
 ) -> tuple[Tensor, Selection]: ...
 
@@ -94,6 +99,8 @@ def topk_attention(
     enable_gqa: bool = False,
     backend: str = "auto",
     query_chunk_size: int | None = None,
+    completion: Completion | None = None,
+    key_sums: KeySums | None = None,
     return_selection: bool = False,
 ) -> Tensor | tuple[Tensor, Selection]:
     """Let each query attend only to its k best-scoring keys (Gupta et al. 2021, section 2).
@@ -119,6 +126,10 @@ def topk_attention(
                 queries as "chunked" does, because its kernels would save every key of every query
     query_chunk_size  the most queries of one head whose scores exist at a time; by default what fits a memory budget;
                 "cpu" with a k (a few dozen queries) and PyTorch's own attention ignore it
+    completion  adds the keys that a query sees and does not keep to its softmax, as one entry: see `Completion`; None
+                leaves them out, as the paper does
+    key_sums    sums over all keys, `Completion.sums(key, value)`, where the caller has kept them; they spare completion a
+                pass over all keys and values where a call has one query, or no is_causal; get no gradient
     return_selection  also return which keys were kept
 
     Returns [B, H, N, E] in the dtype of query; with return_selection a pair of that and a `Selection`.
@@ -136,6 +147,8 @@ def topk_attention(
     index is kept, on every backend. A query that sees no key returns zeros and gets zero gradient. A query that sees
     fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden key or value never reaches
     the output. In a key that a query sees, it makes the query's output NaN.
+
+    With completion, NaN or inf in a value that a query sees makes its output NaN or inf, whether the value is kept or not.
 
     Sums are kept in float32 (float64 for float64). The backward pass needs query, key, value, and for each kept key an
     int32 index and a float weight; these are saved. Under autocast query, key and value are cast as for
@@ -177,6 +190,9 @@ def topk_attention(
         seed=draw_seed(query.device) if dropout_p > 0 else None,
         query_chunk_size=query_chunk_size,
         return_selection=return_selection,
+        mass_scale=_check_completion(completion, num_heads, query),
+        rest_order=0 if completion is None else completion.order,
+        sums=_check_sums(key_sums, completion, key, value),
     )
     output, indices, weights = _run(call, backend)
     notify_observer(call, output)
@@ -190,7 +206,7 @@ def topk_attention(
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     choice = choose_backend(backend, call)
     if choice.name != "reference":
-        check_no_tangent("topk_attention", choice.name, call.query, call.key, call.value, call.bias, call.relative_bias)
+        check_no_tangent("topk_attention", choice.name, *call.differentiable())
     if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads or no keys: every query returns zeros
         zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of no element: zero gradients
         output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
@@ -198,6 +214,10 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
         return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
     with autocast_off(call.query.device.type):
         match choice.name:
+            case "cpu" | "chunked" if call.is_completed():
+                from ..backends import completed_attention
+
+                return completed_attention.attention(call, choice.name)
             case "cpu":
                 from ..backends import cpu
 
@@ -245,6 +265,42 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         )
     if key.shape[-2] >= 2**31:
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
+
+
+def _check_completion(completion: Completion | None, num_heads: int, query: Tensor) -> Tensor | None:
+    if completion is None:
+        return None
+    if not isinstance(completion, Completion):
+        raise TypeError(f"completion must be a Completion or None, got {type(completion).__name__} {completion!r}")
+    return completion.per_head(num_heads, query)
+
+
+def _check_sums(sums: KeySums | None, completion: Completion | None, key: Tensor, value: Tensor) -> KeySums | None:
+    if sums is None:
+        return None
+    if not isinstance(sums, KeySums):
+        raise TypeError(f"key_sums must be a KeySums or None, got {type(sums).__name__}")
+    if completion is None:
+        raise ValueError("key_sums are for completion, but completion is None; leave them out")
+    if completion.order == 1 and sums.products is None:
+        raise ValueError("key_sums lack the products that a completion of order 1 needs; make them with its sums()")
+    *leading, _, head_dim = key.shape
+    shapes = ([*leading, head_dim], [*leading, value.shape[-1]], [*leading, head_dim, value.shape[-1]])
+    dtype = accumulation_dtype(key.dtype)
+    checked: list[Tensor | None] = []
+    for name, total, shape in zip(sums._fields, sums, shapes, strict=True):
+        if total is None or (name == "products" and completion.order == 0):
+            checked.append(None)
+            continue
+        if list(total.shape) != shape or total.dtype != dtype or total.device != key.device:
+            raise ValueError(
+                f"key_sums.{name} must be {dtype} {_shape_text(shape)} on {key.device} to match key and value, got "
+                f"{total.dtype} {shape_of(total)} on {total.device}"
+            )
+        if total.requires_grad:
+            raise ValueError(f"key_sums get no gradient, but {name} requires one; detach it")
+        checked.append(total.reshape(math.prod(leading[:-1]), *total.shape[len(leading) - 1 :]))
+    return KeySums(*checked)
 
 
 def _with_one_batch_axis(tensor: Tensor) -> Tensor:

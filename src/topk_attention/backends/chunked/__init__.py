@@ -4,7 +4,7 @@ Queries come in chunks and keys in blocks. The k best keys of all earlier blocks
 After a chunk only indices and weights of kept entries remain. The backward pass reads k rows per query.
 """
 
-from .attention import attention
+from .attention import attention, completed_backward, completed_forward, padded_entries
 from .feed_forward import feed_forward
 
-__all__ = ["attention", "feed_forward"]
+__all__ = ["attention", "completed_backward", "completed_forward", "feed_forward", "padded_entries"]

@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..calls import AttentionCall, accumulation_dtype, empty_output
+from ..calls import AttentionCall, RestGradients, RestInputs, accumulation_dtype, empty_output
 from ..dropout import keep_mask
 from ..operators import (
+    AttentionGradients,
     differentiate_topk_attention,
     empty_attention_gradients,
     run_topk_attention,
     save_topk_attention,
 )
 from . import full_attention
+from .rest import differentiate, seen_by, weigh
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
 from .selection import select_topk
@@ -43,10 +45,10 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
     if call.is_full_attention() and not call.return_selection:
         return full_attention.full_attention(call), None, None
-    return run_topk_attention(call, topk_attention_op, _padded, call.query_chunk_size)
+    return run_topk_attention(call, topk_attention_op, padded_entries, call.query_chunk_size)
 
 
-def _padded(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
+def padded_entries(selection: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
     """A flat selection as [B, H, N, K], K the largest k; unused slots hold `fill`."""
     batch, num_heads, num_queries, _ = call.query.shape
     padded = selection.new_full((batch, num_heads, num_queries, max((0, *head_k))), fill)
@@ -78,14 +80,36 @@ def topk_attention_op(
     The selection lists, for each head group, [B, heads, N, k] entries in ascending key order; -1 with weight 0 marks
     an empty slot. Weights are those before dropout.
     """
-    batch, num_heads, num_queries, _ = query.shape
+    inputs = (query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
+    return completed_forward(*inputs, query_chunk_size, save_selection, None)[:3]
+
+
+def completed_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    seed: Tensor | None,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    query_chunk_size: int | None,
+    save_selection: bool,
+    rest: RestInputs | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `topk_attention_op` returns, and the rest's weight for a scale of 1, [B, H, N]; empty without a rest."""
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    batch, num_heads, num_queries, _ = query.shape
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
     output = empty_output(query, value)
     num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
     saved_indices = torch.empty(num_saved, dtype=torch.int32, device=query.device)
     saved_weights = torch.empty(num_saved, dtype=dtype, device=query.device)
+    saved_mass = query.new_empty(query.shape[:3] if rest is not None else (0,), dtype=dtype)
     for group in head_groups(head_k, batch, key.shape[1], num_queries) if output.numel() > 0 else ():
         shape = tile_shape(group, num_queries, inputs.num_keys, dtype.itemsize, query_chunk_size)
         memory = None
@@ -94,6 +118,15 @@ def topk_attention_op(
                 memory = query.new_empty(step.num_rows * shape.key_block, dtype=dtype)
             key_table, value_table = tables.of(step)
             chosen = _choose(inputs, step, group.k, key_table, shape.key_block, memory)
+            in_table = _table_indices(chosen.indices, step, inputs.num_keys)
+            weighed = None
+            if rest is not None:
+                scaled_query = query_rows(inputs, step).view(step.num_rows, -1)
+                seen = seen_by(rest, step, scaled_query, num_queries, inputs.is_causal)
+                of_kept = (chosen.scores, chosen.empty_slots, chosen.weights)
+                weighed = weigh(scaled_query, seen, key_table, in_table, *of_kept)
+                chosen = chosen._replace(weights=weighed.weights)
+                write_rows(saved_mass.unsqueeze(3), step, weighed.mass)
             if save_selection:
                 _save(chosen.saved_indices, saved_indices, group, step, batch, num_queries)
                 _save(chosen.weights, saved_weights, group, step, batch, num_queries)
@@ -101,11 +134,15 @@ def topk_attention_op(
             if seed is not None:
                 rows = row_numbers(step, num_heads, num_queries, query.device)
                 weights = _drop(weights, _survivors(seed, rows, chosen.indices, dropout_p), dropout_p)
-            result = weighted_sum_of_rows(value_table, _table_indices(chosen.indices, step, inputs.num_keys), weights)
-            if chosen.row_is_empty is not None:
-                result.masked_fill_(chosen.row_is_empty, 0)
+            if weighed is not None:
+                weights = _zero_in(chosen.empty_slots, weights - weighed.from_rest)
+            result = weighted_sum_of_rows(value_table, in_table, weights)
+            if weighed is not None:
+                result.addcmul_(weighed.share, weighed.value_sum)
+            if chosen.empty_slots is not None:
+                result.masked_fill_(chosen.empty_slots[:, :1], 0)
             write_rows(output, step, result)
-    return output, saved_indices, saved_weights
+    return output, saved_indices, saved_weights, saved_mass
 
 
 @topk_attention_op.register_fake
@@ -144,11 +181,48 @@ def topk_attention_backward_op(
     Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors. The gradients
     of the biases come in the accumulation dtype.
     """
+    wanted = (query_wanted, key_wanted, value_wanted)
+    gradients, _ = completed_backward(
+        *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
+        *(wanted, bias_shape, relative_bias_shape, False, None, None),
+    )
+    grad_query, grad_key, grad_value, *of_biases = gradients
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *of_biases
+
+
+def completed_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    indices: Tensor,
+    weights: Tensor,
+    head_k: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    wanted: Sequence[bool],
+    bias_shape: Sequence[int],
+    relative_bias_shape: Sequence[int],
+    is_causal: bool,
+    mass: Tensor | None,
+    rest: RestInputs | None,
+) -> tuple[AttentionGradients, RestGradients | None]:
+    """The gradients over the kept keys, and what the rest's need.
+
+    is_causal, mass, rest  for completed attention: those of the forward pass; mass [B, H, N] is what it returned
+
+    The gradient of query is complete; those of keys, values and biases, in the accumulation dtype, lack what the rest
+    sends to all keys that a query sees.
+    """
     batch, num_heads, num_queries, _ = query.shape
     num_key_heads, num_keys = key.shape[1:3]
+    query_wanted, key_wanted, value_wanted = wanted
     dtype = weights.dtype
     tables = Tables(key, value, dtype)
-    wanted = (query_wanted, key_wanted, value_wanted)
+    rest_gradients = None
+    if rest is not None:
+        rest_gradients = RestGradients(*(query.new_zeros(query.shape[:3], dtype=dtype) for _ in RestGradients._fields))
     grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = zero_gradients(
         query, key, value, wanted, bias_shape, relative_bias_shape, dtype
     )
@@ -165,26 +239,40 @@ def topk_attention_backward_op(
                 numbers = row_numbers(step, num_heads, num_queries, query.device)
                 survivors = _survivors(seed, numbers, rows.indices, dropout_p)
             by_key = transpose_selection(in_table, key_table.shape[0]) if key_wanted or value_wanted else None
+            if rest is not None and mass is not None and rest_gradients is not None:
+                products = _zero_in(rows.empty_slots, dot_with_rows(rows.grad_output, value_table, in_table))
+                scaled_query = rows.query * scale
+                seen = seen_by(rest, step, scaled_query, num_queries, is_causal, rows.grad_output)
+                of_kept = (rows.empty_slots, rows.weights, _drop(rows.weights, survivors, dropout_p))
+                of_output = (rows.grad_output, products, _drop(products, survivors, dropout_p))
+                row_mass = rows_of(mass.unsqueeze(3), step)
+                of_rows = differentiate(seen, row_mass, scaled_query, key_table, in_table, *of_kept, *of_output)
+                value_weights, grad_scores, grad_biases = of_rows.values, of_rows.products, of_rows.biases
+                for to, part in zip(rest_gradients, of_rows.sent, strict=True):
+                    write_rows(to.unsqueeze(3), step, part)
+            else:
+                of_rows, value_weights = None, _drop(rows.weights, survivors, dropout_p)
+                if needs_grad_scores:
+                    products = dot_with_rows(rows.grad_output, value_table, in_table)
+                    grad_scores = grad_biases = _softmax_backward(rows, _drop(products, survivors, dropout_p))
             if value_wanted and by_key is not None:
                 part = part_of_heads(grad_value, step)
-                part += weighted_sum_by_target(
-                    by_key, rows.grad_output, _drop(rows.weights, survivors, dropout_p)
-                ).view(part.shape)
+                part += weighted_sum_by_target(by_key, rows.grad_output, value_weights).view(part.shape)
             if not needs_grad_scores:
                 continue
-            grad_weights = _drop(dot_with_rows(rows.grad_output, value_table, in_table), survivors, dropout_p)
-            grad_scores = _softmax_backward(rows, grad_weights)
-            _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores, rows.indices, step, num_queries, num_keys)
-            grad_scores *= scale
+            _add_bias_gradients(grad_bias, grad_relative_bias, grad_biases, rows.indices, step, num_queries, num_keys)
+            grad_scores = grad_scores * scale
             if query_wanted:
                 rows_grad_query = weighted_sum_of_rows(key_table, in_table, grad_scores)
+                if of_rows is not None:
+                    rows_grad_query.add_(of_rows.query, alpha=scale)
                 if rows.empty_slots is not None:
                     rows_grad_query.masked_fill_(rows.empty_slots[:, :1], 0)
                 write_rows(grad_query, step, rows_grad_query)
             if key_wanted and by_key is not None:
                 part = part_of_heads(grad_key, step)
                 part += weighted_sum_by_target(by_key, rows.query, grad_scores).view(part.shape)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
+    return AttentionGradients(grad_query, grad_key, grad_value, grad_bias, grad_relative_bias), rest_gradients
 
 
 @topk_attention_backward_op.register_fake
@@ -244,8 +332,9 @@ class _Chosen(NamedTuple):
 
     indices: Tensor  # [rows, k] int64, always valid key indices
     saved_indices: Tensor  # [rows, k], -1 in empty slots
+    scores: Tensor  # [rows, k], -inf in empty slots
     weights: Tensor  # [rows, k], 0 in empty slots
-    row_is_empty: Tensor | None  # [rows, 1], None where every slot of the step is filled
+    empty_slots: Tensor | None  # [rows, k], None where every slot of the step is filled
 
 
 def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_block: int, memory: Tensor) -> _Chosen:
@@ -265,11 +354,12 @@ def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_bloc
         scores, indices = F.pad(scores, missing, value=-torch.inf), F.pad(indices, missing)
     empty_slots = _none_unless_any(scores.isneginf())
     if empty_slots is None:
-        return _Chosen(indices, indices, scores.softmax(1), None)
+        return _Chosen(indices, indices, scores, scores.softmax(1), None)
     indices, order = indices.masked_fill(empty_slots, inputs.num_keys).sort(1)
     scores, empty_slots = scores.gather(1, order), indices == inputs.num_keys
     weights = scores.softmax(1).masked_fill(empty_slots, 0)
-    return _Chosen(_stand_ins(indices, empty_slots), indices.masked_fill(empty_slots, -1), weights, empty_slots[:, :1])
+    stand_ins = _stand_ins(indices, empty_slots)
+    return _Chosen(stand_ins, indices.masked_fill(empty_slots, -1), scores, weights, empty_slots)
 
 
 def _none_unless_any(mask: Tensor) -> Tensor | None:
@@ -286,6 +376,10 @@ def _stand_ins(indices: Tensor, empty_slots: Tensor) -> Tensor:
 
 def _survivors(seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) -> Tensor:
     return keep_mask(seed, rows.unsqueeze(1), indices.long(), dropout_p)
+
+
+def _zero_in(empty_slots: Tensor | None, entries: Tensor) -> Tensor:
+    return entries if empty_slots is None else entries.masked_fill(empty_slots, 0)
 
 
 def _drop(weights: Tensor, survivors: Tensor | None, dropout_p: float) -> Tensor:

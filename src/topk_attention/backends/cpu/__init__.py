@@ -5,7 +5,7 @@ from .library import cpu_target, cpu_targets, forced_cpu_target, problem
 __all__ = ["cpu_target", "cpu_targets", "forced_cpu_target", "problem"]
 
 if problem() is None:
-    from .attention import attention
+    from .attention import attention, completed_backward, completed_forward, padded_entries
     from .feed_forward import feed_forward
 
-    __all__ += ["attention", "feed_forward"]
+    __all__ += ["attention", "completed_backward", "completed_forward", "feed_forward", "padded_entries"]

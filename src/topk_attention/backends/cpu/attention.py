@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, accumulation_dtype, empty_output
-from ..operators import differentiate_topk_attention, run_topk_attention, save_topk_attention
+from ..calls import AttentionCall, RestGradients, RestInputs, accumulation_dtype, empty_output
+from ..operators import AttentionGradients, differentiate_topk_attention, run_topk_attention, save_topk_attention
 
 _FORWARD = "topk_attention::cpu_attention_forward"
 _BACKWARD = "topk_attention::cpu_attention_backward"
@@ -25,10 +25,10 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """
     if call.relative_bias is not None:
         call = replace(call, relative_bias=call.relative_bias.to(accumulation_dtype(call.query.dtype)))
-    return run_topk_attention(call, forward_op, _padded)
+    return run_topk_attention(call, forward_op, padded_entries)
 
 
-def _padded(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
+def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
     """Flat entries, [N, k] for each batch and head, as [B, H, N, K], K the largest k; unused slots hold `fill`."""
     batch, num_heads, num_queries, _ = call.query.shape
     largest = max((0, *head_k))
@@ -39,6 +39,58 @@ def _padded(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: i
     for head, (k, of_head) in enumerate(zip(head_k, heads, strict=True)):
         padded[:, head, :, :k] = of_head.view(batch, num_queries, k)
     return padded
+
+
+def completed_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    seed: Tensor | None,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    query_chunk_size: int | None,
+    save_selection: bool,
+    rest: RestInputs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, indices, weights, and the rest's weight for a scale of 1, [B, H, N]; the kernels choose their chunks."""
+    del query_chunk_size
+    return torch.ops.topk_attention.cpu_completed_attention_forward(
+        *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection),
+        *rest,
+    )
+
+
+def completed_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    indices: Tensor,
+    weights: Tensor,
+    head_k: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    wanted: Sequence[bool],
+    bias_shape: Sequence[int],
+    relative_bias_shape: Sequence[int],
+    is_causal: bool,
+    mass: Tensor,
+    rest: RestInputs,
+) -> tuple[AttentionGradients, RestGradients]:
+    """The gradients over the kept keys, and what the rest's need; the gradient of query is complete."""
+    gradients = torch.ops.topk_attention.cpu_completed_attention_backward(
+        *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
+        *(*wanted, bias_shape, relative_bias_shape, is_causal, mass),
+        *rest[: RestInputs._fields.index("score_sums")],
+        rest.interval,
+    )
+    return AttentionGradients(*gradients[:5]), RestGradients(*gradients[5:])
 
 
 @torch.library.register_fake(_FORWARD)

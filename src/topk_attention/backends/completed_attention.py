@@ -1,0 +1,215 @@
+"""Completed top-k attention, one operator over the backends "cpu" and "chunked": see `functional.completion`.
+
+A backend computes rows. This file gives it the sums over all keys that each row sees, and adds to the gradients what each
+row sends to all of them: `visible_keys`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked, cpu
+from .autocast import without_autocast
+from .calls import AttentionCall, KeySums, accumulation_dtype, empty_output
+from .operators import Gradients, needs_gradient, require_selection
+from .visible_keys import VisibleKeys
+
+_BACKENDS = {"chunked": chunked, "cpu": cpu}
+
+
+def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
+    assert call.head_k is not None and call.mass_scale is not None
+    value = call.value
+    if value.shape[3] == 0:  # the selection is wanted all the same
+        value = torch.nn.functional.pad(value, (0, 1))
+    sums = call.sums if call.sums is not None else (None, None, None)
+    output, indices, weights, _ = completed_attention_op(
+        *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale),
+        *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_order),
+        *(call.query_chunk_size, backend, call.return_selection or needs_gradient(*call.differentiable())),
+    )
+    output = output[..., : call.value.shape[3]]
+    if not call.return_selection:
+        return output, None, None
+    padded = _BACKENDS[backend].padded_entries
+    return output, padded(indices, call, call.head_k, -1), padded(weights, call, call.head_k, 0)
+
+
+@torch.library.custom_op("topk_attention::completed_attention", mutates_args=())
+@without_autocast
+def completed_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    mass_scale: Tensor,
+    seed: Tensor | None,
+    key_sum: Tensor | None,
+    value_sum: Tensor | None,
+    product_sum: Tensor | None,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    rest_order: int,
+    query_chunk_size: int | None,
+    backend: str,
+    save_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, H, N, E], the backend's flat selection, and the rest's weight for a scale of 1, [B, H, N].
+
+    The selection, indices int32 and weights, is empty unless it is asked for.
+    """
+    if query.numel() == 0:
+        return (
+            empty_output(query, value),
+            torch.empty(0, dtype=torch.int32, device=query.device),
+            query.new_empty(0, dtype=accumulation_dtype(query.dtype)),
+            query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
+        )
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order)
+    totals = None if key_sum is None or value_sum is None else KeySums(key_sum, value_sum, product_sum)
+    rest = visible.sums(mass_scale, totals)
+    if relative_bias is not None:
+        relative_bias = relative_bias.to(visible.dtype)
+    return _BACKENDS[backend].completed_forward(
+        *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p),
+        *(query_chunk_size, save_selection, rest),
+    )
+
+
+@completed_attention_op.register_fake
+def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, key_sum, value_sum, *options):
+    _, head_k, *_ = options
+    save_selection = options[-1]
+    dtype = accumulation_dtype(query.dtype)
+    num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
+    return (
+        empty_output(query, value),
+        query.new_empty(num_entries, dtype=torch.int32),
+        query.new_empty(num_entries, dtype=dtype),
+        query.new_empty(query.shape[:3], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("topk_attention::completed_attention_backward", mutates_args=())
+@without_autocast
+def completed_attention_backward_op(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    mass_scale: Tensor,
+    seed: Tensor | None,
+    key_sum: Tensor | None,
+    value_sum: Tensor | None,
+    product_sum: Tensor | None,
+    indices: Tensor,
+    weights: Tensor,
+    mass: Tensor,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    rest_order: int,
+    backend: str,
+    query_wanted: bool,
+    key_wanted: bool,
+    value_wanted: bool,
+    bias_shape: Sequence[int],
+    relative_bias_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value, bias, relative_bias and mass_scale; of all but the last one those that
+    are not wanted are left out, and empty tensors stand in their places.
+    """
+    wanted = (query_wanted, key_wanted, value_wanted)
+    if query.numel() == 0:
+        empty = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
+        return *(x.zero_() for x in empty), torch.zeros_like(mass_scale)
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order)
+    totals = None if key_sum is None or value_sum is None else KeySums(key_sum, value_sum, product_sum)
+    rest = visible.sums(mass_scale, totals, grad_output)
+    gradients, of_rest = _BACKENDS[backend].completed_backward(
+        *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
+        *(wanted, bias_shape, relative_bias_shape, is_causal, mass, rest),
+    )
+    of_tables = (gradients.key if key_wanted else None, gradients.value if value_wanted else None)
+    if key_wanted or value_wanted:
+        visible.add_gradients(of_rest, grad_output, *of_tables)
+    visible.add_bias_gradients(of_rest.bias, gradients.bias, gradients.relative_bias)
+    grad_mass_scale = of_rest.mass_scale.sum((0, 2), dtype=torch.float64).to(mass_scale.dtype)
+    return (
+        gradients.query.contiguous(),
+        gradients.key.to(key.dtype).contiguous(),
+        gradients.value.to(value.dtype).contiguous(),
+        gradients.bias.to(weights.dtype),
+        gradients.relative_bias.to(weights.dtype),
+        grad_mass_scale,
+    )
+
+
+@completed_attention_backward_op.register_fake
+def _(grad_output, query, key, value, attn_mask, bias, relative_bias, mass_scale, *inputs):
+    weights, (*wanted, bias_shape, relative_bias_shape) = inputs[5], inputs[-5:]
+    gradients = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
+    return *gradients, torch.empty_like(mass_scale)
+
+
+def _empty_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    wanted: Sequence[bool],
+    bias_shape: Sequence[int],
+    relative_bias_shape: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    shapes = [x.shape if is_wanted else (0,) for x, is_wanted in zip((query, key, value), wanted, strict=True)]
+    of_inputs = [x.new_empty(shape) for x, shape in zip((query, key, value), shapes, strict=True)]
+    return [*of_inputs, *(query.new_empty(shape or (0,), dtype=dtype) for shape in (bias_shape, relative_bias_shape))]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, head_k, is_causal, scale, dropout_p, rest_order, _, backend, has_selection = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options, ctx.has_selection, ctx.num_inputs = (
+        (head_k, is_causal, scale, dropout_p, rest_order, backend),
+        has_selection,
+        len(inputs),
+    )
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> Gradients:
+    if grad_output is None:
+        return (None,) * ctx.num_inputs
+    require_selection(ctx, "completed_attention")
+    saved = ctx.saved_tensors  # read once: under activation checkpointing each read computes them again
+    _, key, value, _, bias, relative_bias, *_ = saved
+    wanted = ctx.needs_input_grad[:3]
+    shapes = [
+        tuple(x.shape) if x is not None and is_wanted else ()
+        for x, is_wanted in zip((bias, relative_bias), ctx.needs_input_grad[4:6], strict=True)
+    ]
+    *gradients, grad_mass_scale = completed_attention_backward_op(grad_output, *saved, *ctx.options, *wanted, *shapes)
+    query, key, value = (x if is_wanted else None for x, is_wanted in zip(gradients[:3], wanted, strict=True))
+    of_biases = (
+        gradient.to(x.dtype) if shape else None
+        for gradient, x, shape in zip(gradients[3:], (bias, relative_bias), shapes, strict=True)
+    )
+    given = (query, key, value, None, *of_biases, grad_mass_scale if ctx.needs_input_grad[6] else None)
+    return (*given, *(None,) * (ctx.num_inputs - len(given)))
+
+
+completed_attention_op.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,95 @@
+"""Completion: the keys that a query does not keep enter its softmax as one more entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..backends.calls import KeySums, accumulation_dtype
+from ..backends.visible_keys import sum_over_keys
+from .checks import check_floating, shape_of
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What top-k attention adds for the rest, the keys that a query sees and does not keep.
+
+    The softmax of a query gets one more entry. Its weight is mass_scale * n * exp(m) beside the exp(score) of the kept
+    keys, where n is the number of keys in the rest and m their mean score. Its value is the mean of
+
+    order 0  value[j]
+    order 1  (1 + scale * query . key[j] - their mean) * value[j]: exp(score) to the first order around the mean
+
+    over the rest. These means are exact, and no score of the rest is computed for them: a sum over the rest is one over
+    all visible keys, of key, value, and for order 1 key times value, less one over the kept keys.
+
+    order       0 or 1
+    mass_scale  a finite number of at least 0, or one for each query head: a list, a tuple, or a tensor [H] of any
+                floating dtype, which gets a gradient. 1 is right where the scores of the rest are equal; then the output
+                is that of full attention. Real scores differ, and what lies above their mean belongs to keys that are
+                not average: language models do best with about 0.5, encoders with 1. 0 is top-k attention alone.
+
+    >>> import torch
+    >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+    >>> from topk_attention import topk_attention
+    >>> topk_attention(q, key, v, k=16, completion=Completion(0.5)).shape
+    torch.Size([2, 8, 128, 64])
+    """
+
+    mass_scale: float | Sequence[float] | Tensor = 0.5
+    order: Literal[0, 1] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, bool) or self.order not in (0, 1):
+            raise ValueError(f"order must be 0 or 1, got {self.order!r}")
+        scale = self.mass_scale
+        if isinstance(scale, Tensor):
+            check_floating("mass_scale", scale)
+            if scale.ndim > 1:
+                raise ValueError(f"mass_scale must be one number, or one for each head, got {shape_of(scale)}")
+            return
+        numbers = scale if isinstance(scale, list | tuple) else [scale]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise TypeError(
+                    "mass_scale must be a number, one number for each head, or a tensor of them, got "
+                    f"{type(number).__name__} {number!r}"
+                )
+            if not 0 <= number < math.inf:
+                raise ValueError(f"mass_scale must be finite and at least 0, got {number}")
+        if isinstance(scale, list):
+            object.__setattr__(self, "mass_scale", tuple(scale))
+
+    def sums(self, key: Tensor, value: Tensor) -> KeySums:
+        """Sums over keys [..., M, D] and values [..., M, E], for `topk_attention(key_sums=...)`.
+
+        With more keys later, `sums.plus(completion.sums(new_keys, new_values))` has those of all.
+        """
+        check_floating("key", key)
+        check_floating("value", value)
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value must have shape {shape_of(key)} but for its last axis, like key, got {shape_of(value)}"
+            )
+        return sum_over_keys(key.detach(), value.detach(), self.order)
+
+    def per_head(self, num_heads: int, query: Tensor) -> Tensor:
+        """The scales [H] in the accumulation dtype of a call with this query."""
+        dtype = accumulation_dtype(query.dtype)
+        scale = self.mass_scale
+        if isinstance(scale, Tensor):
+            if scale.device != query.device:
+                raise ValueError(f"mass_scale must be on {query.device} like query, got {scale.device}")
+            scale = scale.to(dtype)
+        else:
+            scale = torch.tensor(scale, dtype=dtype, device=query.device)
+        if scale.ndim == 1 and scale.shape[0] != num_heads:
+            raise ValueError(
+                f"mass_scale must hold one number for each of the {num_heads} query heads, got {scale.shape[0]}"
+            )
+        return scale.expand(num_heads)

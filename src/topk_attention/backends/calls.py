@@ -57,9 +57,9 @@ class RestInputs(NamedTuple):
     value_sums    [B, S, C, E]  with interval 0: of all queries (C = 1), or of each query (C = N). With an interval: of
                   the first c * interval keys, c = 0..C - 1; a query adds the keys from there to its last one
     products      [B, S, C, D, E]  the same of each key times its value, for order 1 but where C = N
-    score_values  [B, H, N, E]  for order 1 where C = N: the sum over visible keys of scale * query . key times the value
-    grad_keys     [B, H, N, D]  in the backward pass, where score_values are given: the sum over visible keys of
-                  grad_output . value times the key
+    score_values  [B, H, N, E]  for order 1 where C = N: over visible keys the sum of scale * query . key times the value
+    grad_keys     [B, H, N, D]  in the backward pass, where score_values are given: the sum of grad_output . value times
+                  the key
     key, value    [B, S, M, D] and [B, S, M, E]  in the dtype of the call: the rows to add, 0 where a mask hides them
     counts        [B|1, H|1, N] int32, visible keys of each query; None: all, or under causality all that are not in its
                   future

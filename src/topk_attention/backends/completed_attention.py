@@ -1,7 +1,7 @@
 """Completed top-k attention, one operator over the backends "cpu" and "chunked": see `functional.completion`.
 
-A backend computes rows. This file gives it the sums over all keys that each row sees, and adds to the gradients what each
-row sends to all of them: `visible_keys`.
+A backend computes rows. This file gives it the sums over all keys that each row sees, and adds to the gradients what
+each row sends to all of them: `visible_keys`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _BACKENDS = {"chunked": chunked, "cpu": cpu}
 
 def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns output [B, H, N, E] and, where the call asks for them, indices [B, H, N, K] int32 and weights."""
-    assert call.head_k is not None and call.mass_scale is not None
+    assert call.head_k is not None
+    assert call.mass_scale is not None
     value = call.value
     if value.shape[3] == 0:  # the selection is wanted all the same
         value = torch.nn.functional.pad(value, (0, 1))
@@ -129,8 +130,9 @@ def completed_attention_backward_op(
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, bias, relative_bias and mass_scale; of all but the last one those that
-    are not wanted are left out, and empty tensors stand in their places.
+    """Returns the gradients of query, key, value, bias, relative_bias and mass_scale.
+
+    All but the last are left out where they are not wanted; their places hold empty tensors.
     """
     wanted = (query_wanted, key_wanted, value_wanted)
     if query.numel() == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .calls import KeySums, RestGradients, RestInputs, accumulation_dtype
 
-# Keys between two running sums. A sum of products has D * E numbers, the keys and values between two have 512 * (D + E).
+# Keys between two running sums. A sum of products has D * E numbers, the keys and values between two 512 * (D + E).
 INTERVAL = 512
 # Bytes of a tile [queries, M].
 _TILE_BYTES = 4 * 2**20
@@ -60,7 +60,7 @@ class VisibleKeys(NamedTuple):
         return self.is_causal and self.num_queries > 1
 
     def _depends_on_the_query(self) -> bool:
-        """Whether a mask or a bias hides keys from some queries alone, or adds what differs among keys of a distance."""
+        """Whether a mask or a bias hides keys from some queries alone, or adds what is not a matter of distance."""
         mask, relative = self.attn_mask, self.relative_bias
         only_keys = mask is None or (mask.dtype == torch.bool and mask.shape[2] == 1)
         if not only_keys or self.bias is not None:
@@ -107,7 +107,7 @@ class VisibleKeys(NamedTuple):
         return RestInputs(mass_scale, self.order, sums.keys, sums.values, sums.products, None, None, *of_rows)
 
     def _windows(self, relative_bias: Tensor) -> Tensor:
-        """[1, H|1, N]: the sum of a relative bias over the keys that a query sees, which lie side by side in its table."""
+        """[1, H|1, N]: the sum of a relative bias over the keys that a query sees; they lie side by side in its table."""
         sums = F.pad(relative_bias.double().cumsum(1), (1, 0))
         first = torch.arange(self.num_queries - 1, -1, -1, device=sums.device)  # position of key 0
         return (sums[:, first + self._last_keys()] - sums[:, first]).to(self.dtype).unsqueeze(0)

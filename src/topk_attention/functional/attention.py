@@ -128,8 +128,8 @@ def topk_attention(
                 "cpu" with a k (a few dozen queries) and PyTorch's own attention ignore it
     completion  adds the keys that a query sees and does not keep to its softmax, as one entry: see `Completion`; None
                 leaves them out, as the paper does
-    key_sums    sums over all keys, `Completion.sums(key, value)`, where the caller has kept them; they spare completion a
-                pass over all keys and values where a call has one query, or no is_causal; get no gradient
+    key_sums    sums over all keys, `Completion.sums(key, value)`, where the caller has kept them; they spare completion
+                a pass over all keys and values where a call has one query, or no is_causal; get no gradient
     return_selection  also return which keys were kept
 
     Returns [B, H, N, E] in the dtype of query; with return_selection a pair of that and a `Selection`.
@@ -148,7 +148,7 @@ def topk_attention(
     fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden key or value never reaches
     the output. In a key that a query sees, it makes the query's output NaN.
 
-    With completion, NaN or inf in a value that a query sees makes its output NaN or inf, whether the value is kept or not.
+    With completion, NaN or inf in a value that a query sees makes its output NaN or inf, whether it is kept or not.
 
     Sums are kept in float32 (float64 for float64). The backward pass needs query, key, value, and for each kept key an
     int32 index and a float weight; these are saved. Under autocast query, key and value are cast as for
@@ -300,7 +300,7 @@ def _check_sums(sums: KeySums | None, completion: Completion | None, key: Tensor
         if total.requires_grad:
             raise ValueError(f"key_sums get no gradient, but {name} requires one; detach it")
         checked.append(total.reshape(math.prod(leading[:-1]), *total.shape[len(leading) - 1 :]))
-    return KeySums(*checked)
+    return KeySums(*checked)  # type: ignore[arg-type]
 
 
 def _with_one_batch_axis(tensor: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ class Completion:
 
     order       0 or 1
     mass_scale  a finite number of at least 0, or one for each query head: a list, a tuple, or a tensor [H] of any
-                floating dtype, which gets a gradient. 1 is right where the scores of the rest are equal; then the output
-                is that of full attention. Real scores differ, and what lies above their mean belongs to keys that are
-                not average: language models do best with about 0.5, encoders with 1. 0 is top-k attention alone.
+                floating dtype, which gets a gradient. 1 is right where the scores of the rest are equal; then the
+                output is that of full attention. Real scores differ, and what lies above their mean belongs to keys
+                that are not average: language models do best with about 0.5, encoders with 1. 0 is top-k alone.
 
     >>> import torch
     >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))

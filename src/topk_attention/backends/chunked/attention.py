@@ -186,8 +186,7 @@ def topk_attention_backward_op(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
         *(wanted, bias_shape, relative_bias_shape, False, None, None),
     )
-    grad_query, grad_key, grad_value, *of_biases = gradients
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *of_biases
+    return gradients._replace(key=gradients.key.to(key.dtype), value=gradients.value.to(value.dtype))
 
 
 def completed_backward(

@@ -1,13 +1,13 @@
 """The rest, the keys that a query sees and does not keep, as one more entry of its softmax: see `Completion`.
 
 For a row with kept scores s and weights p, n keys in the rest and their mean score m, the entry has the weight
-g = c * n * exp(m) / Z, where Z = sum(exp(s)) + c * n * exp(m). The kept weights shrink to w = p * (1 - g), and u = g / n is
-the share of each key of the rest. With q . k for scores without masks and biases, and their mean m' over the rest:
+g = c * n * exp(m) / Z, where Z = sum(exp(s)) + c * n * exp(m). The kept weights shrink to w = p * (1 - g), and u = g / n
+is the share of each key of the rest. With q . k for scores without masks and biases, and their mean m' over the rest:
 
 order 0  output = sum of w v over kept + u * sum of v over rest
 order 1  output = sum of w v over kept + u * sum of (1 + q . k - m') v over rest
 
-A sum over the rest is one over all visible keys less one over the kept ones. So no key and no value of the rest is read.
+A sum over the rest is one over all visible keys less one over the kept ones. No key and no value of the rest is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
     key_sum: Tensor  # [rows, D]
     value_sum: Tensor  # [rows, E]
     score_value: Tensor | None  # [rows, E], of each (q . k) v; None where the rest has order 0
-    count: Tensor  # [rows, 1]
+    num_seen: Tensor  # [rows, 1]
     score_sum: Tensor | None  # [rows, 1], of masks and biases
     grad_key: Tensor | None  # [rows, D], in the backward pass with order 1: of each (grad_output . v) k
 
@@ -94,7 +94,7 @@ def weigh(
     weights      [rows, k], the softmax of the scores
     """
     kept = scores if empty_slots is None else scores.masked_fill(empty_slots, 0)
-    count = seen.count - (scores.shape[1] if empty_slots is None else (~empty_slots).sum(1, keepdim=True))
+    count = seen.num_seen - (scores.shape[1] if empty_slots is None else (~empty_slots).sum(1, keepdim=True))
     total = (query * seen.key_sum).sum(1, keepdim=True)
     products, mean_product = kept, None
     if seen.score_value is not None:
@@ -146,7 +146,7 @@ def differentiate(
     The other arguments are those of `weigh`; 0 stands in empty slots.
     """
     num_kept = weights.shape[1] if empty_slots is None else (~empty_slots).sum(1, keepdim=True)
-    count = (seen.count - num_kept).clamp(min=1)
+    count = (seen.num_seen - num_kept).clamp(min=1)
     has_rest = mass != 0
     rest_weight = seen.mass_scale * mass
     share = rest_weight / count

@@ -52,7 +52,8 @@ class RestInputs(NamedTuple):
     S is G, or H where a mask hides other keys from other heads of a group. All but counts in the accumulation dtype.
 
     mass_scale    [H]  factor on the weight of the rest
-    order         0 or 1, as in `AttentionCall`
+    order         0 or 1, and
+    lift          0 to 1, as in `AttentionCall`
     key_sums      [B, S, C, D]  and
     value_sums    [B, S, C, E]  with interval 0: of all queries (C = 1), or of each query (C = N). With an interval: of
                   the first c * interval keys, c = 0..C - 1; a query adds the keys from there to its last one
@@ -68,6 +69,7 @@ class RestInputs(NamedTuple):
 
     mass_scale: Tensor
     order: int
+    lift: float
     key_sums: Tensor
     value_sums: Tensor
     products: Tensor | None
@@ -112,6 +114,7 @@ class AttentionCall:
     mass_scale     [H]  accumulation dtype, differentiable: factor on the weight of the keys that are not kept; None
                    leaves these keys out
     rest_order     0: the value of these keys is their mean value; 1: it follows their scores to the first order
+    rest_lift      0 to 1: how far the score of these keys, their mean, is raised towards the smallest kept one
     sums           over all keys, where the caller has them; only with mass_scale
     """
 
@@ -130,6 +133,7 @@ class AttentionCall:
     return_selection: bool
     mass_scale: Tensor | None = None
     rest_order: int = 0
+    rest_lift: float = 0.0
     sums: KeySums | None = None
 
     def is_full_attention(self) -> bool:

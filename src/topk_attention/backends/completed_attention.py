@@ -29,9 +29,9 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     if value.shape[3] == 0:  # the selection is wanted all the same
         value = torch.nn.functional.pad(value, (0, 1))
     sums = call.sums if call.sums is not None else (None, None, None)
-    output, indices, weights, _ = completed_attention_op(
+    output, indices, weights, *_ = completed_attention_op(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale),
-        *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_order),
+        *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_order, call.rest_lift),
         *(call.query_chunk_size, backend, call.return_selection or needs_gradient(*call.differentiable())),
     )
     output = output[..., : call.value.shape[3]]
@@ -60,11 +60,13 @@ def completed_attention_op(
     scale: float,
     dropout_p: float,
     rest_order: int,
+    rest_lift: float,
     query_chunk_size: int | None,
     backend: str,
     save_selection: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, N, E], the backend's flat selection, and the rest's weight for a scale of 1, [B, H, N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, H, N, E], the backend's flat selection, and for each row, [B, H, N], the rest's weight at a scale of 1
+    and the slot of the smallest kept score, int32.
 
     The selection, indices int32 and weights, is empty unless it is asked for.
     """
@@ -74,8 +76,9 @@ def completed_attention_op(
             torch.empty(0, dtype=torch.int32, device=query.device),
             query.new_empty(0, dtype=accumulation_dtype(query.dtype)),
             query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
+            query.new_empty(query.shape[:3], dtype=torch.int32),
         )
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order)
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order, rest_lift)
     totals = None if key_sum is None or value_sum is None else KeySums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals)
     if relative_bias is not None:
@@ -97,6 +100,7 @@ def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, key_s
         query.new_empty(num_entries, dtype=torch.int32),
         query.new_empty(num_entries, dtype=dtype),
         query.new_empty(query.shape[:3], dtype=dtype),
+        query.new_empty(query.shape[:3], dtype=torch.int32),
     )
 
 
@@ -118,11 +122,13 @@ def completed_attention_backward_op(
     indices: Tensor,
     weights: Tensor,
     mass: Tensor,
+    cuts: Tensor,
     head_k: Sequence[int],
     is_causal: bool,
     scale: float,
     dropout_p: float,
     rest_order: int,
+    rest_lift: float,
     backend: str,
     query_wanted: bool,
     key_wanted: bool,
@@ -138,12 +144,12 @@ def completed_attention_backward_op(
     if query.numel() == 0:
         empty = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
         return *(x.zero_() for x in empty), torch.zeros_like(mass_scale)
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order)
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order, rest_lift)
     totals = None if key_sum is None or value_sum is None else KeySums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals, grad_output)
     gradients, of_rest = _BACKENDS[backend].completed_backward(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
-        *(wanted, bias_shape, relative_bias_shape, is_causal, mass, rest),
+        *(wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, rest),
     )
     of_tables = (gradients.key if key_wanted else None, gradients.value if value_wanted else None)
     if key_wanted or value_wanted:
@@ -182,12 +188,12 @@ def _empty_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, head_k, is_causal, scale, dropout_p, rest_order, _, backend, has_selection = inputs
+    *tensors, head_k, is_causal, scale, dropout_p, rest_order, rest_lift, _, backend, has_selection = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.options, ctx.has_selection, ctx.num_inputs = (
-        (head_k, is_causal, scale, dropout_p, rest_order, backend),
+        (head_k, is_causal, scale, dropout_p, rest_order, rest_lift, backend),
         has_selection,
         len(inputs),
     )

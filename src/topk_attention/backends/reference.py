@@ -50,7 +50,10 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         visible = _visible(call, bias)
         rest = visible & ~torch.zeros_like(visible).scatter(-1, chosen, kept)
         log_sum = scores.logsumexp(-1, keepdim=True)
-        rest_weight, rest_value = _rest(call, rest, log_sum, query, key, value, bias)
+        # The last one: of equal scores that of the key with the highest index.
+        place = (kept.shape[-1] - 1 - scores.masked_fill(~kept, torch.inf).flip(-1).argmin(-1, keepdim=True)).clamp(min=0)
+        smallest_kept = scores.gather(-1, place)
+        rest_weight, rest_value = _rest(call, rest, log_sum, smallest_kept, query, key, value, bias)
         weights, rest_output = weights * (1 - rest_weight), rest_weight * rest_value
     dropped = weights
     if call.seed is not None:
@@ -63,12 +66,12 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rest(
-    call: AttentionCall, rest: Tensor, log_sum: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+    call: AttentionCall, rest: Tensor, log_sum: Tensor, smallest_kept: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The weight [B, H, N, 1] and the value [B, H, N, E] of the entry for the rest: `functional.completion`.
 
     rest     [B, H, N, M]  bool
-    log_sum  [B, H, N, 1]  of the kept scores
+    log_sum  [B, H, N, 1]  of the kept scores, and smallest_kept the smallest of them
     """
     assert call.mass_scale is not None
     among = rest.to(query.dtype)
@@ -78,7 +81,8 @@ def _rest(
     products = torch.where(rest, query @ torch.where(key.isfinite(), key, 0).mT * call.scale, 0)
     mean_product = (shares * products).sum(-1, keepdim=True)
     mean_score = mean_product + (shares * torch.where(rest, bias, 0)).sum(-1, keepdim=True)
-    ratio = torch.where(count > 0, call.mass_scale[:, None, None] * count * (mean_score - log_sum).exp(), 0)
+    score = (1 - call.rest_lift) * mean_score + call.rest_lift * smallest_kept
+    ratio = torch.where(count > 0, call.mass_scale[:, None, None] * count * (score - log_sum).exp(), 0)
     if call.rest_order == 1:
         shares = shares * (1 + products - mean_product)
     rest_value = shares @ torch.where(value.isfinite(), value, 0)

@@ -33,6 +33,7 @@ class VisibleKeys(NamedTuple):
     is_causal: bool
     scale: float
     order: int
+    lift: float
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +105,7 @@ class VisibleKeys(NamedTuple):
             sums, interval = KeySums(*(x if x is None else x.unsqueeze(2) for x in totals)), 0
         score_sums = None if self.relative_bias is None else self._windows(self.relative_bias)
         of_rows = (key, value, counts, score_sums, interval)
-        return RestInputs(mass_scale, self.order, sums.keys, sums.values, sums.products, None, None, *of_rows)
+        return RestInputs(mass_scale, self.order, self.lift, sums.keys, sums.values, sums.products, None, None, *of_rows)
 
     def _windows(self, relative_bias: Tensor) -> Tensor:
         """[1, H|1, N]: the sum of a relative bias over the keys that a query sees; they lie side by side in its table."""
@@ -155,7 +156,7 @@ class VisibleKeys(NamedTuple):
                         grad = grad_output[b, head, part].to(self.dtype)
                         grad_keys[b, head, part] = torch.where(visible, grad @ values[g].mT, 0) @ keys[g]
         of_rows = (self.key, self.value, counts, score_sums if score_sums.shape[1] > 0 else None, 0)
-        return RestInputs(mass_scale, self.order, key_sums, value_sums, None, score_values, grad_keys, *of_rows)
+        return RestInputs(mass_scale, self.order, self.lift, key_sums, value_sums, None, score_values, grad_keys, *of_rows)
 
     def _hides_by_head(self) -> bool:
         """Whether the heads of one group may see different keys."""

@@ -192,6 +192,7 @@ def topk_attention(
         return_selection=return_selection,
         mass_scale=_check_completion(completion, num_heads, query),
         rest_order=0 if completion is None else completion.order,
+        rest_lift=0.0 if completion is None else completion.lift,
         sums=_check_sums(key_sums, completion, key, value),
     )
     output, indices, weights = _run(call, backend)

@@ -43,6 +43,7 @@ class Completion:
 
     mass_scale: float | Sequence[float] | Tensor = 0.5
     order: Literal[0, 1] = 1
+    lift: float = 0.35
 
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or self.order not in (0, 1):

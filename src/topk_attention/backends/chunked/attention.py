@@ -99,8 +99,8 @@ def completed_forward(
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `topk_attention_op` returns, and the rest's weight for a scale of 1, [B, H, N]; empty without a rest."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `topk_attention_op` returns, and for a rest its weight at a scale of 1 and which entry scores least, [B, H, N]."""
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
     batch, num_heads, num_queries, _ = query.shape
     dtype = inputs.dtype
@@ -110,6 +110,7 @@ def completed_forward(
     saved_indices = torch.empty(num_saved, dtype=torch.int32, device=query.device)
     saved_weights = torch.empty(num_saved, dtype=dtype, device=query.device)
     saved_mass = query.new_empty(query.shape[:3] if rest is not None else (0,), dtype=dtype)
+    saved_cuts = torch.empty_like(saved_mass, dtype=torch.int32)
     for group in head_groups(head_k, batch, key.shape[1], num_queries) if output.numel() > 0 else ():
         shape = tile_shape(group, num_queries, inputs.num_keys, dtype.itemsize, query_chunk_size)
         memory = None
@@ -127,6 +128,7 @@ def completed_forward(
                 weighed = weigh(scaled_query, seen, key_table, in_table, *of_kept)
                 chosen = chosen._replace(weights=weighed.weights)
                 write_rows(saved_mass.unsqueeze(3), step, weighed.mass)
+                write_rows(saved_cuts.unsqueeze(3), step, weighed.cut.int())
             if save_selection:
                 _save(chosen.saved_indices, saved_indices, group, step, batch, num_queries)
                 _save(chosen.weights, saved_weights, group, step, batch, num_queries)
@@ -142,7 +144,7 @@ def completed_forward(
             if chosen.empty_slots is not None:
                 result.masked_fill_(chosen.empty_slots[:, :1], 0)
             write_rows(output, step, result)
-    return output, saved_indices, saved_weights, saved_mass
+    return output, saved_indices, saved_weights, saved_mass, saved_cuts
 
 
 @topk_attention_op.register_fake
@@ -184,7 +186,7 @@ def topk_attention_backward_op(
     wanted = (query_wanted, key_wanted, value_wanted)
     gradients, _ = completed_backward(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
-        *(wanted, bias_shape, relative_bias_shape, False, None, None),
+        *(wanted, bias_shape, relative_bias_shape, False, None, None, None),
     )
     return gradients._replace(key=gradients.key.to(key.dtype), value=gradients.value.to(value.dtype))
 
@@ -205,11 +207,12 @@ def completed_backward(
     relative_bias_shape: Sequence[int],
     is_causal: bool,
     mass: Tensor | None,
+    cuts: Tensor | None,
     rest: RestInputs | None,
 ) -> tuple[AttentionGradients, RestGradients | None]:
     """The gradients over the kept keys, and what the rest's need.
 
-    is_causal, mass, rest  for completed attention: those of the forward pass; mass [B, H, N] is what it returned
+    is_causal, mass, cuts, rest  for completed attention: those of the forward pass, which returned mass and cuts
 
     The gradient of query is complete; those of keys, values and biases, in the accumulation dtype, lack what the rest
     sends to all keys that a query sees.
@@ -238,14 +241,14 @@ def completed_backward(
                 numbers = row_numbers(step, num_heads, num_queries, query.device)
                 survivors = _survivors(seed, numbers, rows.indices, dropout_p)
             by_key = transpose_selection(in_table, key_table.shape[0]) if key_wanted or value_wanted else None
-            if rest is not None and mass is not None and rest_gradients is not None:
+            if rest is not None and mass is not None and cuts is not None and rest_gradients is not None:
                 products = _zero_in(rows.empty_slots, dot_with_rows(rows.grad_output, value_table, in_table))
                 scaled_query = rows.query * scale
                 seen = seen_by(rest, step, scaled_query, num_queries, is_causal, rows.grad_output)
                 of_kept = (rows.empty_slots, rows.weights, _drop(rows.weights, survivors, dropout_p))
                 of_output = (rows.grad_output, products, _drop(products, survivors, dropout_p))
-                row_mass = rows_of(mass.unsqueeze(3), step)
-                of_rows = differentiate(seen, row_mass, scaled_query, key_table, in_table, *of_kept, *of_output)
+                row_mass, cut = rows_of(mass.unsqueeze(3), step), rows_of(cuts.unsqueeze(3), step).long()
+                of_rows = differentiate(seen, row_mass, cut, scaled_query, key_table, in_table, *of_kept, *of_output)
                 value_weights, grad_scores, grad_biases = of_rows.values, of_rows.products, of_rows.biases
                 for to, part in zip(rest_gradients, of_rows.sent, strict=True):
                     write_rows(to.unsqueeze(3), step, part)

@@ -26,6 +26,7 @@ class Seen(NamedTuple):
     """Sums over the keys that each row of one step sees, kept or not; rows in the order batch, head, query."""
 
     mass_scale: Tensor  # [rows, 1]
+    lift: float
     key_sum: Tensor  # [rows, D]
     value_sum: Tensor  # [rows, E]
     score_value: Tensor | None  # [rows, E], of each (q . k) v; None where the rest has order 0
@@ -40,6 +41,7 @@ class Weighed(NamedTuple):
     weights: Tensor  # [rows, k] of the kept keys
     share: Tensor  # [rows, 1], u, the weight of each key of the rest
     mass: Tensor  # [rows, 1], the weight of the rest for a scale of 1
+    cut: Tensor  # [rows, 1] int64, which entry has the smallest kept score
     from_rest: Tensor  # [rows, k] or [rows, 1], to subtract from the weights of the kept values
     value_sum: Tensor  # [rows, E], to add times the share
 
@@ -67,6 +69,7 @@ def seen_by(
     scale = rest.mass_scale[step.query_heads.start : step.query_heads.stop].view(1, *step.shape[1:3], 1, 1)
     return Seen(
         _as_rows(scale, step),
+        rest.lift,
         _as_rows(key_sum, step),
         _as_rows(value_sum, step),
         None if score_value is None else _as_rows(score_value, step),
@@ -105,14 +108,16 @@ def weigh(
     if seen.score_sum is not None:
         total = total + seen.score_sum
     mean = (total - kept.sum(1, keepdim=True)) / count.clamp(min=1)
-    mass = torch.where(count > 0, count * (mean - scores.logsumexp(1, keepdim=True)).exp(), 0)
+    cut = _last_smallest(scores, empty_slots)
+    score = (1 - seen.lift) * mean + seen.lift * scores.gather(1, cut)
+    mass = torch.where(count > 0, count * (score - scores.logsumexp(1, keepdim=True)).exp(), 0)
     whole = 1 + seen.mass_scale * mass
     mass = mass / whole
     share = seen.mass_scale * mass / count.clamp(min=1)
     if seen.score_value is None or mean_product is None:
-        return Weighed(weights / whole, share, mass, share, seen.value_sum)
+        return Weighed(weights / whole, share, mass, cut, share, seen.value_sum)
     value_sum = (1 - mean_product) * seen.value_sum + seen.score_value
-    return Weighed(weights / whole, share, mass, share * (1 + products - mean_product), value_sum)
+    return Weighed(weights / whole, share, mass, cut, share * (1 + products - mean_product), value_sum)
 
 
 class RowGradients(NamedTuple):
@@ -128,6 +133,7 @@ class RowGradients(NamedTuple):
 def differentiate(
     seen: Seen,
     mass: Tensor,
+    cut: Tensor,
     query: Tensor,
     key_table: Tensor,
     in_table: Tensor,
@@ -140,7 +146,7 @@ def differentiate(
 ) -> RowGradients:
     """The way back through `weigh` and the sum of values.
 
-    mass             [rows, 1], what `weigh` returned
+    mass, cut        [rows, 1], what `weigh` returned
     weights          [rows, k], what it returned, and dropped_weights after dropout
     value_products   [rows, k], grad_output times each kept value, and grad_weights the same after dropout
     The other arguments are those of `weigh`; 0 stands in empty slots.
@@ -162,8 +168,11 @@ def differentiate(
     mean_grad = (weights * grad_weights).sum(1, keepdim=True)
     mean_grad = mean_grad + torch.where(has_rest, rest_weight * grad_rest, 0)
     grad_mass = torch.where(has_rest, mass * (grad_rest - mean_grad), 0)
-    to_bias = seen.mass_scale * grad_mass / count
-    biases = _zero_in(empty_slots, weights * (grad_weights - mean_grad) - to_bias)
+    grad_score = seen.mass_scale * grad_mass
+    to_bias = (1 - seen.lift) * grad_score / count
+    biases = weights * (grad_weights - mean_grad) - to_bias
+    biases.scatter_add_(1, cut, seen.lift * grad_score)
+    biases = _zero_in(empty_slots, biases)
     if mean_product is None or products is None or seen.grad_key is None:
         values = _zero_in(empty_slots, dropped_weights - share)
         sent = RestGradients(to_bias, share, torch.zeros_like(share), to_bias, grad_mass)
@@ -177,6 +186,12 @@ def differentiate(
     of_query = to_key * seen.key_sum + torch.where(has_rest, share * seen.grad_key, 0)
     sent = RestGradients(to_key, to_value, share, to_bias, grad_mass)
     return RowGradients(of_products, biases, _zero_in(empty_slots, values), of_query, sent)
+
+
+def _last_smallest(scores: Tensor, empty_slots: Tensor | None) -> Tensor:
+    """[rows, 1]: the entry with the smallest score, of equal ones the last; slots come in the order of keys."""
+    kept = scores if empty_slots is None else scores.masked_fill(empty_slots, torch.inf)
+    return scores.shape[1] - 1 - kept.flip(1).argmin(1, keepdim=True)
 
 
 def _zero_in(empty_slots: Tensor | None, entries: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def completed_forward(
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, indices, weights, and the rest's weight for a scale of 1, [B, H, N]; the kernels choose their chunks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, indices, weights, and the rest's weight at a scale of 1 and which entry scores least, [B, H, N]."""
     del query_chunk_size
     return torch.ops.topk_attention.cpu_completed_attention_forward(
         *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection),
@@ -81,12 +81,13 @@ def completed_backward(
     relative_bias_shape: Sequence[int],
     is_causal: bool,
     mass: Tensor,
+    cuts: Tensor,
     rest: RestInputs,
 ) -> tuple[AttentionGradients, RestGradients]:
     """The gradients over the kept keys, and what the rest's need; the gradient of query is complete."""
     gradients = torch.ops.topk_attention.cpu_completed_attention_backward(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
-        *(*wanted, bias_shape, relative_bias_shape, is_causal, mass),
+        *(*wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts),
         *rest[: RestInputs._fields.index("score_sums")],
         rest.interval,
     )

@@ -73,7 +73,9 @@ def _forward(
             query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
             query.new_empty(query.shape[:3], dtype=torch.int32),
         )
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend))
+    visible = VisibleKeys(
+        query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
+    )
     totals = _key_sums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals)
     if relative_bias is not None:
@@ -173,7 +175,9 @@ def completed_attention_backward_op(
         empty = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
         query, key, value, bias, relative_bias = (x.zero_() for x in empty)
         return query, key, value, bias, relative_bias, torch.zeros_like(mass_scale)
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend))
+    visible = VisibleKeys(
+        query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
+    )
     totals = _key_sums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals, grad_output)
     gradients, of_rest = _BACKENDS[backend].completed_backward(

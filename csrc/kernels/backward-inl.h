@@ -143,7 +143,6 @@ class Backward {
       __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
       return;
     }
-    constexpr int64_t kAhead = 8;
     const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + rows_per_task_, chunk.num_rows);
     int64_t prepared = first;  // rows before this one have their sums
     for (int64_t r = first; r < last; ++r) {
@@ -162,12 +161,8 @@ class Backward {
       const T* keys = at(call_.key, row.batch, key_head, 0);
       const A* grad_output = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), grad);
       A mean = 0;
-      for (int64_t j = 0; j < row.count; ++j) {
-        if (j + kAhead < row.count)
-          prefetch_row(values + row.indices[j + kAhead] * call_.value.stride[2], value_dim());
-        const A* value = widened<T, A>(values + row.indices[j] * call_.value.stride[2], value_dim(), spare);
-        row.score_gradients[j] = dot(grad_output, value, value_dim());
-      }
+      dot_with_rows<T, A>(grad_output, values, call_.value.stride[2], row.indices, row.count, value_dim(),
+                          row.score_gradients, spare);
       if (call_.rest.active)
         for (int64_t j = 0; j < row.count; ++j) rest.value_products[j] = row.score_gradients[j];
       if (call_.dropout.active) {
@@ -223,9 +218,8 @@ class Backward {
     const A* query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
     for (int64_t d = 0; d < head_dim(); ++d) space.query[d] = query[d] * A(call_.scale);
     A product_sum = 0, value_sum = 0, both_sum = 0;
+    dot_with_rows<T, A>(space.query, keys, call_.key.stride[2], row.indices, row.count, head_dim(), space.products, spare);
     for (int64_t j = 0; j < row.count; ++j) {
-      const A* key = widened<T, A>(keys + row.indices[j] * call_.key.stride[2], head_dim(), spare);
-      space.products[j] = dot(space.query, key, head_dim());
       product_sum += space.products[j];
       value_sum += space.value_products[j];
       both_sum += space.products[j] * space.value_products[j];

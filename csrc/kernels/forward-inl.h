@@ -413,12 +413,9 @@ class Forward {
       A product_sum = score_sum;
       kept_products_ = scores;
       if (seen_.adds_to_scores()) {  // the scores are not the products alone
+        dot_with_rows<T, A>(query, keys, call_.key.stride[2], row.found.indices, kept, s_.head_dim, products_, spare_key_);
         product_sum = 0;
-        for (int64_t i = 0; i < kept; ++i) {
-          const A* key = widened<T, A>(keys + row.found.indices[i] * call_.key.stride[2], s_.head_dim, spare_key_);
-          products_[i] = dot(query, key, s_.head_dim);
-          product_sum += products_[i];
-        }
+        for (int64_t i = 0; i < kept; ++i) product_sum += products_[i];
         kept_products_ = products_;
       }
       const A total = dot(query, seen.keys, s_.head_dim);

@@ -7,9 +7,9 @@ inline int64_t num_not_in_future(const Sizes& s, bool is_causal, int64_t query) 
   return larger<int64_t>(smaller(query + s.num_keys - s.num_queries + 1, s.num_keys), 0);
 }
 
-// With kReads to[r] [Y] = x[r] [X] times matrix [X, Y], for kRows rows; with kAdds, before each row, matrix += a[r] [X] times
-// b[r] [Y]. One pass over the matrix, which need not be in the first-level cache.
-template <class A, int kRows, bool kAdds, bool kReads = true>
+// In one pass over matrix [X, Y], which need not be in the first-level cache, for kRows rows in turn: with kAdds
+// matrix += a[r] [X] times b[r] [Y]; then, for the last kReads rows, to[r] [Y] = x[r] [X] times matrix.
+template <class A, int kRows, bool kAdds, int kReads = kRows>
 void multiply_rows(const A* const* x, const A* const* a, const A* const* b, A* matrix, int64_t num_x, int64_t num_y,
                    A* const* to) {
   constexpr int kVectors = 2, kBlock = kVectors * kLanes<A>;
@@ -29,7 +29,7 @@ void multiply_rows(const A* const* x, const A* const* a, const A* const* b, A* m
           const Vector<A> factor = broadcast(a[r][i]);
           for (int v = 0; v < kVectors; ++v) element[v] = multiply_add<A>(factor, columns[r][v], element[v]);
         }
-        if constexpr (kReads) {
+        if (r >= kRows - kReads) {
           const Vector<A> factor = broadcast(x[r][i]);
           for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<A>(factor, element[v], sums[r][v]);
         }
@@ -37,18 +37,16 @@ void multiply_rows(const A* const* x, const A* const* a, const A* const* b, A* m
       if constexpr (kAdds)
         for (int v = 0; v < kVectors; ++v) store<A>(place + v * kLanes<A>, element[v]);
     }
-    if constexpr (kReads)
-      for (int r = 0; r < kRows; ++r)
+    for (int r = kRows - kReads; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v) store<A>(to[r] + y + v * kLanes<A>, sums[r][v]);
   }
   for (; y < num_y; ++y) {
-    if constexpr (kReads)
-      for (int r = 0; r < kRows; ++r) to[r][y] = 0;
+    for (int r = kRows - kReads; r < kRows; ++r) to[r][y] = 0;
     for (int64_t i = 0; i < num_x; ++i) {
       A element = matrix[i * num_y + y];
       for (int r = 0; r < kRows; ++r) {
         if constexpr (kAdds) element += a[r][i] * b[r][y];
-        if constexpr (kReads) to[r][y] += x[r][i] * element;
+        if (r >= kRows - kReads) to[r][y] += x[r][i] * element;
       }
       if constexpr (kAdds) matrix[i * num_y + y] = element;
     }
@@ -67,10 +65,10 @@ void add_products(A* matrix, int64_t num_x, int64_t num_y, int64_t count, const 
       b[r] = b_of(first + r);
     }
     if (rows == kAtOnce) {
-      multiply_rows<A, kAtOnce, true, false>(nullptr, a, b, matrix, num_x, num_y, nullptr);
+      multiply_rows<A, kAtOnce, true, 0>(nullptr, a, b, matrix, num_x, num_y, nullptr);
     } else {
       for (int64_t r = 0; r < rows; ++r)
-        multiply_rows<A, 1, true, false>(nullptr, a + r, b + r, matrix, num_x, num_y, nullptr);
+        multiply_rows<A, 1, true, 0>(nullptr, a + r, b + r, matrix, num_x, num_y, nullptr);
     }
   }
 }
@@ -366,35 +364,42 @@ class SendToKeys {
   bool send_interval(int64_t task) {
     Space space(s_);
     if (!space.ready()) return false;
-    const int64_t group = task / num_intervals_, batch = group / s_.num_key_heads, key_head = group % s_.num_key_heads;
     const int64_t first = task % num_intervals_ * call_.interval, last = smaller(first + call_.interval, s_.num_keys);
-    A *const products_of_task = products(task), *const turned = turned_ + task * product_size();
-    const T* const keys = at(call_.key, batch, key_head, 0);
-    const T* const values = at(call_.value, batch, key_head, 0);
-    for (int64_t key = last - 1; key >= first; --key) {
-      // A key is seen by the rows from its own on.
-      for (int64_t head = 0; head < group_size(); ++head) {
-        read_row(space, task, head, key, 0, key_total(task), value_total(task));
-        if (head + 1 == group_size()) break;
-        multiply_rows<A, 1, true, false>(nullptr, space.query, space.grad, products_of_task, s_.head_dim, s_.value_dim,
-                                         nullptr);
-        multiply_rows<A, 1, true, false>(nullptr, space.grad, space.query, turned, s_.value_dim, s_.head_dim, nullptr);
+    // A key is seen by the rows from its own on, so these come first.
+    for (int64_t key = last - 1; key >= first;) {
+      if (group_size() == 1) {
+        const int64_t count = smaller<int64_t>(kAtOnce, key - first + 1);
+        for (int64_t r = 0; r < count; ++r) {
+          read_row(space, task, 0, key - r, r, key_total(task), value_total(task));
+          read_key(space, task, key - r, r);
+          add_to_gradients(task, key - r, key_total(task), value_total(task));
+        }
+        if (count == kAtOnce)
+          add_and_read<kAtOnce, kAtOnce>(space, task, 0);
+        else
+          for (int64_t r = 0; r < count; ++r) add_and_read<1, 1>(space, task, r);
+        for (int64_t r = 0; r < count; ++r) add_to_gradients(task, key - r, space.to_key[r], space.to_value[r]);
+        key -= count;
+        continue;
       }
-      const A* const k = widened<T, A>(keys + key * call_.key.stride[2], s_.head_dim, space.spare);
-      multiply_rows<A, 1, true>(&k, space.query, space.grad, products_of_task, s_.head_dim, s_.value_dim, &space.to);
-      const bool is_hidden = call_.mask != nullptr && !call_.mask[batch * call_.mask_stride[0] + key * call_.mask_stride[1]];
-      if (call_.grad_value != nullptr && !is_hidden) {
-        A* const grad = static_cast<A*>(call_.grad_value) + (group * s_.num_keys + key) * s_.value_dim;
-        add_multiple<A>(1, space.to, grad, s_.value_dim);
-        add_multiple<A>(1, value_total(task), grad, s_.value_dim);
+      for (int64_t head = 0; head < group_size(); head += kAtOnce) {
+        const int64_t count = smaller<int64_t>(kAtOnce, group_size() - head);
+        for (int64_t r = 0; r < count; ++r) read_row(space, task, head + r, key, r, key_total(task), value_total(task));
+        if (head + count < group_size()) {
+          add_and_read<kAtOnce, 0>(space, task, 0);
+          continue;
+        }
+        read_key(space, task, key, count - 1);
+        switch (count) {
+          case 1: add_and_read<1, 1>(space, task, 0); break;
+          case 2: add_and_read<2, 1>(space, task, 0); break;
+          case 3: add_and_read<3, 1>(space, task, 0); break;
+          default: add_and_read<4, 1>(space, task, 0);
+        }
+        add_to_gradients(task, key, key_total(task), value_total(task));
+        add_to_gradients(task, key, space.to_key[count - 1], space.to_value[count - 1]);
       }
-      const A* const v = widened<T, A>(values + key * call_.value.stride[2], s_.value_dim, space.spare);
-      multiply_rows<A, 1, true>(&v, space.grad, space.query, turned, s_.value_dim, s_.head_dim, &space.to);
-      if (call_.grad_key != nullptr && !is_hidden) {
-        A* const grad = static_cast<A*>(call_.grad_key) + (group * s_.num_keys + key) * s_.head_dim;
-        add_multiple<A>(1, space.to, grad, s_.head_dim);
-        add_multiple<A>(1, key_total(task), grad, s_.head_dim);
-      }
+      --key;
     }
     return true;
   }
@@ -405,21 +410,44 @@ class SendToKeys {
   struct Space {
     explicit Space(const Sizes& s) {
       arena.allocate([&](Arena& arrays) {
-        const int64_t most = larger(s.head_dim, s.value_dim);
         for (int r = 0; r < kAtOnce; ++r) {
-          queries[r] = arrays.take<A>(s.head_dim);
-          grads[r] = arrays.take<A>(s.value_dim);
+          A** const of_keys[] = {&queries[r], &keys[r], &to_key[r]};
+          A** const of_values[] = {&grads[r], &values[r], &to_value[r]};
+          for (A** array : of_keys) *array = arrays.take<A>(s.head_dim);
+          for (A** array : of_values) *array = arrays.take<A>(s.value_dim);
         }
-        spare = arrays.take<A>(most);
-        to = arrays.take<A>(most);
       });
     }
     bool ready() const { return arena.ready(); }
 
     Arena arena;
-    A *queries[kAtOnce], *grads[kAtOnce], *spare = nullptr, *to = nullptr;
-    const A *query[kAtOnce], *grad[kAtOnce];
+    A *queries[kAtOnce], *grads[kAtOnce], *keys[kAtOnce], *values[kAtOnce], *to_key[kAtOnce], *to_value[kAtOnce];
+    const A *query[kAtOnce], *grad[kAtOnce], *key[kAtOnce], *value[kAtOnce];
   };
+
+  // Add the rows at hand to the products, and multiply by the keys and values at hand.
+  template <int kRows, int kReads>
+  void add_and_read(Space& space, int64_t task, int64_t first) {
+    multiply_rows<A, kRows, true, kReads>(space.key + first, space.query + first, space.grad + first, products(task),
+                                          s_.head_dim, s_.value_dim, space.to_value + first);
+    multiply_rows<A, kRows, true, kReads>(space.value + first, space.grad + first, space.query + first,
+                                          turned_ + task * product_size(), s_.value_dim, s_.head_dim, space.to_key + first);
+  }
+
+  void read_key(Space& space, int64_t task, int64_t key, int64_t r) {
+    const int64_t group = task / num_intervals_, batch = group / s_.num_key_heads, head = group % s_.num_key_heads;
+    space.key[r] = widened<T, A>(at(call_.key, batch, head, key), s_.head_dim, space.keys[r]);
+    space.value[r] = widened<T, A>(at(call_.value, batch, head, key), s_.value_dim, space.values[r]);
+  }
+
+  void add_to_gradients(int64_t task, int64_t key, const A* to_key, const A* to_value) {
+    const int64_t group = task / num_intervals_, batch = group / s_.num_key_heads, row = group * s_.num_keys + key;
+    if (call_.mask != nullptr && !call_.mask[batch * call_.mask_stride[0] + key * call_.mask_stride[1]]) return;
+    if (call_.grad_key != nullptr)
+      add_multiple<A>(1, to_key, static_cast<A*>(call_.grad_key) + row * s_.head_dim, s_.head_dim);
+    if (call_.grad_value != nullptr)
+      add_multiple<A>(1, to_value, static_cast<A*>(call_.grad_value) + row * s_.value_dim, s_.value_dim);
+  }
 
   // The row of this head whose last key this is, as space.query[r], weighted, and space.grad[r]; adds to the totals. Zeros
   // where there is none, or one without a rest, whatever it holds.

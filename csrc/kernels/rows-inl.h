@@ -96,6 +96,56 @@ inline A dot(const A* a, const A* b, int64_t n) {
   return result;
 }
 
+// The sum of each of kCount vectors' lanes, in lane i that of vectors[i]; kCount is the number of lanes at first. Adds
+// halves of pairs, so that one addition serves two vectors.
+template <class A, int kCount>
+inline Vector<A> sums_of_lanes(Vector<A>* vectors) {
+  if constexpr (kCount == 1) {
+    return vectors[0];
+  } else {
+    constexpr int kHalf = kCount / 2;
+    // Lanes whose index has the bit kHalf hold parts of the second vector of a pair.
+    typename Types<A>::Ints low = {}, high = {};
+    for (int lane = 0; lane < kLanes<A>; ++lane) {
+      const bool second = (lane & kHalf) != 0;
+      low[lane] = second ? kLanes<A> + (lane ^ kHalf) : lane;
+      high[lane] = second ? kLanes<A> + lane : lane ^ kHalf;
+    }
+    Vector<A> halves[kHalf];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i)
+      halves[i] = shuffle_lanes<A>(vectors[i], vectors[i + kHalf], low) +
+                  shuffle_lanes<A>(vectors[i], vectors[i + kHalf], high);
+    return sums_of_lanes<A, kHalf>(halves);
+  }
+}
+
+// to[j] = row . table[indices[j]] for j < count; `spare` holds one row.
+template <class T, class A>
+void dot_with_rows(const A* row, const T* table, int64_t row_stride, const int32_t* indices, int64_t count, int64_t dim,
+                   A* to, A* spare) {
+  constexpr int64_t kAhead = 8;
+  int64_t j = 0;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    for (; dim % kLanes<A> == 0 && j + kLanes<A> <= count; j += kLanes<A>) {
+      Vector<A> sums[kLanes<A>];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes<A>; ++r) {
+        if (j + r + kAhead < count) prefetch_row(table + indices[j + r + kAhead] * row_stride, dim);
+        const A* other = reinterpret_cast<const A*>(table + indices[j + r] * row_stride);
+        Vector<A> sum = {};
+        for (int64_t d = 0; d < dim; d += kLanes<A>) sum = multiply_add<A>(load(row + d), load(other + d), sum);
+        sums[r] = sum;
+      }
+      store<A>(to + j, sums_of_lanes<A, kLanes<A>>(sums));
+    }
+  }
+  for (; j < count; ++j) {
+    if (j + kAhead < count) prefetch_row(table + indices[j + kAhead] * row_stride, dim);
+    to[j] = dot(row, widened<T, A>(table + indices[j] * row_stride, dim, spare), dim);
+  }
+}
+
 // to[0 .. n) += factor * x[0 .. n)
 template <class A>
 inline void add_multiple(A factor, const A* x, A* to, int64_t n) {

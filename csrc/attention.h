@@ -42,6 +42,23 @@ struct HeadK {
   int64_t total_k;
 };
 
+// The rest, the keys that a row sees and does not keep, as one more entry of its softmax; backends/chunked/rest.py has the
+// formulas, backends/calls.py (RestInputs) the meaning of each array. S is G or H, C the number of sums of a head.
+struct Rest {
+  bool active;
+  double lift;
+  const void* mass_scale;                   // A [H]
+  int64_t num_sum_heads, num_sums;          // S, C
+  int64_t interval;                         // keys between two sums; 0: C is 1, or N with a sum for each row
+  const void *key_sums, *value_sums;        // A [B, S, C, D], [B, S, C, E], contiguous
+  const void* products;                     // A [B, S, C, D, E], contiguous; null where C is N
+  const void *score_values, *grad_keys;     // A [B, H, N, E], [B, H, N, D], contiguous; null unless C is N
+  View key, value;                          // T [B, S, M, D], [B, S, M, E]; the last axis is contiguous
+  const int32_t* counts;                    // visible keys of each row; null: all that are not in its future
+  const void* score_sums;                   // A, sums of masks and biases over a row's visible keys; may be null
+  int64_t count_stride[3], score_sum_stride[3];  // of [B|1, H|1, N]
+};
+
 // A is float, or double where the inputs are; T the dtype of the inputs.
 struct AttentionForward {
   Sizes sizes;
@@ -58,6 +75,9 @@ struct AttentionForward {
   int64_t output_stride[3];
   int32_t* indices;                // written unless null: all entries
   void* weights;                   // written unless null: A, softmax weights before dropout
+  Rest rest;
+  void* mass;                      // written where there is a rest: A [B, H, N], its weight at a scale of 1
+  int32_t* cuts;                   // and the slot of the smallest kept score; of equal ones the last
 };
 
 struct AttentionBackward {
@@ -74,6 +94,11 @@ struct AttentionBackward {
   void* grad_value;               // added to unless null: A [B, G, M, E], contiguous, zeros at the start
   void* grad_bias;                // added to unless null: A, with these strides
   int64_t grad_bias_stride[4];
+  bool is_causal;                 // read only where there is a rest
+  Rest rest;
+  const void* mass;               // what the forward pass wrote
+  const int32_t* cuts;
+  void* sent[5];                  // written where there is a rest: A [B, H, N], see RestGradients in backends/calls.py
   double* grad_relative_bias;     // added to unless null: [H|1, N + M - 1]; a sum over all rows, hence double
   int64_t grad_relative_bias_stride;  // 0 for one head
 };

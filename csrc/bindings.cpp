@@ -99,12 +99,70 @@ Tensor zeros(const std::vector<int64_t>& size, ScalarType dtype) {
 
 void check_memory(bool ok) { STD_TORCH_CHECK(ok, "the top-k kernels found no memory for their scratch space"); }
 
+// The tensors and options of RestInputs in backends/calls.py.
+struct RestTensors {
+  Tensor mass_scale;
+  double lift;
+  Tensor key_sums, value_sums;
+  std::optional<Tensor> products, score_values, grad_keys;
+  Tensor key, value;
+  std::optional<Tensor> counts, score_sums;
+  int64_t interval;
+};
+
+const void* data_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// Strides of [B|1, H|1, N], 0 along an axis that broadcasts.
+void broadcast_strides(const std::optional<Tensor>& tensor, int64_t* stride) {
+  for (int64_t axis = 0; tensor.has_value() && axis < 3; ++axis)
+    stride[axis] = tensor->size(axis) == 1 ? 0 : tensor->stride(axis);
+}
+
+// Makes what the rest points to contiguous; it must outlive the result.
+topk::Rest rest_of(RestTensors& tensors) {
+  for (Tensor* tensor : {&tensors.mass_scale, &tensors.key_sums, &tensors.value_sums})
+    *tensor = torch::stable::contiguous(*tensor);
+  for (std::optional<Tensor>* tensor : {&tensors.products, &tensors.score_values, &tensors.grad_keys})
+    *tensor = contiguous(*tensor);
+  tensors.key = with_whole_rows(tensors.key);
+  tensors.value = with_whole_rows(tensors.value);
+  topk::Rest rest = {};
+  rest.active = true;
+  rest.lift = tensors.lift;
+  rest.mass_scale = tensors.mass_scale.const_data_ptr();
+  rest.num_sum_heads = tensors.key_sums.size(1);
+  rest.num_sums = tensors.key_sums.size(2);
+  rest.interval = tensors.interval;
+  rest.key_sums = tensors.key_sums.const_data_ptr();
+  rest.value_sums = tensors.value_sums.const_data_ptr();
+  rest.products = data_of(tensors.products);
+  rest.score_values = data_of(tensors.score_values);
+  rest.grad_keys = data_of(tensors.grad_keys);
+  rest.key = view_of(tensors.key);
+  rest.value = view_of(tensors.value);
+  rest.counts = static_cast<const int32_t*>(data_of(tensors.counts));
+  rest.score_sums = data_of(tensors.score_sums);
+  broadcast_strides(tensors.counts, rest.count_stride);
+  broadcast_strides(tensors.score_sums, rest.score_sum_stride);
+  return rest;
+}
+
+struct ForwardTensors {
+  Tensor output, indices, weights, mass, cuts;
+};
+
 // Output [B, H, N, E] (laid out as [B, N, H, E]) and all entries, indices int32 and weights, which are empty unless asked
-// for: see topk::HeadK for their order.
-std::tuple<Tensor, Tensor, Tensor> attention_forward(
+// for: see topk::HeadK for their order. With a rest also its weight at a scale of 1 and the slot of the smallest score.
+ForwardTensors run_attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
     std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
-    double scale, double dropout_p, bool save_selection) {
+    double scale, double dropout_p, bool save_selection, RestTensors* rest) {
   query = with_whole_rows(query);
   key = with_whole_rows(key);
   value = with_whole_rows(value);
@@ -117,7 +175,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   const int64_t num_entries = save_selection ? s.batch * s.num_queries * per_head.total : 0;
   Tensor indices = empty({num_entries}, ScalarType::Int);
   Tensor weights = empty({num_entries}, accumulation_dtype(query));
-  if (s.batch * s.num_heads * s.num_queries == 0) return {output, indices, weights};
+  const std::vector<int64_t> rows = {rest == nullptr ? 0 : s.batch, s.num_heads, s.num_queries};
+  Tensor mass = empty(rows, accumulation_dtype(query)), cuts = empty(rows, ScalarType::Int);
+  if (s.batch * s.num_heads * s.num_queries == 0) return {output, indices, weights, mass, cuts};
 
   call.dtype = dtype_of(query);
   call.query = view_of(query);
@@ -140,16 +200,50 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     call.weights = weights.mutable_data_ptr();
   }
+  if (rest != nullptr) {
+    call.rest = rest_of(*rest);
+    call.mass = mass.mutable_data_ptr();
+    call.cuts = static_cast<int32_t*>(cuts.mutable_data_ptr());
+  }
   check_memory(kernels().attention.forward(call, parallel()));
-  return {output, indices, weights};
+  return {output, indices, weights, mass, cuts};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
+    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
+    double scale, double dropout_p, bool save_selection) {
+  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k,
+                                                      is_causal, scale, dropout_p, save_selection, nullptr);
+  return {result.output, result.indices, result.weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_forward(
+    Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
+    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
+    double scale, double dropout_p, bool save_selection, Tensor mass_scale, double lift, Tensor key_sums,
+    Tensor value_sums, std::optional<Tensor> products, std::optional<Tensor> score_values,
+    std::optional<Tensor> grad_keys, Tensor rest_key, Tensor rest_value, std::optional<Tensor> counts,
+    std::optional<Tensor> score_sums, int64_t interval) {
+  RestTensors rest = {mass_scale, lift,       key_sums, value_sums, products,  score_values,
+                      grad_keys,  rest_key, rest_value, counts,     score_sums, interval};
+  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k,
+                                                      is_causal, scale, dropout_p, save_selection, &rest);
+  return {result.output, result.indices, result.weights, result.mass, result.cuts};
+}
+
+struct BackwardTensors {
+  Tensor query, key, value, bias, relative_bias, sent[5];
+};
+
 // Gradients of query (in its dtype), of key, value and bias (in the accumulation dtype) and of relative_bias (float64).
-// Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+// Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors. With a rest also
+// what it sends to all keys that a row sees, [B, H, N] each: RestGradients in backends/calls.py.
+BackwardTensors run_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
     Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
-    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape) {
+    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape, bool is_causal,
+    const Tensor* mass, const Tensor* cuts, RestTensors* rest) {
   grad_output = with_whole_rows(grad_output);
   query = with_whole_rows(query);
   key = with_whole_rows(key);
@@ -161,16 +255,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
   const std::vector<int64_t> none = {0}, key_shape = {s.batch, s.num_key_heads, s.num_keys, s.head_dim},
                              value_shape = {s.batch, s.num_key_heads, s.num_keys, s.value_dim},
-                             query_shape = {s.batch, s.num_heads, s.num_queries, s.head_dim};
-  Tensor grad_query = empty(query_wanted ? query_shape : none, query.scalar_type());
-  Tensor grad_key = zeros(key_wanted ? key_shape : none, accumulated);
-  Tensor grad_value = zeros(value_wanted ? value_shape : none, accumulated);
+                             query_shape = {s.batch, s.num_heads, s.num_queries, s.head_dim},
+                             rows = {s.batch, s.num_heads, s.num_queries};
   if (bias_shape.empty()) bias_shape = {0};
   if (relative_bias_shape.empty()) relative_bias_shape = {0};
-  Tensor grad_bias = zeros(bias_shape, accumulated);
-  Tensor grad_relative_bias = zeros(relative_bias_shape, ScalarType::Double);
-  if (s.batch * s.num_heads * s.num_queries == 0)
-    return {grad_query, grad_key, grad_value, grad_bias, grad_relative_bias};
+  BackwardTensors result;
+  result.query = empty(query_wanted ? query_shape : none, query.scalar_type());
+  result.key = zeros(key_wanted ? key_shape : none, accumulated);
+  result.value = zeros(value_wanted ? value_shape : none, accumulated);
+  result.bias = zeros(bias_shape, accumulated);
+  result.relative_bias = zeros(relative_bias_shape, ScalarType::Double);
+  for (Tensor& sent : result.sent) sent = empty(rest == nullptr ? none : rows, accumulated);
+  if (s.batch * s.num_heads * s.num_queries == 0) return result;
 
   call.dtype = dtype_of(query);
   call.grad_output = view_of(grad_output);
@@ -182,20 +278,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   call.head_k = per_head.view();
   call.scale = scale;
   call.dropout = dropout_of(seed, dropout_p);
-  if (query_wanted) call.grad_query = grad_query.mutable_data_ptr();
-  if (key_wanted) call.grad_key = grad_key.mutable_data_ptr();
-  if (value_wanted) call.grad_value = grad_value.mutable_data_ptr();
+  if (query_wanted) call.grad_query = result.query.mutable_data_ptr();
+  if (key_wanted) call.grad_key = result.key.mutable_data_ptr();
+  if (value_wanted) call.grad_value = result.value.mutable_data_ptr();
   if (bias_shape.size() == 4) {
-    call.grad_bias = grad_bias.mutable_data_ptr();
-    const topk::View view = view_of(grad_bias);
+    call.grad_bias = result.bias.mutable_data_ptr();
+    const topk::View view = view_of(result.bias);
     for (int64_t axis = 0; axis < 4; ++axis) call.grad_bias_stride[axis] = view.stride[axis];
   }
   if (relative_bias_shape.size() == 2) {
-    call.grad_relative_bias = static_cast<double*>(grad_relative_bias.mutable_data_ptr());
+    call.grad_relative_bias = static_cast<double*>(result.relative_bias.mutable_data_ptr());
     call.grad_relative_bias_stride = relative_bias_shape[0] == 1 ? 0 : relative_bias_shape[1];
   }
+  if (rest != nullptr) {
+    call.is_causal = is_causal;
+    call.rest = rest_of(*rest);
+    call.mass = mass->const_data_ptr();
+    call.cuts = static_cast<const int32_t*>(cuts->const_data_ptr());
+    for (int64_t i = 0; i < 5; ++i) call.sent[i] = result.sent[i].mutable_data_ptr();
+  }
   check_memory(kernels().attention.backward(call, parallel()));
-  return {grad_query, grad_key, grad_value, grad_bias, grad_relative_bias};
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
+    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
+    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape) {
+  const BackwardTensors result = run_attention_backward(
+      grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, query_wanted, key_wanted,
+      value_wanted, bias_shape, relative_bias_shape, false, nullptr, nullptr, nullptr);
+  return {result.query, result.key, result.value, result.bias, result.relative_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
+    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
+    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape, bool is_causal,
+    Tensor mass, Tensor cuts, Tensor mass_scale, double lift, Tensor key_sums, Tensor value_sums,
+    std::optional<Tensor> products, std::optional<Tensor> score_values, std::optional<Tensor> grad_keys, Tensor rest_key,
+    Tensor rest_value, std::optional<Tensor> counts, std::optional<Tensor> score_sums, int64_t interval) {
+  RestTensors rest = {mass_scale, lift,       key_sums, value_sums, products,  score_values,
+                      grad_keys,  rest_key, rest_value, counts,     score_sums, interval};
+  const BackwardTensors result = run_attention_backward(
+      grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, query_wanted, key_wanted,
+      value_wanted, bias_shape, relative_bias_shape, is_causal, &mass, &cuts, &rest);
+  return {result.query,   result.key,     result.value,   result.bias,    result.relative_bias,
+          result.sent[0], result.sent[1], result.sent[2], result.sent[3], result.sent[4]};
 }
 
 // x, weights and tables are matrices whose last axis is contiguous.
@@ -203,10 +332,6 @@ topk::Matrix matrix_of(const Tensor& tensor) { return {tensor.const_data_ptr(), 
 
 topk::Matrix matrix_of(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? matrix_of(*tensor) : topk::Matrix();
-}
-
-const void* data_of(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
 topk::Entries entries_of(const Tensor& neurons, const Tensor& coefficients) {
@@ -313,6 +438,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
       "bool query_wanted, bool key_wanted, bool value_wanted, "
       "SymInt[] bias_shape, SymInt[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "cpu_completed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
+      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
+      "bool save_selection, Tensor mass_scale, float lift, Tensor key_sums, Tensor value_sums, "
+      "Tensor? products, Tensor? score_values, Tensor? grad_keys, Tensor rest_key, Tensor rest_value, Tensor? counts, "
+      "Tensor? score_sums, int interval) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_completed_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
+      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
+      "bool query_wanted, bool key_wanted, bool value_wanted, SymInt[] bias_shape, SymInt[] relative_bias_shape, "
+      "bool is_causal, Tensor mass, Tensor cuts, Tensor mass_scale, float lift, Tensor key_sums, Tensor value_sums, "
+      "Tensor? products, Tensor? score_values, Tensor? grad_keys, Tensor rest_key, Tensor rest_value, Tensor? counts, "
+      "Tensor? score_sums, int interval) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("cpu_sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) -> Tensor");
@@ -325,6 +465,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
   m.impl("cpu_attention_forward", TORCH_BOX(&attention_forward));
   m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("cpu_completed_attention_forward", TORCH_BOX(&completed_attention_forward));
+  m.impl("cpu_completed_attention_backward", TORCH_BOX(&completed_attention_backward));
   m.impl("cpu_choose_neurons", TORCH_BOX(&choose_neurons));
   m.impl("cpu_sum_neurons", TORCH_BOX(&sum_neurons));
   m.impl("cpu_dot_neurons", TORCH_BOX(&dot_neurons));

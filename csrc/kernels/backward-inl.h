@@ -9,6 +9,8 @@ constexpr int64_t kScoreGradientBytes = 2 << 20;
 // Gradients of the keys and values of one range should stay in the second-level cache.
 constexpr int64_t kKeyRangeBytes = 512 << 10;
 constexpr int64_t kRowsPerTask = 64, kBiasRanges = 16;
+// With a rest a task begins with the sums over up to an interval of keys: more rows share that.
+constexpr int64_t kRowsPerTaskWithRest = 512;
 
 // kDim is the head and value size where it is known when compiling, otherwise 0.
 template <class T, class A, int kDim>
@@ -17,7 +19,8 @@ class Backward {
   explicit Backward(const AttentionBackward& call)
       : call_(call), s_(call.sizes), rows_of_group_(s_.num_heads / s_.num_key_heads * s_.num_queries) {
     for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
-    chunk_rows_ = larger<int64_t>(kScoreGradientBytes / (largest_k_ * int64_t(sizeof(A))), kRowsPerTask);
+    rows_per_task_ = call.rest.active ? kRowsPerTaskWithRest : kRowsPerTask;
+    chunk_rows_ = larger<int64_t>(kScoreGradientBytes / (largest_k_ * int64_t(sizeof(A))), rows_per_task_);
     chunk_rows_ = smaller(chunk_rows_, rows_of_group_);
     const int64_t key_bytes = (s_.head_dim + s_.value_dim) * int64_t(sizeof(A));
     keys_per_range_ = larger<int64_t>(kKeyRangeBytes / key_bytes, 16);
@@ -26,16 +29,17 @@ class Backward {
 
   int64_t num_groups() const { return s_.batch * s_.num_key_heads; }
   int64_t num_ranges() const { return ceil_div(s_.num_keys, keys_per_range_); }
-  int64_t num_score_gradients() const { return chunk_rows_ * largest_k_; }
+  // For each kept entry of a chunk: its score's gradient, and with a rest also its bias's and the weight of its value's.
+  int64_t num_score_gradients() const { return chunk_rows_ * largest_k_ * (call_.rest.active ? 3 : 1); }
 
   // The whole group, phase after phase. `parallel` runs the tasks of a phase.
   bool run_group(int64_t group, A* score_gradients, const Parallel& parallel) const {
     for (int64_t first = 0; first < rows_of_group_; first += chunk_rows_) {
       Chunk chunk = {this, group, first, smaller(chunk_rows_, rows_of_group_ - first), score_gradients, true};
       if (needs_score_gradients()) {
-        parallel.run(ceil_div(chunk.num_rows, kRowsPerTask), &chunk, [](void* opaque, int64_t task) {
+        parallel.run(ceil_div(chunk.num_rows, rows_per_task_), &chunk, [](void* opaque, int64_t task) {
           Chunk& chunk = *static_cast<Chunk*>(opaque);
-          chunk.self->score_gradients(chunk, task * kRowsPerTask);
+          chunk.self->score_gradients(chunk, task * chunk.self->rows_per_task_);
         });
       }
       if (!chunk.ok) return false;
@@ -76,10 +80,12 @@ class Backward {
     const int32_t* indices;
     const A* weights;
     A* score_gradients;
+    A* bias_gradients;  // the score's own where there is no rest
+    A* value_weights;   // only with a rest
   };
 
   bool needs_score_gradients() const {
-    return call_.grad_query != nullptr || call_.grad_key != nullptr || call_.grad_bias != nullptr ||
+    return call_.rest.active || call_.grad_query != nullptr || call_.grad_key != nullptr || call_.grad_bias != nullptr ||
            call_.grad_relative_bias != nullptr;
   }
 
@@ -99,7 +105,12 @@ class Backward {
     row.indices = call_.indices + first;
     row.weights = static_cast<const A*>(call_.weights) + first;
     row.count = row.indices[k - 1] >= 0 ? k : num_filled(row.indices, k);
-    row.score_gradients = chunk.score_gradients + r * largest_k_;
+    row.score_gradients = row.bias_gradients = chunk.score_gradients + r * largest_k_;
+    row.value_weights = nullptr;
+    if (call_.rest.active) {
+      row.bias_gradients = row.score_gradients + chunk_rows_ * largest_k_;
+      row.value_weights = row.bias_gradients + chunk_rows_ * largest_k_;
+    }
     return row;
   }
 
@@ -116,10 +127,18 @@ class Backward {
   void score_gradients(Chunk& chunk, int64_t first) const {
     Arena arena;
     A *grad = nullptr, *spare = nullptr, *grad_query = nullptr;
+    SeenSums<T, A> seen(call_.rest, s_, call_.is_causal);
+    RestSpace rest = {};
     const bool has_memory = arena.allocate([&](Arena& arrays) {
       grad = arrays.take<A>(value_dim());
       spare = arrays.take<A>(larger(head_dim(), value_dim()));
       grad_query = arrays.take<A>(head_dim());
+      if (!call_.rest.active) return;
+      rest.query = arrays.take<A>(head_dim());
+      rest.row = arrays.take<A>(larger(head_dim(), value_dim()));
+      rest.products = arrays.take<A>(largest_k_);
+      rest.value_products = arrays.take<A>(largest_k_);
+      seen.take(arrays);
     });
     if (!has_memory) {
       __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
@@ -139,6 +158,8 @@ class Backward {
         const A* value = widened<T, A>(values + row.indices[j] * call_.value.stride[2], value_dim(), spare);
         row.score_gradients[j] = dot(grad_output, value, value_dim());
       }
+      if (call_.rest.active)
+        for (int64_t j = 0; j < row.count; ++j) rest.value_products[j] = row.score_gradients[j];
       if (call_.dropout.active) {
         const DropoutRow draw(call_.dropout, row.number);
         const A factor = A(1 / (1 - call_.dropout.p));
@@ -147,13 +168,85 @@ class Backward {
       }
       // Softmax: p * (dp - sum of p * dp).
       for (int64_t j = 0; j < row.count; ++j) mean += row.weights[j] * row.score_gradients[j];
-      for (int64_t j = 0; j < row.count; ++j) row.score_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
+      A to_key = 0, share = 0;
+      if (call_.rest.active)
+        rest_gradients(row, seen, rest, keys, grad_output, mean, spare, to_key, share);
+      else
+        for (int64_t j = 0; j < row.count; ++j) row.score_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
       if (call_.grad_query == nullptr) continue;
       weighted_sum_of_rows<T, A>(keys, call_.key.stride[2], row.indices, row.score_gradients, row.count, head_dim(),
                                  grad_query, spare);
+      if (share != 0 || to_key != 0) {
+        seen.grad_key(grad_output, rest.row);
+        add_multiple<A>(to_key, seen.keys(), grad_query, head_dim());
+        add_multiple<A>(share, rest.row, grad_query, head_dim());
+      }
       T* to = static_cast<T*>(call_.grad_query) + row.number * head_dim();
       for (int64_t d = 0; d < head_dim(); ++d) to[d] = narrow_to<T>(grad_query[d] * A(call_.scale));
     }
+  }
+
+  struct RestSpace {
+    A *query, *row;                     // [D], [larger of D, E]
+    A *products, *value_products;       // [k], query . key and grad_output . value of the kept keys
+  };
+
+  // The gradients of a row's entries, less what the rest sends to all keys that the row sees; and what it sends. On entry
+  // score_gradients hold grad_output . value after dropout, and mean their mean by weight. Sets the weights in the
+  // query's gradient of the sum of keys and of that of (grad_output . value) * key.
+  void rest_gradients(const Row& row, SeenSums<T, A>& seen, const RestSpace& space, const T* keys, const A* grad_output,
+                      A mean, A* spare, A& to_key, A& share) const {
+    const A mass = static_cast<const A*>(call_.mass)[row.number];
+    A* const sent[5] = {static_cast<A*>(call_.sent[0]), static_cast<A*>(call_.sent[1]), static_cast<A*>(call_.sent[2]),
+                        static_cast<A*>(call_.sent[3]), static_cast<A*>(call_.sent[4])};
+    const bool drops = call_.dropout.active;
+    const DropoutRow draw(call_.dropout, row.number);
+    const A factor = A(1 / (1 - call_.dropout.p));
+    if (mass == 0) {
+      for (int64_t j = 0; j < row.count; ++j) {
+        row.score_gradients[j] = row.bias_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
+        row.value_weights[j] = row.weights[j] * (drops ? (draw.keeps(row.indices[j]) ? factor : A(0)) : A(1));
+      }
+      for (A* const array : sent) array[row.number] = 0;
+      return;
+    }
+    seen.move_to(row.batch, row.head, row.query);
+    const A* query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
+    for (int64_t d = 0; d < head_dim(); ++d) space.query[d] = query[d] * A(call_.scale);
+    A product_sum = 0, value_sum = 0, both_sum = 0;
+    for (int64_t j = 0; j < row.count; ++j) {
+      const A* key = widened<T, A>(keys + row.indices[j] * call_.key.stride[2], head_dim(), spare);
+      space.products[j] = dot(space.query, key, head_dim());
+      product_sum += space.products[j];
+      value_sum += space.value_products[j];
+      both_sum += space.products[j] * space.value_products[j];
+    }
+    const A count = A(seen.count() - row.count);
+    const A scale = static_cast<const A*>(call_.rest.mass_scale)[row.head], lift = A(call_.rest.lift);
+    const A mean_product = (dot(space.query, seen.keys(), head_dim()) - product_sum) / count;
+    const A rest_value_sum = dot(grad_output, seen.values(), value_dim()) - value_sum;
+    const A mean_value = rest_value_sum / count;
+    seen.score_value(space.query, space.row);
+    const A rest_both = dot(grad_output, space.row, value_dim()) - both_sum;
+    const A grad_rest = ((1 - mean_product) * rest_value_sum + rest_both) / count;
+    mean += scale * mass * grad_rest;
+    share = scale * mass / count;
+    const A grad_mass = mass * (grad_rest - mean), grad_score = scale * grad_mass;
+    const A to_bias = (1 - lift) * grad_score / count;
+    to_key = to_bias - share * mean_value;
+    for (int64_t j = 0; j < row.count; ++j) {
+      A of_bias = row.weights[j] * (row.score_gradients[j] - mean) - to_bias;
+      if (j == call_.cuts[row.number]) of_bias += lift * grad_score;
+      row.bias_gradients[j] = of_bias;
+      row.score_gradients[j] = of_bias - share * (space.value_products[j] - mean_value);
+      const A weight = row.weights[j] * (drops ? (draw.keeps(row.indices[j]) ? factor : A(0)) : A(1));
+      row.value_weights[j] = weight - share * (1 + space.products[j] - mean_product);
+    }
+    sent[0][row.number] = to_key;
+    sent[1][row.number] = share * (1 - mean_product);
+    sent[2][row.number] = share;
+    sent[3][row.number] = to_bias;
+    sent[4][row.number] = grad_mass;
   }
 
   void key_gradients(Chunk& chunk, int64_t range) const {
@@ -184,8 +277,8 @@ class Backward {
         if (grad_keys != nullptr)
           add_multiple<A>(row.score_gradients[j] * A(call_.scale), query, grad_keys + key * head_dim(), head_dim());
         if (grad_values == nullptr) continue;
-        A weight = row.weights[j];
-        if (call_.dropout.active) weight *= draw.keeps(int32_t(key)) ? factor : A(0);
+        A weight = row.value_weights != nullptr ? row.value_weights[j] : row.weights[j];
+        if (call_.dropout.active && row.value_weights == nullptr) weight *= draw.keeps(int32_t(key)) ? factor : A(0);
         add_multiple<A>(weight, grad, grad_values + key * value_dim(), value_dim());
       }
     }
@@ -199,7 +292,7 @@ class Backward {
       const int64_t end_key = (range + 1) * per_range - shift;
       double* const of_head = call_.grad_relative_bias + row.head * call_.grad_relative_bias_stride + shift;
       int64_t j = first_not_below(row.indices, row.count, range * per_range - shift);
-      for (; j < row.count && row.indices[j] < end_key; ++j) of_head[row.indices[j]] += row.score_gradients[j];
+      for (; j < row.count && row.indices[j] < end_key; ++j) of_head[row.indices[j]] += row.bias_gradients[j];
     }
   }
 
@@ -219,14 +312,14 @@ class Backward {
       A* const of_row = grad + row.batch * stride[0] + row.head * stride[1] + row.query * stride[2];
       int64_t j = by_query ? 0 : first_not_below(row.indices, row.count, first);
       for (; j < row.count && (by_query || row.indices[j] < end); ++j)
-        of_row[row.indices[j] * stride[3]] += row.score_gradients[j];
+        of_row[row.indices[j] * stride[3]] += row.bias_gradients[j];
     }
   }
 
   const AttentionBackward& call_;
   const Sizes s_;
   const int64_t rows_of_group_;
-  int64_t largest_k_ = 1, chunk_rows_, keys_per_range_;
+  int64_t largest_k_ = 1, rows_per_task_, chunk_rows_, keys_per_range_;
 };
 
 inline void run_serially(int64_t num_tasks, void* state, void (*task)(void*, int64_t)) {

@@ -40,7 +40,8 @@ int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_thread
 template <class T, class A>
 class Forward {
  public:
-  Forward(const AttentionForward& call, int64_t max_rows) : call_(call), s_(call.sizes) {
+  Forward(const AttentionForward& call, int64_t max_rows)
+      : call_(call), s_(call.sizes), seen_(call.rest, s_, call.is_causal) {
     for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
     capacity_ = capacity_for(largest_k_, s_.num_keys);
     slots_ = slots_for<A>(largest_k_, s_.num_keys);
@@ -64,6 +65,13 @@ class Forward {
       sums_ = arena.take<A>(s_.value_dim);
       spare_row_ = arena.take<A>(s_.value_dim);
       spare_rows_ = arena.take<A>(kLanes<A> * s_.head_dim);
+      if (call.rest.active) {
+        products_ = arena.take<A>(slots_);
+        scaled_query_ = arena.take<A>(s_.head_dim);
+        spare_key_ = arena.take<A>(s_.head_dim);
+        score_value_ = arena.take<A>(s_.value_dim);
+        seen_.take(arena);
+      }
       panels_ = arena.take<int32_t>(all_panels);
       sampled_ = arena.take<int32_t>(all_panels);
     });
@@ -117,11 +125,7 @@ class Forward {
       row.head = block.key_head * heads_per_key_head + (block.first_row + r) / s_.num_queries;
       row.query = (block.first_row + r) % s_.num_queries;
       row.k = call_.head_k.k[row.head];
-      row.visible = s_.num_keys;
-      if (call_.is_causal) {
-        row.visible = smaller(row.query + s_.num_keys - s_.num_queries + 1, s_.num_keys);
-        row.visible = larger<int64_t>(row.visible, 0);
-      }
+      row.visible = num_not_in_future(s_, call_.is_causal, row.query);
       most_visible_ = larger(most_visible_, row.visible);
       row.is_guess = row.is_done = false;
       thresholds_[r] = -Types<A>::largest;  // -inf, a hidden key, never reaches it
@@ -332,7 +336,10 @@ class Forward {
       store<A>(weights_ + i, power);
       total += power;
     }
-    const A inverse = A(1) / sum_of_lanes<A>(total);
+    const A sum = sum_of_lanes<A>(total);
+    RestEntry rest = {};
+    if (call_.rest.active) rest = weigh_rest(row, high, sum);
+    const A inverse = A(1) / (sum + rest.weight);
     for (int64_t i = 0; i < padded; i += kLanes<A>) store<A>(weights_ + i, load(weights_ + i) * inverse);
 
     const int64_t first_entry =
@@ -352,17 +359,77 @@ class Forward {
       // A product, so that NaN stays NaN.
       for (int64_t i = 0; i < count; ++i) weights_[i] *= draw.keeps(found.indices[i]) ? factor : A(0);
     }
+    const A share = rest.weight * inverse / A(larger<int64_t>(rest.count, 1));
+    if (rest.count > 0)
+      for (int64_t i = 0; i < count; ++i) weights_[i] -= share * (1 + products_[i] - rest.mean_product);
     const T* values = static_cast<const T*>(call_.value.data) + block_.batch * call_.value.stride[0] +
                       block_.key_head * call_.value.stride[1];
     weighted_sum_of_rows<T, A>(values, call_.value.stride[2], found.indices, weights_, count, s_.value_dim, sums_,
                                spare_row_);
+    if (rest.count > 0) {
+      seen_.score_value(scaled_query_, score_value_);
+      add_multiple<A>(share * (1 - rest.mean_product), seen_.values(), sums_, s_.value_dim);
+      add_multiple<A>(share, score_value_, sums_, s_.value_dim);
+    }
     T* output = static_cast<T*>(call_.output) + block_.batch * call_.output_stride[0] +
                 row.head * call_.output_stride[1] + row.query * call_.output_stride[2];
     for (int64_t e = 0; e < s_.value_dim; ++e) output[e] = narrow_to<T>(sums_[e]);
   }
 
+  // What the rest of a row brings into its softmax.
+  struct RestEntry {
+    A weight;        // beside exp(score - highest score)
+    A mean_product;  // of query . key over the rest
+    int64_t count;   // 0: the row has none
+  };
+
+  // Needs the kept candidates; `sum` is that of exp(score - highest). Fills products_ with their query . key.
+  RestEntry weigh_rest(const Row& row, A highest, A sum) {
+    const int64_t number = (block_.batch * s_.num_heads + row.head) * s_.num_queries + row.query, kept = row.found.count;
+    const A* scores = row.found.scores;
+    seen_.move_to(block_.batch, row.head, row.query);
+    int64_t cut = 0;
+    A score_sum = 0, product_sum = 0;
+    for (int64_t i = 0; i < kept; ++i) {
+      score_sum += scores[i];
+      cut = scores[i] <= scores[cut] ? i : cut;
+    }
+    const int64_t count = seen_.count() - kept;
+    A mass = 0, mean_product = 0;
+    if (count > 0 && kept > 0) {
+      const T* query = static_cast<const T*>(call_.query.data) + block_.batch * call_.query.stride[0] +
+                       row.head * call_.query.stride[1] + row.query * call_.query.stride[2];
+      const A* widened_query = widened<T, A>(query, s_.head_dim, scaled_query_);
+      for (int64_t d = 0; d < s_.head_dim; ++d) scaled_query_[d] = widened_query[d] * A(call_.scale);
+      const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
+                      block_.key_head * call_.key.stride[1];
+      for (int64_t i = 0; i < kept; ++i) {
+        products_[i] = scores[i];
+        if (seen_.adds_to_scores()) {  // the scores are not the products alone
+          const A* key = widened<T, A>(keys + row.found.indices[i] * call_.key.stride[2], s_.head_dim, spare_key_);
+          products_[i] = dot(scaled_query_, key, s_.head_dim);
+        }
+        product_sum += products_[i];
+      }
+      const A total = dot(scaled_query_, seen_.keys(), s_.head_dim);
+      mean_product = (total - product_sum) / A(count);
+      const A mean = (total + seen_.score_sum() - score_sum) / A(count), lift = A(call_.rest.lift);
+      mass = A(count) * exponential_of((1 - lift) * mean + lift * scores[cut] - highest);
+    }
+    const A weight = static_cast<const A*>(call_.rest.mass_scale)[row.head] * mass;
+    static_cast<A*>(call_.mass)[number] = mass / (sum + weight);
+    call_.cuts[number] = int32_t(cut);
+    if (!(kept > 0 && count > 0)) {
+      static_cast<A*>(call_.mass)[number] = 0;
+      return {0, 0, 0};
+    }
+    return {weight, mean_product, count};
+  }
+
   const AttentionForward& call_;
   const Sizes s_;
+  SeenSums<T, A> seen_;
+  A *products_ = nullptr, *scaled_query_ = nullptr, *spare_key_ = nullptr, *score_value_ = nullptr;
   int64_t largest_k_ = 1, capacity_ = 0, slots_ = 0, key_panels_ = 0;
   Arena arena_;
   A *query_, *keys_, *scores_, *additive_, *thresholds_, *candidate_scores_, *spare_scores_, *weights_, *sums_;

@@ -20,6 +20,7 @@ namespace {
 #include "rows-inl.h"
 #include "selection-inl.h"
 #include "scores-inl.h"
+#include "rest-inl.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "activations-inl.h"

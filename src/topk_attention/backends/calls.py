@@ -31,19 +31,16 @@ class KeySums(NamedTuple):
 
     keys      [..., D]
     values    [..., E]
-    products  [..., D, E]  of each key times its value; None where the rest has order 0
+    products  [..., D, E]  of each key times its value
     """
 
     keys: Tensor
     values: Tensor
-    products: Tensor | None
+    products: Tensor
 
     def plus(self, others: KeySums) -> KeySums:
         """The sums over these keys and others."""
-        products = None
-        if self.products is not None and others.products is not None:
-            products = self.products + others.products
-        return KeySums(self.keys + others.keys, self.values + others.values, products)
+        return KeySums(*(mine + further for mine, further in zip(self, others, strict=True)))
 
 
 class RestInputs(NamedTuple):
@@ -52,13 +49,12 @@ class RestInputs(NamedTuple):
     S is G, or H where a mask hides other keys from other heads of a group. All but counts in the accumulation dtype.
 
     mass_scale    [H]  factor on the weight of the rest
-    order         0 or 1, and
     lift          0 to 1, as in `AttentionCall`
     key_sums      [B, S, C, D]  and
     value_sums    [B, S, C, E]  with interval 0: of all queries (C = 1), or of each query (C = N). With an interval: of
                   the first c * interval keys, c = 0..C - 1; a query adds the keys from there to its last one
-    products      [B, S, C, D, E]  the same of each key times its value, for order 1 but where C = N
-    score_values  [B, H, N, E]  for order 1 where C = N: over visible keys the sum of scale * query . key times the value
+    products      [B, S, C, D, E]  the same of each key times its value; None where C = N
+    score_values  [B, H, N, E]  where C = N: over visible keys the sum of scale * query . key times the value
     grad_keys     [B, H, N, D]  in the backward pass, where score_values are given: the sum of grad_output . value times
                   the key
     key, value    [B, S, M, D] and [B, S, M, E]  in the dtype of the call: the rows to add, 0 where a mask hides them
@@ -68,7 +64,6 @@ class RestInputs(NamedTuple):
     """
 
     mass_scale: Tensor
-    order: int
     lift: float
     key_sums: Tensor
     value_sums: Tensor
@@ -91,7 +86,7 @@ class RestGradients(NamedTuple):
 
     key: Tensor
     value: Tensor
-    cross: Tensor  # 0 where the rest has order 0
+    cross: Tensor
     bias: Tensor
     mass_scale: Tensor  # each row's part of the gradient of the head's scale
 
@@ -113,7 +108,6 @@ class AttentionCall:
     seed           int64 scalar that decides the dropout draw; None without dropout
     mass_scale     [H]  accumulation dtype, differentiable: factor on the weight of the keys that are not kept; None
                    leaves these keys out
-    rest_order     0: the value of these keys is their mean value; 1: it follows their scores to the first order
     rest_lift      0 to 1: how far the score of these keys, their mean, is raised towards the smallest kept one
     sums           over all keys, where the caller has them; only with mass_scale
     """
@@ -132,7 +126,6 @@ class AttentionCall:
     query_chunk_size: int | None
     return_selection: bool
     mass_scale: Tensor | None = None
-    rest_order: int = 0
     rest_lift: float = 0.0
     sums: KeySums | None = None
 

@@ -31,7 +31,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     sums = call.sums if call.sums is not None else (None, None, None)
     output, indices, weights, *_ = completed_attention_op(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale),
-        *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_order, call.rest_lift),
+        *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),
         *(call.query_chunk_size, backend, call.return_selection or needs_gradient(*call.differentiable())),
     )
     output = output[..., : call.value.shape[3]]
@@ -59,7 +59,6 @@ def completed_attention_op(
     is_causal: bool,
     scale: float,
     dropout_p: float,
-    rest_order: int,
     rest_lift: float,
     query_chunk_size: int | None,
     backend: str,
@@ -78,8 +77,8 @@ def completed_attention_op(
             query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
             query.new_empty(query.shape[:3], dtype=torch.int32),
         )
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order, rest_lift)
-    totals = None if key_sum is None or value_sum is None else KeySums(key_sum, value_sum, product_sum)
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
+    totals = _key_sums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals)
     if relative_bias is not None:
         relative_bias = relative_bias.to(visible.dtype)
@@ -127,7 +126,6 @@ def completed_attention_backward_op(
     is_causal: bool,
     scale: float,
     dropout_p: float,
-    rest_order: int,
     rest_lift: float,
     backend: str,
     query_wanted: bool,
@@ -143,9 +141,10 @@ def completed_attention_backward_op(
     wanted = (query_wanted, key_wanted, value_wanted)
     if query.numel() == 0:
         empty = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
-        return *(x.zero_() for x in empty), torch.zeros_like(mass_scale)
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_order, rest_lift)
-    totals = None if key_sum is None or value_sum is None else KeySums(key_sum, value_sum, product_sum)
+        query, key, value, bias, relative_bias = (x.zero_() for x in empty)
+        return query, key, value, bias, relative_bias, torch.zeros_like(mass_scale)
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
+    totals = _key_sums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals, grad_output)
     gradients, of_rest = _BACKENDS[backend].completed_backward(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
@@ -187,13 +186,17 @@ def _empty_gradients(
     return [*of_inputs, *(query.new_empty(shape or (0,), dtype=dtype) for shape in (bias_shape, relative_bias_shape))]
 
 
+def _key_sums(keys: Tensor | None, values: Tensor | None, products: Tensor | None) -> KeySums | None:
+    return None if keys is None or values is None or products is None else KeySums(keys, values, products)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, head_k, is_causal, scale, dropout_p, rest_order, rest_lift, _, backend, has_selection = inputs
+    *tensors, head_k, is_causal, scale, dropout_p, rest_lift, _, backend, has_selection = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.options, ctx.has_selection, ctx.num_inputs = (
-        (head_k, is_causal, scale, dropout_p, rest_order, rest_lift, backend),
+        (head_k, is_causal, scale, dropout_p, rest_lift, backend),
         has_selection,
         len(inputs),
     )

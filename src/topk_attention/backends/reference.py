@@ -53,7 +53,9 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         rest = visible & ~is_kept[..., :num_keys]
         log_sum = scores.logsumexp(-1, keepdim=True)
         # The last one: of equal scores that of the key with the highest index.
-        place = (kept.shape[-1] - 1 - scores.masked_fill(~kept, torch.inf).flip(-1).argmin(-1, keepdim=True)).clamp(min=0)
+        place = (kept.shape[-1] - 1 - scores.masked_fill(~kept, torch.inf).flip(-1).argmin(-1, keepdim=True)).clamp(
+            min=0
+        )
         smallest_kept = scores.gather(-1, place)
         rest_weight, rest_value = _rest(call, rest, log_sum, smallest_kept, query, key, value, bias)
         weights, rest_output = weights * (1 - rest_weight), rest_weight * rest_value
@@ -68,7 +70,14 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rest(
-    call: AttentionCall, rest: Tensor, log_sum: Tensor, smallest_kept: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+    call: AttentionCall,
+    rest: Tensor,
+    log_sum: Tensor,
+    smallest_kept: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The weight [B, H, N, 1] and the value [B, H, N, E] of the entry for the rest: `functional.completion`.
 
@@ -85,8 +94,7 @@ def _rest(
     mean_score = mean_product + (shares * torch.where(rest, bias, 0)).sum(-1, keepdim=True)
     score = (1 - call.rest_lift) * mean_score + call.rest_lift * smallest_kept
     ratio = torch.where(count > 0, call.mass_scale[:, None, None] * count * (score - log_sum).exp(), 0)
-    if call.rest_order == 1:
-        shares = shares * (1 + products - mean_product)
+    shares = shares * (1 + products - mean_product)
     rest_value = shares @ torch.where(value.isfinite(), value, 0)
     sees_broken_value = among @ (~value.isfinite()).to(among.dtype) > 0
     return ratio / (1 + ratio), rest_value.masked_fill(sees_broken_value, torch.nan)

@@ -32,7 +32,6 @@ class VisibleKeys(NamedTuple):
     relative_bias: Tensor | None
     is_causal: bool
     scale: float
-    order: int
     lift: float
 
     @property
@@ -98,17 +97,17 @@ class VisibleKeys(NamedTuple):
             seen = F.pad(mask.cumsum(2, dtype=torch.int32), (1, 0))
             counts = seen[:, :, self._last_keys()]
         if self._hides_the_future:
-            sums, interval = _running_sums(key, value, self.dtype, self.order), INTERVAL
+            sums, interval = _running_sums(key, value, self.dtype), INTERVAL
         else:
             if totals is None:
-                totals = sum_over_keys(key, value, self.order)
-            sums, interval = KeySums(*(x if x is None else x.unsqueeze(2) for x in totals)), 0
+                totals = sum_over_keys(key, value)
+            sums, interval = KeySums(*(x.unsqueeze(2) for x in totals)), 0
         score_sums = None if self.relative_bias is None else self._windows(self.relative_bias)
         of_rows = (key, value, counts, score_sums, interval)
-        return RestInputs(mass_scale, self.order, self.lift, sums.keys, sums.values, sums.products, None, None, *of_rows)
+        return RestInputs(mass_scale, self.lift, sums.keys, sums.values, sums.products, None, None, *of_rows)
 
     def _windows(self, relative_bias: Tensor) -> Tensor:
-        """[1, H|1, N]: the sum of a relative bias over the keys that a query sees; they lie side by side in its table."""
+        """[1, H|1, N]: the sum of a relative bias over the keys that a query sees. They are a window of its table."""
         sums = F.pad(relative_bias.double().cumsum(1), (1, 0))
         first = torch.arange(self.num_queries - 1, -1, -1, device=sums.device)  # position of key 0
         return (sums[:, first + self._last_keys()] - sums[:, first]).to(self.dtype).unsqueeze(0)
@@ -120,11 +119,9 @@ class VisibleKeys(NamedTuple):
         new = self.query.new_empty
         key_sums = new(batch, num_sums, rows, self.key.shape[3], dtype=self.dtype)
         value_sums = new(batch, num_sums, rows, self.value.shape[3], dtype=self.dtype)
-        score_values = grad_keys = None
-        if self.order == 1:
-            score_values = new(batch, num_heads, rows, self.value.shape[3], dtype=self.dtype)
-            if grad_output is not None:
-                grad_keys = new(batch, num_heads, rows, self.key.shape[3], dtype=self.dtype)
+        score_values, grad_keys = new(batch, num_heads, rows, self.value.shape[3], dtype=self.dtype), None
+        if grad_output is not None:
+            grad_keys = new(batch, num_heads, rows, self.key.shape[3], dtype=self.dtype)
         counts = new(batch, num_heads if by_head else 1, rows, dtype=torch.int32)
         score_sums = new(batch, self._adding_heads(), rows, dtype=self.dtype)
         for b in range(batch):
@@ -149,14 +146,13 @@ class VisibleKeys(NamedTuple):
                     if head < score_sums.shape[1]:
                         added = sum(_of_head(tile, b, head) for tile in tiles)
                         score_sums[b, head, part] = torch.where(visible, added, 0).sum(1)
-                    if score_values is not None:
-                        query = self.query[b, head, part].to(self.dtype) * self.scale
-                        score_values[b, head, part] = torch.where(visible, query @ keys[g].mT, 0) @ values[g]
+                    query = self.query[b, head, part].to(self.dtype) * self.scale
+                    score_values[b, head, part] = torch.where(visible, query @ keys[g].mT, 0) @ values[g]
                     if grad_keys is not None and grad_output is not None:
                         grad = grad_output[b, head, part].to(self.dtype)
                         grad_keys[b, head, part] = torch.where(visible, grad @ values[g].mT, 0) @ keys[g]
         of_rows = (self.key, self.value, counts, score_sums if score_sums.shape[1] > 0 else None, 0)
-        return RestInputs(mass_scale, self.order, self.lift, key_sums, value_sums, None, score_values, grad_keys, *of_rows)
+        return RestInputs(mass_scale, self.lift, key_sums, value_sums, None, score_values, grad_keys, *of_rows)
 
     def _hides_by_head(self) -> bool:
         """Whether the heads of one group may see different keys."""
@@ -224,8 +220,6 @@ class VisibleKeys(NamedTuple):
     def _send_to_all(self, sent: _Sent, key: Tensor, value: Tensor, b: int, head: int) -> tuple[Tensor, Tensor]:
         """What one head's queries add to the gradients of keys and values, [M|1, D] and [M|1, E]."""
         to_key, to_value = sent.to_key.sum(0, keepdim=True), sent.to_value.sum(0, keepdim=True)
-        if sent.query is None:
-            return to_key, to_value
         products = sent.query.mT @ sent.grad_output
         return to_key + value @ products.mT, to_value + key @ products
 
@@ -249,12 +243,11 @@ class VisibleKeys(NamedTuple):
             sees = queries + lead >= torch.arange(block.start, block.stop, device=key.device).unsqueeze(1)
             among = sees.to(key.dtype)
             to_key, to_value = to_key + among @ sent.to_key[some], to_value + among @ sent.to_value[some]
-            if sent.query is not None:
-                query, grad = sent.query, sent.grad_output
-                products += query[new].mT @ grad[new]
-                total = products.to(key.dtype)
-                to_key = to_key + value[block] @ total.mT + (value[block] @ grad[some].mT * among) @ query[some]
-                to_value = to_value + key[block] @ total + (key[block] @ query[some].mT * among) @ grad[some]
+            query, grad = sent.query, sent.grad_output
+            products += query[new].mT @ grad[new]
+            total = products.to(key.dtype)
+            to_key = to_key + value[block] @ total.mT + (value[block] @ grad[some].mT * among) @ query[some]
+            to_value = to_value + key[block] @ total + (key[block] @ query[some].mT * among) @ grad[some]
             grad_key[block], grad_value[block] = to_key, to_value
         return grad_key, grad_value
 
@@ -265,10 +258,9 @@ class VisibleKeys(NamedTuple):
             among = self._visible(b, head, queries, self._additive_tiles(queries)).to(key.dtype)
             grad_key += among.mT @ sent.to_key[part]
             grad_value += among.mT @ sent.to_value[part]
-            if sent.query is not None:
-                query, grad = sent.query[part], sent.grad_output[part]
-                grad_key += (grad @ value.mT * among).mT @ query
-                grad_value += (query @ key.mT * among).mT @ grad
+            query, grad = sent.query[part], sent.grad_output[part]
+            grad_key += (grad @ value.mT * among).mT @ query
+            grad_value += (query @ key.mT * among).mT @ grad
         return grad_key, grad_value
 
     def add_bias_gradients(self, sent: Tensor, grad_bias: Tensor, grad_relative_bias: Tensor) -> None:
@@ -317,28 +309,26 @@ class _Sent(NamedTuple):
 
     to_key: Tensor  # [N, D]
     to_value: Tensor  # [N, E]
-    query: Tensor | None  # [N, D], weighted by `RestGradients.cross`; None where the rest has order 0
+    query: Tensor  # [N, D], weighted by `RestGradients.cross`
     grad_output: Tensor  # [N, E]
 
     @staticmethod
     def of(keys: VisibleKeys, sent: RestGradients, grad_output: Tensor, b: int, head: int) -> _Sent:
         query, grad = keys.query[b, head].to(keys.dtype) * keys.scale, grad_output[b, head].to(keys.dtype)
         key_weight, value_weight, cross = (x[b, head].unsqueeze(1) for x in sent[:3])
-        has_rest = value_weight != 0
-        if keys.order == 1:
-            has_rest = has_rest | (cross != 0)
+        has_rest = (value_weight != 0) | (cross != 0)
         query, grad = (x.masked_fill(~has_rest, 0) for x in (query, grad))
-        return _Sent(key_weight * query, value_weight * grad, cross * query if keys.order == 1 else None, grad)
+        return _Sent(key_weight * query, value_weight * grad, cross * query, grad)
 
 
-def sum_over_keys(key: Tensor, value: Tensor, order: int) -> KeySums:
+def sum_over_keys(key: Tensor, value: Tensor) -> KeySums:
     """Sums over [..., M, D] and [..., M, E]."""
     dtype = accumulation_dtype(key.dtype)
-    products = key.to(dtype).mT @ value.to(dtype) if order == 1 else None
+    products = key.to(dtype).mT @ value.to(dtype)
     return KeySums(key.sum(-2, dtype=dtype), value.sum(-2, dtype=dtype), products)
 
 
-def _running_sums(key: Tensor, value: Tensor, dtype: torch.dtype, order: int) -> KeySums:
+def _running_sums(key: Tensor, value: Tensor, dtype: torch.dtype) -> KeySums:
     """Sums of the first c * INTERVAL keys of [B, G, M, X], [B, G, C, ...] with C = M // INTERVAL + 1.
 
     The sums of the intervals are added up in float64, so that a million keys are as exact as 512.
@@ -352,13 +342,10 @@ def _running_sums(key: Tensor, value: Tensor, dtype: torch.dtype, order: int) ->
         return sums
 
     keys, values = (x[:, :, : whole * INTERVAL].unflatten(2, (whole, INTERVAL)) for x in (key, value))
-    products = None
-    if order == 1:
-        products = key.new_empty(batch, groups, whole, key.shape[3], value.shape[3], dtype=dtype)
-        for c in range(whole):
-            torch.matmul(keys[:, :, c].to(dtype).mT, values[:, :, c].to(dtype), out=products[:, :, c])
-        products = running(products)
-    return KeySums(running(keys.sum(3, dtype=dtype)), running(values.sum(3, dtype=dtype)), products)
+    products = key.new_empty(batch, groups, whole, key.shape[3], value.shape[3], dtype=dtype)
+    for c in range(whole):
+        products[:, :, c] = keys[:, :, c].to(dtype).mT @ values[:, :, c].to(dtype)
+    return KeySums(running(keys.sum(3, dtype=dtype)), running(values.sum(3, dtype=dtype)), running(products))
 
 
 def _finite(table: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -191,7 +191,6 @@ def topk_attention(
         query_chunk_size=query_chunk_size,
         return_selection=return_selection,
         mass_scale=_check_completion(completion, num_heads, query),
-        rest_order=0 if completion is None else completion.order,
         rest_lift=0.0 if completion is None else completion.lift,
         sums=_check_sums(key_sums, completion, key, value),
     )
@@ -283,16 +282,11 @@ def _check_sums(sums: KeySums | None, completion: Completion | None, key: Tensor
         raise TypeError(f"key_sums must be a KeySums or None, got {type(sums).__name__}")
     if completion is None:
         raise ValueError("key_sums are for completion, but completion is None; leave them out")
-    if completion.order == 1 and sums.products is None:
-        raise ValueError("key_sums lack the products that a completion of order 1 needs; make them with its sums()")
     *leading, _, head_dim = key.shape
     shapes = ([*leading, head_dim], [*leading, value.shape[-1]], [*leading, head_dim, value.shape[-1]])
     dtype = accumulation_dtype(key.dtype)
-    checked: list[Tensor | None] = []
+    checked = []
     for name, total, shape in zip(sums._fields, sums, shapes, strict=True):
-        if total is None or (name == "products" and completion.order == 0):
-            checked.append(None)
-            continue
         if list(total.shape) != shape or total.dtype != dtype or total.device != key.device:
             raise ValueError(
                 f"key_sums.{name} must be {dtype} {_shape_text(shape)} on {key.device} to match key and value, got "
@@ -301,7 +295,7 @@ def _check_sums(sums: KeySums | None, completion: Completion | None, key: Tensor
         if total.requires_grad:
             raise ValueError(f"key_sums get no gradient, but {name} requires one; detach it")
         checked.append(total.reshape(math.prod(leading[:-1]), *total.shape[len(leading) - 1 :]))
-    return KeySums(*checked)  # type: ignore[arg-type]
+    return KeySums(*checked)
 
 
 def _with_one_batch_axis(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,35 +18,37 @@ from .checks import check_floating, shape_of
 class Completion:
     """What top-k attention adds for the rest, the keys that a query sees and does not keep.
 
-    The softmax of a query gets one more entry. Its weight is mass_scale * n * exp(m) beside the exp(score) of the kept
-    keys, where n is the number of keys in the rest and m their mean score. Its value is the mean of
+    The softmax of a query gets one more entry, beside the exp(score) of the kept keys. With n keys in the rest, whose
+    scores have the mean m, it has
 
-    order 0  value[j]
-    order 1  (1 + scale * query . key[j] - their mean) * value[j]: exp(score) to the first order around the mean
+    weight  mass_scale * n * exp((1 - lift) * m + lift * smallest kept score)
+    value   the mean of (1 + scale * query . key[j] - the mean of that) * value[j]: exp(score) to the first order
 
-    over the rest. These means are exact, and no score of the rest is computed for them: a sum over the rest is one over
-    all visible keys, of key, value, and for order 1 key times value, less one over the kept keys.
+    These means are exact, and no score of the rest is computed for them: a sum over the rest is one over all visible
+    keys, of keys, of values and of key times value, less one over the kept keys.
 
-    order       0 or 1
     mass_scale  a finite number of at least 0, or one for each query head: a list, a tuple, or a tensor [H] of any
-                floating dtype, which gets a gradient. 1 is right where the scores of the rest are equal; then the
-                output is that of full attention. Real scores differ, and what lies above their mean belongs to keys
-                that are not average: language models do best with about 0.5, encoders with 1. 0 is top-k alone.
+                floating dtype, which gets a gradient; 0 is top-k attention alone
+    lift        0 to 1. exp(m) is less than the mean of exp(score). The smallest kept score tells how far scores spread,
+                and 0.35 was best for a language model on text that no table reports on (LOG.md).
+
+    Where all scores of the rest are equal, lift = 0 gives the output of full attention.
 
     >>> import torch
-    >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
     >>> from topk_attention import topk_attention
-    >>> topk_attention(q, key, v, k=16, completion=Completion(0.5)).shape
+    >>> q, key, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+    >>> topk_attention(q, key, v, k=16, completion=Completion()).shape
     torch.Size([2, 8, 128, 64])
     """
 
-    mass_scale: float | Sequence[float] | Tensor = 0.5
-    order: Literal[0, 1] = 1
+    mass_scale: float | Sequence[float] | Tensor = 1.0
     lift: float = 0.35
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (0, 1):
-            raise ValueError(f"order must be 0 or 1, got {self.order!r}")
+        if isinstance(self.lift, bool) or not isinstance(self.lift, int | float):
+            raise TypeError(f"lift must be a number from 0 to 1, got {type(self.lift).__name__} {self.lift!r}")
+        if not 0 <= self.lift <= 1:
+            raise ValueError(f"lift must be from 0 to 1, got {self.lift}")
         scale = self.mass_scale
         if isinstance(scale, Tensor):
             check_floating("mass_scale", scale)
@@ -77,7 +78,7 @@ class Completion:
             raise ValueError(
                 f"value must have shape {shape_of(key)} but for its last axis, like key, got {shape_of(value)}"
             )
-        return sum_over_keys(key.detach(), value.detach(), self.order)
+        return sum_over_keys(key.detach(), value.detach())
 
     def per_head(self, num_heads: int, query: Tensor) -> Tensor:
         """The scales [H] in the accumulation dtype of a call with this query."""

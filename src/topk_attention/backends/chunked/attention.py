@@ -100,7 +100,10 @@ def completed_forward(
     save_selection: bool,
     rest: RestInputs | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `topk_attention_op` returns, and for a rest its weight at a scale of 1 and which entry scores least, [B, H, N]."""
+    """What `topk_attention_op` returns, and for a rest its weight at a scale of 1 and the slot of the smallest score.
+
+    Both are [B, H, N], empty without a rest.
+    """
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
     batch, num_heads, num_queries, _ = query.shape
     dtype = inputs.dtype

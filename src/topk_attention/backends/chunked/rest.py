@@ -1,11 +1,11 @@
 """The rest, the keys that a query sees and does not keep, as one more entry of its softmax: see `Completion`.
 
-For a row with kept scores s and weights p, n keys in the rest and their mean score m, the entry has the weight
-g = c * n * exp(m) / Z, where Z = sum(exp(s)) + c * n * exp(m). The kept weights shrink to w = p * (1 - g), and u = g / n
-is the share of each key of the rest. With q . k for scores without masks and biases, and their mean m' over the rest:
+For a row with kept scores s and weights p, and a rest of n keys with the score m (their mean, lifted), the entry has the
+weight g = c * n * exp(m) / Z, where Z = sum(exp(s)) + c * n * exp(m). The kept weights shrink to w = p * (1 - g), and
+u = g / n is the share of each key of the rest. With q . k for scores without masks and biases, and their mean m' over
+the rest:
 
-order 0  output = sum of w v over kept + u * sum of v over rest
-order 1  output = sum of w v over kept + u * sum of (1 + q . k - m') v over rest
+output = sum of w v over kept + u * sum of (1 + q . k - m') v over rest
 
 A sum over the rest is one over all visible keys less one over the kept ones. No key and no value of the rest is read.
 """
@@ -29,10 +29,10 @@ class Seen(NamedTuple):
     lift: float
     key_sum: Tensor  # [rows, D]
     value_sum: Tensor  # [rows, E]
-    score_value: Tensor | None  # [rows, E], of each (q . k) v; None where the rest has order 0
+    score_value: Tensor  # [rows, E], of each (q . k) v
     num_seen: Tensor  # [rows, 1]
     score_sum: Tensor | None  # [rows, 1], of masks and biases
-    grad_key: Tensor | None  # [rows, D], in the backward pass with order 1: of each (grad_output . v) k
+    grad_key: Tensor | None  # [rows, D], in the backward pass: of each (grad_output . v) k
 
 
 class Weighed(NamedTuple):
@@ -42,7 +42,7 @@ class Weighed(NamedTuple):
     share: Tensor  # [rows, 1], u, the weight of each key of the rest
     mass: Tensor  # [rows, 1], the weight of the rest for a scale of 1
     cut: Tensor  # [rows, 1] int64, which entry has the smallest kept score
-    from_rest: Tensor  # [rows, k] or [rows, 1], to subtract from the weights of the kept values
+    from_rest: Tensor  # [rows, k], to subtract from the weights of the kept values
     value_sum: Tensor  # [rows, E], to add times the share
 
 
@@ -72,7 +72,7 @@ def seen_by(
         rest.lift,
         _as_rows(key_sum, step),
         _as_rows(value_sum, step),
-        None if score_value is None else _as_rows(score_value, step),
+        _as_rows(score_value, step),
         _as_rows(count.unsqueeze(-1).to(scale.dtype), step),
         None if rest.score_sums is None else _as_rows(_narrow(rest.score_sums, step).unsqueeze(-1), step),
         None if grad_key is None else _as_rows(grad_key, step),
@@ -99,12 +99,10 @@ def weigh(
     kept = scores if empty_slots is None else scores.masked_fill(empty_slots, 0)
     count = seen.num_seen - (scores.shape[1] if empty_slots is None else (~empty_slots).sum(1, keepdim=True))
     total = (query * seen.key_sum).sum(1, keepdim=True)
-    products, mean_product = kept, None
-    if seen.score_value is not None:
-        if seen.score_sum is not None:  # the scores are not the products alone
-            products = dot_with_rows(query, key_table, in_table)
-            products = products if empty_slots is None else products.masked_fill(empty_slots, 0)
-        mean_product = (total - products.sum(1, keepdim=True)) / count.clamp(min=1)
+    products = kept
+    if seen.score_sum is not None:  # the scores are not the products alone
+        products = _zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
+    mean_product = (total - products.sum(1, keepdim=True)) / count.clamp(min=1)
     if seen.score_sum is not None:
         total = total + seen.score_sum
     mean = (total - kept.sum(1, keepdim=True)) / count.clamp(min=1)
@@ -114,8 +112,6 @@ def weigh(
     whole = 1 + seen.mass_scale * mass
     mass = mass / whole
     share = seen.mass_scale * mass / count.clamp(min=1)
-    if seen.score_value is None or mean_product is None:
-        return Weighed(weights / whole, share, mass, cut, share, seen.value_sum)
     value_sum = (1 - mean_product) * seen.value_sum + seen.score_value
     return Weighed(weights / whole, share, mass, cut, share * (1 + products - mean_product), value_sum)
 
@@ -151,6 +147,7 @@ def differentiate(
     value_products   [rows, k], grad_output times each kept value, and grad_weights the same after dropout
     The other arguments are those of `weigh`; 0 stands in empty slots.
     """
+    assert seen.grad_key is not None
     num_kept = weights.shape[1] if empty_slots is None else (~empty_slots).sum(1, keepdim=True)
     count = (seen.num_seen - num_kept).clamp(min=1)
     has_rest = mass != 0
@@ -158,13 +155,11 @@ def differentiate(
     share = rest_weight / count
     value_product_sum = (grad_output * seen.value_sum).sum(1, keepdim=True) - value_products.sum(1, keepdim=True)
     value_product_mean = value_product_sum / count
-    grad_rest = value_product_mean  # grad_output times the value of the rest
-    products, mean_product = None, None
-    if seen.score_value is not None:
-        products = _zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
-        mean_product = ((query * seen.key_sum).sum(1, keepdim=True) - products.sum(1, keepdim=True)) / count
-        grad_rest = (1 - mean_product) * value_product_sum + (grad_output * seen.score_value).sum(1, keepdim=True)
-        grad_rest = (grad_rest - (products * value_products).sum(1, keepdim=True)) / count
+    products = _zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
+    mean_product = ((query * seen.key_sum).sum(1, keepdim=True) - products.sum(1, keepdim=True)) / count
+    # grad_output times the value of the rest
+    grad_rest = (1 - mean_product) * value_product_sum + (grad_output * seen.score_value).sum(1, keepdim=True)
+    grad_rest = (grad_rest - (products * value_products).sum(1, keepdim=True)) / count
     mean_grad = (weights * grad_weights).sum(1, keepdim=True)
     mean_grad = mean_grad + torch.where(has_rest, rest_weight * grad_rest, 0)
     grad_mass = torch.where(has_rest, mass * (grad_rest - mean_grad), 0)
@@ -173,10 +168,6 @@ def differentiate(
     biases = weights * (grad_weights - mean_grad) - to_bias
     biases.scatter_add_(1, cut, seen.lift * grad_score)
     biases = _zero_in(empty_slots, biases)
-    if mean_product is None or products is None or seen.grad_key is None:
-        values = _zero_in(empty_slots, dropped_weights - share)
-        sent = RestGradients(to_bias, share, torch.zeros_like(share), to_bias, grad_mass)
-        return RowGradients(biases, biases, values, to_bias * seen.key_sum, sent)
     to_key = to_bias - torch.where(has_rest, share * value_product_mean, 0)
     to_value = torch.where(has_rest, share * (1 - mean_product), 0)
     of_products = _zero_in(
@@ -200,26 +191,23 @@ def _zero_in(empty_slots: Tensor | None, entries: Tensor) -> Tensor:
 
 def _whole_sums(
     rest: RestInputs, step: Step, query: Tensor, grad: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Sums for all queries, or for each one, [b, g, r|1, n|1, X]; products [b, g, r, n, X]"""
     parts = []
     for sums in (rest.key_sums, rest.value_sums):
         part = _of_heads(sums, step, rest)
         parts.append(part if part.shape[3] == 1 else part[:, :, :, step.queries.start : step.queries.stop])
-    score_value = grad_key = None
     if rest.score_values is not None:
-        score_value = _narrow(rest.score_values, step)
         grad_key = None if rest.grad_keys is None else _narrow(rest.grad_keys, step)
-    elif rest.products is not None:
-        products = _of_heads(rest.products, step, rest)[:, :, :, 0]
-        score_value = query @ products
-        grad_key = None if grad is None else grad @ products.mT
-    return parts[0], parts[1], score_value, grad_key
+        return parts[0], parts[1], _narrow(rest.score_values, step), grad_key
+    assert rest.products is not None
+    products = _of_heads(rest.products, step, rest)[:, :, :, 0]
+    return parts[0], parts[1], query @ products, None if grad is None else grad @ products.mT
 
 
 def _running_sums(
     rest: RestInputs, step: Step, query: Tensor, grad: Tensor | None, last_keys: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The last running sums before the first query's last key, and for each query the keys from there on."""
     first = int(last_keys[0]) // rest.interval
     start, stop = first * rest.interval, int(last_keys[-1])
@@ -236,12 +224,10 @@ def _running_sums(
     if broken.any():
         value_sum = value_sum.masked_fill(among @ broken.to(among.dtype) > 0, torch.nan)
         value = value.masked_fill(broken, 0)
-    score_value = grad_key = None
-    if rest.products is not None:
-        products = _of_heads(rest.products, step, rest)[:, :, :, first]
-        score_value = query @ products + (query @ key.mT * among) @ value
-        if grad is not None:
-            grad_key = grad @ products.mT + (grad @ value.mT * among) @ key
+    assert rest.products is not None
+    products = _of_heads(rest.products, step, rest)[:, :, :, first]
+    score_value = query @ products + (query @ key.mT * among) @ value
+    grad_key = None if grad is None else grad @ products.mT + (grad @ value.mT * among) @ key
     return key_sum + among @ key, value_sum, score_value, grad_key
 
 

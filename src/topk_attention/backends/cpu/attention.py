@@ -88,8 +88,7 @@ def completed_backward(
     gradients = torch.ops.topk_attention.cpu_completed_attention_backward(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
         *(*wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts),
-        *rest[: RestInputs._fields.index("score_sums")],
-        rest.interval,
+        *rest,
     )
     return AttentionGradients(*gradients[:5]), RestGradients(*gradients[5:])
 

@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]
 Batch = Tensor | Mapping[str, Any]
 # objective(the model's output, the arguments it was called with)
 Objective = Callable[[Any, Mapping[str, Any]], Tensor]
+AnyCompletion = Completion | Literal["fit"] | None
 # Longer than any sequence: with this k attention is full attention.
 _FULL_K = 2**31 - 1
 _SEARCH_STEPS = 6
@@ -185,7 +186,7 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     target: Target,
-    completion: Completion | Literal["fit"] | None = None,
+    completion: AnyCompletion = None,
     feed_forward_target: MeanK | LostMass | None = None,
     objective: Objective | None = None,
     queries_per_head: int = 512,
@@ -271,6 +272,22 @@ def calibrate(
     return calibration._with(_allocate(collector.attention, target))
 
 
+def completion_by_name(name: str | None) -> AnyCompletion:
+    """What a command line means: "on" a `Completion`, "fit" one whose scale is fitted, None none.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match name:
+        case None:
+            return None
+        case "on":
+            return Completion()
+        case "fit":
+            return "fit"
+    raise ValueError(f'completion must be "on" or "fit", got {name!r}')
+
+
 def fit_completion(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -297,17 +314,20 @@ def fit_completion(
     batches = _checked(batches)
     _check_unconverted(model)
     with _converted(model, attention_k) as report:
-        given = {entry.path: entry.k for entry in report.replaced if entry.kind == "attention" and entry.k != ALL}
+        given = {
+            entry.path: entry.k
+            for entry in report.replaced
+            if entry.kind == "attention" and entry.k is not None and entry.k != ALL
+        }
     if not given:
         raise ValueError("attention_k must leave keys out in a layer at least, got all keys for each of them")
     collector = Collector(queries_per_head, largest_k, completion=Completion(), fit_scale=True)
     loss = measure(model, batches, collector, objective=objective, progress=progress)
-    attention = {}
-    for path, curves in collector.attention.items():
-        if path in given:
-            k = given[path]
-            attention[path] = k if isinstance(k, tuple) else (int(k),) * len(curves.lost_mass)
-    curves = {path: collector.attention[path] for path in attention}
+    curves = {path: curves for path, curves in collector.attention.items() if path in given}
+    attention = {
+        path: k if isinstance(k := given[path], tuple) else (k,) * len(of_layer.lost_mass)
+        for path, of_layer in curves.items()
+    }
     about = {"loss": loss, "tokens": sum(_token_ids(batch).numel() for batch in batches)}
     return Calibration({}, curves=curves, about=about)._with(attention)
 

@@ -180,8 +180,10 @@ class Rows(NamedTuple):
     def joined(parts: Sequence[Rows], *, by_head: bool) -> Rows:
         """Rows of one head one after the other, or those of all heads."""
         join = torch.stack if by_head else torch.cat
-        columns = zip(*parts, strict=True)
-        return Rows(*(None if column[0] is None else join(column) for column in columns))
+        lost, kept, full = (join(list(column)) for column in zip(*(part[:3] for part in parts), strict=True))
+        rest = [part.rest for part in parts if part.rest is not None]
+        mass = [part.mass for part in parts if part.mass is not None]
+        return Rows(lost, kept, full, join(rest) if rest else None, join(mass) if mass else None)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Backward {
       return;
     }
     constexpr int64_t kAhead = 8;
-    const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + kRowsPerTask, chunk.num_rows);
+    const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + rows_per_task_, chunk.num_rows);
     for (int64_t r = first; r < last; ++r) {
       const Row row = row_of(chunk, r);
       const T* values = at(call_.value, row.batch, key_head, 0);

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from topk_attention import ALiBi, TopKAttention, TopKFeedForward, topk_attention
+from topk_attention import ALiBi, Completion, TopKAttention, TopKFeedForward, topk_attention
+
+COMPLETED = "auto"
 
 
 def projections(size: int, key_size: int | None = None) -> list[nn.Linear]:
@@ -54,6 +56,48 @@ def test_attention_hands_every_option_on():
     )
     expected = layers[3](expected.transpose(1, 2).reshape(2, 9, 24))
     torch.testing.assert_close(ours(x, attn_mask=mask, bias=bias), expected)
+
+
+@pytest.mark.parametrize("scale", [0.5, [0.1, 0.2, 0.3, 0.4], torch.tensor([0.1, 0.2, 0.3, 0.4])])
+def test_attention_adds_its_completion(scale):
+    layers = projections(24)
+    x = torch.randn(2, 9, 24).double()
+    ours = TopKAttention(*layers, num_heads=4, k=3, is_causal=True, completion=Completion(scale), backend=COMPLETED)
+    query, key, value = (layer(x).view(2, 9, 4, 6).transpose(1, 2) for layer in layers[:3])
+    expected = topk_attention(query, key, value, k=3, is_causal=True, completion=Completion(scale), backend=COMPLETED)
+    torch.testing.assert_close(ours(x), layers[3](expected.transpose(1, 2).reshape(2, 9, 24)))
+    assert ("mass_scale" in ours.state_dict()) == isinstance(scale, torch.Tensor)
+
+
+def test_scales_that_are_a_parameter_train_with_the_layer_and_follow_it():
+    scale = nn.Parameter(torch.full((4,), 0.5, dtype=torch.double))
+    ours = TopKAttention(*projections(24), num_heads=4, k=3, completion=Completion(scale), backend=COMPLETED)
+    x = torch.randn(2, 9, 24).double()
+    ours(x).sum().backward()
+    assert dict(ours.named_parameters())["mass_scale"] is scale
+    assert scale.grad.abs().min() > 0
+    twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        twin.mass_scale.zero_()
+    plain = TopKAttention(*projections(24), num_heads=4, k=3, backend=COMPLETED)
+    torch.testing.assert_close(twin(x), plain(x))
+    assert not torch.equal(ours(x), plain(x))
+
+
+def test_attention_shows_its_completion():
+    options = {"num_heads": 4, "k": 3}
+    assert "completion" not in repr(TopKAttention(*projections(24), **options))
+    shown = repr(TopKAttention(*projections(24), **options, completion=Completion(0.5, lift=0)))
+    assert "completion=(mass scale 0.5, lift 0)" in shown
+    shown = repr(TopKAttention(*projections(24), **options, completion=Completion([0.5, 1, 0.25, 0])))
+    assert "completion=(mass scales 0 to 1, lift 0.35)" in shown
+
+
+def test_a_completion_that_does_not_fit_is_refused_when_the_layer_is_built():
+    with pytest.raises(ValueError, match="completion must hold one mass_scale for each of the 4 query heads, got 3"):
+        TopKAttention(*projections(24), num_heads=4, k=3, completion=Completion([0.5, 0.5, 0.5]))
+    with pytest.raises(TypeError, match=r"completion must be a Completion or None, got float 0\.5"):
+        TopKAttention(*projections(24), num_heads=4, k=3, completion=0.5)
 
 
 def test_attention_drops_in_training_alone():

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import topk_attention
+from ..functional import KeySums, topk_attention
+from .cached_sums import sums_of_cached
 from .masks import CompactMask
 from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
 from .settings import LayerSettings, layer_settings, left_alone
-from .tensor_parallel import k_of_own_heads
+from .tensor_parallel import of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
@@ -53,6 +54,8 @@ class _LayerCall:
 
     def of_first_keys(self, num_keys: int) -> _LayerCall:
         """The same call with its first keys alone; the mask stays as it is."""
+        if num_keys == self.key.shape[2]:
+            return self  # with the sums that hang on this very key tensor
         bias = self.position_bias[..., :num_keys] if isinstance(self.position_bias, Tensor) else self.position_bias
         return replace(self, key=self.key[:, :, :num_keys], value=self.value[:, :, :num_keys], position_bias=bias)
 
@@ -108,9 +111,7 @@ def topk_attention_forward(
             "topk_attention.convert(model, attention_k=...) reads it from its table instead",
             stacklevel=2,
         )
-    settings = layer_settings(module)
-    if isinstance(settings.k, tuple):
-        settings = replace(settings, k=k_of_own_heads(module, settings.k, query.shape[1]))
+    settings = _of_own_heads(module, layer_settings(module), query.shape[1])
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
     if (indices := kwargs.get("indices")) is not None:
@@ -129,6 +130,17 @@ def topk_attention_forward(
     else:
         output = _attend(call, _hide_lowest(attention_mask))
     return output.transpose(1, 2).contiguous(), None
+
+
+def _of_own_heads(module: nn.Module, settings: LayerSettings, num_heads: int) -> LayerSettings:
+    if isinstance(settings.k, tuple):
+        settings = replace(settings, k=of_own_heads(module, settings.k, num_heads))
+    completion = settings.completion
+    if completion is not None and isinstance(completion.mass_scale, tuple):
+        scales = of_own_heads(module, completion.mass_scale, num_heads)
+        if scales is not completion.mass_scale:
+            settings = replace(settings, completion=replace(completion, mass_scale=scales))
+    return settings
 
 
 def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
@@ -150,7 +162,19 @@ def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: boo
         scale=call.scale,
         enable_gqa=key.shape[1] != query.shape[1],
         backend=call.settings.backend,
+        completion=call.settings.completion,
+        key_sums=_sums(call, attn_mask, is_causal),
     )
+
+
+def _sums(call: _LayerCall, attn_mask: Tensor | None, is_causal: bool) -> KeySums | None:
+    """Sums that are kept beside a cache, for a call in which every query sees every key."""
+    completion, k, num_keys = call.settings.completion, call.settings.kept_keys, call.key.shape[2]
+    if completion is None or attn_mask is not None or (is_causal and call.query.shape[2] > 1):
+        return None
+    if isinstance(call.position_bias, Tensor) or k is None or (k if isinstance(k, int) else min(k)) >= num_keys:
+        return None  # a bias may hide keys; without a rest there is nothing to add
+    return sums_of_cached(call.key, call.value, completion)
 
 
 def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:
@@ -228,7 +252,9 @@ def _attend_in_mask_chunks(call: _LayerCall, mask_of: Callable[[range | None], T
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     k = call.settings.kept_keys
     smallest_k = k if isinstance(k, int) else min(k or (num_keys,))
-    backward_needs_mask = torch.is_grad_enabled() and smallest_k >= num_keys
+    # Of top-k attention alone the backward pass reads which keys were kept; completion reaches all that the mask shows.
+    completion = call.settings.completion
+    backward_needs_mask = torch.is_grad_enabled() and (smallest_k >= num_keys or completion is not None)
     if num_queries <= _MASK_CHUNK and not backward_needs_mask:
         # One chunk, without a loop: compiled code then serves every such length.
         return _attend(call, mask_of(None))

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..backends import choose_backend
+from ..functional import Completion
 from ..nn.feed_forward import is_frozen, store_as_usual, store_by_neuron
-from . import position_bias, torch_layers
+from . import cached_sums, position_bias, torch_layers
 from .by_name import (
     configs_around,
     every_config,
@@ -21,11 +22,19 @@ from .by_name import (
     set_implementations,
 )
 from .configurations import parts_of
-from .plan import AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
+from .plan import AnyCompletion, AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
 from .registration import register
 from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
-from .settings import ALL, CONFIG_ATTRIBUTE, NAME, LayerSettings, ModelSettings, set_layer_settings
+from .settings import (
+    ALL,
+    CONFIG_ATTRIBUTE,
+    NAME,
+    LayerSettings,
+    ModelSettings,
+    completion_to_json,
+    set_layer_settings,
+)
 from .sites import AttentionSite, FeedForwardSite
 from .transaction import all_or_nothing, give_own_configuration
 from .unknown_layers import unknown_layers
@@ -43,6 +52,7 @@ def convert(
     feed_forward_k: AnyK | None = None,
     where: Where | None = None,
     backend: str | None = None,
+    completion: AnyCompletion | None = None,
 ) -> ConversionReport:
     """Change a model in place: each query uses its k best keys, each token its k best feed-forward neurons.
 
@@ -58,11 +68,14 @@ def convert(
                     one entry for each layer that it picks.
     backend         the backend of `topk_attention` and `topk_feed_forward`; by default what a saved model remembers,
                     otherwise "auto"
+    completion      what attention adds for the keys that are not kept: a `Completion`, one entry per attention layer
+                    (each a Completion, with one scale or one for each query head, or None), or a mapping from layer
+                    path; needs attention_k; None leaves these keys out, as the paper does. Scales are taken as numbers.
 
     The weights are not copied and keep their names. `save_pretrained` therefore writes an ordinary checkpoint, and its
-    configuration remembers every k. After `from_pretrained`, `convert(model)` without any k restores them. (A module
-    without a configuration remembers nothing.) A second call with another k changes it. `unconvert` gives the original
-    model back.
+    configuration remembers every k and completion. After `from_pretrained`, `convert(model)` without any k restores
+    them. (A module without a configuration remembers nothing.) A second call with another k changes it. `unconvert`
+    gives the original model back.
 
     Attention layers that are not picked run PyTorch's own attention. "all" keeps every key or every neuron: the results
     stay the same, and only memory is saved. Attention saves it where PyTorch's own needs memory quadratic in length
@@ -71,8 +84,9 @@ def convert(
     Returns a report of what was replaced, what was skipped, and why.
 
     Raises:
-        TypeError: the model is of neither kind, or a k is of the wrong type.
-        ValueError: nothing was replaced, a k is out of range, or a list or mapping does not fit the model.
+        TypeError: the model is of neither kind, or a k or a completion is of the wrong type.
+        ValueError: nothing was replaced, a k is out of range, a list or mapping does not fit the model, or there is a
+            completion without attention_k.
 
     Whatever is raised, an interruption by Ctrl-C included, the model is as it was. Its configuration becomes one of its
     own: another model that shared the object does not change. Weights that train stay contiguous; if nothing in the
@@ -89,7 +103,7 @@ def convert(
     """
     model = unwrapped(model)
     with all_or_nothing(model):
-        return _convert(model, attention_k, feed_forward_k, where, backend)
+        return _convert(model, attention_k, feed_forward_k, where, backend, completion)
 
 
 def _convert(
@@ -98,12 +112,17 @@ def _convert(
     feed_forward_k: AnyK | None,
     where: Where | None,
     backend: str | None,
+    completion: AnyCompletion | None,
 ) -> ConversionReport:
+    if completion is not None and attention_k is None:
+        raise ValueError(
+            "completion is for the keys that attention does not keep, but attention_k is None; pass attention_k= too"
+        )
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
         choose_backend(backend)
-    wanted = Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto")
+    wanted = Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto", completion)
     if attention_k is None and feed_forward_k is None:
         wanted = wanted_by_config(model, config, attention, feed_forward, backend)
     plan = make_plan(attention, feed_forward, wanted, where)
@@ -127,7 +146,7 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
     if any(site.reads_interface and entry.replaced for site, entry in plan.attention):
         _use_topk_attention(model, plan)
     for site, entry in plan.attention:
-        settings = LayerSettings(entry.k, wanted.attention_backend)
+        settings = LayerSettings(entry.k, wanted.attention_backend, completion=entry.completion)
         if not site.reads_interface:
             torch_layers.use_topk_attention(site.module, settings)
         elif implementation_of(site.module, config) == NAME:
@@ -135,6 +154,10 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
                 settings = replace(settings, left_alone=_former_of(model, site.module))
             set_layer_settings(site.module, settings)
             position_bias.keep_bias_small(site.module)
+            if entry.completion is None:
+                cached_sums.keep_no_sums(site.module)
+            else:
+                cached_sums.keep_sums(site.module)
     for feed_forward_site, entry in plan.feed_forward:
         if isinstance(entry.k, int) or entry.k == ALL:
             feed_forward_site.replace(None if entry.k == ALL else entry.k, wanted.feed_forward_backend)
@@ -172,6 +195,12 @@ def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Want
             attention_k=_k_by_path(plan.attention, prefix),
             attention_backend=wanted.attention_backend,
             every_attention_k=different_k.pop() if len(different_k) == 1 else None,
+            completion={
+                entry.path.removeprefix(f"{prefix}."): entry.completion
+                for _, entry in plan.attention
+                if entry.completion is not None
+            },
+            every_completion=_the_same([entry.completion for _, entry in plan.attention]),
         )
     if wanted.feed_forward_k is not None:
         remembered = replace(
@@ -181,6 +210,14 @@ def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Want
         )
     for config in configs:
         setattr(config, CONFIG_ATTRIBUTE, remembered.to_json())
+
+
+def _the_same(completions: Sequence[Completion | None]) -> Completion | None:
+    """The completion that all of them are; None where they differ or are none."""
+    first = completions[0] if completions else None
+    if first is None or any(one is None or completion_to_json(one) != completion_to_json(first) for one in completions):
+        return None
+    return first
 
 
 def unconvert(model: Any) -> None:
@@ -205,6 +242,7 @@ def _unconvert(model: Any) -> None:
         if site.reads_interface:
             set_layer_settings(site.module, None)
             position_bias.give_bias_back(site.module)
+            cached_sums.keep_no_sums(site.module)
         elif torch_layers.is_converted(site.module):
             torch_layers.restore_attention(site.module)
     for feed_forward_site in feed_forward:

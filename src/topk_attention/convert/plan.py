@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..functional import Completion
 from ..functional.checks import as_k
+from ..functional.completion import check_completion
 from . import position_bias
 from .report import ReportEntry
 from .settings import ALL, K, ModelSettings
@@ -17,16 +19,20 @@ from .sites import AttentionSite, FeedForwardSite
 Where = Callable[[str, nn.Module], bool]
 EntryK = K | Sequence[int] | Tensor | None
 AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
+AnyCompletion = Completion | Sequence[Completion | None] | Mapping[str, Completion | None]
+_Stored = TypeVar("_Stored")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The k of both kinds of layer, None where the layers of a kind stay as they are, and their backends."""
+    """The k of both kinds of layer, None where the layers of a kind stay as they are, their backends, and what
+    attention adds for the keys that are not kept."""
 
     attention_k: AnyK | None
     feed_forward_k: AnyK | None
     attention_backend: str
     feed_forward_backend: str
+    completion: AnyCompletion | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ def wanted_by_config(
             "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
         )
     prefix = prefix_of(model)
+    attention_paths = [site.path for site in attention]
     return Wanted(
-        _with_prefix(stored.attention_k, [site.path for site in attention], prefix) or None,
+        _with_prefix(stored.attention_k, attention_paths, prefix) or None,
         _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
         backend or stored.attention_backend,
         backend or stored.feed_forward_backend,
+        _with_prefix(stored.completion, attention_paths, prefix) or None,
     )
 
 
@@ -88,7 +96,7 @@ def make_plan(
     feed_forward_plan: list[tuple[FeedForwardSite, ReportEntry]] = []
     not_found = []
     if wanted.attention_k is not None:
-        attention_plan = _plan_attention(attention, wanted.attention_k, where)
+        attention_plan = _plan_attention(attention, wanted.attention_k, wanted.completion, where)
         not_found += [] if attention_plan else ["attention"]
     if wanted.feed_forward_k is not None:
         feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, where)
@@ -97,17 +105,23 @@ def make_plan(
 
 
 def _plan_attention(
-    sites: Sequence[AttentionSite], k: AnyK, where: Where | None
+    sites: Sequence[AttentionSite], k: AnyK, completion: AnyCompletion | None, where: Where | None
 ) -> list[tuple[AttentionSite, ReportEntry]]:
     chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("attention_k", k, [site.path for site in chosen], _obstacles(sites))
+    paths = [site.path for site in chosen]
+    per_path = _k_per_path("attention_k", k, paths, _obstacles(sites))
+    completions = _completion_per_path(completion, paths, _obstacles(sites))
     plan = []
     for site in sites:
-        layer_k = per_path.get(site.path)
+        layer_k, layer_completion = per_path.get(site.path), completions.get(site.path)
+        if layer_completion is not None:
+            check_completion(f"completion for {site.path}", layer_completion, site.num_heads)
         if site.obstacle is not None:
             reason = site.obstacle
         elif layer_k is None:
             reason = "attention_k has no entry for it" if site in chosen else "not picked by where="
+            if layer_completion is not None and not isinstance(completion, Completion):
+                reason += ", so its completion does nothing"
         else:
             if isinstance(layer_k, tuple) and site.num_heads is not None and len(layer_k) != site.num_heads:
                 raise ValueError(
@@ -115,9 +129,15 @@ def _plan_attention(
                     f"got {len(layer_k)}"
                 )
             reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
+            if layer_completion is not None:
+                reason += (
+                    ", so completion has nothing to add" if layer_k == ALL else f", completed ({layer_completion})"
+                )
             if position_bias.builds_bias_in_full(site.module):
                 reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
-        plan.append((site, ReportEntry(site.path, "attention", layer_k, reason)))
+        completes = layer_k is not None and layer_k != ALL
+        entry = ReportEntry(site.path, "attention", layer_k, reason, layer_completion if completes else None)
+        plan.append((site, entry))
     return plan
 
 
@@ -147,22 +167,59 @@ def _obstacles(sites: Sequence[AttentionSite | FeedForwardSite]) -> dict[str, st
 
 def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, K]:
     """The k of each of the paths. `obstacles` says of other paths why their layers cannot be replaced."""
-    entries: dict[str, Any]
-    if isinstance(k, Mapping):
-        unknown = sorted(set(k) - set(paths))
+    entries = _entries(name, k, paths, obstacles)
+    if entries is None:
+        _as_k(name, k)  # also where there is no layer
+        entries = dict.fromkeys(paths, k)
+    return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
+
+
+def _completion_per_path(
+    completion: AnyCompletion | None, paths: Sequence[str], obstacles: Mapping[str, str]
+) -> dict[str, Completion]:
+    """The completion of each of the paths, with numbers for scales: a configuration and other devices take them."""
+    if completion is None:
+        return {}
+    entries = _entries("completion", completion, paths, obstacles)
+    if entries is None:
+        if not isinstance(completion, Completion):
+            raise TypeError(
+                "completion must be a Completion, a list with one for each attention layer, or a mapping from layer "
+                f"path, got {type(completion).__name__} {completion!r}"
+            )
+        entries = dict.fromkeys(paths, completion)
+    return {path: _with_numbers(path, entry) for path, entry in entries.items() if entry is not None}
+
+
+def _with_numbers(path: str, completion: Completion) -> Completion:
+    check_completion(f"completion for {path}", completion, None)
+    scale = completion.mass_scale
+    if not isinstance(scale, Tensor):
+        return completion
+    if scale.requires_grad:
+        raise ValueError(
+            f"completion for {path} has a mass_scale that requires a gradient, which a converted layer does not give "
+            "it; detach it, or train it in topk_attention.TopKAttention"
+        )
+    return replace(completion, mass_scale=scale.tolist())
+
+
+def _entries(name: str, wanted: Any, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, Any] | None:
+    """What is wanted for each of the paths; None where it is one thing for all layers."""
+    if isinstance(wanted, Mapping):
+        unknown = sorted(set(wanted) - set(paths))
         if reason := next((obstacles[path] for path in unknown if path in obstacles), None):
             raise ValueError(f"{name} names layers that cannot be replaced ({reason}): {', '.join(unknown)}")
         if unknown:
             raise ValueError(f"{name} names layers that do not exist or are not picked: {', '.join(unknown)}")
-        entries = dict(k)
-    elif isinstance(k, list | tuple | Tensor) and not _is_one_number(k):
-        if len(k) != len(paths):
-            raise ValueError(f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(k)}")
-        entries = dict(zip(paths, k, strict=True))
-    else:
-        _as_k(name, k)  # also where there is no layer
-        entries = dict.fromkeys(paths, k)
-    return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
+        return dict(wanted)
+    if isinstance(wanted, list | tuple | Tensor) and not _is_one_number(wanted):
+        if len(wanted) != len(paths):
+            raise ValueError(
+                f"{name} must hold one entry for each of the {len(paths)} layers picked, got {len(wanted)}"
+            )
+        return dict(zip(paths, wanted, strict=True))
+    return None
 
 
 def _is_one_number(k: object) -> bool:
@@ -174,16 +231,16 @@ def _as_k(name: str, entry: Any) -> K:
     return ALL if k is None else k
 
 
-def _with_prefix(stored: Mapping[str, K], paths: Sequence[str], prefix: str) -> dict[str, K]:
-    """Stored k by the model's own paths. A checkpoint loads with or without a head, so it is stored without the prefix
-    of the base model."""
+def _with_prefix(stored: Mapping[str, _Stored], paths: Sequence[str], prefix: str) -> dict[str, _Stored]:
+    """What is stored by the model's own paths. A checkpoint loads with or without a head, so it is stored without the
+    prefix of the base model."""
     by_name = {path.removeprefix(f"{prefix}."): path for path in paths}
     # A checkpoint also loads in part, for example without its decoder. Every part that the model has must be complete.
     parts = {name.split(".")[0] for name in by_name}
-    wanted = {name: k for name, k in stored.items() if name.split(".")[0] in parts}
+    wanted = {name: entry for name, entry in stored.items() if name.split(".")[0] in parts}
     if unknown := sorted(set(wanted or stored) - set(by_name)):
         raise ValueError(f"the model's configuration names layers that do not exist: {', '.join(unknown)}")
-    return {by_name[name]: k for name, k in wanted.items()}
+    return {by_name[name]: entry for name, entry in wanted.items()}
 
 
 def prefix_of(model: nn.Module) -> str:

@@ -19,7 +19,7 @@ from .settings import NAME
 
 _HOOK = "_topk_attention_hook"
 # A layer's argument for the cache, whose name transformers changed in 5.24.
-_CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAMES = ("past_key_values", "cache")
 
 Bias = BucketedBias | RelativeBias
 
@@ -60,7 +60,7 @@ def computes_bias(module: nn.Module) -> bool:
     if not hasattr(module, "has_relative_attention_bias") or not hasattr(module, "relative_attention_max_distance"):
         return False
     arguments = inspect.signature(type(module).forward).parameters
-    return "position_bias" in arguments and any(name in arguments for name in _CACHE_NAMES)
+    return "position_bias" in arguments and any(name in arguments for name in CACHE_NAMES)
 
 
 def builds_bias_in_full(module: nn.Module) -> bool:
@@ -89,7 +89,7 @@ def give_bias_back(module: nn.Module) -> None:
 def _pass_table(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     if module.config._attn_implementation != NAME or kwargs.get("position_bias") is not None:
         return None
-    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+    cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     hidden_states = args[0] if args else kwargs["hidden_states"]
     return args, kwargs | {"position_bias": _bias_of(module, cache, hidden_states.device)}
 

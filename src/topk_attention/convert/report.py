@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from ..functional import Completion
 from .settings import K
 
 
@@ -13,16 +14,18 @@ from .settings import K
 class ReportEntry:
     """What `convert` did to one layer.
 
-    path    the layer's name, as in model.named_modules()
-    kind    "attention" or "feed_forward"
-    k       what the layer uses now; None where it was skipped
-    reason  why it was skipped, or the k in words
+    path        the layer's name, as in model.named_modules()
+    kind        "attention" or "feed_forward"
+    k           what the layer uses now; None where it was skipped
+    reason      why it was skipped, or the k in words
+    completion  what an attention layer adds for the keys that are not kept; None where it adds nothing
     """
 
     path: str
     kind: Literal["attention", "feed_forward"]
     k: K | None
     reason: str
+    completion: Completion | None = None
 
     @property
     def replaced(self) -> bool:

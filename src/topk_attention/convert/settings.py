@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
 
+from ..functional import Completion
 from ..functional.checks import check_count
 
 # transformers knows this library's attention by this name: attn_implementation="topk".
@@ -33,11 +34,13 @@ class LayerSettings:
     """How one attention layer runs. With k = None it runs PyTorch's own attention.
 
     left_alone  the attention implementation of a layer that could not be converted; it runs that as before
+    completion  what the layer adds for the keys that are not kept; None with k = None or "all"
     """
 
     k: K | None
     backend: str = "auto"
     left_alone: str | None = None
+    completion: Completion | None = None
 
     @property
     def kept_keys(self) -> int | tuple[int, ...] | None:
@@ -54,6 +57,8 @@ class ModelSettings:
     attention_backend     the backend of all attention layers
     feed_forward_backend  the backend of all feed-forward layers
     every_attention_k     the k of all attention layers where they share one; a layer then finds its k without its path
+    completion            completion by layer path, of the layers that have one
+    every_completion      the completion of all attention layers where they share one
     """
 
     attention_k: dict[str, K]
@@ -61,6 +66,8 @@ class ModelSettings:
     attention_backend: str = "auto"
     feed_forward_backend: str = "auto"
     every_attention_k: K | None = None
+    completion: dict[str, Completion] = field(default_factory=dict)
+    every_completion: Completion | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The form in which a configuration holds these settings."""
@@ -68,13 +75,17 @@ class ModelSettings:
         def plain(k: K | None) -> Any:
             return list(k) if isinstance(k, tuple) else k
 
-        return {
+        stored = {
             "attention_k": {path: plain(k) for path, k in self.attention_k.items()},
             "feed_forward_k": dict(self.feed_forward_k),
             "attention_backend": self.attention_backend,
             "feed_forward_backend": self.feed_forward_backend,
             "every_attention_k": plain(self.every_attention_k),
         }
+        if self.completion:
+            stored["completion"] = {path: completion_to_json(one) for path, one in self.completion.items()}
+            stored["every_completion"] = self.every_completion and completion_to_json(self.every_completion)
+        return stored
 
     @staticmethod
     def from_config(config: object) -> ModelSettings | None:
@@ -86,13 +97,22 @@ class ModelSettings:
         def k_of(value: int | list[int] | Literal["all"]) -> K:
             return tuple(value) if isinstance(value, list) else value
 
+        every_completion = stored.get("every_completion")
         return ModelSettings(
             {path: k_of(k) for path, k in stored["attention_k"].items()},
             dict(stored["feed_forward_k"]),
             stored.get("attention_backend", "auto"),
             stored.get("feed_forward_backend", "auto"),
             k_of(stored.get("every_attention_k")),
+            {path: Completion(**one) for path, one in stored.get("completion", {}).items()},
+            None if every_completion is None else Completion(**every_completion),
         )
+
+
+def completion_to_json(completion: Completion) -> dict[str, Any]:
+    """A completion whose scales are numbers, in the form in which a configuration holds it."""
+    values = {part.name: getattr(completion, part.name) for part in fields(completion)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> None:
@@ -132,7 +152,7 @@ def _settings_of_the_name_alone(config: object) -> LayerSettings:
     stored = ModelSettings.from_config(config)
     if stored is not None and (stored.attention_k or stored.feed_forward_k):
         k = stored.every_attention_k
-        if k is None or stored.feed_forward_k:
+        if k is None or stored.feed_forward_k or (stored.completion and stored.every_completion is None):
             raise RuntimeError(
                 "this checkpoint was saved with its own k for each layer; call topk_attention.convert(model) after "
                 "from_pretrained to restore them"
@@ -142,7 +162,7 @@ def _settings_of_the_name_alone(config: object) -> LayerSettings:
                 f"{K_VARIABLE} is {wanted}, but this checkpoint was saved with k = {k}; unset the variable, or call "
                 f"topk_attention.convert(model, attention_k={wanted}) after from_pretrained"
             )
-        return LayerSettings(k, stored.attention_backend)
+        return LayerSettings(k, stored.attention_backend, completion=stored.every_completion)
     if wanted is None:
         warnings.warn(
             f'attn_implementation="topk" without a k: using {DEFAULT_ATTENTION_K}; choose one with '

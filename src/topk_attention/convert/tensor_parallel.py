@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+_PerHead = TypeVar("_PerHead", int, float)
 
 
 def cut_over_processes(linear: Any) -> str | None:
@@ -21,17 +23,17 @@ def cut_over_processes(linear: Any) -> str | None:
     return "is cut over several processes (tensor parallel), and the k best neurons are chosen among all"
 
 
-def k_of_own_heads(module: nn.Module, k: tuple[int, ...], num_heads: int) -> tuple[int, ...]:
-    """Those entries of a layer's k per head that are for the heads of this process; all if the layer is not cut.
+def of_own_heads(module: nn.Module, per_head: tuple[_PerHead, ...], num_heads: int) -> tuple[_PerHead, ...]:
+    """Those numbers of a layer's, one per head, that are for the heads of this process; all if the layer is not cut.
 
     num_heads  how many heads this process has
     """
-    if len(k) == num_heads:
-        return k
+    if len(per_head) == num_heads:
+        return per_head
     for weight in module.parameters():
         for axis, placement in enumerate(getattr(weight, "placements", ())):
             mesh: Any = getattr(weight, "device_mesh", None)
-            if placement.is_shard(0) and mesh.size(axis) * num_heads == len(k):
+            if placement.is_shard(0) and mesh.size(axis) * num_heads == len(per_head):
                 first = mesh.get_local_rank(axis) * num_heads
-                return k[first : first + num_heads]
-    return k
+                return per_head[first : first + num_heads]
+    return per_head

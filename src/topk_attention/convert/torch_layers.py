@@ -65,7 +65,10 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         is_causal = is_causal and query.shape[1] == key.shape[1]
         settings = layer_settings(self)
         mask = None if is_causal else self._mask(attn_mask, query.shape[0], query.dtype)
-        bias = self._padding(key_padding_mask, query.dtype)
+        if settings.completion is not None and mask is None and (shown := _shown_keys(key_padding_mask)) is not None:
+            mask, bias = shown, None
+        else:
+            bias = self._padding(key_padding_mask, query.dtype)
         if mask is not None and mask.requires_grad:  # a mask gets no gradient, a bias does
             bias = mask if bias is None else mask + bias
             mask = None
@@ -77,6 +80,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
             backend=settings.backend,
+            completion=settings.completion,
         )
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         if not is_batched:
@@ -107,6 +111,21 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
         return mask.to(dtype)[:, None, None, :]
+
+
+def _shown_keys(mask: Tensor | None) -> Tensor | None:
+    """The padding [B, M] as a mask [B, 1, 1, M] bool, True = may attend, if it says no more than which keys there are.
+
+    Completion sums all keys that a query sees. If a mask of keys hides the others, running sums do for every query,
+    while a bias makes it compute each query's own. nn.TransformerEncoder turns bool masks into 0 and -inf.
+    """
+    if mask is None or mask.requires_grad:
+        return None
+    if mask.dtype == torch.bool:
+        return ~mask[:, None, None, :]
+    if torch.compiler.is_compiling() or not bool(((mask == 0) | mask.isneginf()).all()):
+        return None
+    return (mask == 0)[:, None, None, :]
 
 
 def _check_mask(name: str, mask: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import KeySums, accumulation_dtype
 from ..backends.visible_keys import sum_over_keys
 from .checks import check_floating, shape_of
@@ -67,10 +68,18 @@ class Completion:
         if isinstance(scale, list):
             object.__setattr__(self, "mass_scale", tuple(scale))
 
+    def __str__(self) -> str:
+        """The scales and the lift in a short phrase, for reports."""
+        scale = self.mass_scale.tolist() if isinstance(self.mass_scale, Tensor) else self.mass_scale
+        if isinstance(scale, int | float):
+            return f"mass scale {scale:g}, lift {self.lift:g}"
+        return f"mass scales {min(scale):g} to {max(scale):g}, lift {self.lift:g}"
+
     def sums(self, key: Tensor, value: Tensor) -> KeySums:
         """Sums over keys [..., M, D] and values [..., M, E], for `topk_attention(key_sums=...)`.
 
-        With more keys later, `sums.plus(completion.sums(new_keys, new_values))` has those of all.
+        With more keys later, `sums.plus(completion.sums(new_keys, new_values))` has those of all. Under autocast they
+        are sums of the keys and values as attention casts them.
         """
         check_floating("key", key)
         check_floating("value", value)
@@ -78,7 +87,9 @@ class Completion:
             raise ValueError(
                 f"value must have shape {shape_of(key)} but for its last axis, like key, got {shape_of(value)}"
             )
-        return sum_over_keys(key.detach(), value.detach())
+        key, value = in_autocast_dtype(key.detach()), in_autocast_dtype(value.detach())
+        with autocast_off(key.device.type):
+            return sum_over_keys(key, value)
 
     def per_head(self, num_heads: int, query: Tensor) -> Tensor:
         """The scales [H] in the accumulation dtype of a call with this query."""
@@ -95,3 +106,17 @@ class Completion:
                 f"mass_scale must hold one number for each of the {num_heads} query heads, got {scale.shape[0]}"
             )
         return scale.expand(num_heads)
+
+
+def check_completion(name: str, completion: object, num_heads: int | None) -> None:
+    """Raise unless this is a Completion with one scale, or with one for each of the heads, if their number is known."""
+    if not isinstance(completion, Completion):
+        raise TypeError(f"{name} must be a Completion or None, got {type(completion).__name__} {completion!r}")
+    scale = completion.mass_scale
+    num_scales = scale.numel() if isinstance(scale, Tensor) and scale.ndim == 1 else None
+    num_scales = len(scale) if isinstance(scale, tuple) else num_scales
+    if num_scales is not None and num_heads is not None and num_scales != num_heads:
+        raise ValueError(
+            f"{name} must hold one mass_scale for each of the {num_heads} query heads, got {num_scales}; one number "
+            "serves them all"
+        )

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..functional import topk_attention
+from ..functional import Completion, topk_attention
 from ..functional.bias import Bias
 from ..functional.checks import as_k
+from ..functional.completion import check_completion
 
 
 class TopKAttention(nn.Module):
@@ -24,6 +25,8 @@ class TopKAttention(nn.Module):
     num_heads          H
     num_key_heads      G, by default H
     k                  keys kept per query, as in `topk_attention`
+    completion         as in `topk_attention`. A tensor of scales becomes the layer's `mass_scale`: a parameter if it is
+                       one, which then trains with the others, otherwise a buffer
 
     The other options are those of `topk_attention`; dropout applies in training mode only.
 
@@ -48,6 +51,7 @@ class TopKAttention(nn.Module):
         scale: float | None = None,
         backend: str = "auto",
         query_chunk_size: int | None = None,
+        completion: Completion | None = None,
     ) -> None:
         super().__init__()
         per_head = as_k("k", k)
@@ -65,6 +69,19 @@ class TopKAttention(nn.Module):
         self.scale = scale
         self.backend = backend
         self.query_chunk_size = query_chunk_size
+        self._lift: float | None = None
+        if completion is not None:
+            check_completion("completion", completion, num_heads)
+            self._lift = completion.lift
+            if isinstance(completion.mass_scale, Tensor) and not isinstance(completion.mass_scale, nn.Parameter):
+                self.register_buffer("mass_scale", completion.mass_scale)
+            else:
+                self.mass_scale = completion.mass_scale
+
+    @property
+    def completion(self) -> Completion | None:
+        """What the layer adds for the keys that are not kept, with the scales as they are now."""
+        return None if self._lift is None else Completion(self.mass_scale, self._lift)
 
     def forward(
         self,
@@ -89,6 +106,7 @@ class TopKAttention(nn.Module):
             enable_gqa=self.num_key_heads != self.num_heads,
             backend=self.backend,
             query_chunk_size=self.query_chunk_size,
+            completion=self.completion,
         )
         return self.output_projection(output.transpose(-2, -3).flatten(-2))
 
@@ -102,4 +120,5 @@ class TopKAttention(nn.Module):
         return projected.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, num_heads={self.num_heads}, is_causal={self.is_causal}, backend={self.backend!r}"
+        options = f"k={self.k}, num_heads={self.num_heads}, is_causal={self.is_causal}, backend={self.backend!r}"
+        return options if self._lift is None else f"{options}, completion=({self.completion})"

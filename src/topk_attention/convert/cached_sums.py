@@ -1,0 +1,154 @@
+"""Sums over the keys and values in a cache, for completion: while a model generates, each new token adds its own.
+
+Without them each step would sum all cached keys anew. The sums hang on the very key tensor that they are of, and say of
+which value tensor they are. Another tensor has none, so that whatever is done to a cache, no sums are ever those of
+other keys; then attention computes them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.calls import accumulation_dtype
+from ..functional import Completion, KeySums
+from .position_bias import CACHE_NAMES
+
+_SUMS = "_topk_attention_sums"
+_HOOK = "_topk_attention_sums_hook"
+
+
+@dataclass(eq=False)
+class _Known:
+    """What is known of the sums over a key tensor [B, G, M, D] and this value tensor [B, G, M, E].
+
+    versions  of both tensors, so that a change in place is noticed
+    sums      over the first num_keys keys; None where nobody has asked for them. They are kept in float64: one addition
+              a token would add up a rounding error a token.
+    """
+
+    value: Tensor
+    versions: tuple[int | None, int | None]
+    sums: KeySums | None
+    num_keys: int
+
+    def over_all(self, key: Tensor, completion: Completion) -> KeySums:
+        """The sums over all keys; of those that were there before only the sums are read."""
+        if self.sums is None:
+            self.sums = _each(completion.sums(key, self.value), Tensor.double)
+        elif self.num_keys < key.shape[2]:
+            new = completion.sums(key[:, :, self.num_keys :], self.value[:, :, self.num_keys :])
+            self.sums = self.sums.plus(new)
+        self.num_keys = key.shape[2]
+        dtype = accumulation_dtype(key.dtype)
+        return _each(self.sums, lambda total: total.to(dtype))
+
+
+def sums_of_cached(key: Tensor, value: Tensor, completion: Completion) -> KeySums | None:
+    """The sums over keys and values that come from a cache which keeps them; None for others."""
+    known = None if torch.compiler.is_compiling() else _known(key, value)
+    return None if known is None else known.over_all(key, completion)
+
+
+def keep_sums(module: nn.Module) -> None:
+    """Let the caches that this attention layer is called with keep sums."""
+    if not hasattr(module, _HOOK):
+        setattr(module, _HOOK, module.register_forward_pre_hook(_prepare_cache, with_kwargs=True))
+
+
+def keep_no_sums(module: nn.Module) -> None:
+    """Undo `keep_sums`."""
+    if hasattr(module, _HOOK):
+        getattr(module, _HOOK).remove()
+        delattr(module, _HOOK)
+
+
+def _prepare_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Make the layer's plain growing cache layers such that keep sums. Sliding-window, static, quantized and all other
+    cache layers stay as they are."""
+    index = getattr(module, "layer_idx", None)
+    held = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    if torch.compiler.is_compiling() or held is None or index is None:
+        return
+    keeping = _keeping_layer()
+    for part in (getattr(held, "self_attention_cache", held), getattr(held, "cross_attention_cache", None)):
+        layers = getattr(part, "layers", ())
+        if index < len(layers) and type(layers[index]) is keeping.__base__:
+            layers[index].__class__ = keeping
+
+
+@cache
+def _keeping_layer() -> type:
+    from transformers.cache_utils import DynamicLayer
+
+    class SumKeepingLayer(DynamicLayer):
+        """A DynamicLayer that passes the sums on from one key tensor to the next."""
+
+        _layer_type = None  # with a name, transformers would take this class for all models
+        __qualname__ = "SumKeepingLayer"
+
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if torch.compiler.is_compiling():
+                return super().update(*args, **kwargs)
+            before = _known(self.keys, self.values)
+            super().update(*args, **kwargs)
+            _hang(self.keys, self.values, before)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            before = _known(self.keys, self.values)
+            super().reorder_cache(beam_idx)
+            _hang(self.keys, self.values, before, lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            before = _known(self.keys, self.values)
+            super().batch_repeat_interleave(repeats)
+            _hang(self.keys, self.values, before, lambda x: x.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            before = _known(self.keys, self.values)
+            super().batch_select_indices(indices)
+            _hang(self.keys, self.values, before, lambda x: x[indices, ...])
+
+    return SumKeepingLayer
+
+
+def __getattr__(name: str) -> Any:
+    # So that a cache can be pickled, although its class is made only when transformers is there.
+    if name == "SumKeepingLayer":
+        return _keeping_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _known(key: Tensor | None, value: Tensor | None) -> _Known | None:
+    known = getattr(key, _SUMS, None)
+    if known is None or key is None or value is None or known.value is not value:
+        return None
+    return known if known.versions == (_version(key), _version(value)) else None
+
+
+def _hang(
+    key: Tensor | None,
+    value: Tensor | None,
+    before: _Known | None,
+    change: Callable[[Tensor], Tensor] = lambda total: total,
+) -> None:
+    """Note what is known: the sums over the keys with which these begin, their batch rows changed as the keys' were."""
+    if key is None or value is None or key.shape[:-1] != value.shape[:-1]:
+        return
+    sums = None if before is None or before.sums is None else _each(before.sums, change)
+    num_keys = 0 if before is None else before.num_keys
+    setattr(key, _SUMS, _Known(value, (_version(key), _version(value)), sums, num_keys))
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _each(sums: KeySums, change: Callable[[Tensor], Tensor]) -> KeySums:
+    return KeySums(*map(change, sums))

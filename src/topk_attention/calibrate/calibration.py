@@ -105,6 +105,10 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         about = {name: value for name, value in self.about.items() if name != "search"} | {"target": repr(target)}
         return replace(self, about=about)._with(_allocate(self.curves, target))
 
+    def with_one_k(self, k: int) -> Calibration:
+        """The same measurements, with one k for every head, and the scales of a completion for it."""
+        return self._with({path: (k,) * len(ks) for path, ks in self.attention.items()})
+
     def _with(self, attention: Allocation) -> Calibration:
         """With these k, and the scales that were the best ones for them."""
         return replace(self, attention=attention, completion=completion_at(self.curves, attention))

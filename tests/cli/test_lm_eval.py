@@ -156,6 +156,8 @@ def test_the_model_is_converted_after_loading_and_keeps_the_harness_arguments(st
     with pytest.raises(ValueError, match="nothing to convert: pass attention_k="):
         build(str(tiny_model))
     assert convert(loaded.model, attention_k=4).replaced  # the model is an ordinary converted one
+    completed = build(str(tiny_model), attention_k=3, completion=0.5).model.config.topk_attention
+    assert completed["every_completion"]["mass_scale"] == 0.5
 
 
 def test_a_calibration_file_gives_each_head_its_k(stand_in, tiny_model, tmp_path):

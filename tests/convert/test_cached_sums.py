@@ -34,8 +34,10 @@ class Asked:
 def asked(monkeypatch):
     asked = Asked()
 
-    def sums_of_cached(key, value, completion):
-        sums = cached_sums.sums_of_cached(key, value, completion)
+    def sums_of_cached(key, value, completion, shown=None):
+        sums = cached_sums.sums_of_cached(key, value, completion, shown)
+        if shown is not None:
+            key, value = (x.masked_fill(~shown[:, None, :, None], 0) for x in (key, value))
         asked.times += 1
         asked.got += sums is not None
         asked.given.append(sums)
@@ -79,11 +81,9 @@ def test_generation_is_the_same_without_a_cache_and_without_kept_sums(name, padd
     model, inputs = completed(family.build), generation_inputs(family, padded)
     options = OPTIONS | {"num_beams": num_beams, "output_logits": True, "return_dict_in_generate": True}
     kept = model.generate(**inputs, **options)
-    # Windows are masks, and so is padding; cross-attention to whole sound or unpadded text is neither.
-    if name != "mistral" and (not padded or name in ("t5", "bart", "whisper")):
-        assert asked.got > 0
+    assert (asked.got > 0) == (name != "mistral")  # windows are masks
     # The layers of an encoder ask as well, once, and have no cache.
-    assert asked.times - asked.got in (0, 2)
+    assert asked.times - asked.got in (0, 2) or name == "mistral"
     no_sums()
     for others in (model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False)):
         assert torch.equal(kept.sequences, others.sequences)
@@ -97,19 +97,50 @@ def decode(model, tokens, cache):
     return torch.cat(steps, dim=1)
 
 
-def test_each_token_sums_its_own_key_and_value_alone(tokens, monkeypatch):
-    model, lengths, real = completed(tiny_llama), [], Completion.sums
-
-    def sums(self, key, value):
-        lengths.append(key.shape[2])
-        return real(self, key, value)
-
-    monkeypatch.setattr(Completion, "sums", sums)
+@pytest.mark.parametrize("padded", [False, True])
+def test_each_token_sums_its_own_key_and_value_alone(padded, tokens, monkeypatch):
+    model, lengths = completed(tiny_llama), []
+    some, one = cached_sums._sums, cached_sums._plus_one
+    monkeypatch.setattr(cached_sums, "_sums", lambda *x: (lengths.append(x[1].shape[2]), some(*x))[1])
+    monkeypatch.setattr(cached_sums, "_plus_one", lambda *x: (lengths.append(x[1].shape[2]), one(*x))[1])
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, :3] = 0
     with torch.no_grad():
-        cache = model(tokens[:, :10], use_cache=True).past_key_values
+        cache = model(tokens[:, :10], attention_mask=mask[:, :10], use_cache=True).past_key_values
         assert lengths == []  # running sums are the operation's own
-        decode(model, tokens[:, 10:], cache)
+        for i in range(10, 24):
+            model(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache)
     assert lengths == [11, 11] + [1] * 26
+
+
+def test_padding_that_changes_is_summed_anew(tokens, asked):
+    model, plain = completed(tiny_llama), tiny_llama().double()
+    convert(plain, attention_k=4, completion=COMPLETION, backend="reference")
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        for i in range(20, 24):
+            mask[i % 2, i - 10] = 0
+            shown = mask[:, : i + 1]
+            twin = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+            logits = model(tokens[:, i : i + 1], attention_mask=shown, past_key_values=cache).logits
+            expected = plain(tokens[:, i : i + 1], attention_mask=shown, past_key_values=twin).logits
+            torch.testing.assert_close(logits, expected)
+    assert asked.got > 0
+
+
+def test_nan_in_a_hidden_cached_key_reaches_no_sum(tokens):
+    model = completed(tiny_llama)
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        cache = model(tokens[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.keys[:, :, :3] = torch.nan
+        for i in range(20, 24):
+            logits = model(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+            assert logits.isfinite().all()
 
 
 def test_decoding_gives_the_logits_of_the_whole_sequence(tokens, asked):
@@ -150,9 +181,9 @@ def test_whatever_is_done_to_a_cache_the_sums_are_of_its_keys(change, tokens, as
         whole = torch.cat([before, rest[: len(before)]], dim=1)
         new, real = [], cached_sums._Known.over_all
 
-        def over_all(self, key, completion):
+        def over_all(self, key, completion, shown):
             new.append(key.shape[2] - self.num_keys)
-            return real(self, key, completion)
+            return real(self, key, completion, shown)
 
         monkeypatch.setattr(cached_sums._Known, "over_all", over_all)
         logits = decode(model, rest[: len(before)], cache)

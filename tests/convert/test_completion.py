@@ -267,6 +267,32 @@ def test_a_second_conversion_without_completion_leaves_no_hook(tokens):
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "mistral", "t5"])
+def test_a_compiled_model_has_the_outputs_and_gradients_of_the_eager_one(name):
+    family = FAMILIES[name]
+    model, inputs = family.build().double(), inputs_of(family)
+    if name != "bert":
+        inputs["use_cache"] = False
+    convert(model, attention_k=4, completion=COMPLETION, backend=BACKEND)
+    expected = output_and_gradients(model, inputs)
+    output, gradients = output_and_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
+    torch.testing.assert_close(output, expected[0])
+    for path, gradient in expected[1].items():
+        torch.testing.assert_close(gradients[f"_orig_mod.{path}"], gradient, msg=path)
+
+
+def test_a_compiled_model_decodes_with_a_cache_that_was_filled_eagerly(tokens):
+    model = tiny_converted(COMPLETION)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        cache = model(tokens[:, :10], use_cache=True).past_key_values
+        steps = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(10, 14)]
+        steps += [compiled(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(14, 18)]
+        steps += [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(18, 24)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, 10:], rtol=1e-4, atol=1e-4)
+
+
 def test_right_padding_changes_nothing_for_the_real_tokens(tokens, right_padding):
     model = tiny_bert().double()
     convert(model, attention_k=4, completion=COMPLETION, backend=BACKEND)

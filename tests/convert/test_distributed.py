@@ -41,6 +41,11 @@ def test_k_per_head_is_cut_with_the_heads_of_each_process(found_by_each_process)
         assert found["difference"] < 1e-4
 
 
+def test_scales_per_head_are_cut_with_the_heads_of_each_process(found_by_each_process):
+    for found in found_by_each_process:
+        assert found["difference when completed"] < 1e-4
+
+
 def test_a_network_that_is_cut_over_processes_is_left_alone_with_the_reason(found_by_each_process):
     for found in found_by_each_process:
         for problem in (found["network"], found["network by path"]):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from convert_models import FAMILIES, inputs_of, output_of, tiny_llama
-from topk_attention import convert, unconvert
+from topk_attention import Completion, convert, unconvert
 from topk_attention.convert import conversion
 
 FOLDERS = tuple(str(Path(conversion.__file__).parents[1] / folder) for folder in ("convert", "nn"))
@@ -113,6 +113,16 @@ def test_a_failure_at_any_step_of_a_second_convert_or_of_unconvert_leaves_the_co
     original, _ = build(name)
     for path, module in original.named_modules():
         assert type(model.get_submodule(path)) is type(module)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "torch"])
+def test_a_failure_at_any_step_leaves_a_model_without_half_a_completion(name):
+    model, compute = build(name)
+    completed = {"attention_k": 3, "completion": Completion([0.5, 1, 2, 3])}
+    assert_every_failure_leaves_it(model, compute, lambda model: convert(model, **completed))
+    convert(model, **completed)
+    assert_every_failure_leaves_it(model, compute, unconvert)
+    assert_every_failure_leaves_it(model, compute, lambda model: convert(model, attention_k=3))
 
 
 @pytest.mark.parametrize("fail_at", range(1, 7))

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
 from transformers import LlamaForCausalLM
 
-from topk_attention import convert, topk_attention
+from topk_attention import Completion, convert, topk_attention
 
 HEADS = [[2, 9, 4, 14], [11, 3, 7, 2]]
 
@@ -43,6 +43,9 @@ def main(folder):
     found["network by path"] = error_of(lambda: convert(cut, feed_forward_k={"model.layers.0.mlp": 8}))
     convert(cut, attention_k=HEADS)
     found["difference"] = (logits(cut, tokens) - logits(whole, tokens)).abs().max().item()
+    for model in (whole, cut):
+        convert(model, attention_k=HEADS, completion=Completion([0.5, 4, 1, 9]))
+    found["difference when completed"] = (logits(cut, tokens) - logits(whole, tokens)).abs().max().item()
     weight = cut.model.layers[0].self_attn.q_proj.weight
     found["cut operand"] = error_of(lambda: topk_attention(weight[None], weight[None], weight[None], k=2))
     mesh = init_device_mesh("cpu", (2,))

@@ -83,17 +83,18 @@ class VisibleKeys(NamedTuple):
     def sums(self, mass_scale: Tensor, totals: KeySums | None = None, grad_output: Tensor | None = None) -> RestInputs:
         """The sums that complete a call.
 
-        totals       over all keys, [B, G, ...], where the caller has them
+        totals       over all keys, or all that a mask of keys shows, [B, G, ...], where the caller has them
         grad_output  [B, H, N, E], in the backward pass
         """
         if self._depends_on_the_query():
             return self._sums_by_tile(mass_scale, grad_output)
         key, value, counts, mask = self.key, self.value, None, self._key_mask()
         if mask is not None:
-            totals = None
             if mask.shape[1] > 1:  # other keys for other heads: each head gets a table of its own
                 key, value = (x.repeat_interleave(self.group_size, dim=1) for x in (key, value))
-            key, value = (torch.where(mask.unsqueeze(3), x, 0) for x in (key, value))
+                totals = None
+            if totals is None or self._hides_the_future:
+                key, value = (torch.where(mask.unsqueeze(3), x, 0) for x in (key, value))
             seen = F.pad(mask.cumsum(2, dtype=torch.int32), (1, 0))
             counts = seen[:, :, self._last_keys()]
         if self._hides_the_future:

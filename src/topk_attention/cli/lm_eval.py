@@ -21,6 +21,7 @@ from ..convert import convert
 from ..convert.settings import K_VARIABLE
 from ..environment import environment, package_version
 from ..files import append_json_line
+from ..functional import Completion
 
 SCHEMA = "topk_attention/lm-eval/1"
 MODEL = "hf-topk"
@@ -101,9 +102,9 @@ def _without_folder(value: Any) -> Any:
 def register() -> type:
     """Register a model "hf-topk" with the harness: its own "hf", converted after loading.
 
-    It has three arguments in addition to those of "hf": attention_k (a number, or the file of a calibration),
-    feed_forward_k, and topk_backend, the backend of `convert`. Without a k the model must be a checkpoint that
-    remembers its k.
+    It has four arguments in addition to those of "hf": attention_k (a number, or the file of a calibration),
+    feed_forward_k, completion (the mass scale of a `Completion` for every head) and topk_backend, the backend of
+    `convert`. Without a k the model must be a checkpoint that remembers its k.
 
     Returns the model's class.
 
@@ -120,6 +121,7 @@ def register() -> type:
             pretrained: Any,
             attention_k: Any = None,
             feed_forward_k: Any = None,
+            completion: float | None = None,
             topk_backend: str | None = None,
             **options: Any,
         ) -> None:
@@ -127,7 +129,13 @@ def register() -> type:
             if isinstance(attention_k, str) and attention_k != "all":
                 attention_k = Calibration.load(attention_k)
             self.model.requires_grad_(False)  # nothing trains here, so weights may be stored by neuron
-            report = convert(self.model, attention_k=attention_k, feed_forward_k=feed_forward_k, backend=topk_backend)
+            report = convert(
+                self.model,
+                attention_k=attention_k,
+                feed_forward_k=feed_forward_k,
+                backend=topk_backend,
+                completion=None if completion is None else Completion(completion),
+            )
             logging.getLogger(__name__).info("%s", report)
 
     return TopKModel

@@ -168,13 +168,17 @@ def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: boo
 
 
 def _sums(call: _LayerCall, attn_mask: Tensor | None, is_causal: bool) -> KeySums | None:
-    """Sums that are kept beside a cache, for a call in which every query sees every key."""
+    """Sums that are kept beside a cache, for a call in which all queries see the same keys."""
     completion, k, num_keys = call.settings.completion, call.settings.kept_keys, call.key.shape[2]
-    if completion is None or attn_mask is not None or (is_causal and call.query.shape[2] > 1):
+    if completion is None or k is None or (k if isinstance(k, int) else min(k)) >= num_keys:
         return None
-    if isinstance(call.position_bias, Tensor) or k is None or (k if isinstance(k, int) else min(k)) >= num_keys:
-        return None  # a bias may hide keys; without a rest there is nothing to add
-    return sums_of_cached(call.key, call.value, completion)
+    if isinstance(call.position_bias, Tensor) or (is_causal and call.query.shape[2] > 1):
+        return None  # a bias may hide keys
+    if attn_mask is None:
+        return sums_of_cached(call.key, call.value, completion)
+    if call.position_bias is not None or attn_mask.dtype != torch.bool or attn_mask.shape[1:3] != (1, 1):
+        return None
+    return sums_of_cached(call.key, call.value, completion, attn_mask[:, 0, 0])
 
 
 def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.autocast import in_autocast_dtype
 from ..backends.calls import accumulation_dtype
 from ..functional import Completion, KeySums
 from .position_bias import CACHE_NAMES
@@ -30,29 +31,60 @@ class _Known:
     versions  of both tensors, so that a change in place is noticed
     sums      over the first num_keys keys; None where nobody has asked for them. They are kept in float64: one addition
               a token would add up a rounding error a token.
+    shown     [B, num_keys] bool, the keys that the sums are over; None for all
     """
 
     value: Tensor
     versions: tuple[int | None, int | None]
     sums: KeySums | None
     num_keys: int
+    shown: Tensor | None = None
 
-    def over_all(self, key: Tensor, completion: Completion) -> KeySums:
-        """The sums over all keys; of those that were there before only the sums are read."""
-        if self.sums is None:
-            self.sums = _each(completion.sums(key, self.value), Tensor.double)
+    def over_all(self, key: Tensor, completion: Completion, shown: Tensor | None) -> KeySums:
+        """The sums over all keys that are shown; of those that were there before only the sums are read."""
+        if self.sums is None or not self._are_over(shown):
+            self.sums = _each(_sums(completion, key, self.value, shown), Tensor.double)
         elif self.num_keys < key.shape[2]:
-            new = completion.sums(key[:, :, self.num_keys :], self.value[:, :, self.num_keys :])
-            self.sums = self.sums.plus(new)
-        self.num_keys = key.shape[2]
+            new = slice(self.num_keys, None)
+            new_key, new_value = key[:, :, new], self.value[:, :, new]
+            if shown is not None or new_key.shape[2] > 1:
+                new_shown = None if shown is None else shown[:, new]
+                self.sums = self.sums.plus(_sums(completion, new_key, new_value, new_shown))
+            else:
+                self.sums = _plus_one(self.sums, new_key, new_value)
+        self.num_keys, self.shown = key.shape[2], shown
         dtype = accumulation_dtype(key.dtype)
         return _each(self.sums, lambda total: total.to(dtype))
 
+    def _are_over(self, shown: Tensor | None) -> bool:
+        """Whether the sums are over those of their keys that are shown now."""
+        if self.shown is None or shown is None:
+            return self.shown is shown
+        return torch.equal(self.shown, shown[:, : self.num_keys])
 
-def sums_of_cached(key: Tensor, value: Tensor, completion: Completion) -> KeySums | None:
-    """The sums over keys and values that come from a cache which keeps them; None for others."""
+
+def sums_of_cached(key: Tensor, value: Tensor, completion: Completion, shown: Tensor | None = None) -> KeySums | None:
+    """The sums over keys and values that come from a cache which keeps them; None for others.
+
+    shown  [B|1, M] bool, the keys to sum; all by default
+    """
     known = None if torch.compiler.is_compiling() else _known(key, value)
-    return None if known is None else known.over_all(key, completion)
+    if known is None:
+        return None
+    return known.over_all(key, completion, None if shown is None else shown.expand(key.shape[0], -1))
+
+
+def _plus_one(sums: KeySums, key: Tensor, value: Tensor) -> KeySums:
+    """The sums and one more key. This runs for each token and layer; `KeySums.plus` takes twice the time."""
+    key, value = (in_autocast_dtype(x.detach()).double() for x in (key, value))
+    products = torch.addcmul(sums.products, key.mT, value)
+    return KeySums(sums.keys + key[:, :, 0], sums.values + value[:, :, 0], products)
+
+
+def _sums(completion: Completion, key: Tensor, value: Tensor, shown: Tensor | None) -> KeySums:
+    if shown is not None:  # a hidden row may hold NaN, so it is not multiplied by 0
+        key, value = (torch.where(shown[:, None, :, None], x, 0) for x in (key, value))
+    return completion.sums(key, value)
 
 
 def keep_sums(module: nn.Module) -> None:
@@ -141,9 +173,11 @@ def _hang(
     """Note what is known: the sums over the keys with which these begin, their batch rows changed as the keys' were."""
     if key is None or value is None or key.shape[:-1] != value.shape[:-1]:
         return
-    sums = None if before is None or before.sums is None else _each(before.sums, change)
-    num_keys = 0 if before is None else before.num_keys
-    setattr(key, _SUMS, _Known(value, (_version(key), _version(value)), sums, num_keys))
+    known = _Known(value, (_version(key), _version(value)), None, 0)
+    if before is not None and before.sums is not None:
+        known.sums, known.num_keys = _each(before.sums, change), before.num_keys
+        known.shown = None if before.shown is None else change(before.shown)
+    setattr(key, _SUMS, known)
 
 
 def _version(tensor: Tensor) -> int | None:

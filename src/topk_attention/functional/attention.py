@@ -129,7 +129,8 @@ def topk_attention(
     completion  adds the keys that a query sees and does not keep to its softmax, as one entry: see `Completion`; None
                 leaves them out, as the paper does
     key_sums    sums over all keys, `Completion.sums(key, value)`, where the caller has kept them; they spare completion
-                a pass over all keys and values where a call has one query, or no is_causal; get no gradient
+                a pass over all keys and values where a call has one query, or no is_causal; get no gradient. With a
+                boolean attn_mask [B, 1, 1, M] they are over the keys that it shows.
     return_selection  also return which keys were kept
 
     Returns [B, H, N, E] in the dtype of query; with return_selection a pair of that and a `Selection`.

@@ -103,10 +103,33 @@ struct AttentionBackward {
   int64_t grad_relative_bias_stride;  // 0 for one head
 };
 
+// Sums over intervals of consecutive keys.
+struct SumKeys {
+  int64_t batch, num_heads, head_dim, value_dim, num_sums, interval;
+  DType dtype;
+  View key, value;  // T [B, G, M, D] and [B, G, M, E]; M is at least num_sums * interval; the last axis is contiguous
+  void *key_sums, *value_sums, *products;  // written: A [B, G, C, D], [B, G, C, E], [B, G, C, D, E]
+};
+
+// What the rest sends, under causality, to all keys that a row sees: RestGradients in backends/calls.py.
+struct SendRest {
+  Sizes sizes;
+  DType dtype;
+  View query, grad_output, key, value;  // T; the last axis is contiguous
+  const void* weights[3];               // A [B, H, N]: of keys, values, and cross
+  double scale;
+  const bool* mask;                     // true = visible, [B|1, M] with these strides; null: no key is hidden
+  int64_t mask_stride[2];
+  int64_t interval;                     // keys of one task
+  void *grad_key, *grad_value;          // added to unless null: A [B, G, M, D] and [B, G, M, E], contiguous
+};
+
 // All kernels allocate scratch memory per thread and return false if there is not enough memory.
 struct AttentionKernels {
   bool (*forward)(const AttentionForward& call, const Parallel& parallel);
   bool (*backward)(const AttentionBackward& call, const Parallel& parallel);
+  bool (*sum_keys)(const SumKeys& call, const Parallel& parallel);
+  bool (*send_rest)(const SendRest& call, const Parallel& parallel);
 };
 
 }  // namespace topk

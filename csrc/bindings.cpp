@@ -327,6 +327,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           result.sent[0], result.sent[1], result.sent[2], result.sent[3], result.sent[4]};
 }
 
+// Sums over the first num_sums intervals of keys, in the accumulation dtype: of keys [B, G, C, D], values [B, G, C, E] and
+// key times value [B, G, C, D, E].
+std::tuple<Tensor, Tensor, Tensor> sum_keys(Tensor key, Tensor value, int64_t interval) {
+  key = with_whole_rows(key);
+  value = with_whole_rows(value);
+  topk::SumKeys call = {};
+  call.batch = key.size(0);
+  call.num_heads = key.size(1);
+  call.head_dim = key.size(3);
+  call.value_dim = value.size(3);
+  call.interval = interval;
+  call.num_sums = key.size(2) / interval;
+  const ScalarType dtype = accumulation_dtype(key);
+  Tensor key_sums = empty({call.batch, call.num_heads, call.num_sums, call.head_dim}, dtype);
+  Tensor value_sums = empty({call.batch, call.num_heads, call.num_sums, call.value_dim}, dtype);
+  Tensor products = empty({call.batch, call.num_heads, call.num_sums, call.head_dim, call.value_dim}, dtype);
+  if (call.batch * call.num_heads * call.num_sums == 0) return {key_sums, value_sums, products};
+  call.dtype = dtype_of(key);
+  call.key = view_of(key);
+  call.value = view_of(value);
+  call.key_sums = key_sums.mutable_data_ptr();
+  call.value_sums = value_sums.mutable_data_ptr();
+  call.products = products.mutable_data_ptr();
+  check_memory(kernels().attention.sum_keys(call, parallel()));
+  return {key_sums, value_sums, products};
+}
+
+// Adds to the gradients of keys and values what the rest sends to all keys that a row sees, under causality.
+void send_rest(Tensor query, Tensor grad_output, Tensor key, Tensor value, Tensor key_weights, Tensor value_weights,
+               Tensor cross_weights, double scale, std::optional<Tensor> mask, int64_t interval,
+               std::optional<Tensor> grad_key, std::optional<Tensor> grad_value) {
+  query = with_whole_rows(query);
+  grad_output = with_whole_rows(grad_output);
+  key = with_whole_rows(key);
+  value = with_whole_rows(value);
+  topk::SendRest call = {};
+  topk::Sizes& s = call.sizes;
+  s = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
+  if (s.batch * s.num_heads * s.num_queries == 0) return;
+  call.dtype = dtype_of(query);
+  call.query = view_of(query);
+  call.grad_output = view_of(grad_output);
+  call.key = view_of(key);
+  call.value = view_of(value);
+  Tensor* const weights[3] = {&key_weights, &value_weights, &cross_weights};
+  for (int64_t i = 0; i < 3; ++i) {
+    *weights[i] = torch::stable::contiguous(*weights[i]);
+    call.weights[i] = weights[i]->const_data_ptr();
+  }
+  call.scale = scale;
+  if (mask.has_value()) {
+    call.mask = static_cast<const bool*>(mask->const_data_ptr());
+    for (int64_t axis = 0; axis < 2; ++axis) call.mask_stride[axis] = mask->size(axis) == 1 ? 0 : mask->stride(axis);
+  }
+  call.interval = interval;
+  if (grad_key.has_value()) call.grad_key = grad_key->mutable_data_ptr();
+  if (grad_value.has_value()) call.grad_value = grad_value->mutable_data_ptr();
+  check_memory(kernels().attention.send_rest(call, parallel()));
+}
+
 // x, weights and tables are matrices whose last axis is contiguous.
 topk::Matrix matrix_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
 
@@ -452,6 +512,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
       "Tensor? products, Tensor? score_values, Tensor? grad_keys, Tensor rest_key, Tensor rest_value, Tensor? counts, "
       "Tensor? score_sums, int interval) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_sum_keys(Tensor key, Tensor value, int interval) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_send_rest(Tensor query, Tensor grad_output, Tensor key, Tensor value, Tensor key_weights, "
+      "Tensor value_weights, Tensor cross_weights, float scale, Tensor? mask, int interval, Tensor(a!)? grad_key, "
+      "Tensor(b!)? grad_value) -> ()");
   m.def(
       "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "
       "-> (Tensor, Tensor, Tensor)");
@@ -467,6 +532,8 @@ STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
   m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));
   m.impl("cpu_completed_attention_forward", TORCH_BOX(&completed_attention_forward));
   m.impl("cpu_completed_attention_backward", TORCH_BOX(&completed_attention_backward));
+  m.impl("cpu_sum_keys", TORCH_BOX(&sum_keys));
+  m.impl("cpu_send_rest", TORCH_BOX(&send_rest));
   m.impl("cpu_choose_neurons", TORCH_BOX(&choose_neurons));
   m.impl("cpu_sum_neurons", TORCH_BOX(&sum_neurons));
   m.impl("cpu_dot_neurons", TORCH_BOX(&dot_neurons));

@@ -127,7 +127,7 @@ class Backward {
   void score_gradients(Chunk& chunk, int64_t first) const {
     Arena arena;
     A *grad = nullptr, *spare = nullptr, *grad_query = nullptr;
-    SeenSums<T, A> seen(call_.rest, s_, call_.is_causal);
+    SeenSums<T, A, true> seen(call_.rest, s_, call_.is_causal);
     RestSpace rest = {};
     const bool has_memory = arena.allocate([&](Arena& arrays) {
       grad = arrays.take<A>(value_dim());
@@ -135,10 +135,9 @@ class Backward {
       grad_query = arrays.take<A>(head_dim());
       if (!call_.rest.active) return;
       rest.query = arrays.take<A>(head_dim());
-      rest.row = arrays.take<A>(larger(head_dim(), value_dim()));
       rest.products = arrays.take<A>(largest_k_);
       rest.value_products = arrays.take<A>(largest_k_);
-      seen.take(arrays);
+      seen.take(arrays, kRowsPerTask);
     });
     if (!has_memory) {
       __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
@@ -146,8 +145,19 @@ class Backward {
     }
     constexpr int64_t kAhead = 8;
     const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + rows_per_task_, chunk.num_rows);
+    int64_t prepared = first;  // rows before this one have their sums
     for (int64_t r = first; r < last; ++r) {
       const Row row = row_of(chunk, r);
+      if (call_.rest.active && r == prepared) {
+        rest.first_row = r;
+        prepared = smaller(smaller(last, r + kRowsPerTask), r + s_.num_queries - row.query);
+        for (int64_t i = r; i < prepared; ++i) {
+          A* const to = seen.row(i - r);
+          const A* const from = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query + i - r), value_dim(), to);
+          for (int64_t e = 0; e < value_dim(); ++e) to[e] = from[e];
+        }
+        seen.prepare(0, row.batch, row.head, row.query, prepared - r);
+      }
       const T* values = at(call_.value, row.batch, key_head, 0);
       const T* keys = at(call_.key, row.batch, key_head, 0);
       const A* grad_output = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), grad);
@@ -170,16 +180,15 @@ class Backward {
       for (int64_t j = 0; j < row.count; ++j) mean += row.weights[j] * row.score_gradients[j];
       A to_key = 0, share = 0;
       if (call_.rest.active)
-        rest_gradients(row, seen, rest, keys, grad_output, mean, spare, to_key, share);
+        rest_gradients(row, seen.seen(r - rest.first_row), rest, keys, grad_output, mean, spare, to_key, share);
       else
         for (int64_t j = 0; j < row.count; ++j) row.score_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
       if (call_.grad_query == nullptr) continue;
       weighted_sum_of_rows<T, A>(keys, call_.key.stride[2], row.indices, row.score_gradients, row.count, head_dim(),
                                  grad_query, spare);
       if (share != 0 || to_key != 0) {
-        seen.grad_key(grad_output, rest.row);
-        add_multiple<A>(to_key, seen.keys(), grad_query, head_dim());
-        add_multiple<A>(share, rest.row, grad_query, head_dim());
+        add_multiple<A>(to_key, seen.seen(r - rest.first_row).keys, grad_query, head_dim());
+        add_multiple<A>(share, seen.seen(r - rest.first_row).result, grad_query, head_dim());
       }
       T* to = static_cast<T*>(call_.grad_query) + row.number * head_dim();
       for (int64_t d = 0; d < head_dim(); ++d) to[d] = narrow_to<T>(grad_query[d] * A(call_.scale));
@@ -187,15 +196,16 @@ class Backward {
   }
 
   struct RestSpace {
-    A *query, *row;                     // [D], [larger of D, E]
-    A *products, *value_products;       // [k], query . key and grad_output . value of the kept keys
+    A* query;                      // [D], scaled
+    A *products, *value_products;  // [k], query . key and grad_output . value of the kept keys
+    int64_t first_row;             // the row of the chunk at the first place of the sums
   };
 
   // The gradients of a row's entries, less what the rest sends to all keys that the row sees; and what it sends. On entry
   // score_gradients hold grad_output . value after dropout, and mean their mean by weight. Sets the weights in the
   // query's gradient of the sum of keys and of that of (grad_output . value) * key.
-  void rest_gradients(const Row& row, SeenSums<T, A>& seen, const RestSpace& space, const T* keys, const A* grad_output,
-                      A mean, A* spare, A& to_key, A& share) const {
+  void rest_gradients(const Row& row, const typename SeenSums<T, A, true>::Seen& seen, const RestSpace& space,
+                      const T* keys, const A* grad_output, A mean, A* spare, A& to_key, A& share) const {
     const A mass = static_cast<const A*>(call_.mass)[row.number];
     A* const sent[5] = {static_cast<A*>(call_.sent[0]), static_cast<A*>(call_.sent[1]), static_cast<A*>(call_.sent[2]),
                         static_cast<A*>(call_.sent[3]), static_cast<A*>(call_.sent[4])};
@@ -210,7 +220,6 @@ class Backward {
       for (A* const array : sent) array[row.number] = 0;
       return;
     }
-    seen.move_to(row.batch, row.head, row.query);
     const A* query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
     for (int64_t d = 0; d < head_dim(); ++d) space.query[d] = query[d] * A(call_.scale);
     A product_sum = 0, value_sum = 0, both_sum = 0;
@@ -221,13 +230,12 @@ class Backward {
       value_sum += space.value_products[j];
       both_sum += space.products[j] * space.value_products[j];
     }
-    const A count = A(seen.count() - row.count);
+    const A count = A(seen.count - row.count);
     const A scale = static_cast<const A*>(call_.rest.mass_scale)[row.head], lift = A(call_.rest.lift);
-    const A mean_product = (dot(space.query, seen.keys(), head_dim()) - product_sum) / count;
-    const A rest_value_sum = dot(grad_output, seen.values(), value_dim()) - value_sum;
+    const A mean_product = (dot(space.query, seen.keys, head_dim()) - product_sum) / count;
+    const A rest_value_sum = dot(grad_output, seen.values, value_dim()) - value_sum;
     const A mean_value = rest_value_sum / count;
-    seen.score_value(space.query, space.row);
-    const A rest_both = dot(grad_output, space.row, value_dim()) - both_sum;
+    const A rest_both = dot(space.query, seen.result, head_dim()) - both_sum;
     const A grad_rest = ((1 - mean_product) * rest_value_sum + rest_both) / count;
     mean += scale * mass * grad_rest;
     share = scale * mass / count;

@@ -67,10 +67,8 @@ class Forward {
       spare_rows_ = arena.take<A>(kLanes<A> * s_.head_dim);
       if (call.rest.active) {
         products_ = arena.take<A>(slots_);
-        scaled_query_ = arena.take<A>(s_.head_dim);
         spare_key_ = arena.take<A>(s_.head_dim);
-        score_value_ = arena.take<A>(s_.value_dim);
-        seen_.take(arena);
+        seen_.take(arena, max_rows);
       }
       panels_ = arena.take<int32_t>(all_panels);
       sampled_ = arena.take<int32_t>(all_panels);
@@ -85,6 +83,7 @@ class Forward {
     const int64_t num_sampled = choose_sample(num_panels);
     visit_sample(num_sampled);
     visit(num_panels - num_sampled);
+    if (call_.rest.active) prepare_rest();
     bool again = false;
     for (int64_t r = 0; r < block_.num_rows; ++r) {
       Row& row = rows_[r];
@@ -338,7 +337,7 @@ class Forward {
     }
     const A sum = sum_of_lanes<A>(total);
     RestEntry rest = {};
-    if (call_.rest.active) rest = weigh_rest(row, high, sum);
+    if (call_.rest.active) rest = weigh_rest(r, high, sum);
     const A inverse = A(1) / (sum + rest.weight);
     for (int64_t i = 0; i < padded; i += kLanes<A>) store<A>(weights_ + i, load(weights_ + i) * inverse);
 
@@ -361,19 +360,33 @@ class Forward {
     }
     const A share = rest.weight * inverse / A(larger<int64_t>(rest.count, 1));
     if (rest.count > 0)
-      for (int64_t i = 0; i < count; ++i) weights_[i] -= share * (1 + products_[i] - rest.mean_product);
+      for (int64_t i = 0; i < count; ++i) weights_[i] -= share * (1 + kept_products_[i] - rest.mean_product);
     const T* values = static_cast<const T*>(call_.value.data) + block_.batch * call_.value.stride[0] +
                       block_.key_head * call_.value.stride[1];
     weighted_sum_of_rows<T, A>(values, call_.value.stride[2], found.indices, weights_, count, s_.value_dim, sums_,
                                spare_row_);
     if (rest.count > 0) {
-      seen_.score_value(scaled_query_, score_value_);
-      add_multiple<A>(share * (1 - rest.mean_product), seen_.values(), sums_, s_.value_dim);
-      add_multiple<A>(share, score_value_, sums_, s_.value_dim);
+      add_multiple<A>(share * (1 - rest.mean_product), seen_.seen(r).values, sums_, s_.value_dim);
+      add_multiple<A>(share, seen_.seen(r).result, sums_, s_.value_dim);
     }
     T* output = static_cast<T*>(call_.output) + block_.batch * call_.output_stride[0] +
                 row.head * call_.output_stride[1] + row.query * call_.output_stride[2];
     for (int64_t e = 0; e < s_.value_dim; ++e) output[e] = narrow_to<T>(sums_[e]);
+  }
+
+  // The sums over all keys that each row of the block sees.
+  void prepare_rest() {
+    for (int64_t r = 0; r < block_.num_rows; ++r) {
+      const T* query = static_cast<const T*>(call_.query.data) + block_.batch * call_.query.stride[0] +
+                       rows_[r].head * call_.query.stride[1] + rows_[r].query * call_.query.stride[2];
+      A* const to = seen_.row(r);
+      const A* const from = widened<T, A>(query, s_.head_dim, to);
+      for (int64_t d = 0; d < s_.head_dim; ++d) to[d] = from[d] * A(call_.scale);
+    }
+    for (int64_t first = 0, last; first < block_.num_rows; first = last) {
+      last = smaller(block_.num_rows, first + s_.num_queries - rows_[first].query);
+      seen_.prepare(first, block_.batch, rows_[first].head, rows_[first].query, last - first);
+    }
   }
 
   // What the rest of a row brings into its softmax.
@@ -383,37 +396,34 @@ class Forward {
     int64_t count;   // 0: the row has none
   };
 
-  // Needs the kept candidates; `sum` is that of exp(score - highest). Fills products_ with their query . key.
-  RestEntry weigh_rest(const Row& row, A highest, A sum) {
+  // Needs the kept candidates; `sum` is that of exp(score - highest). Sets kept_products_ to their query . key.
+  RestEntry weigh_rest(int64_t r, A highest, A sum) {
+    const Row& row = rows_[r];
+    const auto& seen = seen_.seen(r);
     const int64_t number = (block_.batch * s_.num_heads + row.head) * s_.num_queries + row.query, kept = row.found.count;
     const A* scores = row.found.scores;
-    seen_.move_to(block_.batch, row.head, row.query);
     int64_t cut = 0;
-    A score_sum = 0, product_sum = 0;
-    for (int64_t i = 0; i < kept; ++i) {
-      score_sum += scores[i];
-      cut = scores[i] <= scores[cut] ? i : cut;
-    }
-    const int64_t count = seen_.count() - kept;
+    const A score_sum = kept > 0 ? sum_of_scores(scores, kept, cut) : A(0);
+    const int64_t count = seen.count - kept;
     A mass = 0, mean_product = 0;
     if (count > 0 && kept > 0) {
-      const T* query = static_cast<const T*>(call_.query.data) + block_.batch * call_.query.stride[0] +
-                       row.head * call_.query.stride[1] + row.query * call_.query.stride[2];
-      const A* widened_query = widened<T, A>(query, s_.head_dim, scaled_query_);
-      for (int64_t d = 0; d < s_.head_dim; ++d) scaled_query_[d] = widened_query[d] * A(call_.scale);
+      const A* query = seen_.row(r);
       const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
                       block_.key_head * call_.key.stride[1];
-      for (int64_t i = 0; i < kept; ++i) {
-        products_[i] = scores[i];
-        if (seen_.adds_to_scores()) {  // the scores are not the products alone
+      A product_sum = score_sum;
+      kept_products_ = scores;
+      if (seen_.adds_to_scores()) {  // the scores are not the products alone
+        product_sum = 0;
+        for (int64_t i = 0; i < kept; ++i) {
           const A* key = widened<T, A>(keys + row.found.indices[i] * call_.key.stride[2], s_.head_dim, spare_key_);
-          products_[i] = dot(scaled_query_, key, s_.head_dim);
+          products_[i] = dot(query, key, s_.head_dim);
+          product_sum += products_[i];
         }
-        product_sum += products_[i];
+        kept_products_ = products_;
       }
-      const A total = dot(scaled_query_, seen_.keys(), s_.head_dim);
+      const A total = dot(query, seen.keys, s_.head_dim);
       mean_product = (total - product_sum) / A(count);
-      const A mean = (total + seen_.score_sum() - score_sum) / A(count), lift = A(call_.rest.lift);
+      const A mean = (total + seen.score_sum - score_sum) / A(count), lift = A(call_.rest.lift);
       mass = A(count) * exponential_of((1 - lift) * mean + lift * scores[cut] - highest);
     }
     const A weight = static_cast<const A*>(call_.rest.mass_scale)[row.head] * mass;
@@ -428,8 +438,9 @@ class Forward {
 
   const AttentionForward& call_;
   const Sizes s_;
-  SeenSums<T, A> seen_;
-  A *products_ = nullptr, *scaled_query_ = nullptr, *spare_key_ = nullptr, *score_value_ = nullptr;
+  SeenSums<T, A, false> seen_;
+  const A* kept_products_ = nullptr;
+  A *products_ = nullptr, *spare_key_ = nullptr;
   int64_t largest_k_ = 1, capacity_ = 0, slots_ = 0, key_panels_ = 0;
   Arena arena_;
   A *query_, *keys_, *scores_, *additive_, *thresholds_, *candidate_scores_, *spare_scores_, *weights_, *sums_;

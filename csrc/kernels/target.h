@@ -47,6 +47,9 @@ bool backward_of(const AttentionBackward& call, const Parallel& parallel) {
 
 bool backward(const AttentionBackward& call, const Parallel& parallel) { FOR_DTYPE(backward_of) }
 
+bool sum_keys(const SumKeys& call, const Parallel& parallel) { FOR_DTYPE(run_sum_keys) }
+bool send_rest(const SendRest& call, const Parallel& parallel) { FOR_DTYPE(run_send_rest) }
+
 bool choose_neurons(const ChooseNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_choose_neurons) }
 bool sum_neurons(const SumNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_sum_neurons) }
 bool dot_neurons(const DotNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_dot_neurons) }
@@ -55,7 +58,7 @@ bool sum_tokens(const SumTokens& call, const Parallel& parallel) { FOR_DTYPE(run
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {TOPK_TARGET_NAME, {forward, backward}, {choose_neurons, sum_neurons, dot_neurons, sum_tokens}};
+const Kernels kernels = {TOPK_TARGET_NAME, {forward, backward, sum_keys, send_rest}, {choose_neurons, sum_neurons, dot_neurons, sum_tokens}};
 
 }  // namespace TOPK_TARGET
 }  // namespace topk

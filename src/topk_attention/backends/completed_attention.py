@@ -6,7 +6,7 @@ each row sends to all of them: `visible_keys`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from . import chunked, cpu
 from .autocast import without_autocast
 from .calls import AttentionCall, KeySums, accumulation_dtype, empty_output
 from .operators import Gradients, needs_gradient, require_selection
-from .visible_keys import VisibleKeys
+from .visible_keys import INTERVAL, VisibleKeys
 
 _BACKENDS = {"chunked": chunked, "cpu": cpu}
 
@@ -29,16 +29,61 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     if value.shape[3] == 0:  # the selection is wanted all the same
         value = torch.nn.functional.pad(value, (0, 1))
     sums = call.sums if call.sums is not None else (None, None, None)
-    output, indices, weights, *_ = completed_attention_op(
+    save_selection = call.return_selection or needs_gradient(*call.differentiable())
+    run = completed_attention_op if save_selection or torch.compiler.is_compiling() else _forward
+    output, indices, weights, *_ = run(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale),
         *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),
-        *(call.query_chunk_size, backend, call.return_selection or needs_gradient(*call.differentiable())),
+        *(call.query_chunk_size, backend, save_selection),
     )
     output = output[..., : call.value.shape[3]]
     if not call.return_selection:
         return output, None, None
     padded = _BACKENDS[backend].padded_entries
     return output, padded(indices, call, call.head_k, -1), padded(weights, call, call.head_k, 0)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    mass_scale: Tensor,
+    seed: Tensor | None,
+    key_sum: Tensor | None,
+    value_sum: Tensor | None,
+    product_sum: Tensor | None,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    rest_lift: float,
+    query_chunk_size: int | None,
+    backend: str,
+    save_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator returns. Without a gradient it is called as it is: an operator in Python takes 0.1 ms."""
+    if query.numel() == 0:
+        return (
+            empty_output(query, value),
+            torch.empty(0, dtype=torch.int32, device=query.device),
+            query.new_empty(0, dtype=accumulation_dtype(query.dtype)),
+            query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
+            query.new_empty(query.shape[:3], dtype=torch.int32),
+        )
+    visible = VisibleKeys(
+        query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
+    )
+    totals = _key_sums(key_sum, value_sum, product_sum)
+    rest = visible.sums(mass_scale, totals)
+    if relative_bias is not None:
+        relative_bias = relative_bias.to(visible.dtype)
+    return _BACKENDS[backend].completed_forward(
+        *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p),
+        *(query_chunk_size, save_selection, rest),
+    )
 
 
 @torch.library.custom_op("topk_attention::completed_attention", mutates_args=())
@@ -69,22 +114,9 @@ def completed_attention_op(
 
     The selection, indices int32 and weights, is empty unless it is asked for.
     """
-    if query.numel() == 0:
-        return (
-            empty_output(query, value),
-            torch.empty(0, dtype=torch.int32, device=query.device),
-            query.new_empty(0, dtype=accumulation_dtype(query.dtype)),
-            query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
-            query.new_empty(query.shape[:3], dtype=torch.int32),
-        )
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
-    totals = _key_sums(key_sum, value_sum, product_sum)
-    rest = visible.sums(mass_scale, totals)
-    if relative_bias is not None:
-        relative_bias = relative_bias.to(visible.dtype)
-    return _BACKENDS[backend].completed_forward(
-        *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p),
-        *(query_chunk_size, save_selection, rest),
+    return _forward(
+        *(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, key_sum, value_sum, product_sum, head_k),
+        *(is_causal, scale, dropout_p, rest_lift, query_chunk_size, backend, save_selection),
     )
 
 
@@ -143,7 +175,9 @@ def completed_attention_backward_op(
         empty = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
         query, key, value, bias, relative_bias = (x.zero_() for x in empty)
         return query, key, value, bias, relative_bias, torch.zeros_like(mass_scale)
-    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
+    visible = VisibleKeys(
+        query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
+    )
     totals = _key_sums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals, grad_output)
     gradients, of_rest = _BACKENDS[backend].completed_backward(
@@ -151,7 +185,10 @@ def completed_attention_backward_op(
         *(wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, rest),
     )
     of_tables = (gradients.key if key_wanted else None, gradients.value if value_wanted else None)
-    if key_wanted or value_wanted:
+    if backend == "cpu" and visible.grow_from_row_to_row:
+        mask = None if attn_mask is None else attn_mask[:, 0, 0]
+        cpu.send_rest(query, grad_output, rest.key, rest.value, of_rest, scale, mask, INTERVAL, *of_tables)
+    elif key_wanted or value_wanted:
         visible.add_gradients(of_rest, grad_output, *of_tables)
     visible.add_bias_gradients(of_rest.bias, gradients.bias, gradients.relative_bias)
     grad_mass_scale = of_rest.mass_scale.sum((0, 2), dtype=torch.float64).to(mass_scale.dtype)
@@ -184,6 +221,10 @@ def _empty_gradients(
     shapes = [x.shape if is_wanted else (0,) for x, is_wanted in zip((query, key, value), wanted, strict=True)]
     of_inputs = [x.new_empty(shape) for x, shape in zip((query, key, value), shapes, strict=True)]
     return [*of_inputs, *(query.new_empty(shape or (0,), dtype=dtype) for shape in (bias_shape, relative_bias_shape))]
+
+
+def _faster_sums(backend: str) -> Callable[[Tensor, Tensor, int], KeySums] | None:
+    return cpu.sum_intervals if backend == "cpu" else None
 
 
 def _key_sums(keys: Tensor | None, values: Tensor | None, products: Tensor | None) -> KeySums | None:

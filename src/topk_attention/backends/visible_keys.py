@@ -6,7 +6,7 @@ keys, running sums do; any other mask or bias takes products of tiles of queries
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from .calls import KeySums, RestGradients, RestInputs, accumulation_dtype
 
 # Keys between two running sums. A sum of products has D * E numbers, the keys and values between two 512 * (D + E).
 INTERVAL = 512
+# Keys that are worked on together on the way back: products within a block grow with it, sums between blocks shrink.
+_BLOCK = 64
 # Bytes of a tile [queries, M].
 _TILE_BYTES = 4 * 2**20
 
@@ -33,6 +35,8 @@ class VisibleKeys(NamedTuple):
     is_causal: bool
     scale: float
     lift: float
+    # (key, value, interval) -> sums over intervals of keys; a backend may have a faster one
+    sum_intervals: Callable[[Tensor, Tensor, int], KeySums] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +102,7 @@ class VisibleKeys(NamedTuple):
             seen = F.pad(mask.cumsum(2, dtype=torch.int32), (1, 0))
             counts = seen[:, :, self._last_keys()]
         if self._hides_the_future:
-            sums, interval = _running_sums(key, value, self.dtype), INTERVAL
+            sums, interval = _running_sums((self.sum_intervals or _sum_intervals)(key, value, INTERVAL)), INTERVAL
         else:
             if totals is None:
                 totals = sum_over_keys(key, value)
@@ -198,6 +202,12 @@ class VisibleKeys(NamedTuple):
 
     # --- backward: what each query sends to all keys that it sees ---
 
+    @property
+    def grow_from_row_to_row(self) -> bool:
+        """Whether a query sees the keys that the one before sees and one more, on every head alike."""
+        mask = self.attn_mask
+        return self._hides_the_future and not self._depends_on_the_query() and (mask is None or mask.shape[1] == 1)
+
     def add_gradients(
         self, sent: RestGradients, grad_output: Tensor, grad_key: Tensor | None, grad_value: Tensor | None
     ) -> None:
@@ -225,32 +235,30 @@ class VisibleKeys(NamedTuple):
         return to_key + value @ products.mT, to_value + key @ products
 
     def _send_backwards(self, sent: _Sent, key: Tensor, value: Tensor, b: int, head: int) -> tuple[Tensor, Tensor]:
-        """The same under causality. From the last keys to the first ever more queries see all of a block of keys."""
-        grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-        num_queries, lead = self.num_queries, self.num_keys - self.num_queries
-        keys_total = key.new_zeros(key.shape[1], dtype=torch.float64)
-        values_total = value.new_zeros(value.shape[1], dtype=torch.float64)
-        products = key.new_zeros(key.shape[1], value.shape[1], dtype=torch.float64)
-        seen_from = num_queries  # from this query on, all queries are in the totals
-        for start in reversed(range(0, self.num_keys, INTERVAL)):
-            block = slice(start, min(start + INTERVAL, self.num_keys))
-            first, all_from = (min(max(key_index - lead, 0), num_queries) for key_index in (start, block.stop - 1))
-            new, some = slice(all_from, seen_from), slice(first, all_from)
-            seen_from = all_from
-            keys_total += sent.to_key[new].sum(0)
-            values_total += sent.to_value[new].sum(0)
-            to_key, to_value = keys_total.to(key.dtype), values_total.to(key.dtype)
-            queries = torch.arange(first, all_from, device=key.device)
-            sees = queries + lead >= torch.arange(block.start, block.stop, device=key.device).unsqueeze(1)
-            among = sees.to(key.dtype)
-            to_key, to_value = to_key + among @ sent.to_key[some], to_value + among @ sent.to_value[some]
-            query, grad = sent.query, sent.grad_output
-            products += query[new].mT @ grad[new]
-            total = products.to(key.dtype)
-            to_key = to_key + value[block] @ total.mT + (value[block] @ grad[some].mT * among) @ query[some]
-            to_value = to_value + key[block] @ total + (key[block] @ query[some].mT * among) @ grad[some]
-            grad_key[block], grad_value[block] = to_key, to_value
-        return grad_key, grad_value
+        """The same under causality: from the last block of keys to the first, ever more queries see the whole block."""
+        to_key, to_value, query, grad = (self._by_block(self._at_last_key(x)) for x in sent)
+        key, value = self._by_block(key), self._by_block(value)
+        # Within a block a key is seen by the queries from its own on.
+        sees = torch.ones(_BLOCK, _BLOCK, dtype=key.dtype, device=key.device).triu()
+        grad_key = sees @ to_key + _sums_of_later(to_key.sum(1, keepdim=True))
+        grad_value = sees @ to_value + _sums_of_later(to_value.sum(1, keepdim=True))
+        products = _sums_of_later(query.mT @ grad)
+        grad_key += value @ products.mT
+        grad_value += key @ products
+        grad_key.baddbmm_((value @ grad.mT).mul_(sees), query)
+        grad_value.baddbmm_((key @ query.mT).mul_(sees), grad)
+        return grad_key.flatten(0, 1)[: self.num_keys], grad_value.flatten(0, 1)[: self.num_keys]
+
+    def _at_last_key(self, rows: Tensor) -> Tensor:
+        """The rows [N, X] of queries at the places [M, X] of the last keys that they see."""
+        lead = self.num_keys - self.num_queries
+        return F.pad(rows, (0, 0, lead, 0)) if lead > 0 else rows[-lead:]
+
+    @staticmethod
+    def _by_block(rows: Tensor) -> Tensor:
+        """[M, X] as [blocks, _BLOCK, X]"""
+        missing = -rows.shape[0] % _BLOCK
+        return (F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows).unflatten(0, (-1, _BLOCK))
 
     def _send_by_tile(self, sent: _Sent, key: Tensor, value: Tensor, b: int, head: int) -> tuple[Tensor, Tensor]:
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
@@ -329,24 +337,33 @@ def sum_over_keys(key: Tensor, value: Tensor) -> KeySums:
     return KeySums(key.sum(-2, dtype=dtype), value.sum(-2, dtype=dtype), products)
 
 
-def _running_sums(key: Tensor, value: Tensor, dtype: torch.dtype) -> KeySums:
-    """Sums of the first c * INTERVAL keys of [B, G, M, X], [B, G, C, ...] with C = M // INTERVAL + 1.
-
-    The sums of the intervals are added up in float64, so that a million keys are as exact as 512.
-    """
-    batch, groups, num_keys, _ = key.shape
-    whole = num_keys // INTERVAL
-
-    def running(per_interval: Tensor) -> Tensor:
-        sums = per_interval.new_zeros(batch, groups, whole + 1, *per_interval.shape[3:])
-        sums[:, :, 1:] = per_interval.cumsum(2, dtype=torch.float64)
-        return sums
-
-    keys, values = (x[:, :, : whole * INTERVAL].unflatten(2, (whole, INTERVAL)) for x in (key, value))
-    products = key.new_empty(batch, groups, whole, key.shape[3], value.shape[3], dtype=dtype)
-    for c in range(whole):
+def _sum_intervals(key: Tensor, value: Tensor, interval: int) -> KeySums:
+    """Sums over whole intervals of [B, G, M, X], each [B, G, M // interval, ...], in the accumulation dtype."""
+    dtype, whole = accumulation_dtype(key.dtype), key.shape[2] // interval
+    keys, values = (x[:, :, : whole * interval].unflatten(2, (whole, interval)) for x in (key, value))
+    products = key.new_empty(*key.shape[:2], whole, key.shape[3], value.shape[3], dtype=dtype)
+    for c in range(whole):  # no copy of all keys in the accumulation dtype
         products[:, :, c] = keys[:, :, c].to(dtype).mT @ values[:, :, c].to(dtype)
-    return KeySums(running(keys.sum(3, dtype=dtype)), running(values.sum(3, dtype=dtype)), running(products))
+    return KeySums(keys.sum(3, dtype=dtype), values.sum(3, dtype=dtype), products)
+
+
+def _running_sums(per_interval: KeySums) -> KeySums:
+    """Sums over all intervals before each one, [B, G, C + 1, ...] of [B, G, C, ...].
+
+    They are added up in float64, so that a million keys are as exact as those of one interval.
+    """
+    running = []
+    for part in per_interval:
+        sums = part.new_zeros(*part.shape[:2], part.shape[2] + 1, *part.shape[3:])
+        sums[:, :, 1:] = part.cumsum(2, dtype=torch.float64)
+        running.append(sums)
+    return KeySums(*running)
+
+
+def _sums_of_later(per_block: Tensor) -> Tensor:
+    """For each block the sum of all later ones, added up in float64."""
+    sums = per_block.flip(0).cumsum(0, dtype=torch.float64).flip(0)
+    return F.pad(sums[1:], (0, 0, 0, 0, 0, 1)).to(per_block.dtype)
 
 
 def _finite(table: Tensor) -> tuple[Tensor, Tensor | None]:

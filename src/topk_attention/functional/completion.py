@@ -95,6 +95,8 @@ class Completion:
         """The scales [H] in the accumulation dtype of a call with this query."""
         dtype = accumulation_dtype(query.dtype)
         scale = self.mass_scale
+        if isinstance(scale, int | float):
+            return torch.full((num_heads,), scale, dtype=dtype, device=query.device)
         if isinstance(scale, Tensor):
             if scale.device != query.device:
                 raise ValueError(f"mass_scale must be on {query.device} like query, got {scale.device}")

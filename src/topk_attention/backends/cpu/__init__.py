@@ -5,7 +5,22 @@ from .library import cpu_target, cpu_targets, forced_cpu_target, problem
 __all__ = ["cpu_target", "cpu_targets", "forced_cpu_target", "problem"]
 
 if problem() is None:
-    from .attention import attention, completed_backward, completed_forward, padded_entries
+    from .attention import (
+        attention,
+        completed_backward,
+        completed_forward,
+        padded_entries,
+        send_rest,
+        sum_intervals,
+    )
     from .feed_forward import feed_forward
 
-    __all__ += ["attention", "completed_backward", "completed_forward", "feed_forward", "padded_entries"]
+    __all__ += [
+        "attention",
+        "completed_backward",
+        "completed_forward",
+        "feed_forward",
+        "padded_entries",
+        "send_rest",
+        "sum_intervals",
+    ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, RestGradients, RestInputs, accumulation_dtype, empty_output
+from ..calls import AttentionCall, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
 from ..operators import AttentionGradients, differentiate_topk_attention, run_topk_attention, save_topk_attention
 
 _FORWARD = "topk_attention::cpu_attention_forward"
@@ -85,12 +85,40 @@ def completed_backward(
     rest: RestInputs,
 ) -> tuple[AttentionGradients, RestGradients]:
     """The gradients over the kept keys, and what the rest's need; the gradient of query is complete."""
+    if rest.products is not None:  # the kernel multiplies them from the side of the values
+        rest = rest._replace(products=rest.products.mT)
     gradients = torch.ops.topk_attention.cpu_completed_attention_backward(
         *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
         *(*wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts),
         *rest,
     )
     return AttentionGradients(*gradients[:5]), RestGradients(*gradients[5:])
+
+
+def sum_intervals(key: Tensor, value: Tensor, interval: int) -> KeySums:
+    """Sums over whole intervals of [B, G, M, X], each [B, G, M // interval, ...], in the accumulation dtype."""
+    return KeySums(*torch.ops.topk_attention.cpu_sum_keys(key, value, interval))
+
+
+def send_rest(
+    query: Tensor,
+    grad_output: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sent: RestGradients,
+    scale: float,
+    mask: Tensor | None,
+    interval: int,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None:
+    """Add to the gradients of keys and values what the rest sends to all keys that a query sees, under causality.
+
+    mask  [B|1, M] bool, True = visible
+    """
+    torch.ops.topk_attention.cpu_send_rest(
+        query, grad_output, key, value, *sent[:3], scale, mask, interval, grad_key, grad_value
+    )
 
 
 @torch.library.register_fake(_FORWARD)

@@ -341,6 +341,8 @@ def test_a_completion_comes_with_the_k_and_convert_applies_both(make_model, comp
         assert entry.k == calibration[entry.path]
         assert entry.completion.mass_scale == calibration.completion[entry.path].mass_scale
         assert entry.completion.lift == calibration.completion[entry.path].lift
+    if completion != "fit":
+        assert f"completed ({completion})" in str(report)  # the scale of all heads, said once
     completed = model(batches[0])[0]
     convert(model, attention_k=dict(calibration))
     assert not torch.allclose(model(batches[0])[0], completed, atol=1e-3)

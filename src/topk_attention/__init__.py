@@ -1,7 +1,7 @@
 """Transformers that use only the k best keys per query and the k best feed-forward neurons per token."""
 
 from ._version import __version__
-from .calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
+from .calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate, fit_completion
 from .convert import ConversionReport, convert, is_cross_attention, is_self_attention, unconvert
 from .convert.registration import register_when_transformers_is_imported
 from .functional import (
@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "convert",
+    "fit_completion",
     "is_cross_attention",
     "is_self_attention",
     "topk_attention",

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from convert_models import FAMILIES, HEADS, LAYERS, NEURONS, inputs_of, tiny_bert, tiny_llama, tiny_mistral
-from topk_attention import Calibration, LossIncrease, LostMass, MeanK, calibrate, convert, unconvert
+from topk_attention import (
+    Calibration,
+    Completion,
+    LossIncrease,
+    LostMass,
+    MeanK,
+    calibrate,
+    convert,
+    fit_completion,
+    unconvert,
+)
 from topk_attention.calibrate.statistics import Collector
 
 LENGTH = 24
@@ -315,6 +325,152 @@ def test_a_saved_calibration_loads_as_it_was(tmp_path, batches):
             torch.testing.assert_close(stored[path].loss_error, curves[path].loss_error, rtol=1e-3, atol=0)
             torch.testing.assert_close(stored[path].loss_change, curves[path].loss_change, rtol=1e-3, atol=0)
     assert loaded.reallocated(LostMass(0.1)) == calibration.reallocated(LostMass(0.1))
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("completion", ["fit", Completion(), Completion(2.0, lift=0.1)])
+def test_a_completion_comes_with_the_k_and_convert_applies_both(make_model, completion, batches):
+    model = make_model()
+    before = state(model)
+    calibration = calibrate(model, batches, target=MeanK(8), completion=completion)
+    assert state(model) == before
+    assert list(calibration.completion) == list(calibration)
+    assert all(len(one.mass_scale) == HEADS for one in calibration.completion.values())
+    report = convert(model, attention_k=calibration)
+    for entry in report.replaced:
+        assert entry.k == calibration[entry.path]
+        assert entry.completion.mass_scale == calibration.completion[entry.path].mass_scale
+        assert entry.completion.lift == calibration.completion[entry.path].lift
+    if completion != "fit":
+        assert f"completed ({completion})" in str(report)  # the scale of all heads, said once
+    completed = model(batches[0])[0]
+    convert(model, attention_k=dict(calibration))
+    assert not torch.allclose(model(batches[0])[0], completed, atol=1e-3)
+    if completion != "fit":
+        convert(model, attention_k=dict(calibration), completion=completion)
+        torch.testing.assert_close(model(batches[0])[0], completed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_calibrated_with_completion(name):
+    family = FAMILIES[name]
+    model, batch = family.build(), inputs_of(family, torch.float32)
+    before = state(model)
+    calibration = calibrate(model, [batch], target=MeanK(4), completion="fit")
+    assert state(model) == before
+    assert len(calibration.completion) == family.num_attention
+    assert not convert(model, attention_k=calibration).skipped
+
+
+def test_curves_with_completion_are_of_any_order_of_batches(batches):
+    model = tiny_llama()
+    short, long = batches[0][:, :9], batches[1]
+    one = calibrate(model, [short, long], target=MeanK(12), completion="fit")
+    other = calibrate(model, [long[:1], short, long[1:]], target=MeanK(12), completion="fit")
+    assert one == other
+    assert {path: c.mass_scale for path, c in one.completion.items()} == {
+        path: c.mass_scale for path, c in other.completion.items()
+    }
+
+
+def test_a_fitted_scale_leaves_no_larger_error_than_0_or_1_on_the_text(batches):
+    model = tiny_llama(initializer_range=0.3)
+    fitted, one, alone = (
+        calibrate(model, batches, target=MeanK(8), completion=completion).curves
+        for completion in ("fit", Completion(), None)
+    )
+    for path, curves in fitted.items():
+        assert (curves.loss_error <= one[path].loss_error * (1 + 1e-6)).all()
+        assert (curves.loss_error <= alone[path].loss_error * (1 + 1e-6)).all()
+        torch.testing.assert_close(curves.lost_mass, alone[path].lost_mass)
+
+
+def test_a_bound_on_lost_mass_takes_the_same_k_with_completion(batches):
+    model = tiny_llama()
+    plain, completed = (
+        calibrate(model, batches, target=LostMass(0.1), completion=completion) for completion in (None, "fit")
+    )
+    assert plain == completed
+    assert not plain.completion
+    assert completed.completion
+
+
+def test_scales_are_fitted_for_k_that_are_given(batches):
+    model = tiny_llama()
+    before = state(model)
+    fitted = fit_completion(model, batches, attention_k=4)
+    assert state(model) == before
+    assert dict(fitted) == dict.fromkeys(paths(model), (4,) * HEADS)
+    assert not convert(model, attention_k=fitted).skipped
+    unconvert(model)
+    again = calibrate(model, batches, target=MeanK(8), completion="fit")
+    for path, curves in again.curves.items():
+        at = curves.ks.index(4)
+        assert list(fitted.completion[path].mass_scale) == curves.mass_scale[:, at].tolist()
+    assert fitted.reallocated(MeanK(8)) == again
+
+
+def test_scales_are_fitted_for_the_layers_that_have_a_k_alone(batches):
+    model = tiny_llama()
+    first, second = paths(model)
+    fitted = fit_completion(model, batches, attention_k={first: "all", second: [1, 2, 3, 4]})
+    assert dict(fitted) == {second: (1, 2, 3, 4)}
+    assert list(fitted.completion) == [second]
+
+
+def test_a_search_with_completion_needs_fewer_keys(trained):
+    texts = [repeated(torch.Generator().manual_seed(1))]
+    plain, completed = (
+        calibrate(trained, texts, target=LossIncrease(0.3), completion=completion) for completion in (None, "fit")
+    )
+    assert completed.completion
+    assert completed.mean_k <= plain.mean_k
+    full = loss_of(trained, texts)
+    convert(trained, attention_k=completed)
+    try:
+        assert loss_of(trained, texts) - full <= 0.3 + 1e-4
+    finally:
+        unconvert(trained)
+
+
+@pytest.mark.parametrize("completion", ["fit", Completion(2.0)])
+def test_a_saved_completion_loads_as_it_was(tmp_path, batches, completion):
+    calibration = calibrate(tiny_llama(), batches, target=MeanK(8), completion=completion)
+    calibration.save(tmp_path / "k.json")
+    loaded = Calibration.load(tmp_path / "k.json")
+    assert loaded == calibration
+    for path, one in calibration.completion.items():
+        assert loaded.completion[path].mass_scale == one.mass_scale
+        assert loaded.completion[path].lift == one.lift
+    other = loaded.reallocated(MeanK(4))
+    assert other == calibration.reallocated(MeanK(4))
+    for path, one in calibration.reallocated(MeanK(4)).completion.items():
+        assert other.completion[path].mass_scale == pytest.approx(one.mass_scale, rel=1e-3)
+
+
+def test_a_file_says_whether_it_needs_a_version_that_completes(tmp_path, batches):
+    """An earlier version would take the k and leave out what completes them."""
+    for completion, version in ((None, 2), ("fit", 3)):
+        calibrate(tiny_llama(), batches, target=MeanK(8), completion=completion).save(tmp_path / "k.json")
+        content = json.loads((tmp_path / "k.json").read_text())
+        assert content["version"] == version
+        assert ("completion" in content) == (completion is not None)
+
+
+@pytest.mark.parametrize("completion", ["best", 1.0, True])
+def test_a_completion_of_another_kind_is_named(batches, completion):
+    with pytest.raises(TypeError, match='completion must be "fit", a Completion or None, got '):
+        calibrate(tiny_llama(), batches, target=MeanK(8), completion=completion)
+
+
+def test_fitting_scales_where_every_key_is_kept_is_refused(batches):
+    with pytest.raises(ValueError, match="attention_k must leave keys out in a layer at least, got all keys"):
+        fit_completion(tiny_llama(), batches, attention_k="all")
+
+
+def test_a_calibration_without_curves_has_no_other_targets():
+    with pytest.raises(ValueError, match="this calibration has no curves"):
+        Calibration({"a": (1, 2)}).reallocated(MeanK(4))
 
 
 @pytest.mark.parametrize(

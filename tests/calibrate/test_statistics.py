@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from topk_attention import RelativeBias, topk_attention, topk_feed_forward
+from topk_attention import Completion, RelativeBias, topk_attention, topk_feed_forward
 from topk_attention.calibrate import statistics
-from topk_attention.calibrate.statistics import Collector, Curves, k_grid
+from topk_attention.calibrate.statistics import SCALES, Collector, Curves, CurvesByScale, Rows, k_grid
 from topk_attention.functional.observation import observed
 
 BATCH, HEADS, QUERIES, KEYS, SIZE = 2, 4, 7, 11, 5
@@ -151,6 +151,111 @@ def test_half_precision_is_measured_in_float32():
     curves, expected = measured(*rough), measured(*(tensor.double() for tensor in rough))
     torch.testing.assert_close(curves.lost_mass, expected.lost_mass, rtol=0, atol=1e-5)
     torch.testing.assert_close(curves.loss_error, expected.loss_error, rtol=1e-4, atol=1e-8)
+
+
+COMPLETIONS = {
+    "without a lift": Completion(1.0, lift=0.0),
+    "lifted": Completion(2.0, lift=0.35),
+    "a scale per head": Completion([0.0, 0.5, 1.0, 3.0]),
+}
+
+
+def completing(completion, *, fit=False):
+    return Collector(queries_per_head=1000, largest_k=1000, completion=completion, fit_scale=fit)
+
+
+def changes_by_doing_it(query, key, value, grad, completion, **options):
+    """The change of the loss at every k, [B, H, N, K]."""
+    full = topk_attention(query, key, value, k=key.shape[-2], backend="reference", **options)
+    changes = []
+    for k in range(1, key.shape[-2] + 1):
+        output = topk_attention(query, key, value, k=k, backend="reference", completion=completion, **options)
+        changes.append(((output - full) * grad).sum(-1))
+    return torch.stack(changes, -1)
+
+
+@pytest.mark.usefixtures("every_k")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_curves_are_what_completed_attention_loses_at_every_k(case, name):
+    options, completion = CASES[case](), COMPLETIONS[name]
+    call = inputs(key_heads=2 if case == "grouped keys" else HEADS)
+    curves = measured(*call, completing(completion), **options)
+    changes = changes_by_doing_it(*call, completion, **options)
+    error = changes.square().mean((0, 2))
+    torch.testing.assert_close(curves.loss_error, error, rtol=1e-9, atol=1e-12)
+    halves = torch.stack([half.mean((0, 2)) for half in changes.tensor_split(2, dim=2)])
+    torch.testing.assert_close(curves.loss_change, halves, rtol=1e-9, atol=1e-12)
+    plain = measured(*call, **options)
+    torch.testing.assert_close(curves.lost_mass, plain.lost_mass)
+    assert error[:, 0].min() > 1e-4
+
+
+@pytest.mark.usefixtures("every_k")
+@pytest.mark.parametrize("case", ["causal", "bool mask", "dense bias", "grouped keys"])
+def test_the_fitted_scale_is_the_best_of_all_that_are_tried(case):
+    options = CASES[case]()
+    call = inputs(key_heads=2 if case == "grouped keys" else HEADS)
+    curves = measured(*call, completing(Completion(), fit=True), **options)
+    errors = torch.stack(
+        [changes_by_doing_it(*call, Completion(scale), **options).square().mean((0, 2)) for scale in SCALES]
+    )
+    torch.testing.assert_close(curves.loss_error, errors.amin(0), rtol=1e-9, atol=1e-12)
+    for head in range(HEADS):
+        for at in range(KEYS - 1):
+            scale = curves.mass_scale[head, at].item()
+            assert errors[SCALES.index(scale), head, at] <= errors[:, head, at].min() * (1 + 1e-6)
+
+
+@pytest.mark.usefixtures("every_k")
+def test_a_fitted_head_never_does_worse_than_top_k_alone_or_a_scale_of_1():
+    call = inputs(num_queries=40, num_keys=40)
+    fitted, alone, one = (
+        measured(*call, completing(completion, fit=fit), is_causal=True).loss_error
+        for completion, fit in ((Completion(), True), (None, False), (Completion(1.0), False))
+    )
+    assert (fitted <= alone * (1 + 1e-9)).all()
+    assert (fitted <= one * (1 + 1e-9)).all()
+    assert (fitted < 0.9 * alone).any()
+
+
+@pytest.mark.usefixtures("every_k")
+def test_where_every_scale_is_as_good_it_is_1():
+    """At a k that keeps every key nothing is learnt about what more keys need."""
+    curves = measured(*inputs(), completing(Completion(), fit=True))
+    assert (curves.mass_scale[:, -1] == 1).all()
+
+
+@pytest.mark.usefixtures("every_k")
+@pytest.mark.parametrize("planted", [SCALES[5], 1.0, SCALES[-4]])
+def test_a_planted_scale_is_found(planted):
+    """Where the rest is exactly `planted` times as heavy as its mean score says."""
+    kept, rest = torch.randn(2, HEADS, 20, 1, dtype=torch.float64)
+    rows = Rows(torch.zeros_like(kept), kept, torch.zeros_like(kept), rest, torch.rand_like(kept))
+    rows = rows._replace(full=rows.loss_change(torch.full((HEADS,), planted)))
+    scales = torch.tensor(SCALES, dtype=torch.float64).unsqueeze(1).expand(-1, HEADS)
+    curves = CurvesByScale.empty(Completion(), scales, (1,))
+    curves.add(rows, signed=True)
+    assert (curves.best().mass_scale == planted).all()
+
+
+@pytest.mark.usefixtures("every_k")
+def test_half_precision_with_completion_is_measured_in_float32():
+    rough = tuple(tensor.bfloat16() for tensor in inputs(num_keys=400))
+    curves, expected = (
+        measured(*call, completing(Completion(1.0))) for call in (rough, tuple(tensor.double() for tensor in rough))
+    )
+    torch.testing.assert_close(curves.loss_error, expected.loss_error, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("every_k")
+def test_a_bias_with_a_hidden_part_leaves_only_visible_keys_in_the_rest():
+    call = inputs(num_queries=QUERIES, num_keys=KEYS)
+    bias = torch.randn(HEADS, QUERIES + KEYS - 1, dtype=torch.float64)
+    bias[:, :4] = -torch.inf
+    curves = measured(*call, completing(Completion(1.0)), bias=RelativeBias(bias))
+    changes = changes_by_doing_it(*call, Completion(1.0), bias=RelativeBias(bias))
+    torch.testing.assert_close(curves.loss_error, changes.square().mean((0, 2)), rtol=1e-9, atol=1e-12)
 
 
 NEURONS, TOKENS, OUTPUTS = 13, 9, 6

@@ -59,6 +59,15 @@ def test_neurons_are_chosen_too_where_asked(arguments, tmp_path):
     assert sum(neurons.values()) <= 2 * 12
 
 
+@pytest.mark.parametrize("completion", ["on", "fit"])
+def test_a_completion_is_in_the_file_and_in_the_words(arguments, tmp_path, completion):
+    result = runner.invoke(app, [*arguments, "--completion", completion])
+    assert result.exit_code == 0, result.output
+    calibration = Calibration.load(tmp_path / "new folder" / "k.json")
+    assert list(calibration.completion) == list(calibration)
+    assert "completed; mass scale per head from " in result.output
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -71,6 +80,7 @@ def test_neurons_are_chosen_too_where_asked(arguments, tmp_path):
         (["--mean-k", "0"], "mean_k must be at least 1, got 0"),
         (["--mean-k", "1000"], "mean-k must be at most 64, the tokens of a window, where it is full attention"),
         (["--feed-forward-mean-k", "0"], "mean_k must be at least 1, got 0"),
+        (["--completion", "yes"], 'completion must be "on" or "fit", got \'yes\''),
         (["--text", "/no/such/text.txt"], "text file not found: /no/such/text.txt"),
     ],
 )

@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -89,6 +90,30 @@ def test_calibrate_measures_in_a_fresh_process_what_convert_takes(arguments, tmp
         tmp_path / "k" / "tiny.json",
     ):
         assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("completion", ["on", "fit"])
+def test_every_point_but_full_attention_is_completed_where_asked(arguments, tmp_path, completion, monkeypatch):
+    requests = []
+
+    def keep(model, request):
+        requests.append(request)
+        convert_as_asked(model, request)
+
+    convert_as_asked = demo.convert_as_asked
+    monkeypatch.setattr(demo, "convert_as_asked", keep)
+    output = run(arguments, "--completion", completion)
+    record = record_of(tmp_path)
+    assert record["calibrated_on"]["completion"] == completion
+    assert [(r["kind"] == "full") != r.get("completed", False) for r in record["runs"]] == [True] * len(record["runs"])
+    assert re.search(r"calibrated, mean k = \d+\.?\d*, completed", output)
+    calibration = Calibration.load(tmp_path / "k" / "tiny.json")
+    assert list(calibration.completion) == list(calibration)
+    assert all((request["completion"] is None) == (request["k"] is None) for request in requests)
+    assert any(isinstance(request["k"], int) for request in requests)  # the uniform k too
+    monkeypatch.setattr(experiment, "run_in_fresh_process", None)
+    assert f"All {len(record['runs'])} runs are in " in run(arguments, "--completion", completion)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -92,6 +92,13 @@ def calibrate(
     feed_forward_mean_k: Annotated[
         float | None, typer.Option(help="Choose neurons too: neurons per token, mean over all layers.")
     ] = None,
+    completion: Annotated[
+        str | None,
+        typer.Option(
+            help='Complete attention at every k that is tried: "on", or "fit" to fit its scale for each head. Default: '
+            "without."
+        ),
+    ] = None,
     uniform: Annotated[
         str | None, typer.Option(help="k for every head to compare with, separated by commas. Default: the mean k.")
     ] = None,
@@ -144,6 +151,7 @@ def calibrate(
                 windows=windows,
                 target=targets[0] if targets else MeanK(64.0),
                 feed_forward_mean_k=feed_forward_mean_k,
+                completion=completion,
                 uniform=None if uniform is None else integers("uniform", uniform, may_be_empty=True),
                 mean_ks=None if also_mean_k is None else integers("also-mean-k", also_mean_k, may_be_empty=True),
                 evaluate_text=evaluate_text,

@@ -106,6 +106,8 @@ def _new_record(config: CalibrationConfig, source: ModelSource, text: Text, eval
         "feed_forward_mean_k": config.feed_forward_mean_k,
         "target": repr(config.target),
     }
+    if config.completion is not None:
+        calibrated_on["completion"] = config.completion
     evaluated_on = described(evaluate_text) | {
         "start": evaluation_start(config),
         "num_tokens": config.evaluate_tokens,
@@ -199,6 +201,7 @@ def _measure(
         "windows": windows.calibration,
         "target": target_json(config.target),
         "feed_forward_mean_k": config.feed_forward_mean_k,
+        "completion": config.completion,
         "threads": record["config"]["threads"],
         "seed": record["config"]["seed"],
         "out": str(config.out),
@@ -250,6 +253,7 @@ def _evaluate(
                 "model": vars(source),
                 "k": point.attention_k,
                 "feed_forward_k": point.feed_forward_k,
+                "completion": point.completion,
                 "windows": windows.evaluation,
                 "threads": record["config"]["threads"],
                 "seed": record["config"]["seed"],

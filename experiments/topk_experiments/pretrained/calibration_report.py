@@ -31,6 +31,8 @@ def run_name(run: Json) -> str:
         if mean is not None:
             word = f"mean {one}" if run["kind"] == "calibrated" else one
             names.append(f"{word} = {_number(mean)}{unit}")
+    if run.get("completed"):
+        names.append("completed")
     return ("calibrated, " if run["kind"] == "calibrated" else "") + ", ".join(names)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from topk_attention.backends import choose_backend
-from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK
+from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK, completion_by_name
+from topk_attention.convert.settings import completion_to_json
 from topk_attention.functional.checks import check_count
 
 from ..models.pretrained import ModelSource, is_encoder, load_config, longest_input
@@ -34,6 +35,7 @@ class CalibrationConfig:
     start             character of the text at which the first window begins
     num_tokens        tokens of a window; None: 2,048, or the longest input of the model if that is shorter
     windows           number of windows; None: 1, or 16 for an encoder
+    completion        "on" or "fit": with completed attention, its scale fitted or not, at every k that is tried
     uniform           k for every head to compare with; None: the mean k of the calibrated points
     mean_ks           mean k of calibrated points beside the target's; None: half and twice that
     evaluate_text     text to read with every k; None: the same text
@@ -53,6 +55,7 @@ class CalibrationConfig:
     windows: int | None = None
     target: Target = _DEFAULT_TARGET
     feed_forward_mean_k: float | None = None
+    completion: str | None = None
     uniform: Sequence[int] | None = None
     mean_ks: Sequence[int] | None = None
     evaluate_text: Path | None = None
@@ -85,6 +88,7 @@ class CalibrationConfig:
         if self.report == self.out:
             raise ValueError(f"report and out must be two files, got {self.out} for both")
         choose_backend(self.backend)
+        completion_by_name(self.completion)
 
     @property
     def record(self) -> Path:
@@ -93,26 +97,32 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to run the model: `convert(model, attention_k=..., feed_forward_k=...)`; None leaves a kind alone."""
+    """One way to run the model: `convert(model, attention_k=..., feed_forward_k=...)`; None leaves a kind alone.
+
+    completion  by layer path: the fields of its `Completion`; None for top-k attention alone
+    """
 
     kind: str  # "full", "uniform" or "calibrated"
     attention_k: int | dict[str, list[int]] | None = None
     feed_forward_k: int | dict[str, int] | None = None
+    completion: dict[str, Json] | None = None
 
     @property
     def key(self) -> str:
         """Equal for equal k: a run with this key need not be made again."""
-        ks = json.dumps([self.attention_k, self.feed_forward_k], sort_keys=True)
+        parts = [self.attention_k, self.feed_forward_k, *([] if self.completion is None else [self.completion])]
+        ks = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(ks.encode()).hexdigest()[:16]
 
     def describe(self) -> Json:
         """For the record."""
-        return {
+        described = {
             "key": self.key,
             "kind": self.kind,
             "mean_k": mean_of(self.attention_k),
             "feed_forward_mean_k": mean_of(self.feed_forward_k),
         }
+        return described if self.completion is None else described | {"completed": True}
 
 
 def points_of(calibration: Calibration, config: CalibrationConfig, say: Say) -> list[Point]:
@@ -127,7 +137,7 @@ def points_of(calibration: Calibration, config: CalibrationConfig, say: Say) -> 
     uniform = config.uniform if config.uniform is not None else sorted({*others, max(1, round(mean_k))})
     points = [Point("full"), _calibrated(calibration)]
     points += [_calibrated(calibration.reallocated(MeanK(k))) for k in others]
-    points += [Point("uniform", k) for k in uniform]
+    points += [Point("uniform", k, completion=_completion(calibration.with_one_k(k))) for k in uniform]
     if calibration.feed_forward:
         neurons = dict(calibration.feed_forward)
         mean_neurons = round(sum(neurons.values()) / len(neurons))
@@ -138,7 +148,13 @@ def points_of(calibration: Calibration, config: CalibrationConfig, say: Say) -> 
 
 
 def _calibrated(calibration: Calibration) -> Point:
-    return Point("calibrated", {path: list(ks) for path, ks in calibration.items()})
+    ks = {path: list(ks) for path, ks in calibration.items()}
+    return Point("calibrated", ks, completion=_completion(calibration))
+
+
+def _completion(calibration: Calibration) -> dict[str, Json] | None:
+    """That of each layer, None where there is none."""
+    return {path: completion_to_json(one) for path, one in calibration.completion.items()} or None
 
 
 def with_defaults(config: CalibrationConfig, source: ModelSource) -> CalibrationConfig:

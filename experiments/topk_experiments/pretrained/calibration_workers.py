@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate
-from topk_attention.convert import convert
+from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate, completion_by_name
 
 from ..models.pretrained import ModelSource, load_model
 from ..models.sentence_embedding import embedding_error, embedding_of, hidden_states
@@ -41,6 +40,7 @@ def measure_calibration(request: Json, send: Send) -> Json:
             [torch.tensor(windows[first : first + at_a_time]) for first in range(0, len(windows), at_a_time)],
             objective=(lambda output, batch: embedding_of(output)) if encoder else None,
             target=_target(request["target"]),
+            completion=completion_by_name(request.get("completion")),
             feed_forward_target=None if feed_forward_mean_k is None else MeanK(feed_forward_mean_k),
             progress=lambda what, done, total: send({"what": what, "done": done / total}),
         )
@@ -64,8 +64,7 @@ def measure_embeddings(request: Json, send: Send) -> Json:
     expected = hidden_states(
         model, windows, batch_size=_WINDOWS_AT_A_TIME, progress=lambda done, total: send({"done": done / total / 2})
     )
-    if request["k"] is not None or request["feed_forward_k"] is not None:
-        convert(model, attention_k=request["k"], feed_forward_k=request["feed_forward_k"], backend=request["backend"])
+    demo.convert_as_asked(model, request)
     with PeakMeter() as meter, Stopwatch() as stopwatch:
         ours = hidden_states(
             model,

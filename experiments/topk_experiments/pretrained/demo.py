@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from topk_attention import Completion
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert
 from topk_attention.environment import now
@@ -122,6 +123,16 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     return record
 
 
+def convert_as_asked(model: Any, request: Json) -> None:
+    """Convert a model for the request's k, feed_forward_k and completion; the last two may be missing."""
+    k, feed_forward_k, completion = (request.get(name) for name in ("k", "feed_forward_k", "completion"))
+    if k is None and feed_forward_k is None:
+        return
+    if completion is not None:
+        completion = {path: Completion(**fields) for path, fields in completion.items()}
+    convert(model, attention_k=k, feed_forward_k=feed_forward_k, completion=completion, backend=request["backend"])
+
+
 def measure_run(request: Json, send: Send) -> Json:
     """One run in a process of its own: load the model, convert it for a k, warm up, measure.
 
@@ -131,9 +142,7 @@ def measure_run(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     model = load_model(ModelSource(**request["model"]))
-    feed_forward_k = request.get("feed_forward_k")
-    if request["k"] is not None or feed_forward_k is not None:
-        convert(model, attention_k=request["k"], feed_forward_k=feed_forward_k, backend=request["backend"])
+    convert_as_asked(model, request)
     windows = [torch.tensor([window]) for window in request["windows"]]
     # The short prefix of this check is also the warm-up: it touches every weight and starts the threads.
     logits_in_chunks = hidden_states_give_logits(model, windows[0])

@@ -48,7 +48,9 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     rest_output = None
     if call.mass_scale is not None:
         visible = _visible(call, bias)
-        rest = visible & ~torch.zeros_like(visible).scatter(-1, chosen, kept)
+        # Empty slots go to one more column, or the last key would lose its mark to them.
+        is_kept = F.pad(torch.zeros_like(visible), (0, 1)).scatter(-1, torch.where(kept, chosen, num_keys), True)
+        rest = visible & ~is_kept[..., :num_keys]
         log_sum = scores.logsumexp(-1, keepdim=True)
         # The last one: of equal scores that of the key with the highest index.
         place = (kept.shape[-1] - 1 - scores.masked_fill(~kept, torch.inf).flip(-1).argmin(-1, keepdim=True)).clamp(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..functional.completion import Completion
 from .statistics import Curves
 
 Allocation = dict[str, tuple[int, ...]]
@@ -122,6 +123,12 @@ def within_lost_mass(curves: Mapping[str, Curves], bound: float) -> Allocation:
             enough = (lost <= bound).nonzero()
             chosen.append(c.ks[int(enough[0])] if len(enough) > 0 else c.ks[-1])
     return _by_path(curves, chosen)
+
+
+def completion_at(curves: Mapping[str, Curves], allocation: Allocation) -> dict[str, Completion]:
+    """The completion of each layer whose curves were measured with one: for each head the best scale at its k."""
+    found = {path: c.completion_at(allocation[path]) for path, c in curves.items()}
+    return {path: completion for path, completion in found.items() if completion is not None}
 
 
 def mean_of(allocation: Allocation) -> float:

@@ -8,19 +8,32 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.calls import AttentionCall, FeedForwardCall
-from ..convert import convert, unconvert
+from ..convert import ConversionReport, convert, unconvert
 from ..convert.by_name import is_in_force
+from ..convert.plan import AnyK
 from ..convert.search import attention_sites, feed_forward_sites
+from ..convert.settings import ALL
 from ..convert.wrappers import unwrapped
 from ..functional.checks import check_count
+from ..functional.completion import Completion
 from ..functional.observation import observed
-from .allocation import Allocation, LossIncrease, LostMass, MeanK, Target, mean_of, with_mean_k, within_lost_mass
+from .allocation import (
+    Allocation,
+    LossIncrease,
+    LostMass,
+    MeanK,
+    Target,
+    completion_at,
+    mean_of,
+    with_mean_k,
+    within_lost_mass,
+)
 from .statistics import Collector, Curves
 
 # progress(name of the current work, steps done, steps in all)
@@ -28,17 +41,21 @@ Progress = Callable[[str, int, int], None]
 Batch = Tensor | Mapping[str, Any]
 # objective(the model's output, the arguments it was called with)
 Objective = Callable[[Any, Mapping[str, Any]], Tensor]
+AnyCompletion = Completion | Literal["fit"] | None
 # Longer than any sequence: with this k attention is full attention.
 _FULL_K = 2**31 - 1
 _SEARCH_STEPS = 6
 # What a batch may hold, of which the first is measured by its length.
 _INPUTS = ("input_ids", "input_features", "pixel_values")
 _VERSION = 2
+# Of files that hold a completion: versions that know none must not take the k without it.
+_VERSION_WITH_COMPLETION = 3
 
 
 @dataclass(frozen=True, eq=False)  # equal as mappings are: with the same k for every head
 class Calibration(Mapping[str, tuple[int, ...]]):
-    """One k per head, by the path of its attention layer: `convert(model, attention_k=calibration)` takes it.
+    """One k per head, by the path of its attention layer: `convert(model, attention_k=calibration)` takes it, and the
+    completion with it.
 
     attention            path -> k per head
     feed_forward         path -> k, for `convert(model, feed_forward_k=calibration.feed_forward)`; empty without a
@@ -46,6 +63,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
     curves               path -> what was measured, see `Curves`
     feed_forward_curves  the same for feed-forward layers
     about                notes on the data and the target: any words and numbers; saved with it
+    completion           path -> `Completion`, its scale one number per head, to be used with these k; empty without one
     """
 
     attention: Allocation
@@ -53,6 +71,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
     curves: dict[str, Curves] = field(default_factory=dict)
     feed_forward_curves: dict[str, Curves] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    completion: dict[str, Completion] = field(default_factory=dict)
 
     def __getitem__(self, path: str) -> tuple[int, ...]:
         return self.attention[path]
@@ -69,17 +88,30 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         return mean_of(self.attention)
 
     def reallocated(self, target: Target) -> Calibration:
-        """The same measurements, with k chosen for another target.
+        """The same measurements, with k chosen for another target, and the scales of a completion for these k.
 
         Raises:
             TypeError: the target is of the wrong kind.
-            ValueError: the target is `LossIncrease`, whose search needs the model, or its number is out of range.
+            ValueError: the target is `LossIncrease`, whose search needs the model, its number is out of range, or there
+                are no curves.
         """
         if isinstance(target, LossIncrease):
             raise ValueError("LossIncrease is searched with the model: call calibrate(model, batches, target=...)")
         _check_target("target", target, (MeanK, LostMass))
+        if not self.curves:
+            raise ValueError(
+                "this calibration has no curves to choose k by: call calibrate(model, batches, target=...)"
+            )
         about = {name: value for name, value in self.about.items() if name != "search"} | {"target": repr(target)}
-        return replace(self, attention=_allocate(self.curves, target), about=about)
+        return replace(self, about=about)._with(_allocate(self.curves, target))
+
+    def with_one_k(self, k: int) -> Calibration:
+        """The same measurements, with one k for every head, and the scales of a completion for it."""
+        return self._with({path: (k,) * len(ks) for path, ks in self.attention.items()})
+
+    def _with(self, attention: Allocation) -> Calibration:
+        """With these k, and the scales that were the best ones for them."""
+        return replace(self, attention=attention, completion=completion_at(self.curves, attention))
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `Calibration.load` reads."""
@@ -88,24 +120,27 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             return {
                 layer: {
                     "k": list(c.ks),
-                    "lost_mass": [[float(f"{x:.4g}") for x in row] for row in c.lost_mass.tolist()],
-                    "loss_error": [[float(f"{x:.4g}") for x in row] for row in c.loss_error.tolist()],
-                    "loss_change": [
-                        [[float(f"{x:.4g}") for x in row] for row in half] for half in c.loss_change.tolist()
-                    ],
+                    "lost_mass": [_short(row) for row in c.lost_mass.tolist()],
+                    "loss_error": [_short(row) for row in c.loss_error.tolist()],
+                    "loss_change": [[_short(row) for row in half] for half in c.loss_change.tolist()],
                     "rows": c.num_rows,
                 }
+                | _of_completion(c)
                 for layer, c in curves.items()
             }
 
         content = {
-            "version": _VERSION,
+            "version": _VERSION_WITH_COMPLETION if self.completion else _VERSION,
             "about": self.about,
             "attention_k": {layer: list(ks) for layer, ks in self.attention.items()},
             "feed_forward_k": self.feed_forward,
             "attention_curves": of(self.curves),
             "feed_forward_curves": of(self.feed_forward_curves),
         }
+        if self.completion:
+            content["completion"] = {
+                layer: _completion_json(completion) for layer, completion in self.completion.items()
+            }
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -117,8 +152,8 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["version"] != _VERSION:
-                raise ValueError(f"version must be {_VERSION}, got {content['version']}")
+            if content["version"] not in (_VERSION, _VERSION_WITH_COMPLETION):
+                raise ValueError(f"version must be {_VERSION} or {_VERSION_WITH_COMPLETION}, got {content['version']}")
 
             def of(stored: dict[str, Any]) -> dict[str, Curves]:
                 return {
@@ -128,6 +163,8 @@ class Calibration(Mapping[str, tuple[int, ...]]):
                         torch.tensor(c["loss_error"], dtype=torch.float64),
                         torch.tensor(c["loss_change"], dtype=torch.float64),
                         c["rows"],
+                        torch.tensor(c["mass_scale"], dtype=torch.float64) if "mass_scale" in c else None,
+                        Completion(**c["completion"]) if "completion" in c else None,
                     )
                     for layer, c in stored.items()
                 }
@@ -142,6 +179,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
                 of(content["attention_curves"]),
                 of(content["feed_forward_curves"]),
                 content["about"],
+                {layer: Completion(**stored) for layer, stored in content.get("completion", {}).items()},
             )
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error
@@ -152,6 +190,7 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     target: Target,
+    completion: AnyCompletion = None,
     feed_forward_target: MeanK | LostMass | None = None,
     objective: Objective | None = None,
     queries_per_head: int = 512,
@@ -165,6 +204,8 @@ def calibrate(
              keys in a longer sequence
     target   `MeanK(64)`: a budget, spent where it matters most to the loss. `LostMass(0.05)`: the softmax weight that
              each head may lose. `LossIncrease(0.01)`: the smallest budget that keeps the loss, searched on the batches
+    completion           "fit": the keys that a head does not keep enter its softmax as one entry, whose scale is fitted
+                         for each head; a `Completion`: the same with its own scale; None: they are left out
     feed_forward_target  the same for the neurons of feed-forward layers, one k per layer
     objective            objective(output, arguments) -> what must not change: a loss (a number, mean over tokens), or a
                          tensor whose squared error counts, such as sentence embeddings [B, D]
@@ -176,6 +217,11 @@ def calibrate(
     curvature, and the direction in which dropped keys move the loss. The direction counts as far as the earlier and the
     later half of each sequence agree on it. It is more reliable with more batches, and most useful if the text is like
     that of later use.
+
+    With a completion the forecast is that of completed attention, with "fit" at each k with the scale that makes the
+    curvature smallest. So a head whose rest is well described by its sums gives its keys to others. `LostMass` still
+    bounds the softmax weight of the keys that are not kept, which is then the weight that completion estimates.
+    `LossIncrease` searches with completion on.
 
     Without an objective the loss is the model's own where a batch has labels, and next-token prediction for causal
     language models. For any other model all numbers of its output count equally. Their squared error is estimated by
@@ -195,7 +241,13 @@ def calibrate(
     model = unwrapped(model)
     batches = _checked(batches)
     _check_budget(target, batches, largest_k)
-    collector = Collector(queries_per_head, largest_k)
+    fit = isinstance(completion, str) and completion == "fit"
+    if not fit and completion is not None and not isinstance(completion, Completion):
+        raise TypeError(
+            f'completion must be "fit", a Completion or None, got {type(completion).__name__} {completion!r}'
+        )
+    of_curves = completion if isinstance(completion, Completion) else Completion() if fit else None
+    collector = Collector(queries_per_head, largest_k, completion=of_curves, fit_scale=fit)
     loss = measure(
         model,
         batches,
@@ -221,7 +273,67 @@ def calibrate(
     )
     if isinstance(target, LossIncrease):
         return _search(model, batches, objective, calibration, target, progress)
-    return replace(calibration, attention=_allocate(collector.attention, target))
+    return calibration._with(_allocate(collector.attention, target))
+
+
+def completion_by_name(name: str | None) -> AnyCompletion:
+    """What a command line means: "on" a `Completion`, "fit" one whose scale is fitted, None none.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match name:
+        case None:
+            return None
+        case "on":
+            return Completion()
+        case "fit":
+            return "fit"
+    raise ValueError(f'completion must be "on" or "fit", got {name!r}')
+
+
+def fit_completion(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    attention_k: AnyK,
+    objective: Objective | None = None,
+    queries_per_head: int = 512,
+    largest_k: int = 2048,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Fit the scale of a completion for each head, on text like that of later use, for k that are given.
+
+    attention_k  as `convert` takes it: one k, one for each layer or head, or a mapping
+    The other arguments are those of `calibrate`, and so are the cost and what counts as an error.
+
+    Returns a calibration with these k: `convert(model, attention_k=fit_completion(model, batches, attention_k=64))`.
+
+    Raises:
+        TypeError: a batch or a k is of the wrong kind.
+        ValueError: there are no batches, a batch has no batch axis, the model was converted already, no layer has a
+            k, or a k does not fit the model.
+    """
+    model = unwrapped(model)
+    batches = _checked(batches)
+    _check_unconverted(model)
+    with _converted(model, attention_k) as report:
+        given = {
+            entry.path: entry.k
+            for entry in report.replaced
+            if entry.kind == "attention" and entry.k is not None and entry.k != ALL
+        }
+    if not given:
+        raise ValueError("attention_k must leave keys out in a layer at least, got all keys for each of them")
+    collector = Collector(queries_per_head, largest_k, completion=Completion(), fit_scale=True)
+    loss = measure(model, batches, collector, objective=objective, progress=progress)
+    curves = {path: curves for path, curves in collector.attention.items() if path in given}
+    attention = {
+        path: k if isinstance(k := given[path], tuple) else (k,) * len(of_layer.lost_mass)
+        for path, of_layer in curves.items()
+    }
+    about = {"loss": loss, "tokens": sum(_token_ids(batch).numel() for batch in batches)}
+    return Calibration({}, curves=curves, about=about)._with(attention)
 
 
 def measure(
@@ -241,13 +353,7 @@ def measure(
     Raises:
         ValueError: the model was converted already, or a loss is needed and there is none.
     """
-    if hasattr(getattr(model, "config", None), "topk_attention"):
-        if is_in_force(model):
-            raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
-        raise ValueError(
-            "model was loaded from a converted checkpoint: its configuration remembers every k, but it runs in full; "
-            "call topk_attention.unconvert(model) first, which forgets them"
-        )
+    _check_unconverted(model)
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
     paths: list[str] = []
     passed: set[tuple[int, str, str]] = set()
@@ -295,6 +401,36 @@ def measure(
         curves.clear()
         curves.update(in_order)
     return sum(losses) / len(losses)
+
+
+def _of_completion(curves: Curves) -> dict[str, Any]:
+    if curves.mass_scale is None or curves.completion is None:
+        return {}
+    return {
+        "mass_scale": [_short(row) for row in curves.mass_scale.tolist()],
+        "completion": _completion_json(curves.completion),
+    }
+
+
+def _completion_json(completion: Completion) -> dict[str, Any]:
+    scale = completion.mass_scale
+    if isinstance(scale, Tensor):
+        scale = scale.tolist()
+    return {"mass_scale": scale, "lift": completion.lift}
+
+
+def _short(row: list[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in row]
+
+
+def _check_unconverted(model: nn.Module) -> None:
+    if hasattr(getattr(model, "config", None), "topk_attention"):
+        if is_in_force(model):
+            raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
+        raise ValueError(
+            "model was loaded from a converted checkpoint: its configuration remembers every k, but it runs in full; "
+            "call topk_attention.unconvert(model) first, which forgets them"
+        )
 
 
 def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
@@ -381,12 +517,12 @@ def _search(
     full = calibration.about["loss"]
     low, high = 1.0, float(max(c.ks[-1] for c in calibration.curves.values()))
     tried: list[dict[str, float]] = []
-    best = replace(calibration, attention=with_mean_k(calibration.curves, high))
+    best = calibration._with(with_mean_k(calibration.curves, high))
     for step in range(_SEARCH_STEPS):
         if progress is not None:
             progress("searching", step, _SEARCH_STEPS)
         mean_k = (low * high) ** 0.5
-        candidate = replace(calibration, attention=with_mean_k(calibration.curves, mean_k))
+        candidate = calibration._with(with_mean_k(calibration.curves, mean_k))
         increase = _loss_with(model, batches, objective, candidate) - full
         tried.append({"mean_k": mean_k, "loss_increase": increase})
         if increase <= target.bound:
@@ -471,11 +607,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[None]:
+def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[ConversionReport]:
     former = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    convert(model, attention_k=attention_k, feed_forward_k=feed_forward_k)
+    report = convert(model, attention_k=attention_k, feed_forward_k=feed_forward_k)
     try:
-        yield
+        yield report
     finally:
         unconvert(model)
         if model.config._attn_implementation != former:  # it was loaded with "topk"; unconvert leaves "sdpa"

@@ -5,11 +5,18 @@ sum of the first k p_j v_j / sum of the first k p_j. Let g be the gradient of th
 head. The products g . v_j turn the error of the output into one number per query: the first-order change of the loss.
 Two running sums give that number for all k at once, with one sort per row and without a square tensor. Its square says
 how far the loss may move (half the mean square is the share of the curvature). Its mean says in which direction.
+
+With completion the output is (1 - w) times that plus w times the value of the rest, where w is the weight of the rest.
+Running sums over the sorted row, less those up to k, give the mean score and the value of the rest for all k at once,
+too. Then each scale of its mass costs one multiplication per row and k, and the best one is found by trying several.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +24,13 @@ from torch import Tensor
 
 from ..backends.activations import activate
 from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
+from ..functional.completion import Completion
 
 # Rows whose scores are sorted at a time: 128 x 8,192 in float32 are 4 MiB.
 _ROWS_AT_A_TIME = 128
+# The scales that are tried where a completion is fitted. The error is flat around the best one: at a step of sqrt(2)
+# from it the weight of the rest is off by a sixth at most.
+SCALES = (0.0, *(2.0 ** (step / 2) for step in range(-8, 13)))
 
 
 def k_grid(largest: int) -> tuple[int, ...]:
@@ -39,6 +50,9 @@ class Curves:
     loss_change  [2, H, K]  that change with its sign, in nats, for the earlier and for the later half of each text,
                             because noise differs between the halves; zero where the sign means nothing
     num_rows     queries (or tokens) so far
+    mass_scale   [H, K]     with completion: the scale with which loss_error and loss_change were measured, where it
+                            was fitted the one with the least loss_error at each k
+    completion   the one that was on, whatever its scale; None without
     """
 
     ks: tuple[int, ...]
@@ -46,7 +60,19 @@ class Curves:
     loss_error: Tensor
     loss_change: Tensor
     num_rows: int = 0
+    mass_scale: Tensor | None = None
+    completion: Completion | None = None
     _rows_of_halves: list[int] = field(default_factory=lambda: [0, 0])
+
+    def completion_at(self, ks: Sequence[int]) -> Completion | None:
+        """The completion for these k, one for each head: its scales are those at the nearest k of the grid."""
+        if self.completion is None or self.mass_scale is None:
+            return None
+        scales = []
+        for head, k in enumerate(ks):
+            nearest = min(range(len(self.ks)), key=lambda at: abs(math.log(self.ks[at] / k)))
+            scales.append(float(self.mass_scale[head, nearest]))
+        return replace(self.completion, mass_scale=scales)
 
     @staticmethod
     def empty(num_heads: int, ks: tuple[int, ...]) -> Curves:
@@ -67,6 +93,97 @@ class Curves:
                 self._rows_of_halves[half] += new_rows
                 share = new_rows / self._rows_of_halves[half]
                 self.loss_change[half] += share * (change.mean(1).cpu() - self.loss_change[half])
+
+
+@dataclass(eq=False)
+class CurvesByScale:
+    """The curves of one layer with completion, for each of several scales of its mass.
+
+    completion  that of all curves, but for its scale
+    scales      [C, H]
+    of_scale    C curves
+    """
+
+    completion: Completion
+    scales: Tensor
+    of_scale: list[Curves]
+
+    @staticmethod
+    def empty(completion: Completion, scales: Tensor, ks: tuple[int, ...]) -> CurvesByScale:
+        return CurvesByScale(completion, scales, [Curves.empty(scales.shape[1], ks) for _ in scales])
+
+    def add(self, rows: Rows, *, signed: bool) -> None:
+        for scale, curves in zip(self.scales, self.of_scale, strict=True):
+            curves.add(rows.lost_mass, rows.loss_change(scale), signed=signed)
+
+    def best(self) -> Curves:
+        """At each k of each head the curves of the scale with the least error; of equal ones the one nearest to 1."""
+        errors = torch.stack([curves.loss_error for curves in self.of_scale])  # [C, H, K]
+        least = errors <= errors.amin(0) * (1 + 1e-9)
+        distance = self.scales.clamp(min=1e-9).log().abs().unsqueeze(2)
+        chosen = torch.where(least, distance, torch.inf).argmin(0, keepdim=True)
+
+        def pick(tensors: Tensor) -> Tensor:
+            """[C, H, K] -> [H, K]"""
+            return tensors.gather(0, chosen)[0]
+
+        changes = [pick(torch.stack([curves.loss_change[half] for curves in self.of_scale])) for half in (0, 1)]
+        return replace(
+            self.of_scale[0],
+            loss_error=pick(errors),
+            loss_change=torch.stack(changes),
+            mass_scale=pick(self.scales.unsqueeze(2).expand_as(errors)),
+            completion=self.completion,
+        )
+
+
+class Rows(NamedTuple):
+    """What some queries lose at each k of a grid; tensors are [H, rows, K], or [rows, K] of one head.
+
+    lost_mass    softmax weight outside the k best keys
+    kept         effect on the loss, to the first order, of the kept keys' share of attention
+    full         [..., 1], that of full attention
+    rest         that of the value of the rest, with completion
+    mass         weight of the rest beside 1 for the kept keys, for a scale of 1
+    """
+
+    lost_mass: Tensor
+    kept: Tensor
+    full: Tensor
+    rest: Tensor | None = None
+    mass: Tensor | None = None
+
+    def loss_change(self, mass_scale: Tensor | None = None) -> Tensor:
+        """The first-order change of the loss, [H, rows, K]; with completion for a scale of each head, [H]."""
+        if self.rest is None or self.mass is None:
+            return self.kept - self.full
+        assert mass_scale is not None
+        mass = self.mass * mass_scale.to(self.mass)[:, None, None]
+        return self.kept + mass / (1 + mass) * (self.rest - self.kept) - self.full
+
+    def padded(self, missing: int) -> Rows:
+        """With columns for k above the number of keys, which lose nothing."""
+        if missing == 0:
+            return self
+        lost, kept, full, rest, mass = self
+        more = (*full.shape[:-1], missing)
+        none = lost.new_zeros(more)
+        return Rows(
+            torch.cat([lost, none], -1),
+            torch.cat([kept, full.expand(more)], -1),
+            full,
+            None if rest is None else torch.cat([rest, none], -1),
+            None if mass is None else torch.cat([mass, none], -1),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Rows], *, by_head: bool) -> Rows:
+        """Rows of one head one after the other, or those of all heads."""
+        join = torch.stack if by_head else torch.cat
+        lost, kept, full = (join(list(column)) for column in zip(*(part[:3] for part in parts), strict=True))
+        rest = [part.rest for part in parts if part.rest is not None]
+        mass = [part.mass for part in parts if part.mass is not None]
+        return Rows(lost, kept, full, join(rest) if rest else None, join(mass) if mass else None)
 
 
 @dataclass(frozen=True)
@@ -96,13 +213,18 @@ class Collector:
     queries_per_head  queries of a sequence whose rows are sorted, spread evenly over it
     largest_k         curves end here
     signed            whether the sign of a change of the loss has a meaning
+    completion        the completion that is on while curves are measured; None: none
+    fit_scale         try all `SCALES` in place of the completion's own
     """
 
     queries_per_head: int
     largest_k: int
     signed: bool = True
+    completion: Completion | None = None
+    fit_scale: bool = False
     attention: dict[str, Curves] = field(default_factory=dict)
     feed_forward: dict[str, Curves] = field(default_factory=dict)
+    by_scale: dict[str, CurvesByScale] = field(default_factory=dict)
 
     @torch.no_grad()
     def sample(self, call: AttentionCall, number: int) -> SampledCall:
@@ -118,26 +240,39 @@ class Collector:
         call = sampled.call
         batch, num_heads = call.query.shape[:2]
         num_keys = call.key.shape[2]
-        curves = self.attention.setdefault(path, Curves.empty(num_heads, k_grid(min(self.largest_k, num_keys))))
-        device = call.query.device
-        at = torch.tensor([k - 1 for k in curves.ks if k <= num_keys], device=device)
-        places = torch.arange(len(sampled.queries), device=device)
+        ks = self.attention[path].ks if path in self.attention else k_grid(min(self.largest_k, num_keys))
+        at = torch.tensor([k - 1 for k in ks if k <= num_keys], device=call.query.device)
+        places = torch.arange(len(sampled.queries), device=call.query.device)
         for b in range(batch):
-            lost, change = [], []
+            heads = []
             for head in range(num_heads):
                 parts = [
                     _attention_rows(
-                        _scores(sampled, b, head, part),
+                        *_scores(sampled, b, head, part),
                         _values(call, b, head)[: _num_visible(sampled, part)],
                         grad_output[b, head, sampled.queries[part]],
                         at,
+                        self.completion,
                     )
                     for part in places.split(_ROWS_AT_A_TIME)
                 ]
-                lost.append(torch.cat([part[0] for part in parts]))
-                change.append(torch.cat([part[1] for part in parts]))
-            missing = (0, len(curves.ks) - len(at))  # a k above the number of keys loses nothing
-            curves.add(F.pad(torch.stack(lost), missing), F.pad(torch.stack(change), missing), signed=self.signed)
+                heads.append(Rows.joined(parts, by_head=False).padded(len(ks) - len(at)))
+            self._add(path, ks, Rows.joined(heads, by_head=True))
+
+    def _add(self, path: str, ks: tuple[int, ...], rows: Rows) -> None:
+        num_heads = rows.lost_mass.shape[0]
+        if self.completion is None:
+            curves = self.attention.setdefault(path, Curves.empty(num_heads, ks))
+            curves.add(rows.lost_mass, rows.loss_change(), signed=self.signed)
+            return
+        if path not in self.by_scale:
+            if self.fit_scale:
+                scales = torch.tensor(SCALES, dtype=torch.float64).unsqueeze(1).expand(-1, num_heads)
+            else:
+                scales = self.completion.per_head(num_heads, rows.lost_mass).double().cpu().unsqueeze(0)
+            self.by_scale[path] = CurvesByScale.empty(self.completion, scales, ks)
+        self.by_scale[path].add(rows, signed=self.signed)
+        self.attention[path] = self.by_scale[path].best()
 
     @torch.no_grad()
     def see_feed_forward(self, path: str, call: FeedForwardCall, grad_output: Tensor) -> None:
@@ -175,16 +310,18 @@ def _values(call: AttentionCall, batch: int, head: int) -> Tensor:
     return value.to(accumulation_dtype(value.dtype))
 
 
-def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> Tensor:
-    """Scores [rows, num_visible] of one head's queries at these places of the sample, -inf where hidden."""
+def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [rows, num_visible] of one head's queries at these places of the sample, -inf where hidden, and the part
+    of them that is query . key."""
     call, rows = sampled.call, sampled.queries[places]
     num_queries, num_keys, num_visible = call.query.shape[2], call.key.shape[2], _num_visible(sampled, places)
     keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1], :num_visible]
     dtype = accumulation_dtype(keys.dtype)
-    scores = call.query[batch, head, rows].to(dtype) @ keys.mT.to(dtype) * call.scale
+    products = call.query[batch, head, rows].to(dtype) @ keys.mT.to(dtype) * call.scale
+    scores = products
     if call.relative_bias is not None:
         of_head = call.relative_bias[head if call.relative_bias.shape[0] > 1 else 0]
-        scores += of_head[torch.arange(num_visible, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
+        scores = scores + of_head[torch.arange(num_visible, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
     for dense in (call.bias, call.attn_mask):
         if dense is not None:
             part = dense[batch if dense.shape[0] > 1 else 0, head if dense.shape[1] > 1 else 0]
@@ -194,15 +331,44 @@ def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> Tens
     if call.is_causal:
         last_key = rows.unsqueeze(1) + num_keys - num_queries
         scores = scores.masked_fill(torch.arange(num_visible, device=rows.device) > last_key, -torch.inf)
-    return scores
+    return scores, products
 
 
-def _attention_rows(scores: Tensor, values: Tensor, grad_output: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Lost mass and change of the loss, [rows, K], of rows of scores [rows, M] (-inf where hidden)."""
+def _attention_rows(
+    scores: Tensor, products: Tensor, values: Tensor, grad_output: Tensor, at: Tensor, completion: Completion | None
+) -> Rows:
+    """Rows [rows, K] of one head.
+
+    scores    [rows, M], -inf where hidden
+    products  [rows, M], what of the scores is query . key
+    at        [K], k - 1
+    """
     at = at.clamp(max=scores.shape[1] - 1)
-    p, order = scores.softmax(1).nan_to_num(0.0).sort(dim=1, descending=True)  # NaN: a row that sees no key
-    effect = (p * (grad_output.to(values.dtype) @ values.mT).gather(1, order)).cumsum(1)
+    scores, by_score = scores.sort(dim=1, descending=True)
+    p = scores.softmax(1).nan_to_num(0.0)  # NaN: a row that sees no key
+    effects = (grad_output.to(values.dtype) @ values.mT).gather(1, by_score)
+    effect = (p * effects).cumsum(1)
     mass = p.cumsum(1)
     kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
     # A row that sees no key has mass zero, so it loses nothing.
-    return (mass[:, -1:] - mass[:, at]).clamp(min=0), effect[:, at] / kept - effect[:, -1:]
+    lost = (mass[:, -1:] - mass[:, at]).clamp(min=0)
+    rows = Rows(lost, effect[:, at] / kept, effect[:, -1:])
+    if completion is None:
+        return rows
+    is_hidden = scores == -torch.inf
+    count = ((~is_hidden).sum(1, keepdim=True) - at - 1).clamp(min=0).to(p.dtype)
+    share = 1 / count.clamp(min=1)
+    own = products.gather(1, by_score).masked_fill(is_hidden, 0)
+    effects, visible = effects.masked_fill(is_hidden, 0), scores.masked_fill(is_hidden, 0)
+    mean, mean_product, mean_effect = (_sums_after(x, at) * share for x in (visible, own, effects))
+    rest = (1 - mean_product) * mean_effect + _sums_after(own * effects, at) * share
+    score = (1 - completion.lift) * mean + completion.lift * visible[:, at]
+    log_kept = scores.logsumexp(1, keepdim=True) + kept.log()
+    ratio = torch.where(count > 0, count * (score - log_kept).exp(), 0)
+    return rows._replace(rest=torch.where(count > 0, rest, 0), mass=ratio)
+
+
+def _sums_after(sorted_rows: Tensor, at: Tensor) -> Tensor:
+    """Sums of what comes after each of these places, [rows, K]: the last ones are small differences of large sums."""
+    sums = sorted_rows.cumsum(1, dtype=torch.float64)
+    return (sums[:, -1:] - sums[:, at]).to(sorted_rows.dtype)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate import LossIncrease, LostMass, MeanK
+from ..calibrate import AnyCompletion, LossIncrease, LostMass, MeanK, completion_by_name
 from ..calibrate import calibrate as measure
 from ..files import check_writable, read_utf8
 
@@ -36,6 +36,7 @@ class CalibrationRequest:
     lost_mass: float | None = None
     loss_increase: float | None = None
     feed_forward_mean_k: float | None = None
+    completion: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +47,8 @@ class CalibrationRequest:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
-        _ = self.target, self.feed_forward_target  # a target checks its own number
+        # Each checks its own number or name.
+        _ = self.target, self.feed_forward_target, self.attention_completion
 
     @property
     def target(self) -> MeanK | LostMass | LossIncrease:
@@ -59,6 +61,10 @@ class CalibrationRequest:
     @property
     def feed_forward_target(self) -> MeanK | None:
         return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
+
+    @property
+    def attention_completion(self) -> AnyCompletion:
+        return completion_by_name(self.completion)
 
 
 def run_calibration(request: CalibrationRequest, console: Console) -> None:
@@ -95,12 +101,14 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
             batches,
             target=request.target,
             feed_forward_target=request.feed_forward_target,
+            completion=request.attention_completion,
             progress=lambda step, done, total: status.update(f"{step}: {done} of {total}"),
         )
     calibration.save(request.out)
     lines = [
         f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
         f"mean k = {calibration.mean_k:.1f}; per head from {_smallest(calibration)} to {_largest(calibration)}",
+        *_completion_lines(calibration),
         f"Written: {request.out}",
         "Use it with convert(model, attention_k=Calibration.load(FILE))",
     ]
@@ -138,6 +146,11 @@ def _windows(tokenizer: Any, content: str, length: int, request: CalibrationRequ
             "give a longer text, or fewer --windows or --tokens"
         )
     return list(ids[:, :needed].split(length, dim=1))
+
+
+def _completion_lines(calibration: Any) -> list[str]:
+    scales = [scale for completion in calibration.completion.values() for scale in completion.mass_scale]
+    return [f"completed; mass scale per head from {min(scales):.3g} to {max(scales):.3g}"] if scales else []
 
 
 def _smallest(calibration: Any) -> int:

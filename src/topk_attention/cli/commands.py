@@ -38,6 +38,13 @@ def calibrate(
     feed_forward_mean_k: Annotated[
         float | None, typer.Option(help="Choose neurons too: neurons per token, mean over all layers.")
     ] = None,
+    completion: Annotated[
+        str | None,
+        typer.Option(
+            help='Choose k for completed attention, in which the keys that are not kept count as one more: "on", or '
+            '"fit" to fit its scale for each head. Default: without.'
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Measure how many keys each head of a model needs, and write one k per head to a file.
@@ -59,6 +66,7 @@ def calibrate(
                 lost_mass=lost_mass,
                 loss_increase=loss_increase,
                 feed_forward_mean_k=feed_forward_mean_k,
+                completion=completion,
                 threads=threads,
             ),
             new_console(),

@@ -22,7 +22,7 @@ from .by_name import (
     set_implementations,
 )
 from .configurations import parts_of
-from .plan import AnyCompletion, AnyK, Plan, Wanted, Where, make_plan, prefix_of, wanted_by_config
+from .plan import AnyCompletion, AnyK, Plan, Wanted, Where, completion_beside, make_plan, prefix_of, wanted_by_config
 from .registration import register
 from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
@@ -70,7 +70,8 @@ def convert(
                     otherwise "auto"
     completion      what attention adds for the keys that are not kept: a `Completion`, one entry per attention layer
                     (each a Completion, with one scale or one for each query head, or None), or a mapping from layer
-                    path; needs attention_k; None leaves these keys out, as the paper does. Scales are taken as numbers.
+                    path; needs attention_k. Scales are taken as numbers. None takes the one of a `Calibration` that is
+                    given as attention_k, otherwise it leaves these keys out, as the paper does.
 
     The weights are not copied and keep their names. `save_pretrained` therefore writes an ordinary checkpoint, and its
     configuration remembers every k and completion. After `from_pretrained`, `convert(model)` without any k restores
@@ -118,6 +119,8 @@ def _convert(
         raise ValueError(
             "completion is for the keys that attention does not keep, but attention_k is None; pass attention_k= too"
         )
+    if completion is None:
+        completion = completion_beside(attention_k)
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:

@@ -174,6 +174,12 @@ def _k_per_path(name: str, k: AnyK, paths: Sequence[str], obstacles: Mapping[str
     return {path: _as_k(name, entry) for path, entry in entries.items() if entry is not None}
 
 
+def completion_beside(k: object) -> Mapping[str, Completion] | None:
+    """The completion, by layer path, that comes with a k: a `Calibration` was made for both."""
+    beside = getattr(k, "completion", None)
+    return beside if isinstance(beside, Mapping) and beside else None
+
+
 def _completion_per_path(
     completion: AnyCompletion | None, paths: Sequence[str], obstacles: Mapping[str, str]
 ) -> dict[str, Completion]:

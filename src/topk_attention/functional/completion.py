@@ -71,8 +71,9 @@ class Completion:
     def __str__(self) -> str:
         """The scales and the lift in a short phrase, for reports."""
         scale = self.mass_scale.tolist() if isinstance(self.mass_scale, Tensor) else self.mass_scale
-        if isinstance(scale, int | float):
-            return f"mass scale {scale:g}, lift {self.lift:g}"
+        scale = [scale] if isinstance(scale, int | float) else scale
+        if min(scale) == max(scale):
+            return f"mass scale {scale[0]:g}, lift {self.lift:g}"
         return f"mass scales {min(scale):g} to {max(scale):g}, lift {self.lift:g}"
 
     def sums(self, key: Tensor, value: Tensor) -> KeySums:

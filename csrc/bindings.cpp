@@ -242,7 +242,8 @@ std::tuple<Tensor, Tensor, Tensor> choose_neurons(Tensor x, Tensor w_in, std::op
   return {neurons, values, gates};
 }
 
-// [T, X] in the accumulation dtype: for each token the sum of its neurons' rows of `table` [F, X].
+// [T, X] in the accumulation dtype: for each token the sum of its neurons' rows of `table` [F, X], of
+// which either axis may be the contiguous one.
 Tensor sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) {
   Tensor out = zeros({neurons.size(0), table.size(1)}, accumulation_dtype(table));
   topk::SumNeurons call = {};
@@ -250,7 +251,8 @@ Tensor sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) {
   call.num_neurons = table.size(0);
   call.size = table.size(1);
   call.dtype = dtype_of(table);
-  call.table = matrix_of(table);
+  call.is_transposed = table.stride(1) != 1 && call.size != 1;
+  call.table = {table.const_data_ptr(), table.stride(call.is_transposed ? 1 : 0)};
   call.out = out.mutable_data_ptr();
   if (neurons.size(0) * call.size > 0) check_memory(kernels().feed_forward.sum_neurons(call, parallel()));
   return out;

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from topk_attention.functional.words import full_attention_note
+
 from .. import benchmarks
 from ..benchmarks.attention import works as attention_works
 from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
@@ -115,6 +117,7 @@ def model(
     point |= {"shape": shape, "source": source, "feed_forward_k": feed_forward_neurons(feed_forward_k)}
     points = benchmarks.model.grid(lengths, methods, backend=backend, **point)
     name = name or shape.replace("/", "--")
+    _name_full_attention(points)
     benchmarks.model.run_and_report(ModelBenchmark(points, name=name, limits=Limits(**limits), **how), new_console())
 
 
@@ -158,6 +161,7 @@ def attention(
         if implementations is None:
             implementations = attention_works.able_to(layer["bias"], layer["dropout_p"])
         points = attention_works.grid(lengths, implementations, k, backend=backend, **layer, **setting)
+    _name_full_attention(points)
     _run_points(benchmarks.attention.LAYERS, points, how, limits)
 
 
@@ -218,6 +222,7 @@ def chunk_size(
     Points are appended to chunk-size.jsonl; interrupted, the same command continues with those that are missing.
     """
     points = attention_works.chunk_grid(methods, chunk_sizes, length, **work, **setting)
+    _name_full_attention(points)
     _run_points(benchmarks.attention.CHUNKS, points, how, limits)
 
 
@@ -260,6 +265,14 @@ def figures(
     console = new_console()
     run_figures(is_full=full, only=only, **limits, **how, **setting, console=console)
     say(console, f"Page: {write_page(how['out'])}")
+
+
+def _name_full_attention(points: Sequence[Any]) -> None:
+    """Say which points of top-k keep every key."""
+    for length in sorted({point.length for point in points}):
+        ks = [point.k for point in points if point.length == length and point.method.startswith("topk")]
+        if note := full_attention_note(ks, length):
+            say(new_console(), note)
 
 
 def _run_rounds(table: Any, plan: tuple[str, Any], rounds: Json, limits: Json) -> None:

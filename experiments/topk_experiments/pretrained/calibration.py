@@ -19,6 +19,7 @@ from topk_attention.backends import choose_backend
 from topk_attention.calibrate import Calibration, LossIncrease
 from topk_attention.environment import now
 from topk_attention.files import check_writable
+from topk_attention.functional.words import full_attention_note
 
 from ..models.pretrained import ModelSource, find_model, unpacked
 from ..models.text import Text, read_text
@@ -236,6 +237,9 @@ def _evaluate(
 
     record["evaluated_on"]["overlaps_calibration"] = windows.overlap
     measure = measure_of(record)
+    ks = [point.attention_k for point in missing if isinstance(point.attention_k, int)]
+    if note := full_attention_note(ks, max(map(len, windows.evaluation))):
+        line_printer(console)(note)
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for number, point in enumerate(missing):

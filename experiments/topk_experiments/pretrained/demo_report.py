@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from topk_attention.functional.words import k_in_words
+
 from ..runs.records import Json, read_json, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted, drawn, footer, page, table
@@ -48,9 +50,7 @@ def run_name(k: int | None, num_tokens: int | None = None) -> str:
     >>> run_name(5000, 4096)
     'k = 5000 (every key: full attention)'
     """
-    if k is None:
-        return "full attention"
-    return f"k = {k} (every key: full attention)" if num_tokens is not None and k >= num_tokens else f"k = {k}"
+    return "full attention" if k is None else k_in_words(k, num_tokens)
 
 
 def by_setting(record: Json) -> list[Json]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from ..convert.search import attention_sites, feed_forward_sites
 from ..convert.wrappers import unwrapped
 from ..functional.checks import check_count
 from ..functional.observation import observed
+from ..functional.words import full_attention_note
 from .allocation import Allocation, LossIncrease, LostMass, MeanK, Target, mean_of, with_mean_k, within_lost_mass
 from .statistics import Collector, Curves
 
@@ -184,6 +186,8 @@ def calibrate(
     The cost is a forward pass, a backward pass without weight gradients, and one sort per measured query and head. The
     memory is that of such a backward pass. A `LossIncrease` adds a forward pass for each search step.
 
+    A target that leaves every key to every head is full attention, and a warning says so.
+
     Raises:
         TypeError: a target or a batch is of the wrong kind.
         ValueError: there are no batches, a batch has no batch axis, the model was converted already, or the target does
@@ -220,8 +224,13 @@ def calibrate(
         {"loss": loss, "target": repr(target), "tokens": sum(_token_ids(batch).numel() for batch in batches)},
     )
     if isinstance(target, LossIncrease):
-        return _search(model, batches, objective, calibration, target, progress)
-    return replace(calibration, attention=_allocate(collector.attention, target))
+        calibration = _search(model, batches, objective, calibration, target, progress)
+    else:
+        calibration = replace(calibration, attention=_allocate(collector.attention, target))
+    smallest = min((min(ks) for ks in calibration.values()), default=None)
+    if (note := full_attention_note(smallest, _most_tokens(batches))) is not None:
+        warnings.warn(f"the target leaves no key out in any head: {note}", stacklevel=2)
+    return calibration
 
 
 def measure(
@@ -342,18 +351,25 @@ def _checked(batches: Iterable[Batch]) -> list[Batch]:
 
 def _check_budget(target: Target, batches: list[Batch], largest_k: int) -> None:
     """Raise where a budget is above the most keys that can be measured, before the measurement."""
-    lengths = [
+    tokens = _most_tokens(batches)
+    if not isinstance(target, MeanK) or tokens is None:
+        return
+    most = min(largest_k, tokens)
+    if target.mean_k > most:
+        what = "largest_k" if most == largest_k else "the tokens of the longest batch, and full attention"
+        raise ValueError(f"mean_k must be at most {most}, {what}, got {target.mean_k:g}")
+
+
+def _most_tokens(batches: list[Batch]) -> int | None:
+    """The tokens of the longest batch; None where some batch holds other inputs, whose tokens the model makes."""
+    if not all(isinstance(batch, Tensor) or "input_ids" in batch for batch in batches):
+        return None
+    return max(
         part.shape[1]
         for batch in batches
         for part in (batch.values() if isinstance(batch, Mapping) else (batch,))
         if isinstance(part, Tensor) and part.ndim == 2
-    ]
-    if not isinstance(target, MeanK) or not all(isinstance(batch, Tensor) or "input_ids" in batch for batch in batches):
-        return
-    most = min(largest_k, max(lengths))
-    if target.mean_k > most:
-        what = "largest_k" if most == largest_k else "the tokens of the longest batch, and full attention"
-        raise ValueError(f"mean_k must be at most {most}, {what}, got {target.mean_k:g}")
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

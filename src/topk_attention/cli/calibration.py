@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibrate import LossIncrease, LostMass, MeanK
 from ..calibrate import calibrate as measure
 from ..files import check_writable, read_utf8
+from ..functional.words import full_attention_note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,6 +102,7 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     lines = [
         f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
         f"mean k = {calibration.mean_k:.1f}; per head from {_smallest(calibration)} to {_largest(calibration)}",
+        *_full_heads(calibration, batches[0].shape[1]),
         f"Written: {request.out}",
         "Use it with convert(model, attention_k=Calibration.load(FILE))",
     ]
@@ -138,6 +140,13 @@ def _windows(tokenizer: Any, content: str, length: int, request: CalibrationRequ
             "give a longer text, or fewer --windows or --tokens"
         )
     return list(ids[:, :needed].split(length, dim=1))
+
+
+def _full_heads(calibration: Any, num_tokens: int) -> list[str]:
+    """A line about the heads that keep every token of a window, if there are any."""
+    ks = [k for head_k in calibration.values() for k in head_k]
+    note = full_attention_note(ks, num_tokens)
+    return [] if note is None else [f"{sum(k >= num_tokens for k in ks)} of {len(ks)} heads: {note}"]
 
 
 def _smallest(calibration: Any) -> int:

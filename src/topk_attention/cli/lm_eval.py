@@ -21,6 +21,7 @@ from ..convert import convert
 from ..convert.settings import K_VARIABLE
 from ..environment import environment, package_version
 from ..files import append_json_line
+from ..functional.words import full_attention_note
 
 SCHEMA = "topk_attention/lm-eval/1"
 MODEL = "hf-topk"
@@ -115,6 +116,8 @@ def register() -> type:
 
     @register_model(MODEL)
     class TopKModel(HFLM):
+        _smallest_k: int | None = None
+
         def __init__(
             self,
             pretrained: Any,
@@ -129,6 +132,24 @@ def register() -> type:
             self.model.requires_grad_(False)  # nothing trains here, so weights may be stored by neuron
             report = convert(self.model, attention_k=attention_k, feed_forward_k=feed_forward_k, backend=topk_backend)
             logging.getLogger(__name__).info("%s", report)
+            ks = [entry.k for entry in report.replaced if entry.kind == "attention"]
+            per_head = [k for head_k in ks for k in (head_k if isinstance(head_k, tuple) else (head_k,))]
+            numbers = [k for k in per_head if isinstance(k, int)]  # "all" says by itself that it keeps all
+            self._smallest_k = min(numbers, default=None)
+
+        def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+            self._say_if_full(inps.shape[-1])
+            return super()._model_call(inps, *args, **options)
+
+        def _model_generate(self, context: Any, max_length: int, *args: Any, **options: Any) -> Any:
+            self._say_if_full(max_length)
+            return super()._model_generate(context, max_length, *args, **options)
+
+        def _say_if_full(self, num_tokens: int) -> None:
+            """Warn once about a request in which the smallest k of all heads leaves nothing out."""
+            if (note := full_attention_note(self._smallest_k, num_tokens)) is not None:
+                self._smallest_k = None
+                logging.getLogger(__name__).warning("attention_k, in this request: %s", note)
 
     return TopKModel
 

@@ -18,7 +18,7 @@ from ..backends.calls import AttentionCall, FeedForwardCall
 from ..convert import convert, unconvert
 from ..convert.by_name import is_in_force
 from ..convert.search import attention_sites, feed_forward_sites
-from ..convert.wrappers import unwrapped
+from ..convert.wrappers import puts_prompts, unwrapped
 from ..functional.checks import check_count
 from ..functional.observation import observed
 from ..functional.words import full_attention_note
@@ -196,6 +196,11 @@ def calibrate(
     _check_target("target", target, (MeanK, LostMass, LossIncrease))
     if feed_forward_target is not None:
         _check_target("feed_forward_target", feed_forward_target, (MeanK, LostMass))
+    if puts_prompts(model):
+        raise TypeError(
+            "model must not put learned prompts before its input, got a PeftModel that does; calibrate "
+            "model.get_base_model() on batches without prompts, and convert takes both"
+        )
     model = unwrapped(model)
     batches = _checked(batches)
     _check_budget(target, batches, largest_k)

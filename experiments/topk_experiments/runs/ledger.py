@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from topk_attention.environment import code_sha256, environment
+from topk_attention.files import check_writable
 
 from .progress import Say
 from .records import Json, append_json_line, differences, read_json, read_json_lines
@@ -93,11 +94,15 @@ class Ledger:
     folder  of the experiment's code
     also    other folders whose code the experiment runs, such as that of rivals
     fresh   whether to run everything again: what was on file before spares no run then
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
     def __init__(
         self, path: Path, *, schema: str, folder: Path, also: Sequence[Path] = (), fresh: bool = False
     ) -> None:
+        check_writable("out", path)  # the folder may take files, and this one may not be open to us
         self.path = path
         self.here = experiment_environment(folder, *also)
         self._schema = schema

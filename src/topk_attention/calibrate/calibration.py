@@ -82,7 +82,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         return replace(self, attention=_allocate(self.curves, target), about=about)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that `Calibration.load` reads."""
+        """Write a JSON file that `Calibration.load` reads. Folders that are missing are made."""
 
         def of(curves: dict[str, Curves]) -> dict[str, Any]:
             return {
@@ -106,6 +106,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             "attention_curves": of(self.curves),
             "feed_forward_curves": of(self.feed_forward_curves),
         }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @staticmethod

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from topk_attention.files import check_writable
+
 from .examples import SPLITS, Examples, ExamplesWriter
 
 Splits = dict[str, Examples]
@@ -82,6 +84,7 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
     folder = cache / f"{task.name}-{digest[:12]}"
     summary = folder / "data.json"
     if not summary.exists():
+        check_writable("data", summary)
         splits = task.make(Progress(folder / "shards", report))
         assert tuple(splits) == SPLITS
         description = _describe(task, splits)

@@ -51,5 +51,5 @@ def test_a_record_with_other_separators_of_lines_stays_whole(tmp_path):
 
 def test_json_with_sections_of_another_kind_is_no_record(tmp_path):
     (tmp_path / "a.json").write_text('{"config": [1]}')
-    with pytest.raises(ValueError, match=r"a\.json is not a record; move it away"):
+    with pytest.raises(ValueError, match=r"a\.json is not a record: config must be a JSON object, got \[1\]; move it away"):
         read_json(tmp_path / "a.json")

@@ -9,6 +9,8 @@ from typing import Any
 
 from topk_attention.files import append_json_line, write_whole
 
+from .files import damage_named, read_utf8
+
 __all__ = [
     "Json",
     "append_json_line",
@@ -21,6 +23,28 @@ __all__ = [
 ]
 
 Json = dict[str, Any]
+# Fields of records that hold fields of their own, or lists, whatever the experiment.
+_SECTIONS = {
+    "best": dict,
+    "config": dict,
+    "curve": list,
+    "environment": dict,
+    "last": dict,
+    "methods": dict,
+    "model": dict,
+    "outcome": str,
+    "point": dict,
+    "questions": dict,
+    "request": dict,
+    "run": dict,
+    "runs": list,
+    "scores": dict,
+    "setting": dict,
+    "text": dict,
+}
+_WORDS = ("model", "text", "setting", "questions", "run")
+_IN_WORDS = {dict: "JSON object", list: "list", str: "word"}
+_WAY_OUT = "move it away or give another --out"
 
 
 def days_and_commits(records: Sequence[Json]) -> str:
@@ -65,27 +89,49 @@ def read_json(path: Path) -> Json | None:
     """
     if not path.exists():
         return None
+    with damage_named(path, _WAY_OUT):
+        content = read_utf8(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); move it away or give another --out") from error
-    sections = {"config": dict, "model": dict, "text": dict, "environment": dict, "runs": list}
-    is_record = isinstance(record, dict)
-    if not is_record or not all(isinstance(record.get(name, kind()), kind) for name, kind in sections.items()):
-        raise ValueError(f"{path} is not a record; move it away or give another --out")
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {_WAY_OUT}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is not a record; {_WAY_OUT}")
+    if problem := _problem(record):
+        raise ValueError(f"{path} is not a record: {problem}; {_WAY_OUT}")
     return record
 
 
+def _problem(record: Json) -> str | None:
+    """What is wrong with a record's sections, in words."""
+    for name, kind in _SECTIONS.items():
+        value = record.get(name)
+        # An old record may lack a section, and one of another experiment may name a model by a word.
+        if value is None or isinstance(value, kind) or (name in _WORDS and isinstance(value, str | list)):
+            continue
+        return f"{name} must be a {_IN_WORDS[kind]}, got {value!r:.60}"
+    return None
+
+
 def read_json_lines(path: Path) -> list[Json]:
-    """All complete records of a file of JSON lines, oldest first; an empty list if there is no file."""
+    """All complete records of a file of JSON lines, oldest first; an empty list if there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8, or a record's section is something else; the message names file and line.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # records may hold the other separators of lines
+    with damage_named(path, _WAY_OUT):
+        content = read_utf8(path)
+    for number, line in enumerate(content.split("\n"), 1):  # records may hold the other separators of lines
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a line that an interrupted run left incomplete
         if isinstance(record, dict):
+            if problem := _problem(record):
+                raise ValueError(f"line {number} of {path} is not a record: {problem}; delete the line, or {_WAY_OUT}")
             records.append(record)
     return records

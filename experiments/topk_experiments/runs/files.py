@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def damage_named(
-    path: Path, way_out: str, what: str = "is damaged, or no such file as is needed here"
+    path: Path | str, way_out: str, what: str = "is damaged, or no such file as is needed here"
 ) -> Iterator[None]:
     """Whatever is raised within, because a file does not hold what it should, becomes an error that names the file.
 
@@ -31,7 +31,7 @@ def damage_named(
     except Exception as error:  # readers of damaged content raise anything
         if str(path) in str(error):  # said already, and better
             raise
-        if isinstance(error, OSError) and error.strerror and path.exists() and not path.is_file():
+        if isinstance(error, OSError) and error.strerror and Path(path).exists() and not Path(path).is_file():
             raise type(error)(f"{path} must be a file, and is none ({error.strerror}); {way_out}") from error
         raise ValueError(f"{path} {what}: {reason_of(error)}; {way_out}") from error
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from topk_attention.files import append_json_line, write_whole
 
@@ -18,11 +19,14 @@ __all__ = [
     "differences",
     "read_json",
     "read_json_lines",
+    "reads",
     "write_json",
     "write_whole",
 ]
 
 Json = dict[str, Any]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 # Fields of records that hold fields of their own, or lists, whatever the experiment.
 _SECTIONS = {
     "best": dict,
@@ -44,7 +48,29 @@ _SECTIONS = {
 }
 _WORDS = ("model", "text", "setting", "questions", "run")
 _IN_WORDS = {dict: "JSON object", list: "list", str: "word"}
+_HOLDS = "holds a record that is not as these commands write it"
 _WAY_OUT = "move it away or give another --out"
+
+
+def reads(
+    *names: str, way_out: str = "mend the record or delete it"
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Makes a function that reads records and draws from them name their files where a record is not as it should be.
+
+    names  of the files in the folder that is the function's first argument; none: that argument is the file
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+            place: Any = arguments[0]
+            files = [place / name for name in names] or [place]
+            with damage_named(" or ".join(map(str, files)), way_out, _HOLDS):
+                return function(*arguments, **options)
+
+        return wrapped
+
+    return decorate
 
 
 def days_and_commits(records: Sequence[Json]) -> str:
@@ -106,6 +132,8 @@ def _problem(record: Json) -> str | None:
     """What is wrong with a record's sections, in words."""
     for name, kind in _SECTIONS.items():
         value = record.get(name)
+        if name == "runs" and isinstance(value, list) and not all(isinstance(run, dict) for run in value):
+            return f"runs must be a list of JSON objects, got {value!r:.60}"
         # An old record may lack a section, and one of another experiment may name a model by a word.
         if value is None or isinstance(value, kind) or (name in _WORDS and isinstance(value, str | list)):
             continue

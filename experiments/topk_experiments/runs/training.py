@@ -199,8 +199,10 @@ def train_arms(
         reason = f"{path} was made with another configuration, environment or code"
         line = f"{reason} and is replaced ({'; '.join(changed)})."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    with damage_named(path, "move it away or give another --out"):
+        finished = [name_of_arm(arm) for arm in record["arms"]]
     for name, request in requests.items():
-        if name in map(name_of_arm, record["arms"]):
+        if name in finished:
             continue
         checkpoint = path.parent / "work" / f"{name.replace(' ', '')}.pt"
         if fresh:

@@ -65,8 +65,13 @@ def reads(
         def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
             place: Any = arguments[0]
             files = [place / name for name in names] or [place]
-            with damage_named(" or ".join(map(str, files)), way_out, _HOLDS):
+            try:
                 return function(*arguments, **options)
+            except Exception as error:
+                if str(place) in str(error):  # in words already
+                    raise
+                with damage_named(" or ".join(map(str, files)), way_out, _HOLDS):
+                    raise
 
         return wrapped
 

@@ -127,7 +127,11 @@ def test_a_record_beside_an_output_path_and_missing_results_are_told(stand_in, t
 
 def test_results_that_cannot_be_recorded_are_kept(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "records.jsonl").mkdir()  # no file to append to
+
+    def full(path, record):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(harness, "append_json_line", full)
     result = runner.invoke(app, ["lm-eval", "--record", str(tmp_path / "records.jsonl")])
     assert result.exit_code != 0
     (kept,) = tmp_path.rglob("results_*.json")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..rivals.names import TOPK, kept, topk_method
 from ..runs.ledger import newest, on_file
-from ..runs.records import Json, write_whole
+from ..runs.records import Json, reads, write_whole
 from ..runs.timing import expected_s
 from ..runs.turns import MODES
 from .tables import Page, Quoted, busy_notes, draw_sweep, head
@@ -186,6 +186,9 @@ class RoundTable:
 
     def report(self, out: Path, name: str) -> list[Path]:
         """Write `NAME.md` and, for sweeps, `NAME.png` of all records on file in a folder; returns the files written."""
+        return reads(f"{name}.jsonl")(self._report)(out, name)
+
+    def _report(self, out: Path, name: str) -> list[Path]:
         results = self._on_file(out, name)
         if not results:
             return []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runs.ledger import is_finished, newest, on_file
 from ..runs.progress import say
-from ..runs.records import Json, days_and_commits, write_whole
+from ..runs.records import Json, days_and_commits, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.console import print_table
 from ..show.plots import MEMORY_AND_TIME, draw_memory_and_time
@@ -109,6 +109,9 @@ class PointTable:
 
     def report(self, out: Path) -> list[Path]:
         """Write the tables and pictures of all records on file in a folder; returns the files written."""
+        return reads(f"{self.name}.jsonl")(self._report)(out)
+
+    def _report(self, out: Path) -> list[Path]:
         records = on_file(out / f"{self.name}.jsonl", self.schema)
         records = newest(records, lambda record: json.dumps(record["point"], sort_keys=True))
         if not records:

@@ -25,7 +25,7 @@ from ..runs.progress import say
 from ..runs.records import Json
 from ..runs.steps import Limits
 from .application import benchmark
-from .options import Backend, feed_forward_neurons, new_console, taking
+from .options import Backend, at_least, feed_forward_neurons, new_console, taking
 
 _SETTING = ("device", "threads", "seed")
 _USUAL = ("topk", "query-chunks", "sdpa", "vanilla")
@@ -70,7 +70,7 @@ def feed_forward_kernel(
         "Rows of the table: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N = 1, 2, 4 and 8 tokens.",
     ] = None,
     d_ff: Annotated[Sequence[int] | None, "For the sweep, instead of its own."] = None,
-    tokens: Annotated[int | None, "For the sweep, instead of 4,096."] = None,
+    tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.", callback=at_least(1))] = None,
     rivals: Rivals = None,
     backend: Compared = "cpu",
 ) -> None:

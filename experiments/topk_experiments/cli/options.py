@@ -15,7 +15,20 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from topk_attention.cli import options
-from topk_attention.cli.options import Backend, Seed, Threads, integers, names, new_console
+from topk_attention.cli.options import (
+    Backend,
+    Seed,
+    Threads,
+    at_least,
+    folder_to_fill,
+    integers,
+    names,
+    new_console,
+    number_of_threads,
+    seed_of_numbers,
+    written_file,
+    written_folder,
+)
 
 __all__ = [
     "Backend",
@@ -32,16 +45,21 @@ __all__ = [
     "Threads",
     "TrainAgain",
     "Windows",
+    "at_least",
     "errors_in_words",
     "feed_forward_neurons",
+    "folder_to_fill",
     "integers",
     "names",
     "new_console",
+    "number_of_threads",
     "settings",
     "taking",
+    "written_file",
+    "written_folder",
 ]
 
-Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=written_folder)]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
 ModelSize = Annotated[int, typer.Option(help="Model size.")]
@@ -72,6 +90,8 @@ _CALLED = {
     "time_s": "time_limit",
     "memory_gib": "memory_limit",
 }
+# Field of a dataclass -> the callback that looks at its option.
+_CALLBACKS = {"out": written_folder, "threads": number_of_threads, "seed": seed_of_numbers}
 
 
 def taking(*groups: type | tuple[Any, ...], **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -128,7 +148,7 @@ def _option(field: inspect.Parameter) -> inspect.Parameter:
         kind, text = str | None, f"{text} Separated by commas."
         default = default if default is None else ",".join(map(str, default))
     if isinstance(text, str):
-        text = typer.Option(help=text)
+        text = typer.Option(help=text, callback=_CALLBACKS.get(field.name))
     return field.replace(
         name=name, kind=inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, text]
     )

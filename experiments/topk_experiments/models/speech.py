@@ -41,10 +41,12 @@ def read_recording(path: Path, sampling_rate: int) -> Recording:
         raise FileNotFoundError(f"audio file not found: {path}")
     try:
         samples, rate = soundfile.read(path, always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except Exception as error:  # soundfile's, and TypeError or MemoryError where a header is damaged
         raise ValueError(f"audio file {path} cannot be read ({error}); convert it to WAV or FLAC") from error
     if not len(samples):
         raise ValueError(f"audio file {path} is empty")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"audio file {path} holds samples that are no numbers; convert it to WAV or FLAC again")
     mono = resample(samples.mean(1), rate, sampling_rate)
     return Recording(mono, sampling_rate, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 

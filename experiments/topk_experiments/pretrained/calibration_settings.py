@@ -82,6 +82,8 @@ class CalibrationConfig:
         for name, ks in (("uniform", self.uniform), ("also-mean-k", self.mean_ks)):
             for k in ks or ():
                 check_count(name, k)
+        if self.feed_forward_mean_k is not None and not self.feed_forward_mean_k >= 1:
+            raise ValueError(f"feed-forward-mean-k must be at least 1, got {self.feed_forward_mean_k:g}")
         if self.report == self.out:
             raise ValueError(f"report and out must be two files, got {self.out} for both")
         choose_backend(self.backend)

@@ -32,6 +32,7 @@ from ..models.pretrained import (
 )
 from ..models.text import Text, first_tokens, hidden_states_give_logits, perplexity, read_text
 from ..runs.checks import check_at_least, check_runs
+from ..runs.files import damage_named
 from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.memory import PeakMeter
 from ..runs.process import Send, failures_named, run_in_fresh_process
@@ -104,7 +105,8 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     check_writable("out", config.record)
     notes: list[str] = []  # said only when it is certain that the new runs can be made
     record = _start_or_continue(_new_record(config, source, text), config, notes.append)
-    finished = [(run["round"], run["k"]) for run in record["runs"]]
+    with damage_named(config.record, "move it away or give another --out"):
+        finished = [(run["round"], run["k"]) for run in record["runs"]]
     missing = [turn for turn in config.turns() if turn not in finished]
     if missing:
         source = unpacked(source, config.out / "work" / "model", say)

@@ -10,7 +10,7 @@ from typing import Any
 
 from topk_attention.functional.words import k_in_words
 
-from ..runs.records import Json, read_json, write_whole
+from ..runs.records import Json, read_json, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted, drawn, footer, page, table
 from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at, save
@@ -30,6 +30,7 @@ _HEADINGS = (
 _TOPK, _FULL = STYLES["topk"], STYLES["full"]
 
 
+@reads("demo/demo.json")
 def redraw(results: Path) -> list[Path]:
     """Write picture and page of the demo's record below the folder of all results again; return their paths."""
     record = read_json(results / "demo" / "demo.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runs.ledger import newest
-from ..runs.records import Json, read_json_lines, write_whole
+from ..runs.records import Json, read_json_lines, reads, write_whole
 from ..runs.timing import busy_note
 from .demo_report import run_name
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RECORDS, PAGE = "transcripts.jsonl", "transcripts.md"
 
 
+@reads(f"whisper/{RECORDS}")
 def redraw(results: Path) -> list[Path]:
     """Write the table again from the records below the folder of all results; return its path.
 

@@ -84,7 +84,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         return replace(self, attention=_allocate(self.curves, target), about=about)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that `Calibration.load` reads."""
+        """Write a JSON file that `Calibration.load` reads. Folders that are missing are made."""
 
         def of(curves: dict[str, Curves]) -> dict[str, Any]:
             return {
@@ -108,6 +108,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             "attention_curves": of(self.curves),
             "feed_forward_curves": of(self.feed_forward_curves),
         }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -138,13 +139,16 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             for layer, ks in [*attention.items(), *((layer, [k]) for layer, k in content["feed_forward_k"].items())]:
                 for k in ks:
                     check_count(f"k of {layer}", k)
-            return Calibration(
-                attention,
-                content["feed_forward_k"],
-                of(content["attention_curves"]),
-                of(content["feed_forward_curves"]),
-                content["about"],
-            )
+            if not all(attention.values()):
+                raise ValueError("each layer must have at least one head")
+            curves, feed_forward_curves = of(content["attention_curves"]), of(content["feed_forward_curves"])
+            for layer, c in [*curves.items(), *feed_forward_curves.items()]:
+                _check_curves(layer, c)
+            if not isinstance(content["about"], dict):
+                raise ValueError(f"about must be a JSON object, got {content['about']!r:.60}")
+            return Calibration(attention, content["feed_forward_k"], curves, feed_forward_curves, content["about"])
+        except RecursionError as error:
+            raise ValueError(f"{path} is not a calibration file: it is nested too deeply") from error
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error
 
@@ -309,6 +313,19 @@ def measure(
         curves.clear()
         curves.update(in_order)
     return sum(losses) / len(losses)
+
+
+def _check_curves(layer: str, curves: Curves) -> None:
+    """Raise where what a file holds for a layer does not fit together."""
+    for k in (*curves.ks, curves.num_rows):
+        check_count(f"k, or rows, of {layer}", k)
+    heads, grid = (*curves.lost_mass.shape, 0, 0)[:2]
+    if not curves.ks or not heads or grid != len(curves.ks):
+        raise ValueError(f"lost_mass of {layer} must be a table with a column for each of {len(curves.ks)} k")
+    for name, shape in (("lost_mass", [heads, grid]), ("loss_error", [heads, grid]), ("loss_change", [2, heads, grid])):
+        found = list(getattr(curves, name).shape)
+        if found != shape:
+            raise ValueError(f"{name} of {layer} must have shape {shape}, got {found}")
 
 
 def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:

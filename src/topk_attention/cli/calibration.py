@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibrate import LossIncrease, LostMass, MeanK
 from ..calibrate import calibrate as measure
-from ..files import check_writable, read_utf8
+from ..files import read_utf8
 from ..functional.words import full_attention_note
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class CalibrationRequest:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
         _ = self.target, self.feed_forward_target  # a target checks its own number
 
     @property
@@ -86,7 +88,6 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
         )
     tokenizer = _load(AutoTokenizer, request.model, **options)
     batches = _windows(tokenizer, content, length, request)
-    check_writable("out", request.out)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = _load(loader, request.model, dtype=torch.float32, **options).eval()
@@ -114,7 +115,9 @@ def _load(loader: Any, model: str, **options: Any) -> Any:
     """What `from_pretrained` returns; its errors in one line."""
     try:
         return loader.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model} does not load as a transformers model: {first_line}") from error
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..calibrate import Calibration
 from ..convert import convert
 from ..convert.settings import K_VARIABLE
 from ..environment import environment, package_version
-from ..files import append_json_line
+from ..files import append_json_line, check_writable
 from ..functional.words import full_attention_note
 
 SCHEMA = "topk_attention/lm-eval/1"
@@ -36,6 +37,8 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         ValueError: the arguments name an output path of their own beside a record.
         ModuleNotFoundError: lm-eval is not installed.
     """
+    for option, path in _output_paths(arguments):  # the harness itself looks when hours of evaluation are over
+        check_writable(option, path, is_folder=path.suffix != ".json")
     register()
     from lm_eval.__main__ import cli_evaluate
 
@@ -43,7 +46,7 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         sys.argv = ["lm_eval", *arguments]
         cli_evaluate()
         return
-    if any(argument.partition("=")[0] in ("--output_path", "-o") for argument in arguments):
+    if any(_output_paths(arguments)):
         raise ValueError("--record writes the results to a file of its own; leave --output_path out")
     folder = tempfile.mkdtemp()
     try:
@@ -52,7 +55,7 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         found = _results_in(folder)
         if not found:
             raise ValueError("lm_eval wrote no results; run it without --record to see why")
-        append_json_line(record, as_record(json.loads(found[-1].read_text(encoding="utf-8"))))
+        append_json_line(record, _read_results(found[-1]))
     except BaseException:
         # An evaluation can take hours, so its results are kept even if they could not be recorded.
         if kept := _results_in(folder):
@@ -63,8 +66,25 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
     shutil.rmtree(folder)
 
 
+def _output_paths(arguments: Sequence[str]) -> list[tuple[str, Path]]:
+    """(option, path) wherever the harness's own arguments say where it writes its results."""
+    found = []
+    for argument, after in pairwise([*arguments, ""]):
+        option, equals, path = argument.partition("=")
+        if option in ("--output_path", "-o"):
+            found.append((option.lstrip("-"), Path(path if equals else after)))
+    return found
+
+
 def _results_in(folder: str) -> list[Path]:
     return sorted(Path(folder).rglob("results_*.json"))
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        return as_record(json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the results in {path} are not as lm_eval writes them: {error!r}") from error
 
 
 def as_record(results: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...rivals import METHODS as EVERY_METHOD
 from ...runs.ledger import is_finished, newest
-from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
+from ...runs.records import Json, days_and_commits, read_json_lines, reads, write_whole
 from ...show.quoted import MODEL as PAPER
 from ...show.quoted import MODEL_NOTE
 from ..tables import Columns, Page, Quoted, busy_notes, cells, curves_over, draw_sweep
@@ -26,6 +26,7 @@ _COLUMNS: Columns = {
 }
 
 
+@reads()
 def report(lines: Path, setting: Json | None = None, console: Console | None = None) -> list[Path]:
     """Write the table and the picture of the records in `NAME.jsonl` to `NAME.md` and `NAME.png` beside it.
 

@@ -8,8 +8,7 @@ from rich.console import Console
 from topk_attention.backends import choose_backend
 from topk_attention.environment import environment
 from topk_experiments.benchmarks.attention import LAYERS, methods
-from topk_experiments.benchmarks.attention.measure import OPERATION
-from topk_experiments.benchmarks.attention.methods import new_method
+from topk_experiments.benchmarks.attention.methods import OPERATION, new_method
 from topk_experiments.benchmarks.attention.works import Point, able_to, bias_and_dropout, grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.rivals.names import METHODS, on_backend

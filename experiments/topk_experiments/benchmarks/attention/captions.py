@@ -12,7 +12,7 @@ from ..tables import Numbers, PointTable, computed_on
 from .methods import why_not
 from .works import CHUNK_METHODS, GOALS, KS, LAYER_METHODS, LENGTHS, TABLE, Work
 
-_OPERATION = f"{__package__}.measure"
+_OPERATION = f"{__package__}.methods"
 
 
 def _memory_line(result: Result, ours: str, mine: float, sdpas: float) -> str:

@@ -32,7 +32,7 @@ MEASURED: Columns = {
 
 @dataclass(frozen=True)
 class Page:
-    """A table with a heading and notes. The first column, which names the row, is aligned to the left.
+    """A table with a heading and notes.
 
     has_list  notes are the points of a list instead of paragraphs
     head      line between the heading and the table, in markdown alone
@@ -230,27 +230,6 @@ def by_setting(records: Sequence[Json], names: Sequence[str]) -> list[list[Json]
     return list(groups.values())
 
 
-def curves_over(
-    x: str, records: Sequence[Json], name: Callable[[Json], str]
-) -> tuple[dict[str, list[Json]], dict[str, Json]]:
-    """Curves and levels for `draw_memory_and_time`: by name of the point, and those of points without x.
-
-    name  of a record's point
-
-    >>> curves_over("k", [{"point": {"k": 8}}, {"point": {"k": None}}], lambda point: f"{point['k']}")
-    ({'8': [{'point': {'k': 8}, 'k': 8}]}, {'None': {'point': {'k': None}}})
-    """
-    curves: dict[str, list[Json]] = {}
-    levels: dict[str, Json] = {}
-    for record in records:
-        point = record["point"]
-        if point[x] is None:
-            levels[name(point)] = record
-        else:
-            curves.setdefault(name(point), []).append(record | {x: point[x]})
-    return curves, levels
-
-
 def with_several(x: str, records: Sequence[Json]) -> list[Json]:
     """The records of points that were measured at several x, all else being equal.
 
@@ -301,13 +280,20 @@ def draw_sweep(
 ) -> list[Path]:
     """Draw memory and time of points over one of their fields; returns the file, or none where no point finished.
 
-    name    of a record's point
+    name    of a record's point: that of its curve, or of its level where it does not have the field
     quoted  label -> numbers beside the curves, in the panels of peak memory and of whole steps
     panels  as `draw_memory_and_time` takes them
     """
     if not any(record["outcome"] == "finished" for record in records):
         return []
-    curves, levels = curves_over(x, records, name)
+    curves: dict[str, list[Json]] = {}
+    levels: dict[str, Json] = {}
+    for record in records:
+        label, at = name(record["point"]), record["point"][x]
+        if at is None:
+            levels[label] = record
+        else:
+            curves.setdefault(label, []).append(record | {x: at})
     quoted = quoted or {}
     by_field: dict[str, dict[str, dict[int, float]]] = {}
     for field, _, factor in panels:

@@ -141,6 +141,7 @@ def test_query_chunks_are_the_librarys_own_and_not_what_it_hands_to_pytorch(monk
 def test_by_default_everything_is_measured_that_can_do_the_setting():
     assert set(able_to("none", 0.0)) == {*METHODS, "topk-chunked"}
     assert set(able_to("none", 0.1)) == {*METHODS, "topk-chunked"} - {"performer", "rfa"}
+    assert able_to("learned", 0.0) == ["topk", "topk-chunked", "query-chunks", "sdpa"]
 
 
 def test_settings_that_a_method_ignores_do_not_tell_its_points_apart():

@@ -18,7 +18,7 @@ from ...runs.devices import limit_memory_on, peak_meter
 from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.steps import Times
-from .methods import WRITTEN_OUT, is_smoothed, new_inputs, new_model, prepared_model, use_method
+from .methods import WRITTEN_OUT, names_of_relu, new_config, new_inputs, new_model, prepared_model, use_method
 from .points import RANDOM, Point
 
 _MIB = 2**20
@@ -125,7 +125,7 @@ def check(point: Point) -> Json:
     )
     result: Json = {"length": small.length, "dtype": small.dtype, "dropout_p": small.dropout_p}
     model = new_model(small, "eager", smooth=True)
-    if is_smoothed(small):
+    if names_of_relu(new_config(small)):
         result["activation"] = "GELU in place of ReLU"
     inputs = new_inputs(small, model)
     if point.method in RANDOM:

@@ -46,15 +46,10 @@ def new_config(point: Point) -> Any:
     return config
 
 
-def is_smoothed(point: Point) -> bool:
-    """Whether `new_model` replaces an activation if it is asked for a smooth one."""
-    return bool(_names_of_relu(new_config(point)))
-
-
-def _names_of_relu(config: Any) -> list[str]:
-    return [
-        name for name in ("dense_act_fn", "hidden_act", "activation_function") if getattr(config, name, "") == "relu"
-    ]
+def names_of_relu(config: Any) -> list[str]:
+    """The fields of a configuration that ask for ReLU, which `new_model` replaces if it is asked for a smooth model."""
+    names = ("dense_act_fn", "hidden_act", "activation_function")
+    return [name for name in names if getattr(config, name, "") == "relu"]
 
 
 def new_model(point: Point, attn_implementation: str, *, smooth: bool = False) -> Any:
@@ -75,7 +70,7 @@ def new_model(point: Point, attn_implementation: str, *, smooth: bool = False) -
 
     config = new_config(point)
     if smooth:
-        for field in _names_of_relu(config):
+        for field in names_of_relu(config):
             setattr(config, field, "gelu")
     name = model_class(config)
     try:
@@ -180,11 +175,15 @@ def use_random_features(model: Any, point: Point) -> None:
     Raises:
         ValueError: the model has a decoder or a position bias, or its attention does not use the interface.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     check_family(point)
     sites = list(attention_sites(model))
     if not sites or not all(site.reads_interface and site.obstacle is None for site in sites):
         raise _misfit(point.method, model.config, "attention that transformers' attention interface does not reach")
-    _register()
+    for name, function in ((NAME, _attend), (WRITTEN_OUT, _attend_written_out)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, compact_mask)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(point.seed)
         for site in sites:
@@ -192,14 +191,6 @@ def use_random_features(model: Any, point: Point) -> None:
             attention = new_attention(point.method, head_dim=head_dim, num_features=point.num_features)
             site.module.register_module("random_features", attention.to(point.device))
     model.set_attn_implementation(NAME)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    for name, function in ((NAME, _attend), (WRITTEN_OUT, _attend_written_out)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, compact_mask)
 
 
 def _attend(

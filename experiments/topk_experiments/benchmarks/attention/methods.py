@@ -107,23 +107,15 @@ def heads_of(work: Work, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tens
     return query, key, value, tuple(others)
 
 
-def run_topk(
-    work: Work,
-    k: int | None,
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: Tensor | None = None,
-    **options: Any,
-) -> Any:
+def run_topk(work: Work, k: int | None, backend: str, *tensors: Tensor, **options: Any) -> Any:
     """`topk_attention` with the options of the work."""
+    query, key, value, *table = tensors
     return topk_attention(
         query,
         key,
         value,
         k=k,
-        bias=None if table is None else RelativeBias(table),
+        bias=RelativeBias(table[0]) if table else None,
         is_causal=work.is_causal,
         dropout_p=work.dropout_p,
         backend=backend,
@@ -188,15 +180,9 @@ def _rival(name: str, work: Work) -> Method:
     return Method(_layer(work, attend), stored, truth)
 
 
-def _written_out(
-    work: Work,
-    baseline: PerformerAttention | RandomFeatureAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *own: Tensor,
-) -> Tensor:
+def _written_out(work: Work, baseline: PerformerAttention | RandomFeatureAttention, *tensors: Tensor) -> Tensor:
     """Attention with random features, every weight in memory."""
+    query, key, value, *own = tensors
     visible = torch.ones(work.length, work.length, dtype=torch.bool, device=query.device)
     visible = visible.tril() if work.is_causal else visible
     return random_feature_weights(baseline, query, key, visible=visible, sigma=own[0] if own else None) @ value

@@ -94,17 +94,15 @@ def input_names(work: Work) -> list[str]:
     return [*names, *(["bias"] if work.bias == "learned" else []), "sigma"]
 
 
-def heads_of(work: Work, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
-    """Query, key and value [1, H, L, D] from the tensors of an operation, and the tensors after the projections."""
+def heads_of(work: Work, tensors: Tensors) -> Tensors:
+    """Query, key and value [1, H, L, D] from the tensors of an operation, and those that come after the projections."""
     if not work.projections:
-        query, key, value, *others = tensors
-        return query, key, value, tuple(others)
-    x, others = tensors[0], list(tensors[9:])
-    query, key, value = (
-        F.linear(x, weight, bias).unflatten(-1, (work.num_heads, -1)).transpose(1, 2)
+        return tensors
+    heads = (
+        F.linear(tensors[0], weight, bias).unflatten(-1, (work.num_heads, -1)).transpose(1, 2)
         for weight, bias in zip(tensors[1:7:2], tensors[2:8:2], strict=True)
     )
-    return query, key, value, tuple(others)
+    return *heads, *tensors[9:]
 
 
 def run_topk(work: Work, k: int | None, backend: str, *tensors: Tensor, **options: Any) -> Any:
@@ -135,8 +133,7 @@ def _layer(work: Work, attend: Attend) -> Callable[..., Tensor]:
         return attend
 
     def run(*tensors: Tensor) -> Tensor:
-        query, key, value, others = heads_of(work, tensors)
-        return F.linear(attend(query, key, value, *others).transpose(1, 2).flatten(2), *tensors[7:9])
+        return F.linear(attend(*heads_of(work, tensors)).transpose(1, 2).flatten(2), *tensors[7:9])
 
     return run
 
@@ -263,9 +260,8 @@ def is_clear(method: str, work: Work, tensors: Tensors) -> Tensor | float:
     k = kept(method, work.k)
     if k is None or k >= work.length:
         return 1.0
-    query, key, value, others = heads_of(work, tuple(tensor.double() for tensor in tensors))
-    whole = replace(work, dropout_p=0.0)
-    _, selection = run_topk(whole, k + 1, "reference", query, key, value, *others, return_selection=True)
+    heads = heads_of(work, tuple(tensor.double() for tensor in tensors))
+    _, selection = run_topk(replace(work, dropout_p=0.0), k + 1, "reference", *heads, return_selection=True)
     next_best, kth_best = selection.weights.topk(2, largest=False).values.unbind(-1)
     # Logarithms of weights are scores, up to a constant of the row. A weight of 0 is an empty slot: nothing to mistake.
     clear = ~(kth_best.log() - next_best.log() < NEAR_TIE)

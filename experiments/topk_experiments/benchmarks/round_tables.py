@@ -300,11 +300,7 @@ class RoundTable:
 
 
 def ratio_cell(ratio: float | None, goal: float | None) -> str:
-    """How many times as fast as the rival, and whether that reaches the goal; a ratio of None was not measured.
-
-    >>> ratio_cell(2.5, None), ratio_cell(2.5, 3.0), ratio_cell(None, 3.0)
-    ('2.50', '2.50, goal 3: missed', 'goal 3')
-    """
+    """How many times as fast as the rival, and whether that reaches the goal; a ratio of None was not measured."""
     parts = [] if ratio is None else [f"{ratio:.2f}"]
     if goal is not None:
         verdict = "" if ratio is None else f": {'reached' if ratio >= goal else 'missed'}"

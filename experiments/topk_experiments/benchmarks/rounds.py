@@ -75,11 +75,9 @@ def grid(
 ) -> list[Any]:
     """One point for each size and method, and for top-k for each k; smallest first.
 
-    new_point  class of the points
-    size       the field that takes the sizes
-    methods    names that the points know, "topk-BACKEND", or "topk"
-    ks         None: the default of the points
-    backend    of "topk"
+    size     the field that takes the sizes
+    methods  names that the points know, "topk-BACKEND", or "topk", which is computed on `backend`
+    ks       None: the default of the points
     """
     points, chosen = [], [new_point.k] if ks is None else sorted(set(ks))
     for number, name in itertools.product(sorted(set(sizes)), dict.fromkeys(methods)):
@@ -266,9 +264,8 @@ def record_of(
 ) -> Json:
     """The record of a configuration: the one on file if it spares the run, otherwise that of a new run.
 
-    label     names what is measured
     run       the outcome and the results of a new run; it may send {"doing": what it does now}
-    spares    of records of the same configuration, environment and code: whether one is good enough
+    spares    as `Ledger.find` takes it
     in_words  the results of a finished run, in a few words
 
     Raises:

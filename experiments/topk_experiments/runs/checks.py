@@ -20,10 +20,6 @@ def check_at_least(least: int, config: object, *names: str) -> None:
 
     Raises:
         ValueError: one is smaller; the message names it.
-
-    >>> check_at_least(1, slice(1, None, 0), "start", "stop", "step")
-    Traceback (most recent call last):
-    ValueError: step must be at least 1, got 0
     """
     for name in names:
         number = getattr(config, name)
@@ -36,10 +32,6 @@ def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
 
     Raises:
         ValueError: it is none of those allowed.
-
-    >>> check_one_of(("up", "down"), slice("left", None), "start")
-    Traceback (most recent call last):
-    ValueError: start must be one of up, down, got 'left'
     """
     word = getattr(config, name)
     if word not in allowed:

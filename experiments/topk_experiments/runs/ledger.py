@@ -37,12 +37,11 @@ def experiment_environment(folder: Path, *also: Path) -> Json:
     folder  of the experiment: `Path(__file__).parent` of one of its modules
     also    other folders whose code the experiment runs, such as that of rivals
     """
-    return environment() | {"experiment_sha256": "-".join(map(_code_sha256, (folder, *also)))}
-
-
-def _code_sha256(folder: Path) -> str:
-    files = (file for file in folder.rglob("*.py") if not any(file.stem.endswith(name) for name in DRAWING))
-    return code_sha256(folder, files)
+    hashes = []
+    for code in (folder, *also):
+        files = (file for file in code.rglob("*.py") if not file.stem.endswith(DRAWING))
+        hashes.append(code_sha256(code, files))
+    return environment() | {"experiment_sha256": "-".join(hashes)}
 
 
 def what_differs(record: Json, configuration: Mapping[str, object], here: Json) -> list[str]:
@@ -50,10 +49,6 @@ def what_differs(record: Json, configuration: Mapping[str, object], here: Json) 
 
     configuration  field of the record -> what it must hold; "run.dtype" is the field "dtype" of the section "run"
     here           of `experiment_environment`
-
-    >>> here = {"torch": "2.13.0", "product_sha256": "b"}
-    >>> what_differs({"k": 8, "environment": {"torch": "2.12.0", "product_sha256": "a"}}, {"k": 8}, here)
-    ['torch: 2.12.0 -> 2.13.0', 'product_sha256: a -> b']
     """
     there = record.get("environment", {})
     fields = [*_ENVIRONMENT, *(name for name in _CODE if there.get(name) is not None)]
@@ -63,11 +58,7 @@ def what_differs(record: Json, configuration: Mapping[str, object], here: Json) 
 
 
 def field_of(record: Json, name: str) -> object:
-    """A field of a record, or of one of its sections; None if it is missing.
-
-    >>> field_of({"run": {"dtype": "float32"}}, "run.dtype")
-    'float32'
-    """
+    """A field of a record, or "section.field" of one of its sections; None if it is missing."""
     section, _, field = name.rpartition(".")
     return record.get(section, {}).get(field) if section else record.get(name)
 
@@ -94,8 +85,7 @@ class Ledger:
 
     path    file of JSON lines
     schema  of its records; lines of another schema are skipped
-    folder  of the experiment's code
-    also    other folders whose code the experiment runs, such as that of rivals
+    folder, also  of the experiment's code, as `experiment_environment` takes them
     fresh   whether to run everything again: what was on file before spares no run then
 
     Raises:
@@ -118,14 +108,10 @@ class Ledger:
         spares  whether a record of the same run is good enough, for example has enough repetitions
         """
         with damage_named(self.path, _WAY_OUT, _HOLDS):
-            return next(
-                (
-                    record
-                    for record in reversed(self._sparing)
-                    if not what_differs(record, configuration, self.here) and spares(record)
-                ),
-                None,
-            )
+            for record in reversed(self._sparing):
+                if not what_differs(record, configuration, self.here) and spares(record):
+                    return record
+            return None
 
     def why_not(self, configuration: Mapping[str, object]) -> str | None:
         """Note on the newest record of this configuration that spares no run: what differs. None where there is none.

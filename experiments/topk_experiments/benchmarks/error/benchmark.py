@@ -21,8 +21,7 @@ from ...runs.steps import run_within
 from ..rounds import Benchmark, Device, Seed, Threads, records_of
 from . import measure
 from .capture import captured
-from .measure import Point
-from .methods import METHODS, sizes_of
+from .measure import METHODS, Point, sizes_of
 from .report import NAME, SCHEMA, in_words, report, show
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ...runs.progress import say
 from ...runs.records import Json, reads, write_whole
 from ...show.plots import QUOTED, legend_below, new_figure, plain_numbers, save, styles
 from ..tables import Page, busy_notes, by_setting, head, markdown_table
-from .methods import METHODS
+from .measure import METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console

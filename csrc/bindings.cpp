@@ -288,6 +288,10 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
   if (neurons.size(0) > 0) check_memory(kernels().feed_forward.sum_tokens(call, parallel()));
 }
 
+// Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
+// than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed.
+int64_t kernel_interface() { return 2; }
+
 // Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {
   std::string names;
@@ -320,6 +324,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def("cpu_sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) -> Tensor");
   m.def("cpu_dot_neurons(Tensor rows, Tensor table, Tensor neurons) -> Tensor");
   m.def("cpu_add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor(a!) sums, Tensor(b!)? bias) -> ()");
+  m.def("kernel_interface() -> int");
   m.def("cpu_targets() -> str");
   m.def("force_cpu_target(str target) -> ()");
 }
@@ -334,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CompositeExplicitAutograd, m) {
+  m.impl("kernel_interface", TORCH_BOX(&kernel_interface));
   m.impl("cpu_targets", TORCH_BOX(&cpu_targets));
   m.impl("force_cpu_target", TORCH_BOX(&force_cpu_target));
 }

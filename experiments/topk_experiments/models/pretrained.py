@@ -80,6 +80,11 @@ def find_model(model: str | None, say: Say = print) -> ModelSource:
     return _on_the_hub(model)
 
 
+def load_model_to_run(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
+    """As `load_model`, with frozen weights: of a model that never trains, `convert` stores networks the faster way."""
+    return load_model(source, auto_class, dtype).requires_grad_(False)
+
+
 def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
     """The model in evaluation mode; `auto_class` is the auto class of transformers that loads it.
 

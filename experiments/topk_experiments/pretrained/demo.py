@@ -25,7 +25,7 @@ from ..models.pretrained import (
     ModelSource,
     find_model,
     load_config,
-    load_model,
+    load_model_to_run,
     load_tokenizer,
     longest_input,
     unpacked,
@@ -80,7 +80,7 @@ class DemoConfig:
         check_runs(self.k, self.backend)
         if self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2 (the first one is never predicted), got {self.num_tokens}")
-        check_at_least(1, self, "threads", "rounds")
+        check_at_least(1, self, "threads", "rounds", "num_tokens")
 
     @property
     def record(self) -> Path:
@@ -132,7 +132,7 @@ def measure_run(request: Json, send: Send) -> Json:
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    model = load_model(ModelSource(**request["model"]))
+    model = load_model_to_run(ModelSource(**request["model"]))
     feed_forward_k = request.get("feed_forward_k")
     if request["k"] is not None or feed_forward_k is not None:
         convert(model, attention_k=request["k"], feed_forward_k=feed_forward_k, backend=request["backend"])

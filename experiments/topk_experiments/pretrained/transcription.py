@@ -16,7 +16,14 @@ from torch import nn
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert, is_cross_attention, is_self_attention
 
-from ..models.pretrained import ModelSource, find_model, load_config, load_feature_extractor, load_model, load_tokenizer
+from ..models.pretrained import (
+    ModelSource,
+    find_model,
+    load_config,
+    load_feature_extractor,
+    load_model_to_run,
+    load_tokenizer,
+)
 from ..models.speech import read_recording, transcribe, word_errors, words
 from ..runs.checks import check_at_least, check_runs
 from ..runs.ledger import Ledger, made_when
@@ -119,7 +126,7 @@ def measure_transcript(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     source = ModelSource(**request["model"])
-    model, tokenizer = load_model(source, _AUTO_CLASS), load_tokenizer(source)
+    model, tokenizer = load_model_to_run(source, _AUTO_CLASS), load_tokenizer(source)
     feature_extractor = load_feature_extractor(source)
     recording = read_recording(Path(request["audio"]), feature_extractor.sampling_rate)
     num_layers = 0

@@ -21,7 +21,7 @@ from ..models.pretrained import (
     ModelSource,
     find_model,
     load_config,
-    load_model,
+    load_model_to_run,
     load_tokenizer,
     longest_input,
     unpacked,
@@ -130,7 +130,7 @@ def evaluate_point(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     reader = READERS[request["reader"]]
     source = ModelSource(**request["model"])
-    model, tokenizer = load_model(source, reader.auto_class, request["dtype"]), load_tokenizer(source)
+    model, tokenizer = load_model_to_run(source, reader.auto_class, request["dtype"]), load_tokenizer(source)
     convert_model(model, request["convert"], request["backend"])
     questions = {number: Question.from_json(question) for number, question in request["questions"]}
     examples = [Question.from_json(example) for example in request["examples"]]

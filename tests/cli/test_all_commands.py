@@ -28,6 +28,11 @@ def options_of(kind, *, but=lambda command: ()):
 
 WRITTEN = options_of(Path, but=lambda command: READ | READ_BY.get(command.path, set()))
 COUNTS = options_of(int)
+NUMBERS = options_of(float)
+# Options with a comma-separated list of numbers.
+KS = {"--k", "--attention-k", "--feed-forward-k", "--uniform", "--also-mean-k"}
+SIZES = {"--lengths", "--d-ff", "--chunk-sizes", "--features", "--seeds"}
+LISTS = [parameter for parameter in options_of(str) if parameter.values[1] in KS | SIZES]
 
 
 def test_the_commands_of_both_projects_are_found():
@@ -78,6 +83,32 @@ def test_a_count_that_makes_no_sense_is_refused_in_words(command, option, refuse
         line = refused(command, option, number)
         assert option.lstrip("-") in line.replace("_", "-").replace("num-", "")
         assert line.endswith(f"got {number}") or f"got {number} " in line or f"got {number};" in line
+
+
+def names(option, line):
+    return option.lstrip("-") in line.replace("_", "-").replace("num-", "")
+
+
+@pytest.mark.parametrize(("command", "option"), COUNTS)
+def test_a_count_beyond_all_that_can_be_counted_is_refused_in_words(command, option, refused):
+    line = refused(command, option, str(10**30))
+    assert names(option, line), line
+    assert "below 2^31" in line or "at most" in line or "from 1 to" in line, line
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS)
+@pytest.mark.parametrize("number", ["-1", "nan", "inf"])
+def test_a_number_that_makes_no_sense_is_refused_in_words(command, option, number, refused):
+    line = refused(command, option, number)
+    assert names(option, line) or "bound must be" in line, line
+    assert line.split(", got ")[1].startswith(number), line
+
+
+@pytest.mark.parametrize(("command", "option"), LISTS)
+@pytest.mark.parametrize("listed", ["-1", str(10**30), "8.5"])
+def test_a_list_of_numbers_that_makes_no_sense_is_refused_in_words(command, option, listed, refused):
+    line = refused(command, option, listed)
+    assert names(option, line), line
 
 
 @pytest.mark.parametrize(("command", "option"), [p for p in COUNTS if p.values[1] in ("--threads", "--seed")])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..rivals import FOLDER as RIVALS
 from ..rivals.names import TOPK, check_method, kept, on_backend
 from ..runs import turns
-from ..runs.checks import check_at_least
+from ..runs.checks import check_above_0, check_at_least
 from ..runs.devices import check_device, device_name
 from ..runs.ledger import Ledger, is_finished, made_when
 from ..runs.process import Send
@@ -145,6 +145,7 @@ class RoundBenchmark(Benchmark):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "threads")
+        check_above_0(self, "step_limit_s")
         if not self.plan or not all(self.plan.values()):
             raise ValueError("there is nothing to measure: give at least one work and one method")
         for method in dict.fromkeys(itertools.chain(*self.plan.values())):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +57,7 @@ def attention_kernel(
     if lengths is not None and sweep != "length":
         raise ValueError('lengths goes with sweep "length" alone')
     plan = benchmarks.attention.ROUNDS.plan(backend, sweep=sweep, works=works, sizes=lengths, rivals=rivals)
+    _say_if_full((work.k, work.length) for work in plan[1])
     _run_rounds(benchmarks.attention.ROUNDS, plan, rounds, limits)
 
 
@@ -233,7 +235,9 @@ def error(how: Json, limits: Json) -> None:
 
     Points are appended to error.jsonl; interrupted, the same command continues with those that are missing.
     """
-    run_error_benchmark(ErrorBenchmark(limits=Limits(**limits), **how), new_console())
+    benchmark = ErrorBenchmark(limits=Limits(**limits), **how)
+    _say_if_full(itertools.product(benchmark.ks, benchmark.lengths))
+    run_error_benchmark(benchmark, new_console())
 
 
 @benchmark.command()
@@ -269,8 +273,14 @@ def figures(
 
 def _name_full_attention(points: Sequence[Any]) -> None:
     """Say which points of top-k keep every key."""
-    for length in sorted({point.length for point in points}):
-        ks = [point.k for point in points if point.length == length and point.method.startswith("topk")]
+    _say_if_full((point.k, point.length) for point in points if point.method.startswith("topk"))
+
+
+def _say_if_full(ks_and_lengths: Iterable[tuple[int, int]]) -> None:
+    of_length: dict[int, list[int]] = {}
+    for k, length in ks_and_lengths:
+        of_length.setdefault(length, []).append(k)
+    for length, ks in sorted(of_length.items()):
         if note := full_attention_note(ks, length):
             say(new_console(), note)
 

@@ -90,6 +90,8 @@ _CALLED = {
     "time_s": "time_limit",
     "memory_gib": "memory_limit",
 }
+# Fields whose numbers begin at 0.
+_FROM_0 = {"layers"}
 # Field of a dataclass -> the callback that looks at its option.
 _CALLBACKS = {"out": written_folder, "threads": number_of_threads, "seed": seed_of_numbers}
 
@@ -159,18 +161,32 @@ def _value(field: inspect.Parameter, given: dict[str, Any]) -> Any:
     value = given[_CALLED.get(field.name, field.name)]
     if value is None or _item(field) is None:
         return value
-    return integers(field.name.replace("_", "-"), value) if _item(field) is int else names(value)
+    if _item(field) is not int:
+        return names(value)
+    return integers(field.name.replace("_", "-"), value, least=0 if field.name in _FROM_0 else 1)
 
 
 def settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:
     """The settings of these options, as `models.settings.Setting`."""
     from topk_experiments.models.settings import one_at_a_time
 
-    return one_at_a_time(_integers_or_files(attention_k), _integers_or_files(feed_forward_k), full=full)
+    return one_at_a_time(
+        _integers_or_files("attention-k", attention_k), _integers_or_files("feed-forward-k", feed_forward_k), full=full
+    )
 
 
-def _integers_or_files(listed: str) -> list[int | Path]:
-    return [int(entry) if entry.lstrip("+-").isdigit() else Path(entry) for entry in names(listed)]
+def _integers_or_files(name: str, listed: str) -> list[int | Path]:
+    entries: list[int | Path] = []
+    for entry in names(listed):
+        if entry.lstrip("+-").isdigit():
+            entries += integers(name, entry)
+        elif Path(entry).exists():
+            entries.append(Path(entry))
+        else:
+            raise ValueError(
+                f"{name} must be numbers and calibration files separated by commas, got {entry!r}: no such file"
+            )
+    return entries
 
 
 def feed_forward_neurons(given: str | None) -> int | Literal["all"] | None:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
-from ..runs.checks import check_at_least, check_one_of
+from ..runs.checks import check_above_0, check_at_least, check_one_of
 from ..runs.files import read_utf8
 from ..runs.records import Json
 from .model import ModelConfig
@@ -70,8 +70,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_at_least(1, self, "batch", "steps", "evaluate_every", "warmup")
         check_at_least(0, self, "weight_decay", "gradient_norm", "validation_examples", "patience", "alike_over")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        check_above_0(self, "learning_rate")
         check_one_of(SCHEDULES, self, "schedule")
         check_one_of(PRECISIONS, self, "precision")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from topk_attention.backends import choose_backend
@@ -9,6 +10,8 @@ from topk_attention.functional.checks import check_count
 
 # Entries whose k-th and next rank are closer than this may be chosen either way in float32, and are left out.
 NEAR_TIE = 1e-5
+# As `check_count` has it: what counts anything here must fit int32.
+_TOO_MANY = 2**31
 
 
 class CheckFailedError(ValueError):
@@ -19,12 +22,28 @@ def check_at_least(least: int, config: object, *names: str) -> None:
     """Look at the numbers of these names; None, where a field may be None, passes.
 
     Raises:
-        ValueError: one is smaller; the message names it.
+        ValueError: one is smaller, no number, or larger than anything that can be counted; the message names it.
     """
     for name in names:
         number = getattr(config, name)
-        if number is not None and number < least:
+        if number is not None and not number >= least:  # of nan nothing is true
             raise ValueError(f"{name} must be at least {least}, got {number}")
+        if number is not None and number >= _TOO_MANY:
+            raise ValueError(f"{name} must be below 2^31, got {number}")
+
+
+def check_above_0(config: object, *names: str) -> None:
+    """Look at the numbers of these names, such as rates and limits.
+
+    Raises:
+        ValueError: one is 0 or less, no number, or not finite; the message names it.
+    """
+    for name in names:
+        number = getattr(config, name)
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0, got {number}")
+        if number == math.inf:
+            raise ValueError(f"{name} must be finite, got {number}")
 
 
 def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Limits:
         for name, limit in (("time-limit", self.time_s), ("memory-limit", self.memory_gib)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be above 0, got {limit:g}")
+            if limit == math.inf:
+                raise ValueError(f"{name} must be finite, got {limit:g}")
 
     def spare(self, record: Json) -> bool:
         """Whether a record spares a run under these limits: it finished, or was allowed as much."""

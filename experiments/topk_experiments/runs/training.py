@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topk_attention.environment import now
 from topk_attention.files import check_writable
 
-from .checks import check_at_least
+from .checks import check_above_0, check_at_least
 from .files import damage_named, load_tensors
 from .ledger import identity, what_differs
 from .process import Send, failures_named, run_in_fresh_process
@@ -66,10 +66,11 @@ def check_model_and_training(config: object) -> None:
     """Check the fields that the configurations of small language models share.
 
     Raises:
-        ValueError: a size is below 1, or the heads do not divide d_model.
+        ValueError: a size is below 1, the learning rate is not above 0, or the heads do not divide d_model.
     """
     sizes = ("num_layers", "d_model", "num_heads", "d_ff", "context", "batch", "steps", "evaluate_every")
     check_at_least(1, config, *sizes, "threads")
+    check_above_0(config, "learning_rate")
     check_heads(config)
 
 

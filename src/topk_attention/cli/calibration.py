@@ -47,6 +47,9 @@ class CalibrationRequest:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
+        for name, number in (("windows", self.windows), ("tokens", self.num_tokens)):
+            if number is not None and number >= 2**31:
+                raise ValueError(f"{name} must be below 2^31, got {number}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         _ = self.target, self.feed_forward_target  # a target checks its own number
@@ -61,7 +64,10 @@ class CalibrationRequest:
 
     @property
     def feed_forward_target(self) -> MeanK | None:
-        return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
+        try:
+            return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
+        except ValueError as error:
+            raise ValueError(f"feed_forward_{error}") from error
 
 
 def run_calibration(request: CalibrationRequest, console: Console) -> None:

@@ -16,6 +16,8 @@ from ..files import check_writable
 
 # More threads than any processor has; torch would try to start them.
 _MOST_THREADS = 4096
+# What counts anything fits int32, as indices do.
+_MOST = 2**31 - 1
 # torch takes seeds below this.
 _SEEDS = 2**63
 
@@ -35,13 +37,13 @@ def _checking(check: Callable[[str, Any], None]) -> Callable[[typer.CallbackPara
     return callback
 
 
-def at_least(least: int, most: int | None = None) -> Callable[[typer.CallbackParam, Any], Any]:
+def at_least(least: int, most: int = _MOST) -> Callable[[typer.CallbackParam, Any], Any]:
     """A callback of an option whose number must be at least, and at most, these."""
 
     def check(name: str, number: int) -> None:
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
-        if most is not None and number > most:
+        if number > most:
             raise ValueError(f"{name} must be at most {most:,}, got {number:,}")
 
     return _checking(check)
@@ -79,8 +81,12 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
 
 
-def integers(name: str, listed: str, *, may_be_empty: bool = False) -> list[int]:
-    """The whole numbers of a comma-separated list; `name` is the option's, for an error."""
+def integers(name: str, listed: str, *, may_be_empty: bool = False, least: int = 1, most: int = _MOST) -> list[int]:
+    """The whole numbers of a comma-separated list; `name` is the option's, for an error.
+
+    Raises:
+        ValueError: the list holds something else, or a number beyond `least` and `most`.
+    """
     if may_be_empty and not listed.strip():
         return []
     try:
@@ -89,6 +95,9 @@ def integers(name: str, listed: str, *, may_be_empty: bool = False) -> list[int]
         numbers = []
     if not numbers:
         raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}")
+    for number in numbers:
+        if not least <= number <= most:
+            raise ValueError(f"{name} must be from {least} to {most:,}, got {number}")
     return numbers
 
 

@@ -69,6 +69,12 @@ class ErrorBenchmark(Benchmark):
             raise ValueError(f"layers must be numbers from 0, got {list(self.layers)}")
         check_device(self.device)
 
+    @property
+    def ks(self) -> list[int]:
+        """The k of all its points."""
+        names = [name for name in self.methods if METHODS[name].size == "k"]
+        return [k for name in names for k in sizes_of(name, self.k) if k is not None]
+
     def layers_of(self, num_layers: int) -> list[int]:
         """The layers to measure in a model with this many.
 

@@ -62,7 +62,7 @@ def train(
         plan = LraPlan(
             read_config(config),
             methods=names(methods),
-            seeds=integers("seeds", seeds, least=0, most=2**63 - 1),
+            seeds=integers("seeds", seeds, least=0, bits=63),
             source=source,
             data=data,
             out=out,

@@ -81,11 +81,11 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
 
 
-def integers(name: str, listed: str, *, may_be_empty: bool = False, least: int = 1, most: int = _MOST) -> list[int]:
+def integers(name: str, listed: str, *, may_be_empty: bool = False, least: int = 1, bits: int = 31) -> list[int]:
     """The whole numbers of a comma-separated list; `name` is the option's, for an error.
 
     Raises:
-        ValueError: the list holds something else, or a number beyond `least` and `most`.
+        ValueError: the list holds something else, or a number that is not from `least` on and below 2^bits.
     """
     if may_be_empty and not listed.strip():
         return []
@@ -96,8 +96,8 @@ def integers(name: str, listed: str, *, may_be_empty: bool = False, least: int =
     if not numbers:
         raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}")
     for number in numbers:
-        if not least <= number <= most:
-            raise ValueError(f"{name} must be from {least} to {most:,}, got {number}")
+        if not least <= number < 2**bits:
+            raise ValueError(f"{name} must be at least {least} and below 2^{bits}, got {number}")
     return numbers
 
 

@@ -427,7 +427,8 @@ std::tuple<Tensor, Tensor, Tensor> choose_neurons(Tensor x, Tensor w_in, std::op
   return {neurons, values, gates};
 }
 
-// [T, X] in the accumulation dtype: for each token the sum of its neurons' rows of `table` [F, X].
+// [T, X] in the accumulation dtype: for each token the sum of its neurons' rows of `table` [F, X], of
+// which either axis may be the contiguous one.
 Tensor sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) {
   Tensor out = zeros({neurons.size(0), table.size(1)}, accumulation_dtype(table));
   topk::SumNeurons call = {};
@@ -435,7 +436,8 @@ Tensor sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) {
   call.num_neurons = table.size(0);
   call.size = table.size(1);
   call.dtype = dtype_of(table);
-  call.table = matrix_of(table);
+  call.is_transposed = table.stride(1) != 1 && call.size != 1;
+  call.table = {table.const_data_ptr(), table.stride(call.is_transposed ? 1 : 0)};
   call.out = out.mutable_data_ptr();
   if (neurons.size(0) * call.size > 0) check_memory(kernels().feed_forward.sum_neurons(call, parallel()));
   return out;
@@ -470,6 +472,10 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
   call.bias_out = bias.has_value() ? bias->mutable_data_ptr() : nullptr;
   if (neurons.size(0) > 0) check_memory(kernels().feed_forward.sum_tokens(call, parallel()));
 }
+
+// Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
+// than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed.
+int64_t kernel_interface() { return 2; }
 
 // Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {
@@ -523,6 +529,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def("cpu_sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) -> Tensor");
   m.def("cpu_dot_neurons(Tensor rows, Tensor table, Tensor neurons) -> Tensor");
   m.def("cpu_add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor(a!) sums, Tensor(b!)? bias) -> ()");
+  m.def("kernel_interface() -> int");
   m.def("cpu_targets() -> str");
   m.def("force_cpu_target(str target) -> ()");
 }
@@ -541,6 +548,7 @@ STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CompositeExplicitAutograd, m) {
+  m.impl("kernel_interface", TORCH_BOX(&kernel_interface));
   m.impl("cpu_targets", TORCH_BOX(&cpu_targets));
   m.impl("force_cpu_target", TORCH_BOX(&force_cpu_target));
 }

@@ -40,9 +40,10 @@ struct Entries {
 struct SumNeurons {
   Entries entries;
   int64_t num_neurons, size;
-  DType dtype;  // of the table
-  Matrix table;  // [F, X]
-  void* out;     // A [T, X], contiguous
+  DType dtype;                 // of the table
+  Matrix table;                // [F, X], or [X, F] where it is transposed
+  void* out;                   // A [T, X], contiguous
+  bool is_transposed = false;  // changes no bit of the result
 };
 
 // out[t, j] = rows[t] . table[neurons[t, j]]

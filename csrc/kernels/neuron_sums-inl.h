@@ -52,8 +52,61 @@ inline void add_rows_of(A* to, int64_t n, const A* coefficients, int64_t count, 
   }
 }
 
+// For a table [X, F]: each task turns a part of the table that fits the cache, then goes through all tokens. A copy of
+// the whole table would mostly cost the page faults of its memory.
+template <class T, class A>
+bool sum_neurons_of_transposed(const SumNeurons& call, const Parallel& parallel) {
+  struct State {
+    const SumNeurons& call;
+    int64_t columns;
+    bool ok;
+  } state = {call, kColumns<A>, true};
+  // With few tokens turning is all the work, and threads share it best in small parts.
+  while (call.entries.num_tokens < 8 && state.columns > kLanes<A> &&
+         ceil_div(call.size, state.columns) < 4 * parallel.num_threads)
+    state.columns /= 2;
+  parallel.run(ceil_div(call.size, state.columns), &state, [](void* opaque, int64_t task) {
+    State& state = *static_cast<State*>(opaque);
+    const SumNeurons& call = state.call;
+    const int64_t num_tokens = call.entries.num_tokens, k = call.entries.k, stride = call.table.row_stride;
+    const int64_t first_column = task * state.columns, columns = smaller(state.columns, call.size - first_column);
+    const int64_t per_range = rows_of_range(columns, sizeof(A), call.num_neurons);
+    Arena arena;
+    A *rows = nullptr, *spare = nullptr;
+    int64_t* next = nullptr;
+    const bool has_memory = arena.allocate([&](Arena& arrays) {
+      rows = arrays.take<A>(per_range * columns);
+      spare = arrays.take<A>(sizeof(T) == sizeof(A) ? 0 : kLanes<A> * per_range);
+      next = arrays.take<int64_t>(num_tokens);
+    });
+    if (!has_memory) {
+      __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t t = 0; t < num_tokens; ++t) next[t] = 0;
+    const T* const table = static_cast<const T*>(call.table.data) + first_column * stride;
+    for (int64_t first = 0; first < call.num_neurons; first += per_range) {
+      const int64_t num_rows = smaller(per_range, call.num_neurons - first);
+      pack_columns<T, A, false>(table + first, stride, columns, columns, num_rows, A(1), rows, columns, spare);
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        const int32_t* neurons = call.entries.neurons + t * k;
+        const int64_t begin = next[t];
+        int64_t j = begin;
+        while (j < k && neurons[j] < first + num_rows) ++j;
+        next[t] = j;
+        if (j == begin) continue;
+        add_rows<A>(static_cast<A*>(call.out) + t * call.size + first_column, columns,
+                    static_cast<const A*>(call.entries.coefficients) + t * k + begin, j - begin,
+                    [&](int64_t i) { return rows + (neurons[begin + i] - first) * columns; });
+      }
+    }
+  });
+  return state.ok;
+}
+
 template <class T, class A>
 bool run_sum_neurons(const SumNeurons& call, const Parallel& parallel) {
+  if (call.is_transposed) return sum_neurons_of_transposed<T, A>(call, parallel);
   struct State {
     const SumNeurons& call;
     int64_t column_parts, columns, token_tasks;

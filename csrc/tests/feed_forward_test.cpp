@@ -88,6 +88,15 @@ Array sum_neurons(const Entries& e) {
   return out;
 }
 
+// The same of a table whose columns lie together.
+Array sum_neurons_of_transposed(const Entries& e) {
+  Array out = e.before, columns(e.dtype, {1, 1, e.size(), e.num_neurons()}, Layout::gaps);
+  columns.fill([&](int64_t, int64_t, int64_t x, int64_t f) { return e.table.get(0, 0, f, x); });
+  topk::SumNeurons call = {entries_of(e), e.num_neurons(), e.size(), e.dtype, matrix_of(columns), out.data(), true};
+  if (!kernels->feed_forward.sum_neurons(call, parallel())) complain("no memory");
+  return out;
+}
+
 Array dot_neurons(const Entries& e) {
   Array out(accumulation(e.dtype), {1, 1, e.num_tokens(), e.k});
   topk::DotNeurons call = {e.num_tokens(), e.k,         e.num_neurons(), e.size(), e.dtype,
@@ -157,7 +166,9 @@ void check_sums(Entries e) {
   e.before = some_numbers(e.dtype, e.num_tokens(), e.size());
   const std::vector<Number> of_neurons = define_sum_neurons(e), dots = define_dot_neurons(e);
   on_every_target([&] {
-    expect_close("sum over neurons", sum_neurons(e), of_neurons, accumulated);
+    const Array sums = sum_neurons(e);
+    expect_close("sum over neurons", sums, of_neurons, accumulated);
+    if (sum_neurons_of_transposed(e).bytes != sums.bytes) complain("sums over a transposed table differ");
     expect_close("dot product", dot_neurons(e), dots, accumulated);
   });
   e.before = some_numbers(e.dtype, e.num_neurons(), e.size());
@@ -470,6 +481,7 @@ void the_number_of_threads_changes_no_bit() {
           if (r.values.bytes != one.values.bytes) complain("values differ");
           if (r.gates.bytes != one.gates.bytes) complain("gates differ");
           if (sum_neurons(e).bytes != sums.bytes) complain("sums over neurons differ");
+          if (sum_neurons_of_transposed(e).bytes != sums.bytes) complain("sums over a transposed table differ");
           if (dot_neurons(e).bytes != dots.bytes) complain("dot products differ");
           const Sums again = sum_tokens(of_tokens);
           if (again.out.bytes != token_sums.out.bytes) complain("sums over tokens differ");
@@ -497,6 +509,10 @@ void want_of_memory_is_reported() {
     }
     const topk::SumNeurons sum = {entries_of(e), 5, huge, e.dtype, matrix_of(e.table), out.data()};
     if (kernels->feed_forward.sum_neurons(sum, parallel())) complain("sum_neurons found 2^52 bytes");
+    // A transposed table takes memory by its tokens and neurons.
+    topk::SumNeurons transposed = {entries_of(e), huge, 4, e.dtype, matrix_of(e.table), out.data(), true};
+    transposed.entries.num_tokens = huge;
+    if (kernels->feed_forward.sum_neurons(transposed, parallel())) complain("sum_neurons found 2^53 bytes");
     const topk::DotNeurons dot = {3, 2, 5, huge, e.dtype, e.neurons.data(), matrix_of(e.rows), matrix_of(e.table), out.data()};
     if (kernels->feed_forward.dot_neurons(dot, parallel())) complain("dot_neurons found 2^52 bytes");
     const topk::SumTokens tokens = {entries_of(e), 5, huge, e.dtype, matrix_of(e.rows), out.data(), nullptr};

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from .pretrained.calibration_measures import Perplexity
 from .runs.ledger import is_finished
-from .runs.records import Json, read_json, read_json_lines
+from .runs.records import Json, read_json, read_json_lines, reads
 
 
+@reads()
 def conclusions(results: Path) -> list[str]:
     """When top-k helps and when it does not, one sentence an entry.
 

@@ -18,6 +18,7 @@ from .lra import table as lra
 from .pretrained import calibration_report, demo_report, transcription_report
 from .qa import report as qa
 from .results_conclusions import conclusions
+from .runs.files import read_utf8
 from .runs.records import write_whole
 from .show.html import counted, page, picture, scrolling
 from .show.plots import narrow
@@ -207,7 +208,7 @@ def _section(out: Path, section: Section) -> str:
         is_open = " open" if section.is_open else ""
         parts.append(
             f"<details{is_open}><summary>Numbers: {escape(path.name)}</summary>\n"
-            f"{_from_markdown(path.read_text(encoding='utf-8'))}</details>\n"
+            f"{_from_markdown(read_utf8(path))}</details>\n"
         )
     parts.append(f"<p><small>{_records(out, section)}</small></p>\n</section>")
     return "".join(parts)
@@ -223,11 +224,11 @@ def _records(out: Path, section: Section) -> str:
     """Which records the folder holds, and their commits."""
     listed = []
     for path in _files(out, section, ".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8")
+        text = read_utf8(path)
         lines = list(filter(str.strip, text.split("\n"))) if path.suffix == ".jsonl" else [text]
         try:
             records = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} holds something else than records: {error}") from error
         places = [_environment(record) for record in records]
         commits = ", ".join(dict.fromkeys(str(place["commit"]) for place in places if place.get("commit")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ def read_utf8(path: Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"text file {path} is a folder; name a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"text file not found: {path}")
     try:
@@ -33,22 +36,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
     partial.replace(path)
 
 
-def check_writable(name: str, path: Path) -> None:
-    """Raise unless a file can be written there, before the work whose result it will hold. Folders are made.
+def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
+    """Raise unless a file can be written there, before the work whose result it will hold. Nothing is left behind.
+
+    is_folder  whether files are to be written into `path`, instead of it
 
     Raises:
         OSError: the file, or a folder above it, cannot be written; the message has the option's `name`.
     """
-    if path.is_dir():
+    if not is_folder and path.is_dir():
         raise IsADirectoryError(f"{name} must be a file, got the folder {path}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        was_there = path.exists()
-        path.open("ab").close()
-        if not was_there:
-            path.unlink()
+        if not is_folder and path.exists():
+            path.open("ab").close()
+            return
+        folder = path if is_folder else path.parent
+        while not folder.exists():
+            folder = folder.parent
+        # Permissions do not tell: a file system may be read-only, and root passes every check of them.
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=folder)).rmdir()
     except OSError as error:
-        raise type(error)(f"{name} cannot be written: {path} ({error.strerror})") from error
+        raise type(error)(f"{name} cannot be written: {path} ({error.strerror}); give another --{name}") from error
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:

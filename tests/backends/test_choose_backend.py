@@ -354,3 +354,26 @@ def test_kernels_that_do_not_load_are_a_reason_and_no_error(tmp_path):
     (tmp_path / "topk_attention" / "_kernels.abi3.so").write_bytes(b"not a library")
     done = run()
     assert done.returncode == 0, done.stderr
+
+
+OTHER_KERNELS = """
+import torch
+
+library = torch.library.Library("topk_attention", "FRAGMENT")
+if {interface} is not None:
+    library.define("kernel_interface() -> int", tags=())
+    library.impl("kernel_interface", lambda: {interface}, "CompositeExplicitAutograd")
+torch.ops.load_library = lambda path: None
+from topk_attention.backends import choose_backend, cpu
+
+assert cpu.problem() == "the compiled kernels are of another version of the package: rebuild them", cpu.problem()
+assert choose_backend("auto").name == "chunked"
+"""
+
+
+@pytest.mark.parametrize("interface", [None, 1])
+def test_kernels_of_another_version_are_not_used(tmp_path, interface):
+    run = run_copied_package(tmp_path, OTHER_KERNELS.format(interface=interface))
+    (tmp_path / "topk_attention" / "_kernels.abi3.so").touch()
+    done = run()
+    assert done.returncode == 0, done.stderr

@@ -58,6 +58,12 @@ def test_each_head_of_each_layer_gets_a_k(make_model, target, batches):
         assert 0.8 * target.mean_k <= calibration.mean_k <= target.mean_k
 
 
+def test_a_target_that_leaves_every_key_to_every_head_is_named_as_full_attention(batches):
+    words = f"no key out in any head: k = {LENGTH} is full attention here: no query has more than {LENGTH} keys"
+    with pytest.warns(UserWarning, match=words):
+        calibrate(tiny_bert(), batches, target=MeanK(LENGTH))
+
+
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_bert])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_comes_back_as_it_was(make_model, training, batches):

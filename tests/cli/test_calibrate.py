@@ -51,6 +51,19 @@ def test_it_writes_a_file_that_convert_takes(arguments, tiny_model, tmp_path):
     assert calibration.reallocated(MeanK(4)).mean_k <= 4  # the curves are in the file
 
 
+@pytest.mark.filterwarnings("ignore:the target leaves no key out")
+def test_heads_that_keep_every_token_of_a_window_are_named(arguments, tiny_encoder, tmp_path):
+    result = runner.invoke(app, arguments)
+    assert "full attention" not in result.output
+    result = runner.invoke(app, [*arguments, "--mean-k", "64", "--model", str(tiny_encoder)])
+    assert result.exit_code == 0, result.output
+    heads = [k for ks in Calibration.load(tmp_path / "new folder" / "k.json").values() for k in ks]
+    number = sum(k == 64 for k in heads)
+    assert number > 0
+    words = f"{number} of {len(heads)} heads: k = 64 is full attention here: no query has more than 64 keys"
+    assert words in result.output
+
+
 def test_neurons_are_chosen_too_where_asked(arguments, tmp_path):
     result = runner.invoke(app, [*arguments, "--feed-forward-mean-k", "12"])
     assert result.exit_code == 0, result.output

@@ -45,6 +45,12 @@ def stand_in(monkeypatch):
             self.device = device
             self.model = AutoModelForCausalLM.from_pretrained(pretrained)
 
+        def _model_call(self, inps, attn_mask=None):
+            return self.model(input_ids=inps).logits
+
+        def _model_generate(self, context, max_length, stop):
+            return self.model.generate(input_ids=context, max_length=max_length)
+
     def register_model(name):
         return lambda model_class: seen.models.setdefault(name, model_class)
 
@@ -121,7 +127,11 @@ def test_a_record_beside_an_output_path_and_missing_results_are_told(stand_in, t
 
 def test_results_that_cannot_be_recorded_are_kept(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "records.jsonl").mkdir()  # no file to append to
+
+    def full(path, record):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(harness, "append_json_line", full)
     result = runner.invoke(app, ["lm-eval", "--record", str(tmp_path / "records.jsonl")])
     assert result.exit_code != 0
     (kept,) = tmp_path.rglob("results_*.json")
@@ -158,6 +168,25 @@ def test_the_model_is_converted_after_loading_and_keeps_the_harness_arguments(st
     assert convert(loaded.model, attention_k=4).replaced  # the model is an ordinary converted one
     completed = build(str(tiny_model), attention_k=3, completion=0.5).model.config.topk_attention
     assert completed["every_completion"]["mass_scale"] == 0.5
+
+
+def test_a_request_in_which_k_leaves_nothing_out_is_named_once(stand_in, tiny_model, caplog):
+    import torch
+
+    words = "attention_k, in this request: k = 9 is full attention here: no query has more than {} keys"
+    loaded = harness.register()(str(tiny_model), attention_k=9)
+    loaded._model_call(torch.ones(1, 12, dtype=torch.long))
+    assert "full attention" not in caplog.text
+    for length in (9, 7):
+        loaded._model_call(torch.ones(1, length, dtype=torch.long))
+    assert caplog.text.count("full attention") == 1
+    assert words.format(9) in caplog.text
+    loaded = harness.register()(str(tiny_model), attention_k=9)
+    loaded._model_generate(torch.ones(1, 3, dtype=torch.long), 8, stop=[])
+    assert words.format(8) in caplog.text
+    loaded = harness.register()(str(tiny_model), attention_k="all")
+    loaded._model_call(torch.ones(1, 4, dtype=torch.long))
+    assert caplog.text.count("full attention") == 2
 
 
 def test_a_calibration_file_gives_each_head_its_k(stand_in, tiny_model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -175,6 +176,20 @@ def test_a_converted_checkpoint_that_is_loaded_plainly_says_that_it_runs_in_full
     loaded.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry", [5, "k", [], {}, {"attention_k": 3, "feed_forward_k": {}}, {"attention_k": {"layers.0": "few"}}]
+)
+def test_a_damaged_entry_of_the_configuration_is_refused_in_words(entry, tmp_path):
+    model = tiny_llama()
+    convert(model, attention_k=3)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"topk_attention": entry}))
+    words = r'"topk_attention" in the configuration of this model is not as convert writes it .*; delete this entry'
+    with pytest.raises(ValueError, match=words):
         type(model).from_pretrained(tmp_path)
 
 

@@ -46,6 +46,17 @@ def test_a_frozen_model_stores_by_neuron_until_it_trains_or_is_restored(family):
     assert all(p.is_contiguous() for p in model.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_keep_their_order_in_which_optimizers_know_them(family):
+    model = FAMILIES[family].build()
+    names = [name for name, _ in model.named_parameters()]
+    convert(model, attention_k=3, feed_forward_k=5)
+    assert [name for name, _ in model.named_parameters()] == names
+    convert(model, feed_forward_k=6)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert list(model.state_dict()) == list(FAMILIES[family].build().state_dict())
+
+
 def test_lbfgs_trains_a_converted_model(tokens):
     model = tiny_llama()
     convert(model, attention_k=8, feed_forward_k=32)

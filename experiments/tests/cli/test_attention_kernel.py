@@ -15,6 +15,7 @@ def test_the_benchmark_runs_from_start_to_end(tmp_path):
     arguments = ["--sweep", "length", "--lengths", 48, "--rivals", "sdpa", "--threads", 1, "--repetitions", 1]
     result = run(*arguments, "--no-memory", "--out", tmp_path)
     assert result.exit_code == 0, result.output
+    assert "k = 64 is full attention here: no query has more than 48 keys" in result.output
     (record,) = read_json_lines(tmp_path / "length.jsonl")
     assert record["methods"].keys() == {"topk-chunked", "sdpa"}
     assert record["methods"]["topk-chunked"]["largest_error_in_check"] < 1e-5

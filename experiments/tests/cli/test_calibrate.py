@@ -277,7 +277,7 @@ def test_every_run_gets_the_tokens_after_the_calibration_windows(arguments, text
             ["--mean-k", "65"],
             "error: mean-k must be at most 64, the tokens of a window, where it is full",
         ),
-        (["--uniform", "0"], "error: uniform must be at least 1"),
+        (["--uniform", "0"], "error: uniform must be at least 1 and below 2^31, got 0"),
         (["--also-mean-k", "few"], "error: also-mean-k must be whole numbers separated by commas, got 'few'"),
         (["--backend", "gpu"], "error: backend must be one of"),
         (["--threads", "0"], "error: threads must be at least 1, got 0"),

@@ -23,6 +23,7 @@ def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(
         ("topk", 96),
         ("rfa", 16),
     ]
+    assert "k = 96 is full attention here: no query has more than 96 keys" in result.output
     few, every, random = records
     assert every["relative_error"] < 1e-5 < 1e-3 < few["relative_error"]
     assert few["relative_error"] == pytest.approx(sum(layer["relative_error"] for layer in few["layers"]) / 2)

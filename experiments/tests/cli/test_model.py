@@ -30,6 +30,15 @@ def test_the_benchmark_runs_from_start_to_end_and_running_out_of_memory_is_a_poi
     assert str(tmp_path) not in page + (tmp_path / "out" / "tiny.jsonl").read_text()
 
 
+def test_points_that_keep_every_key_are_named(tmp_path, monkeypatch):
+    from topk_experiments.cli import benchmarks
+
+    monkeypatch.setattr(benchmarks.benchmarks.model, "run_and_report", lambda *_: None)
+    result = run("--lengths", "32,128", "--methods", "topk,sdpa", "--k", 32, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.output == "k = 32 is full attention here: no query has more than 32 keys\n"
+
+
 def test_random_features_run_from_start_to_end(tmp_path):
     tiny_bert(num_hidden_layers=1).config.save_pretrained(tmp_path / "tiny")
     options = ["--lengths", 300, "--methods", "performer,rfa", "--features", 64, "--repetitions", 1, "--threads", 1]

@@ -117,7 +117,7 @@ def test_transcripts_are_made_from_start_to_end_and_not_again(arguments, tmp_pat
     assert all(record["elapsed_s"] > 0 and record["environment"]["torch"] for record in records)
     assert str(tmp_path) not in json.dumps(records)
     page = (out / "transcripts.md").read_text()
-    assert f"| k = 50 | 0 of {len(full['transcript'].split())} (0.0 %) |" in page
+    assert f"| k = 50 (every key: full attention) | 0 of {len(full['transcript'].split())} (0.0 %) |" in page
     assert f"| {few['transcript']} |" in page
 
     again = runner.invoke(app, arguments)
@@ -140,7 +140,7 @@ def test_a_failed_transcript_is_told_and_those_before_it_are_kept(arguments, tmp
     monkeypatch.setattr(transcription, "run_in_fresh_process", measured)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 2
-    assert "error: k = 50 failed (out of memory): cannot allocate memory" in result.output
+    assert "error: k = 50 (every key: full attention) failed (out of memory): cannot allocate memory" in result.output
     assert len((tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()) == 2
 
 
@@ -166,7 +166,8 @@ def test_what_a_user_can_put_right_ends_with_one_line_and_status_2(arguments, op
 def test_a_model_that_hears_nothing_is_named_by_the_process_that_loads_it(arguments, tiny_model):
     result = runner.invoke(app, [*arguments, "--model", str(tiny_model)])
     assert result.exit_code == 2
-    assert "model tiny-llama does not load as a speech recognition model" in result.output
+    assert "model tiny-llama (" in result.output
+    assert ") does not load as a speech recognition model" in result.output
 
 
 def test_layers_are_told_apart():

@@ -61,6 +61,7 @@ def test_with_every_key_and_neuron_the_curves_are_those_of_the_full_model(config
     full, *others = ([point["validation_loss"] for point in arm["curve"]] for arm in record["arms"])
     for losses in others:
         assert losses == pytest.approx(full, rel=1e-4)
+    assert "k = 12 is full attention here: no query has more than 12 keys" in console.export_text()
 
 
 def test_the_loss_falls(config, in_this_process, console):

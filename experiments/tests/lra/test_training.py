@@ -78,6 +78,11 @@ def test_a_run_is_recorded_with_its_curve_and_both_accuracies(plan, console):
     assert "test accuracy" in console.export_text()
 
 
+def test_a_k_that_leaves_no_token_out_is_named(plan, console):
+    train(replace(plan, config=replace(plan.config, k=24)), console)
+    assert "tiny: k = 24 is full attention here: no query has more than 24 keys" in console.export_text()
+
+
 def test_training_lowers_the_loss(plan):
     longer = replace(plan.config.training, steps=120, evaluate_every=40, learning_rate=0.01)
     (record,) = train(replace(plan, config=replace(plan.config, training=longer)))

@@ -80,11 +80,13 @@ def test_an_id_that_cannot_be_had_is_named(monkeypatch):
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     source = find_model(str(tmp_path))
-    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} does not load as a causal language model"):
+    with pytest.raises(
+        ModelNotFoundError, match=f"model {tmp_path.name} .{tmp_path}. does not load as a causal language model"
+    ):
         load_model(source)
-    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} has no tokenizer that loads"):
+    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} .{tmp_path}. has no tokenizer that loads"):
         load_tokenizer(source)
-    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} has no configuration that loads"):
+    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} .{tmp_path}. has no configuration that loads"):
         load_config(source)
 
 
@@ -187,5 +189,5 @@ def test_an_encoder_loads_as_one_and_a_folder_without_is_named(tmp_path):
     config = BertConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     BertModel(config).save_pretrained(tmp_path / "bert")
     assert isinstance(load_model(find_model(str(tmp_path / "bert")), "AutoModel"), BertModel)
-    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} does not load as an encoder"):
+    with pytest.raises(ModelNotFoundError, match=f"model {tmp_path.name} .{tmp_path}. does not load as an encoder"):
         load_model(find_model(str(tmp_path)), "AutoModel")

@@ -37,6 +37,19 @@ def test_files_that_hold_no_sound_are_named(tmp_path):
         read_recording(text, 16_000)
 
 
+def test_a_cut_off_file_is_refused_and_one_of_unknown_size_is_read(tmp_path):
+    soundfile = pytest.importorskip("soundfile", reason="soundfile, which reads audio files, is not installed")
+    path = tmp_path / "half.wav"
+    soundfile.write(path, np.sin(np.arange(1000) / 10), 16_000)
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:1044])
+    with pytest.raises(ValueError, match=r"half\.wav is cut off: its header promises 2,000 bytes of sound, and 1,0"):
+        read_recording(path, 16_000)
+    content[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes into a pipe
+    path.write_bytes(content)
+    assert len(read_recording(path, 16_000).samples) == 1000
+
+
 @pytest.mark.parametrize(
     ("heard", "expected", "errors"),
     [

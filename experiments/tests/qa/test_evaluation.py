@@ -57,6 +57,9 @@ def test_with_every_key_kept_the_answers_are_those_of_the_full_model(config, in_
         assert likelihoods[1][number] == pytest.approx(expected, abs=1e-4)
     assert likelihoods[2] != likelihoods[0]
     assert fewer["lengths"]["share_beyond_k"] == 1.0
+    most = same["lengths"]["most_tokens"]
+    note = f"k = 90 is full attention here: no query has more than {most} keys"
+    assert " ".join(console.export_text().split()).count(note) == 1
 
 
 def test_finished_points_are_kept_and_other_questions_are_another_point(config, in_this_process, console):

@@ -66,7 +66,7 @@ def test_a_model_saved_with_k_is_asked_and_trained_as_the_records_say(
         models.append(load_model(*arguments))
         return models[-1]
 
-    monkeypatch.setattr(evaluation, "load_model", load)
+    monkeypatch.setattr(evaluation, "load_model_to_run", load)
     saved = str(config.save / "small-t5-attention-k-2")
     asked = EvaluationConfig(
         [str(config.dataset)], one_at_a_time([2], [8]), model=saved, threads=1, out=tmp_path / "asked"

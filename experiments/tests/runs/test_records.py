@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from topk_experiments.runs.records import append_json_line, read_json, read_json_lines, write_json
+from topk_experiments.runs.records import append_json_line, read_json, read_json_lines, reads, write_json
 
 
 def test_a_record_is_written_whole_and_read_back(tmp_path):
@@ -51,5 +51,28 @@ def test_a_record_with_other_separators_of_lines_stays_whole(tmp_path):
 
 def test_json_with_sections_of_another_kind_is_no_record(tmp_path):
     (tmp_path / "a.json").write_text('{"config": [1]}')
-    with pytest.raises(ValueError, match=r"a\.json is not a record; move it away"):
+    with pytest.raises(
+        ValueError, match=r"a\.json is not a record: config must be a JSON object, got \[1\]; move it away"
+    ):
         read_json(tmp_path / "a.json")
+
+
+def test_a_line_whose_section_is_something_else_is_named_with_the_way_out(tmp_path):
+    append_json_line(tmp_path / "a.jsonl", {"point": {"k": 1}})
+    append_json_line(tmp_path / "a.jsonl", {"point": 5})
+    said = r"line 2 of .*a\.jsonl is not a record: point must be a JSON object, got 5; delete the line"
+    with pytest.raises(ValueError, match=said):
+        read_json_lines(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"point": {}}\n{"caf\xe9": 1}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl is not UTF-8 \(line 2"):
+        read_json_lines(tmp_path / "a.jsonl")
+
+
+def test_a_function_that_draws_from_records_names_their_file(tmp_path):
+    @reads("a.jsonl")
+    def draw(out):
+        return read_json_lines(out / "a.jsonl")[0]["elapsed_s"] / 2
+
+    append_json_line(tmp_path / "a.jsonl", {"elapsed_s": "long"})
+    with pytest.raises(ValueError, match=r"a\.jsonl holds a record that is not as .*: TypeError .*; mend the record"):
+        draw(tmp_path)

@@ -47,7 +47,7 @@ def test_steps_that_would_take_too_long_are_left_out(monkeypatch):
     ],
 )
 def test_a_point_that_was_given_up_is_tried_again_where_more_is_allowed(record, limits, more):
-    assert limits.allow_more_than(record) is more
+    assert limits.spare(record) is not more
 
 
 def test_limits_and_repetitions_that_allow_nothing_are_refused():

@@ -1,6 +1,6 @@
 import pytest
 
-from topk_experiments.benchmarks.error.methods import METHODS as ERROR_METHODS
+from topk_experiments.benchmarks.error.measure import METHODS as ERROR_METHODS
 from topk_experiments.rivals.names import METHODS
 from topk_experiments.show.plots import STYLES, styles
 

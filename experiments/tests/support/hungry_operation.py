@@ -2,7 +2,7 @@
 
 import torch
 
-from topk_experiments.benchmarks.attention import measure
+from topk_experiments.benchmarks.attention import methods
 from topk_experiments.benchmarks.attention.methods import Method
 
 
@@ -14,4 +14,4 @@ def hungry(method, work):
     return Method(run)
 
 
-OPERATION = measure.OPERATION._replace(new_method=hungry)
+OPERATION = methods.OPERATION._replace(new_method=hungry)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..rivals.names import TOPK, kept, topk_method
 from ..runs.ledger import newest, on_file
-from ..runs.records import Json, write_whole
+from ..runs.records import Json, reads, write_whole
 from ..runs.timing import expected_s
 from ..runs.turns import MODES
 from .tables import Page, Quoted, busy_notes, draw_sweep, head
@@ -186,6 +186,9 @@ class RoundTable:
 
     def report(self, out: Path, name: str) -> list[Path]:
         """Write `NAME.md` and, for sweeps, `NAME.png` of all records on file in a folder; returns the files written."""
+        return reads(f"{name}.jsonl")(self._report)(out, name)
+
+    def _report(self, out: Path, name: str) -> list[Path]:
         results = self._on_file(out, name)
         if not results:
             return []
@@ -297,11 +300,7 @@ class RoundTable:
 
 
 def ratio_cell(ratio: float | None, goal: float | None) -> str:
-    """How many times as fast as the rival, and whether that reaches the goal; a ratio of None was not measured.
-
-    >>> ratio_cell(2.5, None), ratio_cell(2.5, 3.0), ratio_cell(None, 3.0)
-    ('2.50', '2.50, goal 3: missed', 'goal 3')
-    """
+    """How many times as fast as the rival, and whether that reaches the goal; a ratio of None was not measured."""
     parts = [] if ratio is None else [f"{ratio:.2f}"]
     if goal is not None:
         verdict = "" if ratio is None else f": {'reached' if ratio >= goal else 'missed'}"

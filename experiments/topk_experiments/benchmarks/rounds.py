@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..rivals import FOLDER as RIVALS
 from ..rivals.names import TOPK, check_method, kept, on_backend
 from ..runs import turns
-from ..runs.checks import check_at_least
+from ..runs.checks import check_above_0, check_at_least
 from ..runs.devices import check_device, device_name
 from ..runs.ledger import Ledger, is_finished, made_when
 from ..runs.process import Send
@@ -75,11 +75,9 @@ def grid(
 ) -> list[Any]:
     """One point for each size and method, and for top-k for each k; smallest first.
 
-    new_point  class of the points
-    size       the field that takes the sizes
-    methods    names that the points know, "topk-BACKEND", or "topk"
-    ks         None: the default of the points
-    backend    of "topk"
+    size     the field that takes the sizes
+    methods  names that the points know, "topk-BACKEND", or "topk", which is computed on `backend`
+    ks       None: the default of the points
     """
     points, chosen = [], [new_point.k] if ks is None else sorted(set(ks))
     for number, name in itertools.product(sorted(set(sizes)), dict.fromkeys(methods)):
@@ -147,6 +145,7 @@ class RoundBenchmark(Benchmark):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "threads")
+        check_above_0(self, "step_limit_s")
         if not self.plan or not all(self.plan.values()):
             raise ValueError("there is nothing to measure: give at least one work and one method")
         for method in dict.fromkeys(itertools.chain(*self.plan.values())):
@@ -266,9 +265,8 @@ def record_of(
 ) -> Json:
     """The record of a configuration: the one on file if it spares the run, otherwise that of a new run.
 
-    label     names what is measured
     run       the outcome and the results of a new run; it may send {"doing": what it does now}
-    spares    of records of the same configuration, environment and code: whether one is good enough
+    spares    as `Ledger.find` takes it
     in_words  the results of a finished run, in a few words
 
     Raises:

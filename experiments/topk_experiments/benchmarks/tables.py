@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runs.ledger import is_finished, newest, on_file
 from ..runs.progress import say
-from ..runs.records import Json, days_and_commits, write_whole
+from ..runs.records import Json, days_and_commits, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.console import print_table
 from ..show.plots import MEMORY_AND_TIME, draw_memory_and_time
@@ -32,7 +32,7 @@ MEASURED: Columns = {
 
 @dataclass(frozen=True)
 class Page:
-    """A table with a heading and notes. The first column, which names the row, is aligned to the left.
+    """A table with a heading and notes.
 
     has_list  notes are the points of a list instead of paragraphs
     head      line between the heading and the table, in markdown alone
@@ -109,6 +109,9 @@ class PointTable:
 
     def report(self, out: Path) -> list[Path]:
         """Write the tables and pictures of all records on file in a folder; returns the files written."""
+        return reads(f"{self.name}.jsonl")(self._report)(out)
+
+    def _report(self, out: Path) -> list[Path]:
         records = on_file(out / f"{self.name}.jsonl", self.schema)
         records = newest(records, lambda record: json.dumps(record["point"], sort_keys=True))
         if not records:
@@ -142,9 +145,10 @@ class PointTable:
         """Over the size, and over k at the size at which most k were measured."""
         records = sorted(records, key=lambda record: self.curve_order(record["point"]))
         size, heading, axis = self.size
-        first = records[0]["point"]
-        title = self.title(first) + self.picture_adds(first)
-        swept = with_several(size, records)
+        title = self.title(records[0]["point"]) + self.picture_adds(records[0]["point"])
+        # Over the size stand points that were measured at several sizes, all else being equal.
+        rest = [record["point"] | {size: None} for record in records]
+        swept = [record for record, same in zip(records, rest, strict=True) if rest.count(same) > 1]
         swept += [record for record in records if swept and record["point"][size] is None]
         quoted: dict[str, Quoted] = {}
         for record in swept:
@@ -154,21 +158,22 @@ class PointTable:
         picture = out / f"{self.name}{suffix}.png"
         options: Json = {"title": title, "quoted": quoted, "panels": self.panels}
         pictures = draw_sweep(swept, picture, x=size, x_label=axis, name=self.label, **options)
-        if self.over_k is not None:
-            axis, name = self.over_k
-            over_k = [record for record in at_size_with_most_k(records, size) if name(record["point"])]
-            if over_k:
-                title += f", {heading} = {over_k[0]['point'][size]:,}"
-                picture = out / f"{self.name}-k{suffix}.png"
-                pictures += draw_sweep(over_k, picture, x="k", x_label=axis, title=title, name=name)
-        return pictures
+        if self.over_k is None:
+            return pictures
+        axis, name = self.over_k
+        ks: dict[int, set[int]] = {}
+        for point in (record["point"] for record in records if record["point"]["k"] is not None):
+            ks.setdefault(point[size], set()).add(point["k"])
+        most = max(ks, key=lambda at: (len(ks[at]), at), default=None)
+        if most is None or len(ks[most]) == 1:
+            return pictures
+        over_k = [record for record in records if record["point"][size] == most and name(record["point"])]
+        picture, title = out / f"{self.name}-k{suffix}.png", f"{title}, {heading} = {most:,}"
+        return pictures + draw_sweep(over_k, picture, x="k", x_label=axis, title=title, name=name)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """
-    >>> markdown_table(["k", "s"], [["64", "0.5"]])
-    ['| k | s |', '| --- | --- |', '| 64 | 0.5 |']
-    """
+    """The lines of a table in markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
 
 
@@ -219,61 +224,11 @@ def memory_and_time(record: Json) -> str:
 
 
 def by_setting(records: Sequence[Json], names: Sequence[str]) -> list[list[Json]]:
-    """Groups of records whose points agree in these fields.
-
-    >>> by_setting([{"point": {"k": 8, "length": 16}}, {"point": {"k": 8, "length": 32}}], ["k"])
-    [[{'point': {'k': 8, 'length': 16}}, {'point': {'k': 8, 'length': 32}}]]
-    """
+    """Groups of records whose points agree in these fields."""
     groups: dict[tuple[str, ...], list[Json]] = {}
     for record in records:
         groups.setdefault(tuple(str(record["point"][name]) for name in names), []).append(record)
     return list(groups.values())
-
-
-def curves_over(
-    x: str, records: Sequence[Json], name: Callable[[Json], str]
-) -> tuple[dict[str, list[Json]], dict[str, Json]]:
-    """Curves and levels for `draw_memory_and_time`: by name of the point, and those of points without x.
-
-    name  of a record's point
-
-    >>> curves_over("k", [{"point": {"k": 8}}, {"point": {"k": None}}], lambda point: f"{point['k']}")
-    ({'8': [{'point': {'k': 8}, 'k': 8}]}, {'None': {'point': {'k': None}}})
-    """
-    curves: dict[str, list[Json]] = {}
-    levels: dict[str, Json] = {}
-    for record in records:
-        point = record["point"]
-        if point[x] is None:
-            levels[name(point)] = record
-        else:
-            curves.setdefault(name(point), []).append(record | {x: point[x]})
-    return curves, levels
-
-
-def with_several(x: str, records: Sequence[Json]) -> list[Json]:
-    """The records of points that were measured at several x, all else being equal.
-
-    >>> with_several("k", [{"point": {"k": k, "length": length}} for k, length in ((8, 16), (16, 16), (8, 32))])
-    [{'point': {'k': 8, 'length': 16}}, {'point': {'k': 16, 'length': 16}}]
-    """
-    rest = [record["point"] | {x: None} for record in records]
-    return [record for record, same in zip(records, rest, strict=True) if rest.count(same) > 1]
-
-
-def at_size_with_most_k(records: Sequence[Json], size: str) -> list[Json]:
-    """The records of the size at which most different k were measured, the largest of several sizes.
-
-    Records without k are among them. None where at no size two different k were measured.
-
-    >>> at_size_with_most_k([{"point": {"k": k, "length": 64}} for k in (8, 16, None)], "length")[2:]
-    [{'point': {'k': None, 'length': 64}}]
-    """
-    ks: dict[int, set[int]] = {}
-    for point in (record["point"] for record in records if record["point"]["k"] is not None):
-        ks.setdefault(point[size], set()).add(point["k"])
-    best = max(ks, key=lambda at: (len(ks[at]), at), default=None)
-    return [record for record in records if best is not None and len(ks[best]) > 1 and record["point"][size] == best]
 
 
 @dataclass(frozen=True)
@@ -301,13 +256,20 @@ def draw_sweep(
 ) -> list[Path]:
     """Draw memory and time of points over one of their fields; returns the file, or none where no point finished.
 
-    name    of a record's point
+    name    of a record's point: that of its curve, or of its level where it does not have the field
     quoted  label -> numbers beside the curves, in the panels of peak memory and of whole steps
     panels  as `draw_memory_and_time` takes them
     """
     if not any(record["outcome"] == "finished" for record in records):
         return []
-    curves, levels = curves_over(x, records, name)
+    curves: dict[str, list[Json]] = {}
+    levels: dict[str, Json] = {}
+    for record in records:
+        label, at = name(record["point"]), record["point"][x]
+        if at is None:
+            levels[label] = record
+        else:
+            curves.setdefault(label, []).append(record | {x: at})
     quoted = quoted or {}
     by_field: dict[str, dict[str, dict[int, float]]] = {}
     for field, _, factor in panels:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+from topk_attention.functional.words import full_attention_note
 
 from .. import benchmarks
 from ..benchmarks.attention import works as attention_works
@@ -23,7 +26,7 @@ from ..runs.progress import say
 from ..runs.records import Json
 from ..runs.steps import Limits
 from .application import benchmark
-from .options import Backend, feed_forward_neurons, new_console, taking
+from .options import Backend, at_least, feed_forward_neurons, new_console, taking
 
 _SETTING = ("device", "threads", "seed")
 _USUAL = ("topk", "query-chunks", "sdpa", "vanilla")
@@ -54,6 +57,7 @@ def attention_kernel(
     if lengths is not None and sweep != "length":
         raise ValueError('lengths goes with sweep "length" alone')
     plan = benchmarks.attention.ROUNDS.plan(backend, sweep=sweep, works=works, sizes=lengths, rivals=rivals)
+    _say_if_full((work.k, work.length) for work in plan[1])
     _run_rounds(benchmarks.attention.ROUNDS, plan, rounds, limits)
 
 
@@ -68,7 +72,7 @@ def feed_forward_kernel(
         "Rows of the table: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N = 1, 2, 4 and 8 tokens.",
     ] = None,
     d_ff: Annotated[Sequence[int] | None, "For the sweep, instead of its own."] = None,
-    tokens: Annotated[int | None, "For the sweep, instead of 4,096."] = None,
+    tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.", callback=at_least(1))] = None,
     rivals: Rivals = None,
     backend: Compared = "cpu",
 ) -> None:
@@ -115,6 +119,7 @@ def model(
     point |= {"shape": shape, "source": source, "feed_forward_k": feed_forward_neurons(feed_forward_k)}
     points = benchmarks.model.grid(lengths, methods, backend=backend, **point)
     name = name or shape.replace("/", "--")
+    _name_full_attention(points)
     benchmarks.model.run_and_report(ModelBenchmark(points, name=name, limits=Limits(**limits), **how), new_console())
 
 
@@ -158,6 +163,7 @@ def attention(
         if implementations is None:
             implementations = attention_works.able_to(layer["bias"], layer["dropout_p"])
         points = attention_works.grid(lengths, implementations, k, backend=backend, **layer, **setting)
+    _name_full_attention(points)
     _run_points(benchmarks.attention.LAYERS, points, how, limits)
 
 
@@ -218,6 +224,7 @@ def chunk_size(
     Points are appended to chunk-size.jsonl; interrupted, the same command continues with those that are missing.
     """
     points = attention_works.chunk_grid(methods, chunk_sizes, length, **work, **setting)
+    _name_full_attention(points)
     _run_points(benchmarks.attention.CHUNKS, points, how, limits)
 
 
@@ -228,7 +235,9 @@ def error(how: Json, limits: Json) -> None:
 
     Points are appended to error.jsonl; interrupted, the same command continues with those that are missing.
     """
-    run_error_benchmark(ErrorBenchmark(limits=Limits(**limits), **how), new_console())
+    benchmark = ErrorBenchmark(limits=Limits(**limits), **how)
+    _say_if_full(itertools.product(benchmark.ks, benchmark.lengths))
+    run_error_benchmark(benchmark, new_console())
 
 
 @benchmark.command()
@@ -260,6 +269,20 @@ def figures(
     console = new_console()
     run_figures(is_full=full, only=only, **limits, **how, **setting, console=console)
     say(console, f"Page: {write_page(how['out'])}")
+
+
+def _name_full_attention(points: Sequence[Any]) -> None:
+    """Say which points of top-k keep every key."""
+    _say_if_full((point.k, point.length) for point in points if point.method.startswith("topk"))
+
+
+def _say_if_full(ks_and_lengths: Iterable[tuple[int, int]]) -> None:
+    of_length: dict[int, list[int]] = {}
+    for k, length in ks_and_lengths:
+        of_length.setdefault(length, []).append(k)
+    for length, ks in sorted(of_length.items()):
+        if note := full_attention_note(ks, length):
+            say(new_console(), note)
 
 
 def _run_rounds(table: Any, plan: tuple[str, Any], rounds: Json, limits: Json) -> None:

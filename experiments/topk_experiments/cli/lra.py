@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import lra
-from .options import Out, Seed, Threads, errors_in_words, integers, names, new_console
+from .options import Out, Seed, Threads, errors_in_words, folder_to_fill, integers, names, new_console
 
 Config = Annotated[
     str,
@@ -18,7 +18,7 @@ Source = Annotated[
     str | None,
     typer.Option(help="File or folder that the task reads. Without it, a task that needs one says what it must hold."),
 ]
-Data = Annotated[Path, typer.Option(help="Folder for prepared data.")]
+Data = Annotated[Path, typer.Option(help="Folder for prepared data.", callback=folder_to_fill)]
 Device = Annotated[str, typer.Option(help='"auto" (a GPU if there is one) or "cpu".')]
 
 
@@ -62,7 +62,7 @@ def train(
         plan = LraPlan(
             read_config(config),
             methods=names(methods),
-            seeds=integers("seeds", seeds),
+            seeds=integers("seeds", seeds, least=0, bits=63),
             source=source,
             data=data,
             out=out,
@@ -81,7 +81,7 @@ def evaluate(
     weights: Annotated[Path | None, typer.Option(help="File of weights. Default: the file that the run wrote.")] = None,
     source: Source = None,
     data: Data = Path("results/lra/work/data"),
-    out: Out = Path("results/lra"),
+    out: Annotated[Path, typer.Option(help="Folder with the results.")] = Path("results/lra"),
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:

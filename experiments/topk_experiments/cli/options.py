@@ -15,7 +15,20 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from topk_attention.cli import options
-from topk_attention.cli.options import Backend, Seed, Threads, integers, names, new_console
+from topk_attention.cli.options import (
+    Backend,
+    Seed,
+    Threads,
+    at_least,
+    folder_to_fill,
+    integers,
+    names,
+    new_console,
+    number_of_threads,
+    seed_of_numbers,
+    written_file,
+    written_folder,
+)
 
 __all__ = [
     "Backend",
@@ -32,16 +45,21 @@ __all__ = [
     "Threads",
     "TrainAgain",
     "Windows",
+    "at_least",
     "errors_in_words",
     "feed_forward_neurons",
+    "folder_to_fill",
     "integers",
     "names",
     "new_console",
+    "number_of_threads",
     "settings",
     "taking",
+    "written_file",
+    "written_folder",
 ]
 
-Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=written_folder)]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
 ModelSize = Annotated[int, typer.Option(help="Model size.")]
@@ -72,6 +90,10 @@ _CALLED = {
     "time_s": "time_limit",
     "memory_gib": "memory_limit",
 }
+# Fields whose numbers begin at 0.
+_FROM_0 = {"layers"}
+# Field of a dataclass -> the callback that looks at its option.
+_CALLBACKS = {"out": written_folder, "threads": number_of_threads, "seed": seed_of_numbers}
 
 
 def taking(*groups: type | tuple[Any, ...], **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -128,7 +150,7 @@ def _option(field: inspect.Parameter) -> inspect.Parameter:
         kind, text = str | None, f"{text} Separated by commas."
         default = default if default is None else ",".join(map(str, default))
     if isinstance(text, str):
-        text = typer.Option(help=text)
+        text = typer.Option(help=text, callback=_CALLBACKS.get(field.name))
     return field.replace(
         name=name, kind=inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, text]
     )
@@ -139,18 +161,32 @@ def _value(field: inspect.Parameter, given: dict[str, Any]) -> Any:
     value = given[_CALLED.get(field.name, field.name)]
     if value is None or _item(field) is None:
         return value
-    return integers(field.name.replace("_", "-"), value) if _item(field) is int else names(value)
+    if _item(field) is not int:
+        return names(value)
+    return integers(field.name.replace("_", "-"), value, least=0 if field.name in _FROM_0 else 1)
 
 
 def settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:
     """The settings of these options, as `models.settings.Setting`."""
     from topk_experiments.models.settings import one_at_a_time
 
-    return one_at_a_time(_integers_or_files(attention_k), _integers_or_files(feed_forward_k), full=full)
+    return one_at_a_time(
+        _integers_or_files("attention-k", attention_k), _integers_or_files("feed-forward-k", feed_forward_k), full=full
+    )
 
 
-def _integers_or_files(listed: str) -> list[int | Path]:
-    return [int(entry) if entry.lstrip("+-").isdigit() else Path(entry) for entry in names(listed)]
+def _integers_or_files(name: str, listed: str) -> list[int | Path]:
+    entries: list[int | Path] = []
+    for entry in names(listed):
+        if entry.lstrip("+-").isdigit():
+            entries += integers(name, entry)
+        elif Path(entry).exists():
+            entries.append(Path(entry))
+        else:
+            raise ValueError(
+                f"{name} must be numbers and calibration files separated by commas, got {entry!r}: no such file"
+            )
+    return entries
 
 
 def feed_forward_neurons(given: str | None) -> int | Literal["all"] | None:

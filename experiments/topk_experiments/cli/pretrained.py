@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import Backend, Out, Seed, Text, Threads, errors_in_words, integers, names, new_console
+from .options import (
+    Backend,
+    Out,
+    Seed,
+    Text,
+    Threads,
+    errors_in_words,
+    integers,
+    names,
+    new_console,
+    written_file,
+    written_folder,
+)
 
 
 @app.command()
@@ -115,15 +127,15 @@ def calibrate(
     evaluate_windows: Annotated[
         int | None, typer.Option(help="Windows to evaluate on. Default: 1, or 16 for an encoder.")
     ] = None,
-    report: Annotated[Path, typer.Option(help="Page with the recommendation, pictures and table.")] = Path(
-        "results/calibration/calibration.html"
-    ),
-    out: Annotated[Path, typer.Option(help="The calibration, for convert(model, attention_k=...).")] = Path(
-        "results/calibration/calibration.json"
-    ),
-    records: Annotated[Path, typer.Option(help="Folder for the record; its name follows --out.")] = Path(
-        "results/calibration"
-    ),
+    report: Annotated[
+        Path, typer.Option(help="Page with the recommendation, pictures and table.", callback=written_file)
+    ] = Path("results/calibration/calibration.html"),
+    out: Annotated[
+        Path, typer.Option(help="The calibration, for convert(model, attention_k=...).", callback=written_file)
+    ] = Path("results/calibration/calibration.json"),
+    records: Annotated[
+        Path, typer.Option(help="Folder for the record; its name follows --out.", callback=written_folder)
+    ] = Path("results/calibration"),
     seed: Seed = 0,
     threads: Threads = None,
     backend: Backend = "auto",
@@ -215,7 +227,9 @@ def transcribe(
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder with the results; the page is written there.")] = Path("results"),
+    out: Annotated[
+        Path, typer.Option(help="Folder with the results; the page is written there.", callback=written_folder)
+    ] = Path("results"),
     redraw: Annotated[bool, typer.Option(help="Draw every table and picture again from its records first.")] = True,
 ) -> None:
     """Draw all tables and pictures again from their records and write one HTML page of them, with what to conclude.

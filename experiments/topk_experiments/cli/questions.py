@@ -19,10 +19,12 @@ from .options import (
     Steps,
     Threads,
     TrainAgain,
+    at_least,
     errors_in_words,
     names,
     new_console,
     settings,
+    written_folder,
 )
 
 
@@ -118,7 +120,9 @@ def finetune(
         int, typer.Option(help="Parts of like length that a batch is cut into, for less memory and padding.")
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
-    warm_up_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 40,
+    warm_up_steps: Annotated[
+        int, typer.Option(help="Steps over which the learning rate rises.", callback=at_least(0))
+    ] = 40,
     constant: Annotated[
         bool, typer.Option("--constant", help="Keep the learning rate; by default it falls to a tenth.")
     ] = False,
@@ -137,7 +141,9 @@ def finetune(
     curve_questions: Annotated[
         int, typer.Option(help="Questions for a point of the curve; the final score takes all.")
     ] = 100,
-    save: Annotated[Path | None, typer.Option(help="Folder for the trained models, one folder an arm.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for the trained models, one folder an arm.", callback=written_folder)
+    ] = None,
     out: Out = Path("results/qa"),
     seed: Seed = 0,
     threads: Threads = None,
@@ -196,13 +202,15 @@ def reading_task(
         Path | None, typer.Option(help="UTF-8 text whose words are used. Default: Python's own documentation topics.")
     ] = None,
     words: Annotated[int, typer.Option(help="Words of each of three kinds.")] = 16,
-    fewest_facts: Annotated[int, typer.Option(help="Facts of the shortest paragraph.")] = 1,
-    most_facts: Annotated[int, typer.Option(help="Facts of the longest paragraph.")] = 3,
+    fewest_facts: Annotated[int, typer.Option(help="Facts of the shortest paragraph.", callback=at_least(1))] = 1,
+    most_facts: Annotated[int, typer.Option(help="Facts of the longest paragraph.", callback=at_least(1))] = 3,
     forms: Annotated[
         int, typer.Option(help="Sentence forms that state facts, 1 to 3; one form is learnt fastest.")
     ] = 1,
-    training_questions: Annotated[int, typer.Option(help="Questions of a training file.")] = 200_000,
-    test_questions: Annotated[int, typer.Option(help="Questions of a test file.")] = 500,
+    training_questions: Annotated[
+        int, typer.Option(help="Questions of a training file.", callback=at_least(1))
+    ] = 200_000,
+    test_questions: Annotated[int, typer.Option(help="Questions of a test file.", callback=at_least(1))] = 500,
     layers: Layers = 2,
     d_model: ModelSize = 64,
     heads: Heads = 4,

@@ -26,6 +26,7 @@ from .options import (
     errors_in_words,
     integers,
     new_console,
+    number_of_threads,
     settings,
 )
 
@@ -45,7 +46,7 @@ def feed_forward_curve(
     evaluate_every: EvaluateEvery = 20,
     out: Out = Path("results/feed-forward-curve"),
     seed: Seed = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.", callback=number_of_threads)] = 2,
     backend: Backend = "auto",
     fresh: TrainAgain = False,
 ) -> None:

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topk_attention.backends import choose_backend
+from topk_attention.functional.words import full_attention_note
 
-from ..models.settings import Setting, convert_model
+from ..models.settings import Setting, convert_model, fixed_attention_k
 from ..models.text import Text, read_text
 from ..runs.ledger import experiment_environment
 from ..runs.process import Send
+from ..runs.progress import line_printer
 from ..runs.records import Json
 from ..runs.training import TrainingPlan, check_model_and_training, random_windows, train, train_arms
 from .report import report
@@ -114,6 +116,8 @@ def run_language_model(config: LanguageModelConfig, console: Console) -> Json:
         for setting in config.settings
     }
     path = config.out / f"{name}.json"
+    if note := full_attention_note(fixed_attention_k(config.settings), config.context):
+        line_printer(console)(note)
     record = train_arms(path, new, requests, f"{__name__}:train_arm", config.steps, console, config.fresh)
     report(record, path, console)
     return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runs.records import Json, read_json
+from ..runs.records import Json, read_json, reads
 from ..runs.timing import busy_note
 from ..runs.training import name_of_arm
 from ..show.plots import draw_loss_curves
@@ -22,8 +22,12 @@ def redraw(results: Path) -> list[Path]:
     for path in (path for folder in FOLDERS for path in sorted((results / folder).glob("*.json"))):
         record = read_json(path)
         if record is not None:
-            pictures.append(draw(record, path.with_suffix(".png")))
+            pictures.append(reads()(_redraw)(path, record))
     return pictures
+
+
+def _redraw(path: Path, record: Json) -> Path:
+    return draw(record, path.with_suffix(".png"))
 
 
 def draw(record: Json, picture: Path) -> Path:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
-from ..runs.checks import check_at_least, check_one_of
+from ..runs.checks import check_above_0, check_at_least, check_one_of
 from ..runs.files import read_utf8
 from ..runs.records import Json
 from .model import ModelConfig
@@ -33,6 +33,7 @@ _USUAL = {"sigma": 1.0}
 SCHEDULES = ("cosine", "inverse-square-root")
 PRECISIONS = ("no", "bf16")
 Section = TypeVar("Section")
+_TYPES = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_at_least(1, self, "batch", "steps", "evaluate_every", "warmup")
         check_at_least(0, self, "weight_decay", "gradient_norm", "validation_examples", "patience", "alike_over")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        check_above_0(self, "learning_rate")
         check_one_of(SCHEDULES, self, "schedule")
         check_one_of(PRECISIONS, self, "precision")
 
@@ -181,24 +181,38 @@ def read_config(name_or_path: str) -> LraConfig:
     try:
         sections = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"configuration {name} is not TOML: {error}") from error
-    return _from_sections(name, sections)
+        raise ValueError(f"configuration {name_or_path} is not TOML: {error}") from error
+    try:
+        return _from_sections(name, sections)
+    except (ValueError, RecursionError) as error:
+        if name == name_or_path:
+            raise
+        raise ValueError(f"{name_or_path}: {error}") from error
 
 
 def _from_sections(name: str, sections: dict[str, Any]) -> LraConfig:
     wanted = ("data", "model", "training", "attention")
     if sorted(sections) != sorted(wanted):
         raise ValueError(f"configuration {name} must have the sections {', '.join(wanted)}, got {', '.join(sections)}")
+    for section in wanted:
+        if not isinstance(sections[section], dict):
+            raise ValueError(f"{section} of configuration {name} must be a section, got {sections[section]!r:.60}")
     data = dict(sections["data"])
     task = data.pop("task", None)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"task of configuration {name} must be one of {', '.join(TASKS)}, got {task!r}")
     _check_names(f"data of configuration {name}", data, [f.name for f in fields(TASKS[task]) if f.name != "source"])
+    _check_types(f"data of configuration {name}", TASKS[task], data)
+    TASKS[task](**data | ({"source": ""} if "source" in {f.name for f in fields(TASKS[task])} else {}))
     attention = sections["attention"]
     words = f"attention of configuration {name}"
     _check_names(words, attention, ["k", "num_features"], all_needed=True, optional=list(_USUAL))
+    for option in ("k", "num_features"):
+        number = attention[option]
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{option} of configuration {name} must be a whole number from 1, got {number!r:.60}")
     sigma = attention.get("sigma", _USUAL["sigma"])
-    if not (isinstance(sigma, int | float) and sigma > 0):
+    if not (isinstance(sigma, int | float) and 0 < sigma < math.inf):
         raise ValueError(f"sigma of configuration {name} must be a number above 0, got {sigma!r}")
     return LraConfig(
         name=name,
@@ -219,7 +233,23 @@ def _section(name: str, section: str, kind: type[Section], sections: dict[str, A
     ]
     if missing:
         raise ValueError(f"{words} must have {', '.join(missing)}")
+    _check_types(words, kind, sections[section])
     return kind(**sections[section])
+
+
+def _check_types(words: str, kind: type, given: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a setting is of another type than the field of its name.
+    """
+    types = get_type_hints(kind)
+    for name, value in given.items():
+        wanted = types[name]
+        fits = isinstance(value, bool) if wanted is bool else not isinstance(value, bool) and isinstance(value, wanted)
+        if wanted is float:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits:
+            raise ValueError(f"{name} in {words} must be {_TYPES[wanted]}, got {value!r:.60}")
 
 
 def _check_names(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.records import Json, read_json_lines, write_whole
+from ..runs.records import Json, read_json_lines, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted
 from ..show.plots import QUOTED, legend_below, new_figure, save, styles
@@ -56,6 +56,7 @@ def write_table(out: Path, console: Console) -> tuple[Path, Path]:
     return written
 
 
+@reads(RECORDS)
 def write_files(out: Path) -> tuple[Path, Path]:
     """Write table.md and curves.png from the records in a folder; return their paths.
 

@@ -18,6 +18,7 @@ import torch
 
 from topk_attention.environment import package_version
 
+from ..runs.files import reason_of
 from ..runs.progress import Say
 from ..runs.records import read_json, write_json
 
@@ -79,6 +80,11 @@ def find_model(model: str | None, say: Say = print) -> ModelSource:
     return _on_the_hub(model)
 
 
+def load_model_to_run(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
+    """As `load_model`, with frozen weights: of a model that never trains, `convert` stores networks the faster way."""
+    return load_model(source, auto_class, dtype).requires_grad_(False)
+
+
 def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32") -> Any:
     """The model in evaluation mode; `auto_class` is the auto class of transformers that loads it.
 
@@ -96,9 +102,11 @@ def load_model(source: ModelSource, auto_class: str = "AutoModelForCausalLM", dt
         with _no_bars(source):
             loader = getattr(transformers, auto_class)
             return loader.from_pretrained(source.location, dtype=getattr(torch, dtype), **options).eval()
-    except (OSError, ValueError) as error:
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         raise ModelNotFoundError(
-            f"model {source.name} does not load as {_KINDS[auto_class]}: {_first_line(error)}"
+            f"model {_place(source)} does not load as {_KINDS[auto_class]}: {reason_of(error)}"
         ) from error
 
 
@@ -114,7 +122,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
         return AutoTokenizer.from_pretrained(source.location, **options)
-    except (OSError, ValueError) as error:
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         missing = [name for name in _SENTENCEPIECE if package_version(name) is None]
         # Without them transformers reads a sentencepiece file as one of tiktoken, and asks for that package.
         if missing and any(word in str(error) for word in ("sentencepiece", "tiktoken")):
@@ -122,7 +132,7 @@ def load_tokenizer(source: ModelSource) -> Any:
                 f"model {source.name} has a tokenizer that needs {' and '.join(missing)}: "
                 f"pip install {' '.join(missing)}"
             ) from error
-        raise ModelNotFoundError(f"model {source.name} has no tokenizer that loads: {_first_line(error)}") from error
+        raise ModelNotFoundError(f"model {_place(source)} has no tokenizer that loads: {reason_of(error)}") from error
 
 
 def load_feature_extractor(source: ModelSource) -> Any:
@@ -136,9 +146,11 @@ def load_feature_extractor(source: ModelSource) -> Any:
     _be_quiet()
     try:
         return AutoFeatureExtractor.from_pretrained(source.location)
-    except (OSError, ValueError) as error:
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         raise ModelNotFoundError(
-            f"model {source.name} has no feature extractor that loads: {_first_line(error)}"
+            f"model {_place(source)} has no feature extractor that loads: {reason_of(error)}"
         ) from error
 
 
@@ -192,9 +204,11 @@ def load_config(source: ModelSource) -> Any:
     _be_quiet()
     try:
         return AutoConfig.from_pretrained(source.location)
-    except (OSError, ValueError) as error:
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         raise ModelNotFoundError(
-            f"model {source.name} has no configuration that loads: {_first_line(error)}"
+            f"model {_place(source)} has no configuration that loads: {reason_of(error)}"
         ) from error
 
 
@@ -229,9 +243,11 @@ def _on_the_hub(model: str) -> ModelSource:
     _be_quiet()
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         raise ModelNotFoundError(
-            f"model {model!r} is neither a local folder nor a Hugging Face model that loads: {_first_line(error)}"
+            f"model {model!r} is neither a local folder nor a Hugging Face model that loads: {reason_of(error)}"
         ) from error
     return ModelSource(model, getattr(config, "_commit_hash", None) or "unknown", model)
 
@@ -243,9 +259,9 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _place(source: ModelSource) -> str:
+    """The name of a model for errors, with its folder where it has one."""
+    return source.name if source.location == source.name else f"{source.name} ({source.location})"
 
 
 def _be_quiet() -> None:

@@ -65,6 +65,11 @@ def one_at_a_time(
     return list(dict.fromkeys(settings))
 
 
+def fixed_attention_k(settings: Sequence[Setting]) -> list[int]:
+    """The attention k of settings that are one number for every head."""
+    return [setting.attention_k for setting in settings if isinstance(setting.attention_k, int)]
+
+
 def convert_model(model: Any, ks: Json, backend: str) -> None:
     """Convert a model with the arguments of `Setting.for_convert`.
 

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+# What libsndfile says of a WAV file whose sound ends early.
+_CUT_OFF = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# A program that writes WAV into a pipe cannot know the size, and writes about this much.
+_UNKNOWN_SIZE = 0x7FFF_0000
 # progress(windows done, windows in all)
 Progress = Callable[[int, int], None]
 
@@ -33,18 +37,28 @@ def read_recording(path: Path, sampling_rate: int) -> Recording:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no sound that can be read.
+        ValueError: the file holds no sound that can be read, or only a part of it.
     """
     import soundfile
 
     if not path.is_file():
         raise FileNotFoundError(f"audio file not found: {path}")
     try:
-        samples, rate = soundfile.read(path, always_2d=True)
-    except soundfile.LibsndfileError as error:
+        with soundfile.SoundFile(path) as file:
+            samples, rate, header = file.read(always_2d=True), file.samplerate, file.extra_info
+    except Exception as error:  # soundfile's, and TypeError or MemoryError where a header is damaged
         raise ValueError(f"audio file {path} cannot be read ({error}); convert it to WAV or FLAC") from error
     if not len(samples):
         raise ValueError(f"audio file {path} is empty")
+    if sizes := _CUT_OFF.search(header):
+        promised, there = map(int, sizes.groups())
+        if there < promised < _UNKNOWN_SIZE:
+            raise ValueError(
+                f"audio file {path} is cut off: its header promises {promised:,} bytes of sound, and {there:,} are "
+                "there; get it again, or convert it to FLAC to use that part"
+            )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"audio file {path} holds samples that are no numbers; convert it to WAV or FLAC again")
     mono = resample(samples.mean(1), rate, sampling_rate)
     return Recording(mono, sampling_rate, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 

@@ -19,9 +19,11 @@ from topk_attention.backends import choose_backend
 from topk_attention.calibrate import Calibration, LossIncrease
 from topk_attention.environment import now
 from topk_attention.files import check_writable
+from topk_attention.functional.words import full_attention_note
 
 from ..models.pretrained import ModelSource, find_model, unpacked
 from ..models.text import Text, read_text
+from ..runs.files import damage_named
 from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.process import failures_named, run_in_fresh_process
 from ..runs.progress import Say, line_printer, progress_bar
@@ -78,7 +80,9 @@ def run_calibration(config: CalibrationConfig, console: Console) -> Json:
         assert windows is not None
         calibration = _measure(record, config, source, windows, console)
     points = points_of(calibration, config, say)
-    missing = [point for point in points if point.key not in [run["key"] for run in record["runs"]]]
+    with damage_named(config.record, "move it away or give another --out"):
+        finished = [run["key"] for run in record["runs"]]
+    missing = [point for point in points if point.key not in finished]
     if missing:
         if windows is None:
             source = unpacked(source, config.records / "work" / "model", say)
@@ -239,6 +243,9 @@ def _evaluate(
 
     record["evaluated_on"]["overlaps_calibration"] = windows.overlap
     measure = measure_of(record)
+    ks = [point.attention_k for point in missing if isinstance(point.attention_k, int)]
+    if note := full_attention_note(ks, max(map(len, windows.evaluation))):
+        line_printer(console)(note)
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for number, point in enumerate(missing):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from topk_attention.calibrate import Calibration
 
-from ..runs.records import Json, read_json, write_whole
+from ..runs.records import Json, read_json, reads, write_whole
 from ..show.console import print_table
 from ..show.html import drawn, footer, page, table
 from ..show.plots import save
@@ -162,15 +162,19 @@ def redraw(results: Path) -> list[Path]:
     """Write page and picture of every calibration below the folder of all results again; return their paths."""
     written = []
     for path in sorted((results / "calibration").glob("*.record.json")):
-        name = path.name.removesuffix(".record.json")
-        record, file = read_json(path), path.with_name(f"{name}.json")
+        record = read_json(path)
+        file = path.with_name(f"{path.name.removesuffix('.record.json')}.json")
         if record is None or not file.exists():
             continue
-        page_file, png = path.with_name(f"{name}.html"), path.with_name(f"{name}.png")
-        write_whole(page_file, html_page(record, Calibration.load(file), file.name))
-        save(quality_picture(record), png)
-        written += [page_file, png]
+        written += reads()(_redraw)(path, record, file)
     return written
+
+
+def _redraw(path: Path, record: Json, file: Path) -> list[Path]:
+    page_file, png = file.with_suffix(".html"), file.with_suffix(".png")
+    write_whole(page_file, html_page(record, Calibration.load(file), file.name))
+    save(quality_picture(record), png)
+    return [page_file, png]
 
 
 def show(record: Json, console: Console) -> None:

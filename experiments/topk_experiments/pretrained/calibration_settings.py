@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,9 +83,16 @@ class CalibrationConfig:
         ):
             if number is not None and number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
+            if number is not None and number >= 2**31:
+                raise ValueError(f"{name} must be below 2^31, got {number}")
         for name, ks in (("uniform", self.uniform), ("also-mean-k", self.mean_ks)):
             for k in ks or ():
                 check_count(name, k)
+        if self.feed_forward_mean_k is not None:
+            if not self.feed_forward_mean_k >= 1:
+                raise ValueError(f"feed-forward-mean-k must be at least 1, got {self.feed_forward_mean_k:g}")
+            if self.feed_forward_mean_k == math.inf:
+                raise ValueError("feed-forward-mean-k must be finite, got inf")
         if self.report == self.out:
             raise ValueError(f"report and out must be two files, got {self.out} for both")
         choose_backend(self.backend)

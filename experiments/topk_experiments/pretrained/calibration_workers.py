@@ -11,7 +11,7 @@ import torch
 
 from topk_attention.calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate, completion_by_name
 
-from ..models.pretrained import ModelSource, load_model
+from ..models.pretrained import ModelSource, load_model, load_model_to_run
 from ..models.sentence_embedding import embedding_error, embedding_of, hidden_states
 from ..runs.memory import PeakMeter
 from ..runs.process import Send
@@ -59,7 +59,7 @@ def measure_embeddings(request: Json, send: Send) -> Json:
     """Embed every window with full attention, then with a k, and compare."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    model = load_model(ModelSource(**request["model"]), "AutoModel")
+    model = load_model_to_run(ModelSource(**request["model"]), "AutoModel")
     windows = request["windows"]
     expected = hidden_states(
         model, windows, batch_size=_WINDOWS_AT_A_TIME, progress=lambda done, total: send({"done": done / total / 2})

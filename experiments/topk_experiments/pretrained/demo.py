@@ -26,13 +26,14 @@ from ..models.pretrained import (
     ModelSource,
     find_model,
     load_config,
-    load_model,
+    load_model_to_run,
     load_tokenizer,
     longest_input,
     unpacked,
 )
 from ..models.text import Text, first_tokens, hidden_states_give_logits, perplexity, read_text
 from ..runs.checks import check_at_least, check_runs
+from ..runs.files import damage_named
 from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.memory import PeakMeter
 from ..runs.process import Send, failures_named, run_in_fresh_process
@@ -80,7 +81,7 @@ class DemoConfig:
         check_runs(self.k, self.backend)
         if self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2 (the first one is never predicted), got {self.num_tokens}")
-        check_at_least(1, self, "threads", "rounds")
+        check_at_least(1, self, "threads", "rounds", "num_tokens")
 
     @property
     def record(self) -> Path:
@@ -105,7 +106,8 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     check_writable("out", config.record)
     notes: list[str] = []  # said only when it is certain that the new runs can be made
     record = _start_or_continue(_new_record(config, source, text), config, notes.append)
-    finished = [(run["round"], run["k"]) for run in record["runs"]]
+    with damage_named(config.record, "move it away or give another --out"):
+        finished = [(run["round"], run["k"]) for run in record["runs"]]
     missing = [turn for turn in config.turns() if turn not in finished]
     if missing:
         source = unpacked(source, config.out / "work" / "model", say)
@@ -141,7 +143,7 @@ def measure_run(request: Json, send: Send) -> Json:
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    model = load_model(ModelSource(**request["model"]))
+    model = load_model_to_run(ModelSource(**request["model"]))
     convert_as_asked(model, request)
     windows = [torch.tensor([window]) for window in request["windows"]]
     # The short prefix of this check is also the warm-up: it touches every weight and starts the threads.

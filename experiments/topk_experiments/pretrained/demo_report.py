@@ -8,7 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..runs.records import Json, read_json, write_whole
+from topk_attention.functional.words import k_in_words
+
+from ..runs.records import Json, read_json, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted, drawn, footer, page, table
 from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at, save
@@ -28,6 +30,7 @@ _HEADINGS = (
 _TOPK, _FULL = STYLES["topk"], STYLES["full"]
 
 
+@reads("demo/demo.json")
 def redraw(results: Path) -> list[Path]:
     """Write picture and page of the demo's record below the folder of all results again; return their paths."""
     record = read_json(results / "demo" / "demo.json")
@@ -48,9 +51,7 @@ def run_name(k: int | None, num_tokens: int | None = None) -> str:
     >>> run_name(5000, 4096)
     'k = 5000 (every key: full attention)'
     """
-    if k is None:
-        return "full attention"
-    return f"k = {k} (every key: full attention)" if num_tokens is not None and k >= num_tokens else f"k = {k}"
+    return "full attention" if k is None else k_in_words(k, num_tokens)
 
 
 def by_setting(record: Json) -> list[Json]:

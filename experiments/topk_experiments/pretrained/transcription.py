@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,14 @@ from torch import nn
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert, is_cross_attention, is_self_attention
 
-from ..models.pretrained import ModelSource, find_model, load_feature_extractor, load_model, load_tokenizer
+from ..models.pretrained import (
+    ModelSource,
+    find_model,
+    load_config,
+    load_feature_extractor,
+    load_model_to_run,
+    load_tokenizer,
+)
 from ..models.speech import read_recording, transcribe, word_errors, words
 from ..runs.checks import check_at_least, check_runs
 from ..runs.ledger import Ledger, made_when
@@ -82,11 +89,13 @@ def run_transcription(config: TranscriptionConfig, console: Console) -> list[Jso
     say = line_printer(console)
     source = find_model(config.model, say)
     ledger = Ledger(config.out / RECORDS, schema=SCHEMA, folder=Path(__file__).parent, fresh=config.fresh)
+    num_keys = _most_keys(load_config(source), config.layers)
     records: list[Json] = []
     with progress_bar(console) as bar:
         task = bar.add_task("", total=1 + len(config.k))
         for number, k in enumerate((None, *config.k)):
-            bar.update(task, description=run_name(k), completed=number)
+            name = run_name(k, num_keys)
+            bar.update(task, description=name, completed=number)
             run = _describe(config, source, k)
             record = ledger.find({"run": run})
             if record is None:
@@ -95,14 +104,14 @@ def run_transcription(config: TranscriptionConfig, console: Console) -> list[Jso
                 def on_message(message: Json, number: int = number) -> None:
                     bar.update(task, completed=number + message["done"])
 
-                record = ledger.new_record({"run": run}) | _measure(config, source, run, on_message)
+                record = ledger.new_record({"run": run}) | _measure(config, source, run, name, on_message)
                 heard, expected = words(record["transcript"]), words((records or [record])[0]["transcript"])
-                record |= {"num_words": len(heard), "word_errors": word_errors(heard, expected)}
+                record |= {"num_words": len(heard), "word_errors": word_errors(heard, expected), "num_keys": num_keys}
                 ledger.append(record)
             else:
                 note = made_when(record)
             records.append(record)
-            line = f"{run_name(k)}: {difference(record, records[0])}{'' if note is None else f' ({note})'}"
+            line = f"{name}: {difference(record, records[0])}{'' if note is None else f' ({note})'}"
             bar.console.print(line, markup=False, soft_wrap=True)
         bar.update(task, completed=1 + len(config.k))
     write_report(records, config.out)
@@ -117,7 +126,7 @@ def measure_transcript(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     source = ModelSource(**request["model"])
-    model, tokenizer = load_model(source, _AUTO_CLASS), load_tokenizer(source)
+    model, tokenizer = load_model_to_run(source, _AUTO_CLASS), load_tokenizer(source)
     feature_extractor = load_feature_extractor(source)
     recording = read_recording(Path(request["audio"]), feature_extractor.sampling_rate)
     num_layers = 0
@@ -160,6 +169,13 @@ def layer_kind(path: str, module: nn.Module) -> str | None:
     return "encoder" if "encoder" in path.split(".") else "decoder"
 
 
+def _most_keys(config: Any, layers: Sequence[str]) -> int | None:
+    """The most keys that a query of these layers has: positions of the encoder, or tokens of the decoder."""
+    places = {"max_source_positions" if name in ("encoder", "cross") else "max_target_positions" for name in layers}
+    known = [most for name in places if isinstance(most := getattr(config, name, None), int)]
+    return max(known) if len(known) == len(places) else None
+
+
 def _describe(config: TranscriptionConfig, source: ModelSource, k: int | None) -> Json:
     """The configuration of a run, for its record."""
     stamp = config.audio.stat() if config.audio.is_file() else None
@@ -178,7 +194,7 @@ def _describe(config: TranscriptionConfig, source: ModelSource, k: int | None) -
     }
 
 
-def _measure(config: TranscriptionConfig, source: ModelSource, run: Json, on_message: Send) -> Json:
+def _measure(config: TranscriptionConfig, source: ModelSource, run: Json, name: str, on_message: Send) -> Json:
     request = {
         "model": vars(source),
         "audio": str(config.audio),
@@ -189,5 +205,5 @@ def _measure(config: TranscriptionConfig, source: ModelSource, run: Json, on_mes
         "seed": config.seed,
         "backend": config.backend,
     }
-    with failures_named(run_name(run["k"])):
+    with failures_named(name):
         return run_in_fresh_process(f"{__name__}:measure_transcript", request, on_message=on_message)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runs.ledger import newest
-from ..runs.records import Json, read_json_lines, write_whole
+from ..runs.records import Json, read_json_lines, reads, write_whole
 from ..runs.timing import busy_note
 from .demo_report import run_name
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RECORDS, PAGE = "transcripts.jsonl", "transcripts.md"
 
 
+@reads(f"whisper/{RECORDS}")
 def redraw(results: Path) -> list[Path]:
     """Write the table again from the records below the folder of all results; return its path.
 
@@ -55,7 +56,7 @@ def as_markdown(records: Sequence[Json]) -> str:
     ]
     for record in records:
         lines.append(
-            f"| {run_name(record['run']['k'])} | {difference(record, records[0])} | {record['elapsed_s']:.1f} | "
+            f"| {_name(record)} | {difference(record, records[0])} | {record['elapsed_s']:.1f} | "
             f"{record['transcript'].replace('|', chr(92) + '|')} |"
         )
     note = _busy(records)
@@ -81,7 +82,7 @@ def show(records: Sequence[Json], console: Console) -> None:
         table.add_column(escape(heading), justify="left" if heading in ("attention", "transcript") else "right")
     for record in records:
         table.add_row(
-            run_name(record["run"]["k"]),
+            _name(record),
             difference(record, records[0]),
             f"{record['elapsed_s']:.1f}",
             f"{record['peak_mib']:,.0f}",
@@ -90,6 +91,10 @@ def show(records: Sequence[Json], console: Console) -> None:
     console.print(table)
     if (note := _busy(records)) is not None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _name(record: Json) -> str:
+    return run_name(record["run"]["k"], record.get("num_keys"))
 
 
 def _busy(records: Sequence[Json]) -> str | None:

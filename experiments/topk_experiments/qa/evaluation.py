@@ -21,13 +21,14 @@ from ..models.pretrained import (
     ModelSource,
     find_model,
     load_config,
-    load_model,
+    load_model_to_run,
     load_tokenizer,
     longest_input,
     unpacked,
 )
 from ..models.settings import Setting, convert_model, setting_name
 from ..runs.checks import check_at_least
+from ..runs.files import damage_named
 from ..runs.ledger import Ledger, made_when
 from ..runs.process import Send, failures_named, run_in_fresh_process
 from ..runs.progress import line_printer, progress_bar
@@ -129,7 +130,7 @@ def evaluate_point(request: Json, send: Send) -> Json:
     torch.set_num_threads(request["threads"])
     reader = READERS[request["reader"]]
     source = ModelSource(**request["model"])
-    model, tokenizer = load_model(source, reader.auto_class, request["dtype"]), load_tokenizer(source)
+    model, tokenizer = load_model_to_run(source, reader.auto_class, request["dtype"]), load_tokenizer(source)
     convert_model(model, request["convert"], request["backend"])
     questions = {number: Question.from_json(question) for number, question in request["questions"]}
     examples = [Question.from_json(example) for example in request["examples"]]
@@ -190,7 +191,11 @@ def _evaluate(point: _Point, source: ModelSource, config: EvaluationConfig, labe
     if config.fresh:
         partial.unlink(missing_ok=True)
     lines = read_json_lines(partial)
-    done = {number for line in lines for number, _ in line["answers"]}
+    with damage_named(partial, "delete it to ask these questions again"):
+        done = {number for line in lines for number, _ in line["answers"]}
+        if lines and not 0 <= min(done, default=0) <= max(done, default=0) < len(point.questions):
+            raise ValueError(f"there are {len(point.questions)} questions, got numbers up to {max(done)}")
+        sum(line["elapsed_s"] for line in lines)
     request = {
         "reader": point.record["protocol"]["reader"],
         "model": vars(source),

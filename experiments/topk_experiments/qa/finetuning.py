@@ -19,7 +19,7 @@ from topk_attention.environment import now
 
 from ..models.pretrained import ModelSource, find_model, load_config, load_model, load_tokenizer
 from ..models.settings import Setting, convert_model
-from ..runs.checks import check_at_least
+from ..runs.checks import check_above_0, check_at_least
 from ..runs.ledger import Ledger, made_when, what_differs
 from ..runs.ledger import identity as identity_of
 from ..runs.process import Send
@@ -86,9 +86,9 @@ class FinetuningConfig:
         check_at_least(1, self, "steps", "batch", "parts", "evaluate_every", "curve_questions", "threads")
         if self.batch < self.parts:
             raise ValueError(f"parts must be at most the batch of {self.batch}, got {self.parts}")
-        for name in ("learning_rate", "position_bias_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_above_0(self, "learning_rate", "position_bias_rate")
+        if not 0 < self.hold_out < 1:
+            raise ValueError(f"hold_out must be between 0 and 1, got {self.hold_out}")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if not self.settings:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from topk_attention.functional.words import full_attention_note
+
 from ..runs.ledger import field_of
 from ..runs.ledger import identity as identity_of
 from ..runs.records import Json
@@ -40,9 +42,12 @@ def work_name(record: Json) -> str:
 
 
 def in_words(record: Json) -> str:
-    """The scores of a record in one line."""
+    """The scores of a record in one line, and whether its k left nothing out."""
     named = ((name.replace("_", " "), score) for name, score in record["scores"].items())
-    return ", ".join(f"{name} {score['value']:.1f} ± {score['error']:.1f}" for name, score in named)
+    line = ", ".join(f"{name} {score['value']:.1f} ± {score['error']:.1f}" for name, score in named)
+    k = record["setting"]["attention_k"]
+    note = full_attention_note(k if isinstance(k, int) else None, record["lengths"]["most_tokens"])
+    return line if note is None else f"{line}; {note}"
 
 
 def packed(outcomes: Sequence[float]) -> str | list[float]:

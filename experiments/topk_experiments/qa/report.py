@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..runs.progress import Say
-from ..runs.records import Json, days_and_commits, read_json_lines, write_whole
+from ..runs.records import Json, days_and_commits, read_json_lines, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.html import counted
 from ..show.plots import save
@@ -33,6 +33,7 @@ def redraw(results: Path) -> list[Path]:
     return write_report(out, lambda line: None) if recorded else []
 
 
+@reads(evaluation.RECORDS, finetuning.RECORDS)
 def write_report(out: Path, say: Say) -> list[Path]:
     """Write qa.md and qa.png from the records in a folder; return their paths.
 

@@ -44,11 +44,7 @@ METHODS = {
 
 
 def method_of(name: str) -> Method:
-    """The entry of a method, also where its name holds a backend.
-
-    >>> method_of("topk-chunked").description
-    'top-k attention'
-    """
+    """The entry of a method, also where its name holds a backend."""
     return METHODS[split_backend(name)[0]]
 
 
@@ -63,11 +59,7 @@ def split_backend(name: str) -> tuple[str, str | None]:
 
 
 def topk_method(backend: str) -> str:
-    """The method that is top-k on this backend.
-
-    >>> topk_method("chunked")
-    'topk-chunked'
-    """
+    """The method that is top-k on this backend."""
     return TOPK + choose_backend(backend).name
 
 
@@ -77,11 +69,7 @@ def kept(method: str, k: int) -> int | None:
 
 
 def among(methods: Iterable[str], *, is_random: bool | None = None, takes_bias: bool | None = None) -> tuple[str, ...]:
-    """The methods of which this is true; None: either.
-
-    >>> among(METHODS, is_random=True)
-    ('performer', 'rfa')
-    """
+    """The methods of which this is true; None: either."""
     wanted = {"is_random": is_random, "takes_bias": takes_bias}
     return tuple(
         name

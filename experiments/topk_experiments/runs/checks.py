@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from topk_attention.backends import choose_backend
@@ -9,6 +10,8 @@ from topk_attention.functional.checks import check_count
 
 # Entries whose k-th and next rank are closer than this may be chosen either way in float32, and are left out.
 NEAR_TIE = 1e-5
+# As `check_count` has it: what counts anything here must fit int32.
+_TOO_MANY = 2**31
 
 
 class CheckFailedError(ValueError):
@@ -19,16 +22,28 @@ def check_at_least(least: int, config: object, *names: str) -> None:
     """Look at the numbers of these names; None, where a field may be None, passes.
 
     Raises:
-        ValueError: one is smaller; the message names it.
-
-    >>> check_at_least(1, slice(1, None, 0), "start", "stop", "step")
-    Traceback (most recent call last):
-    ValueError: step must be at least 1, got 0
+        ValueError: one is smaller, no number, or larger than anything that can be counted; the message names it.
     """
     for name in names:
         number = getattr(config, name)
-        if number is not None and number < least:
+        if number is not None and not number >= least:  # of nan nothing is true
             raise ValueError(f"{name} must be at least {least}, got {number}")
+        if number is not None and number >= _TOO_MANY:
+            raise ValueError(f"{name} must be below 2^31, got {number}")
+
+
+def check_above_0(config: object, *names: str) -> None:
+    """Look at the numbers of these names, such as rates and limits.
+
+    Raises:
+        ValueError: one is 0 or less, no number, or not finite; the message names it.
+    """
+    for name in names:
+        number = getattr(config, name)
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0, got {number}")
+        if number == math.inf:
+            raise ValueError(f"{name} must be finite, got {number}")
 
 
 def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
@@ -36,10 +51,6 @@ def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
 
     Raises:
         ValueError: it is none of those allowed.
-
-    >>> check_one_of(("up", "down"), slice("left", None), "start")
-    Traceback (most recent call last):
-    ValueError: start must be one of up, down, got 'left'
     """
     word = getattr(config, name)
     if word not in allowed:

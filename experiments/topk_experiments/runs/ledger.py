@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from topk_attention.environment import code_sha256, environment
+from topk_attention.files import check_writable
 
+from .files import damage_named
 from .progress import Say
 from .records import Json, append_json_line, differences, read_json, read_json_lines
 
 # Modules of an experiment that turn records into tables and pictures: a change to them leaves every number as it is.
 DRAWING = ("captions", "groups", "picture", "pictures", "published", "quoted", "report", "table")
+_HOLDS = "holds a record that is not as these commands write it"
+_WAY_OUT = "mend the record or delete it"
 _ENVIRONMENT = ("torch", "transformers", "python", "cpu")
 _CODE = ("product_sha256", "experiment_sha256")
 
@@ -33,12 +37,11 @@ def experiment_environment(folder: Path, *also: Path) -> Json:
     folder  of the experiment: `Path(__file__).parent` of one of its modules
     also    other folders whose code the experiment runs, such as that of rivals
     """
-    return environment() | {"experiment_sha256": "-".join(map(_code_sha256, (folder, *also)))}
-
-
-def _code_sha256(folder: Path) -> str:
-    files = (file for file in folder.rglob("*.py") if not any(file.stem.endswith(name) for name in DRAWING))
-    return code_sha256(folder, files)
+    hashes = []
+    for code in (folder, *also):
+        files = (file for file in code.rglob("*.py") if not file.stem.endswith(DRAWING))
+        hashes.append(code_sha256(code, files))
+    return environment() | {"experiment_sha256": "-".join(hashes)}
 
 
 def what_differs(record: Json, configuration: Mapping[str, object], here: Json) -> list[str]:
@@ -46,10 +49,6 @@ def what_differs(record: Json, configuration: Mapping[str, object], here: Json) 
 
     configuration  field of the record -> what it must hold; "run.dtype" is the field "dtype" of the section "run"
     here           of `experiment_environment`
-
-    >>> here = {"torch": "2.13.0", "product_sha256": "b"}
-    >>> what_differs({"k": 8, "environment": {"torch": "2.12.0", "product_sha256": "a"}}, {"k": 8}, here)
-    ['torch: 2.12.0 -> 2.13.0', 'product_sha256: a -> b']
     """
     there = record.get("environment", {})
     fields = [*_ENVIRONMENT, *(name for name in _CODE if there.get(name) is not None)]
@@ -59,11 +58,7 @@ def what_differs(record: Json, configuration: Mapping[str, object], here: Json) 
 
 
 def field_of(record: Json, name: str) -> object:
-    """A field of a record, or of one of its sections; None if it is missing.
-
-    >>> field_of({"run": {"dtype": "float32"}}, "run.dtype")
-    'float32'
-    """
+    """A field of a record, or "section.field" of one of its sections; None if it is missing."""
     section, _, field = name.rpartition(".")
     return record.get(section, {}).get(field) if section else record.get(name)
 
@@ -82,7 +77,7 @@ def made_when(record: Json) -> str:
     """Note on a cache hit: the date and the commit of the record."""
     there = record["environment"]
     older = "" if there.get("product_sha256") else ", before code was hashed"
-    return f"on file, of {there['date']}, commit {there['commit']}{older}"
+    return f"on file, of {there.get('date', 'unknown date')}, commit {there.get('commit')}{older}"
 
 
 class Ledger:
@@ -90,14 +85,17 @@ class Ledger:
 
     path    file of JSON lines
     schema  of its records; lines of another schema are skipped
-    folder  of the experiment's code
-    also    other folders whose code the experiment runs, such as that of rivals
+    folder, also  of the experiment's code, as `experiment_environment` takes them
     fresh   whether to run everything again: what was on file before spares no run then
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
     def __init__(
         self, path: Path, *, schema: str, folder: Path, also: Sequence[Path] = (), fresh: bool = False
     ) -> None:
+        check_writable("out", path)  # the folder may take files, and this one may not be open to us
         self.path = path
         self.here = experiment_environment(folder, *also)
         self._schema = schema
@@ -109,14 +107,11 @@ class Ledger:
 
         spares  whether a record of the same run is good enough, for example has enough repetitions
         """
-        return next(
-            (
-                record
-                for record in reversed(self._sparing)
-                if not what_differs(record, configuration, self.here) and spares(record)
-            ),
-            None,
-        )
+        with damage_named(self.path, _WAY_OUT, _HOLDS):
+            for record in reversed(self._sparing):
+                if not what_differs(record, configuration, self.here) and spares(record):
+                    return record
+            return None
 
     def why_not(self, configuration: Mapping[str, object]) -> str | None:
         """Note on the newest record of this configuration that spares no run: what differs. None where there is none.
@@ -180,7 +175,9 @@ def record_of_same_run(
     if fresh:
         say(f"Starting anew as asked: {path} is replaced.")
         return None
-    if changed := what_differs(as_planned(old), {name: new[name] for name in fields}, new["environment"]):
+    with damage_named(path, "move it away or give another --out", _HOLDS):
+        changed = what_differs(as_planned(old), {name: new[name] for name in fields}, new["environment"])
+    if changed:
         say(f"{path} was made with another configuration, environment or code and is replaced ({'; '.join(changed)}).")
         return None
     return old

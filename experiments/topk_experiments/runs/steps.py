@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,17 +35,16 @@ class Limits:
         for name, limit in (("time-limit", self.time_s), ("memory-limit", self.memory_gib)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be above 0, got {limit:g}")
-
-    def allow_more_than(self, record: Json) -> bool:
-        """Whether a process that was stopped could come further now."""
-        if record["outcome"] == "time limit":
-            return self.time_s > record["time_limit_s"]
-        before = record.get("memory_limit_gib")
-        return before is not None and (self.memory_gib is None or self.memory_gib > before)
+            if limit == math.inf:
+                raise ValueError(f"{name} must be finite, got {limit:g}")
 
     def spare(self, record: Json) -> bool:
         """Whether a record spares a run under these limits: it finished, or was allowed as much."""
-        return record["outcome"] == "finished" or not self.allow_more_than(record)
+        if record["outcome"] == "time limit":
+            return self.time_s <= record["time_limit_s"]
+        before = record.get("memory_limit_gib")
+        is_more = before is not None and (self.memory_gib is None or self.memory_gib > before)
+        return record["outcome"] == "finished" or not is_more
 
 
 def run_within(limits: Limits, function: str, request: Json, what: str, on_message: Send | None = None) -> Json:

@@ -16,11 +16,6 @@ class Stopwatch:
 
     elapsed_s    wall-clock time
     other_cores  how many cores other processes kept busy on average meanwhile; None for a time too short to tell
-
-    >>> with Stopwatch() as stopwatch:
-    ...     _ = sum(range(1000))
-    >>> 0 < stopwatch.elapsed_s < 1
-    True
     """
 
     elapsed_s: float
@@ -56,9 +51,6 @@ def expected_s(measured: Mapping[int, float], size: int, power: float = 2.0) -> 
 
     The time goes on growing as it did between the last two sizes, or with the given power of the size where only one
     was measured.
-
-    >>> expected_s({1024: 1.0, 2048: 2.0}, 4096)
-    4.0
     """
     sizes = sorted(smaller for smaller in measured if smaller < size)
     if not sizes:

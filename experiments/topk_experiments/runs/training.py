@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from topk_attention.environment import now
+from topk_attention.files import check_writable
 
-from .checks import check_at_least
+from .checks import check_above_0, check_at_least
+from .files import damage_named, load_tensors
 from .ledger import identity, what_differs
 from .process import Send, failures_named, run_in_fresh_process
 from .records import Json, read_json, write_json, write_whole
@@ -65,10 +66,11 @@ def check_model_and_training(config: object) -> None:
     """Check the fields that the configurations of small language models share.
 
     Raises:
-        ValueError: a size is below 1, or the heads do not divide d_model.
+        ValueError: a size is below 1, the learning rate is not above 0, or the heads do not divide d_model.
     """
     sizes = ("num_layers", "d_model", "num_heads", "d_ff", "context", "batch", "steps", "evaluate_every")
     check_at_least(1, config, *sizes, "threads")
+    check_above_0(config, "learning_rate")
     check_heads(config)
 
 
@@ -187,6 +189,7 @@ def train_arms(
               ledger's rule holds for its environment and code; otherwise it is replaced
     requests  arm -> request of `function`, which also gets "identity", and "checkpoint" for `TrainingPlan`
     """
+    check_writable("out", path)
     record = new | {"arms": []}
     configuration = {name: new[name] for name in ("schema", "config", "text")}
     old = None if fresh else read_json(path)
@@ -197,8 +200,10 @@ def train_arms(
         reason = f"{path} was made with another configuration, environment or code"
         line = f"{reason} and is replaced ({'; '.join(changed)})."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    with damage_named(path, "move it away or give another --out"):
+        finished = [name_of_arm(arm) for arm in record["arms"]]
     for name, request in requests.items():
-        if name in map(name_of_arm, record["arms"]):
+        if name in finished:
             continue
         checkpoint = path.parent / "work" / f"{name.replace(' ', '')}.pt"
         if fresh:
@@ -253,19 +258,9 @@ def load_whole(path: Path, **options: Any) -> Json:
     Raises:
         ValueError: the file holds something else.
     """
-    try:
-        saved = torch.load(path, weights_only=True, **options)
-        if not isinstance(saved, dict) or "identity" not in saved:
+    what = "is no checkpoint of these commands, or a damaged one"
+    with damage_named(path, "delete it to begin anew", what):
+        saved = load_tensors(path, **options)
+        if not isinstance(saved, dict) or not isinstance(saved.get("identity"), dict):
             raise ValueError("it says of no run that it is that run's")
-    except (
-        AttributeError,
-        EOFError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no checkpoint of these commands, or a damaged one: {reason}") from error
-    return saved
+        return dict(saved)

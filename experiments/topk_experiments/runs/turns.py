@@ -25,6 +25,8 @@ _FEWEST_ROUNDS = 3
 _TURN_S = 0.02
 
 Tensors = tuple[Tensor, ...]
+Turn = tuple[str, str]  # method, mode
+_FLOOR: Turn = ("", "")
 
 
 def leaves(tensors: Tensors) -> Tensors:
@@ -141,7 +143,10 @@ def step(mode: str, run: Callable[..., Tensor], tensors: Tensors, output_gradien
 
 
 def time_methods(request: Json, send: Send) -> Json:
-    """Check each method of a work, then time all of them and the floor in turns."""
+    """Check each method of a work, then time all of them and the floor in turns.
+
+    Returns for each method its outcome and for each mode median, fastest and slowest, and the same of the floor alone.
+    """
     operation = _started(request)
     work, seed = operation.new_work(**request["work"]), request["seed"]
     checks = {name: check(operation, name, work, seed) for name in request["methods"]}
@@ -151,12 +156,62 @@ def time_methods(request: Json, send: Send) -> Json:
     methods = {name: operation.new_method(name, work) for name in request["methods"]}
     # Methods that store the tensors alike share them.
     stored = {method.stored: method.stored(inputs) for method in methods.values()}
-    steps = {
-        (name, mode): step(mode, method.run, stored[method.stored], output_gradient)
-        for mode in MODES
-        for name, method in methods.items()
+    turns: dict[Turn, Callable[[], object]] = {_FLOOR: operation.floor(work, inputs)}
+    for mode in MODES:
+        for name, method in methods.items():
+            turns[name, mode] = step(mode, method.run, stored[method.stored], output_gradient)
+    times, failures = take_turns(turns, request, send)
+
+    def summary(turn: Turn) -> Json:
+        record = times[turn].as_record()
+        spread = {"fastest_s": record["fastest_s"], "slowest_s": record["slowest_s"]}
+        return {"median_s": record["elapsed_s"], **spread, "calls_per_round": times[turn].calls}
+
+    outcomes: Json = {name: {"outcome": "out of memory", "message": message} for name, message in failures.items()}
+    for name in methods.keys() - failures.keys():
+        outcomes[name] = {"outcome": "finished", "largest_error_in_check": checks[name]}
+        outcomes[name] |= {mode: summary((name, mode)) for mode in MODES}
+    busy = [of_turn.other_cores for of_turn in times.values() if of_turn.other_cores is not None]
+    return {
+        "methods": {name: outcomes[name] for name in methods},
+        "floor": summary(_FLOOR),
+        "rounds": times[_FLOOR].as_record()["repetitions"],
+        "other_cores": max(busy, default=None),
     }
-    return time_in_turns(steps, operation.floor(work, inputs), checks, request, send)
+
+
+def take_turns(
+    turns: Mapping[Turn, Callable[[], object]], request: Json, send: Send
+) -> tuple[dict[Turn, Times], dict[str, str]]:
+    """Warm all methods up, then time them in turn, round after round.
+
+    turns    one call of each method in each mode
+    request  repetitions: rounds; fewer where they would take longer than `enough_s` together, but three at least
+
+    Returns their times, and method -> message of those that ran out of memory: they are left out from then on.
+    """
+    failures: dict[str, str] = {}
+
+    def one_round(times: Mapping[Turn, Times]) -> None:
+        for (method, mode), run in turns.items():
+            if method in failures:
+                continue
+            try:
+                times[method, mode].take(run)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                failures[method] = str(error).strip() or type(error).__name__
+
+    warm_up = {turn: Times("cpu") for turn in turns}
+    one_round(warm_up)
+    times = {turn: Times("cpu", calls=math.ceil(_TURN_S / (once.seconds or _TURN_S))) for turn, once in warm_up.items()}
+    round_s = sum(times[turn].calls * once.seconds for turn, once in warm_up.items())
+    rounds = min(request["repetitions"], max(_FEWEST_ROUNDS, int(request["enough_s"] / round_s)))
+    for number in range(1, rounds + 1):
+        send({"doing": f"round {number} of {rounds}"})
+        one_round(times)
+    return times, failures
 
 
 def measure_memory(request: Json, send: Send) -> Json:
@@ -208,65 +263,3 @@ def measure_point(request: Json, send: Send) -> Json:
         else:
             result = measure_step(new_step, point.device, request, send)
     return result | {"largest_error_in_check": largest_error}
-
-
-def time_in_turns(
-    steps: Mapping[tuple[str, str], Callable[[], object]],
-    floor: Callable[[], object],
-    checks: Mapping[str, float | None],
-    request: Json,
-    send: Send,
-) -> Json:
-    """Warm all methods up, then time them in turn, round after round.
-
-    steps    (method, mode) -> one call
-    floor    one call of the part that no method avoids
-    checks   method -> its largest error
-    request  repetitions: rounds; fewer where they would take longer than `enough_s` together, but three at least
-
-    Returns for each method its outcome and for each mode median, fastest and slowest, and the same of the floor alone.
-    """
-    floor_turn = ("", "")
-    turns: dict[tuple[str, str], Callable[[], object]] = {floor_turn: floor, **steps}
-    failures: dict[str, str] = {}
-
-    def take_turns(times: Mapping[tuple[str, str], Times]) -> None:
-        """One round; a method that runs out of memory is left out from then on."""
-        for turn, run in turns.items():
-            method, _ = turn
-            if method in failures:
-                continue
-            try:
-                times[turn].take(run)
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out_of_memory(error):
-                    raise
-                failures[method] = str(error).strip() or type(error).__name__
-
-    warm_up = {turn: Times("cpu") for turn in turns}
-    take_turns(warm_up)
-    times = {turn: Times("cpu", calls=math.ceil(_TURN_S / (once.seconds or _TURN_S))) for turn, once in warm_up.items()}
-    round_s = sum(times[turn].calls * once.seconds for turn, once in warm_up.items())
-    rounds = min(request["repetitions"], max(_FEWEST_ROUNDS, int(request["enough_s"] / round_s)))
-    for number in range(1, rounds + 1):
-        send({"doing": f"round {number} of {rounds}"})
-        take_turns(times)
-
-    def summary(turn: tuple[str, str]) -> Json:
-        record = times[turn].as_record()
-        spread = {"fastest_s": record["fastest_s"], "slowest_s": record["slowest_s"]}
-        return {"median_s": record["elapsed_s"], **spread, "calls_per_round": times[turn].calls}
-
-    busy = [of_turn.other_cores for of_turn in times.values() if of_turn.other_cores is not None]
-    return {
-        "methods": {
-            method: {"outcome": "out of memory", "message": failures[method]}
-            if method in failures
-            else {"outcome": "finished", "largest_error_in_check": checks[method]}
-            | {mode: summary((method, mode)) for mode in MODES}
-            for method in checks
-        },
-        "floor": summary(floor_turn),
-        "rounds": rounds,
-        "other_cores": max(busy, default=None),
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class MeanK:
     def __post_init__(self) -> None:
         if not self.mean_k >= 1:
             raise ValueError(f"mean_k must be at least 1, got {self.mean_k:g}")
+        if self.mean_k == math.inf:
+            raise ValueError("mean_k must be finite, got inf")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class LossIncrease:
     def __post_init__(self) -> None:
         if not self.bound > 0:
             raise ValueError(f"bound must be above 0 nats per token, got {self.bound:g}")
+        if self.bound == math.inf:
+            raise ValueError("bound must be finite, got inf")
 
 
 Target = MeanK | LostMass | LossIncrease

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,11 @@ from ..convert.by_name import is_in_force
 from ..convert.plan import AnyK
 from ..convert.search import attention_sites, feed_forward_sites
 from ..convert.settings import ALL
-from ..convert.wrappers import unwrapped
+from ..convert.wrappers import puts_prompts, unwrapped
 from ..functional.checks import check_count
 from ..functional.completion import Completion
 from ..functional.observation import observed
+from ..functional.words import full_attention_note
 from .allocation import (
     Allocation,
     LossIncrease,
@@ -114,7 +116,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         return replace(self, attention=attention, completion=completion_at(self.curves, attention))
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that `Calibration.load` reads."""
+        """Write a JSON file that `Calibration.load` reads. Folders that are missing are made."""
 
         def of(curves: dict[str, Curves]) -> dict[str, Any]:
             return {
@@ -141,6 +143,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             content["completion"] = {
                 layer: _completion_json(completion) for layer, completion in self.completion.items()
             }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -173,14 +176,19 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             for layer, ks in [*attention.items(), *((layer, [k]) for layer, k in content["feed_forward_k"].items())]:
                 for k in ks:
                     check_count(f"k of {layer}", k)
+            if not all(attention.values()):
+                raise ValueError("each layer must have at least one head")
+            curves, feed_forward_curves = of(content["attention_curves"]), of(content["feed_forward_curves"])
+            for layer, c in [*curves.items(), *feed_forward_curves.items()]:
+                _check_curves(layer, c)
+            if not isinstance(content["about"], dict):
+                raise ValueError(f"about must be a JSON object, got {content['about']!r:.60}")
+            completion = {layer: Completion(**stored) for layer, stored in content.get("completion", {}).items()}
             return Calibration(
-                attention,
-                content["feed_forward_k"],
-                of(content["attention_curves"]),
-                of(content["feed_forward_curves"]),
-                content["about"],
-                {layer: Completion(**stored) for layer, stored in content.get("completion", {}).items()},
+                attention, content["feed_forward_k"], curves, feed_forward_curves, content["about"], completion
             )
+        except RecursionError as error:
+            raise ValueError(f"{path} is not a calibration file: it is nested too deeply") from error
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error
 
@@ -230,6 +238,8 @@ def calibrate(
     The cost is a forward pass, a backward pass without weight gradients, and one sort per measured query and head. The
     memory is that of such a backward pass. A `LossIncrease` adds a forward pass for each search step.
 
+    A target that leaves every key to every head is full attention, and a warning says so.
+
     Raises:
         TypeError: a target or a batch is of the wrong kind.
         ValueError: there are no batches, a batch has no batch axis, the model was converted already, or the target does
@@ -238,6 +248,11 @@ def calibrate(
     _check_target("target", target, (MeanK, LostMass, LossIncrease))
     if feed_forward_target is not None:
         _check_target("feed_forward_target", feed_forward_target, (MeanK, LostMass))
+    if puts_prompts(model):
+        raise TypeError(
+            "model must not put learned prompts before its input, got a PeftModel that does; calibrate "
+            "model.get_base_model() on batches without prompts, and convert takes both"
+        )
     model = unwrapped(model)
     batches = _checked(batches)
     _check_budget(target, batches, largest_k)
@@ -272,8 +287,13 @@ def calibrate(
         {"loss": loss, "target": repr(target), "tokens": sum(_token_ids(batch).numel() for batch in batches)},
     )
     if isinstance(target, LossIncrease):
-        return _search(model, batches, objective, calibration, target, progress)
-    return calibration._with(_allocate(collector.attention, target))
+        calibration = _search(model, batches, objective, calibration, target, progress)
+    else:
+        calibration = calibration._with(_allocate(collector.attention, target))
+    smallest = min((min(ks) for ks in calibration.values()), default=None)
+    if (note := full_attention_note(smallest, _most_tokens(batches))) is not None:
+        warnings.warn(f"the target leaves no key out in any head: {note}", stacklevel=2)
+    return calibration
 
 
 def completion_by_name(name: str | None) -> AnyCompletion:
@@ -433,6 +453,19 @@ def _check_unconverted(model: nn.Module) -> None:
         )
 
 
+def _check_curves(layer: str, curves: Curves) -> None:
+    """Raise where what a file holds for a layer does not fit together."""
+    for k in (*curves.ks, curves.num_rows):
+        check_count(f"k, or rows, of {layer}", k)
+    heads, grid = (*curves.lost_mass.shape, 0, 0)[:2]
+    if not curves.ks or not heads or grid != len(curves.ks):
+        raise ValueError(f"lost_mass of {layer} must be a table with a column for each of {len(curves.ks)} k")
+    for name, shape in (("lost_mass", [heads, grid]), ("loss_error", [heads, grid]), ("loss_change", [2, heads, grid])):
+        found = list(getattr(curves, name).shape)
+        if found != shape:
+            raise ValueError(f"{name} of {layer} must have shape {shape}, got {found}")
+
+
 def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
     """Raise where a target is of the wrong kind, before the measurement."""
     if not isinstance(target, kinds):
@@ -478,18 +511,25 @@ def _checked(batches: Iterable[Batch]) -> list[Batch]:
 
 def _check_budget(target: Target, batches: list[Batch], largest_k: int) -> None:
     """Raise where a budget is above the most keys that can be measured, before the measurement."""
-    lengths = [
+    tokens = _most_tokens(batches)
+    if not isinstance(target, MeanK) or tokens is None:
+        return
+    most = min(largest_k, tokens)
+    if target.mean_k > most:
+        what = "largest_k" if most == largest_k else "the tokens of the longest batch, and full attention"
+        raise ValueError(f"mean_k must be at most {most}, {what}, got {target.mean_k:g}")
+
+
+def _most_tokens(batches: list[Batch]) -> int | None:
+    """The tokens of the longest batch; None where some batch holds other inputs, whose tokens the model makes."""
+    if not all(isinstance(batch, Tensor) or "input_ids" in batch for batch in batches):
+        return None
+    return max(
         part.shape[1]
         for batch in batches
         for part in (batch.values() if isinstance(batch, Mapping) else (batch,))
         if isinstance(part, Tensor) and part.ndim == 2
-    ]
-    if not isinstance(target, MeanK) or not all(isinstance(batch, Tensor) or "input_ids" in batch for batch in batches):
-        return
-    most = min(largest_k, max(lengths))
-    if target.mean_k > most:
-        what = "largest_k" if most == largest_k else "the tokens of the longest batch, and full attention"
-        raise ValueError(f"mean_k must be at most {most}, {what}, got {target.mean_k:g}")
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibrate import AnyCompletion, LossIncrease, LostMass, MeanK, completion_by_name
 from ..calibrate import calibrate as measure
-from ..files import check_writable, read_utf8
+from ..files import read_utf8
+from ..functional.words import full_attention_note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +48,11 @@ class CalibrationRequest:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
+        for name, number in (("windows", self.windows), ("tokens", self.num_tokens)):
+            if number is not None and number >= 2**31:
+                raise ValueError(f"{name} must be below 2^31, got {number}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
         # Each checks its own number or name.
         _ = self.target, self.feed_forward_target, self.attention_completion
 
@@ -60,7 +66,10 @@ class CalibrationRequest:
 
     @property
     def feed_forward_target(self) -> MeanK | None:
-        return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
+        try:
+            return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
+        except ValueError as error:
+            raise ValueError(f"feed_forward_{error}") from error
 
     @property
     def attention_completion(self) -> AnyCompletion:
@@ -91,7 +100,6 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
         )
     tokenizer = _load(AutoTokenizer, request.model, **options)
     batches = _windows(tokenizer, content, length, request)
-    check_writable("out", request.out)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = _load(loader, request.model, dtype=torch.float32, **options).eval()
@@ -109,6 +117,7 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
         f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
         f"mean k = {calibration.mean_k:.1f}; per head from {_smallest(calibration)} to {_largest(calibration)}",
         *_completion_lines(calibration),
+        *_full_heads(calibration, batches[0].shape[1]),
         f"Written: {request.out}",
         "Use it with convert(model, attention_k=Calibration.load(FILE))",
     ]
@@ -120,7 +129,9 @@ def _load(loader: Any, model: str, **options: Any) -> Any:
     """What `from_pretrained` returns; its errors in one line."""
     try:
         return loader.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model} does not load as a transformers model: {first_line}") from error
 
@@ -151,6 +162,13 @@ def _windows(tokenizer: Any, content: str, length: int, request: CalibrationRequ
 def _completion_lines(calibration: Any) -> list[str]:
     scales = [scale for completion in calibration.completion.values() for scale in completion.mass_scale]
     return [f"completed; mass scale per head from {min(scales):.3g} to {max(scales):.3g}"] if scales else []
+
+
+def _full_heads(calibration: Any, num_tokens: int) -> list[str]:
+    """A line about the heads that keep every token of a window, if there are any."""
+    ks = [k for head_k in calibration.values() for k in head_k]
+    note = full_attention_note(ks, num_tokens)
+    return [] if note is None else [f"{sum(k >= num_tokens for k in ks)} of {len(ks)} heads: {note}"]
 
 
 def _smallest(calibration: Any) -> int:

@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import Threads, errors_in_words, new_console
+from .options import Threads, errors_in_words, new_console, written_file
 
 
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a transformers model.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text file, like the text the model will read later.")],
-    out: Annotated[Path, typer.Option(help="File for the calibration: convert(model, attention_k=...) takes it.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="File for the calibration: convert(model, attention_k=...) takes it.", callback=written_file),
+    ],
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the model's folder.")] = None,
     tokens: Annotated[
         int | None,
@@ -80,7 +83,9 @@ def calibrate(
 )
 def lm_eval(
     context: typer.Context,
-    record: Annotated[Path | None, typer.Option(help="File that gets the results as a JSON line.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="File that gets the results as a JSON line.", callback=written_file)
+    ] = None,
 ) -> None:
     """EleutherAI's lm_eval with top-k attention: its own arguments (--help shows them) and --record FILE.
 

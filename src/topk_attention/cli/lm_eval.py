@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ..calibrate import Calibration
 from ..convert import convert
 from ..convert.settings import K_VARIABLE
 from ..environment import environment, package_version
-from ..files import append_json_line
+from ..files import append_json_line, check_writable
 from ..functional import Completion
+from ..functional.words import full_attention_note
 
 SCHEMA = "topk_attention/lm-eval/1"
 MODEL = "hf-topk"
@@ -36,6 +38,8 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         ValueError: the arguments name an output path of their own beside a record.
         ModuleNotFoundError: lm-eval is not installed.
     """
+    for option, path in _output_paths(arguments):  # the harness itself looks when hours of evaluation are over
+        check_writable(option, path, is_folder=path.suffix != ".json")
     register()
     from lm_eval.__main__ import cli_evaluate
 
@@ -43,7 +47,7 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         sys.argv = ["lm_eval", *arguments]
         cli_evaluate()
         return
-    if any(argument.partition("=")[0] in ("--output_path", "-o") for argument in arguments):
+    if any(_output_paths(arguments)):
         raise ValueError("--record writes the results to a file of its own; leave --output_path out")
     folder = tempfile.mkdtemp()
     try:
@@ -52,7 +56,7 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
         found = _results_in(folder)
         if not found:
             raise ValueError("lm_eval wrote no results; run it without --record to see why")
-        append_json_line(record, as_record(json.loads(found[-1].read_text(encoding="utf-8"))))
+        append_json_line(record, _read_results(found[-1]))
     except BaseException:
         # An evaluation can take hours, so its results are kept even if they could not be recorded.
         if kept := _results_in(folder):
@@ -63,8 +67,25 @@ def run_harness(arguments: Sequence[str], record: Path | None = None) -> None:
     shutil.rmtree(folder)
 
 
+def _output_paths(arguments: Sequence[str]) -> list[tuple[str, Path]]:
+    """(option, path) wherever the harness's own arguments say where it writes its results."""
+    found = []
+    for argument, after in pairwise([*arguments, ""]):
+        option, equals, path = argument.partition("=")
+        if option in ("--output_path", "-o"):
+            found.append((option.lstrip("-"), Path(path if equals else after)))
+    return found
+
+
 def _results_in(folder: str) -> list[Path]:
     return sorted(Path(folder).rglob("results_*.json"))
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        return as_record(json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the results in {path} are not as lm_eval writes them: {error!r}") from error
 
 
 def as_record(results: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +137,8 @@ def register() -> type:
 
     @register_model(MODEL)
     class TopKModel(HFLM):
+        _smallest_k: int | None = None
+
         def __init__(
             self,
             pretrained: Any,
@@ -137,6 +160,24 @@ def register() -> type:
                 completion=None if completion is None else Completion(completion),
             )
             logging.getLogger(__name__).info("%s", report)
+            ks = [entry.k for entry in report.replaced if entry.kind == "attention"]
+            per_head = [k for head_k in ks for k in (head_k if isinstance(head_k, tuple) else (head_k,))]
+            numbers = [k for k in per_head if isinstance(k, int)]  # "all" says by itself that it keeps all
+            self._smallest_k = min(numbers, default=None)
+
+        def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+            self._say_if_full(inps.shape[-1])
+            return super()._model_call(inps, *args, **options)
+
+        def _model_generate(self, context: Any, max_length: int, *args: Any, **options: Any) -> Any:
+            self._say_if_full(max_length)
+            return super()._model_generate(context, max_length, *args, **options)
+
+        def _say_if_full(self, num_tokens: int) -> None:
+            """Warn once about a request in which the smallest k of all heads leaves nothing out."""
+            if (note := full_attention_note(self._smallest_k, num_tokens)) is not None:
+                self._smallest_k = None
+                logging.getLogger(__name__).warning("attention_k, in this request: %s", note)
 
     return TopKModel
 

@@ -4,15 +4,72 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.")]
-Seed = Annotated[int, typer.Option(help="Seed of random numbers.")]
+from ..files import check_writable
+
+# More threads than any processor has; torch would try to start them.
+_MOST_THREADS = 4096
+# What counts anything fits int32, as indices do.
+_MOST = 2**31 - 1
+# torch takes seeds below this.
+_SEEDS = 2**63
+
+
+def _checking(check: Callable[[str, Any], None]) -> Callable[[typer.CallbackParam, Any], Any]:
+    """A callback of an option. It looks at the value before the command starts, so no command can forget to.
+
+    check  gets the name of the option and its value, unless that is None; what it raises ends the command
+    """
+
+    def callback(parameter: typer.CallbackParam, value: Any) -> Any:
+        if value is not None:
+            with errors_in_words():
+                check(parameter.opts[0].lstrip("-"), value)
+        return value
+
+    return callback
+
+
+def at_least(least: int, most: int = _MOST) -> Callable[[typer.CallbackParam, Any], Any]:
+    """A callback of an option whose number must be at least, and at most, these."""
+
+    def check(name: str, number: int) -> None:
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+        if number > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {number:,}")
+
+    return _checking(check)
+
+
+def _check_folder(name: str, folder: str | Path) -> None:
+    check_writable(name, Path(folder), is_folder=True)
+
+
+def _check_folder_to_fill(name: str, folder: str | Path) -> None:
+    if not Path(folder).is_dir():
+        _check_folder(name, folder)
+
+
+# Callbacks of options: `typer.Option(help=..., callback=...)`.
+written_file = _checking(lambda name, file: check_writable(name, Path(file)))
+written_folder = _checking(_check_folder)
+# One that is only written where it lacks something: it may be there already and be read alone.
+folder_to_fill = _checking(_check_folder_to_fill)
+number_of_threads = at_least(1, _MOST_THREADS)
+seed_of_numbers = at_least(0, _SEEDS - 1)
+
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; by default as many as torch takes.", callback=number_of_threads)
+]
+Seed = Annotated[int, typer.Option(help="Seed of random numbers.", callback=seed_of_numbers)]
 Backend = Annotated[str, typer.Option(help='Backend of top-k attention; "auto" takes the best one that runs here.')]
 # With build isolation the kernels would be left out.
 _PIP = "pip install --no-build-isolation"
@@ -24,8 +81,12 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
 
 
-def integers(name: str, listed: str, *, may_be_empty: bool = False) -> list[int]:
-    """The whole numbers of a comma-separated list; `name` is the option's, for an error."""
+def integers(name: str, listed: str, *, may_be_empty: bool = False, least: int = 1, bits: int = 31) -> list[int]:
+    """The whole numbers of a comma-separated list; `name` is the option's, for an error.
+
+    Raises:
+        ValueError: the list holds something else, or a number that is not from `least` on and below 2^bits.
+    """
     if may_be_empty and not listed.strip():
         return []
     try:
@@ -34,6 +95,9 @@ def integers(name: str, listed: str, *, may_be_empty: bool = False) -> list[int]
         numbers = []
     if not numbers:
         raise ValueError(f"{name} must be whole numbers separated by commas, got {listed!r}")
+    for number in numbers:
+        if not least <= number < 2**bits:
+            raise ValueError(f"{name} must be at least {least} and below 2^{bits}, got {number}")
     return numbers
 
 

@@ -38,7 +38,7 @@ from .settings import (
 from .sites import AttentionSite, FeedForwardSite
 from .transaction import all_or_nothing, give_own_configuration
 from .unknown_layers import unknown_layers
-from .wrappers import unwrapped
+from .wrappers import config_followed_by, unwrapped
 
 # Each transformers model in a converted one remembers the former attention of its configuration and of its parts here.
 # `save_pretrained` does not save it.
@@ -102,8 +102,8 @@ def convert(
       encoder.layer.0.attention.self  replaced  k = 16
       encoder.layer.0.intermediate    replaced  k = 8 of 64 neurons
     """
-    model = unwrapped(model)
-    with all_or_nothing(model):
+    outer, model = model, unwrapped(model)
+    with all_or_nothing(outer), config_followed_by(outer, model):
         return _convert(model, attention_k, feed_forward_k, where, backend, completion)
 
 
@@ -229,8 +229,8 @@ def unconvert(model: Any) -> None:
     Raises:
         ValueError: the model was not converted, or was restored already.
     """
-    model = unwrapped(model)
-    with all_or_nothing(model):
+    outer, model = model, unwrapped(model)
+    with all_or_nothing(outer), config_followed_by(outer, model):
         _unconvert(model)
 
 

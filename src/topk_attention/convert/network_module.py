@@ -95,6 +95,9 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
             names=(kind.linear_in, kind.linear_out, kind.linear_gate or "linear_gate"),
         ).train(original.training)
         layer.output_dropout_p = dropout_p if kind.dropout == "output" else 0.0
+        # Optimizers know parameters by their order alone: a state that was saved before goes on to the right ones.
+        for linear in [linear for linear in original._modules if linear in layer._modules]:
+            layer._modules[linear] = layer._modules.pop(linear)
         setattr(layer, _ORIGINAL, (original,))
         share_hooks(module, layer)
         setattr(owner, name, layer)

@@ -89,24 +89,39 @@ class ModelSettings:
 
     @staticmethod
     def from_config(config: object) -> ModelSettings | None:
-        """The settings that a model's configuration holds, or None."""
+        """The settings that a model's configuration holds, or None.
+
+        Raises:
+            ValueError: they are not as `convert` writes them.
+        """
         stored = getattr(config, CONFIG_ATTRIBUTE, None)
         if stored is None:
             return None
+        try:
+            every_completion = stored.get("every_completion")
+            return ModelSettings(
+                {path: _stored_k(k) for path, k in stored["attention_k"].items()},
+                {path: _stored_k(k) for path, k in stored["feed_forward_k"].items()},
+                stored.get("attention_backend", "auto"),
+                stored.get("feed_forward_backend", "auto"),
+                None if stored.get("every_attention_k") is None else _stored_k(stored["every_attention_k"]),
+                {path: Completion(**one) for path, one in stored.get("completion", {}).items()},
+                None if every_completion is None else Completion(**every_completion),
+            )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'"{CONFIG_ATTRIBUTE}" in the configuration of this model is not as convert writes it ({error}); '
+                "delete this entry of its config.json, load the model and convert it again"
+            ) from error
 
-        def k_of(value: int | list[int] | Literal["all"]) -> K:
-            return tuple(value) if isinstance(value, list) else value
 
-        every_completion = stored.get("every_completion")
-        return ModelSettings(
-            {path: k_of(k) for path, k in stored["attention_k"].items()},
-            dict(stored["feed_forward_k"]),
-            stored.get("attention_backend", "auto"),
-            stored.get("feed_forward_backend", "auto"),
-            k_of(stored.get("every_attention_k")),
-            {path: Completion(**one) for path, one in stored.get("completion", {}).items()},
-            None if every_completion is None else Completion(**every_completion),
-        )
+def _stored_k(k: Any) -> Any:
+    """A k as a configuration holds it."""
+    if k == ALL:
+        return ALL
+    for number in k if isinstance(k, list) else [k]:
+        check_count("k", number)
+    return tuple(k) if isinstance(k, list) else k
 
 
 def completion_to_json(completion: Completion) -> dict[str, Any]:

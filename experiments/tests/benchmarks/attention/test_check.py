@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from topk_experiments.benchmarks.attention.measure import OPERATION, is_clear
-from topk_experiments.benchmarks.attention.methods import Method, new_method
+from topk_experiments.benchmarks.attention.methods import OPERATION, Method, is_clear, new_method
 from topk_experiments.benchmarks.attention.works import Work
 from topk_experiments.runs.checks import CheckFailedError
 from topk_experiments.runs.turns import check

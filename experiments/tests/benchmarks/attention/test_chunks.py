@@ -5,8 +5,7 @@ import torch
 from rich.console import Console
 
 from topk_experiments.benchmarks.attention import CHUNKS
-from topk_experiments.benchmarks.attention.measure import OPERATION
-from topk_experiments.benchmarks.attention.methods import new_method
+from topk_experiments.benchmarks.attention.methods import OPERATION, new_method
 from topk_experiments.benchmarks.attention.works import CHUNK_METHODS, Point, chunk_grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.runs import steps

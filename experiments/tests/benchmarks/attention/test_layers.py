@@ -8,8 +8,7 @@ from rich.console import Console
 from topk_attention.backends import choose_backend
 from topk_attention.environment import environment
 from topk_experiments.benchmarks.attention import LAYERS, methods
-from topk_experiments.benchmarks.attention.measure import OPERATION
-from topk_experiments.benchmarks.attention.methods import new_method
+from topk_experiments.benchmarks.attention.methods import OPERATION, new_method
 from topk_experiments.benchmarks.attention.works import Point, able_to, bias_and_dropout, grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.rivals.names import METHODS, on_backend
@@ -142,6 +141,7 @@ def test_query_chunks_are_the_librarys_own_and_not_what_it_hands_to_pytorch(monk
 def test_by_default_everything_is_measured_that_can_do_the_setting():
     assert set(able_to("none", 0.0)) == {*METHODS, "topk-chunked"}
     assert set(able_to("none", 0.1)) == {*METHODS, "topk-chunked"} - {"performer", "rfa"}
+    assert able_to("learned", 0.0) == ["topk", "topk-chunked", "query-chunks", "sdpa"]
 
 
 def test_settings_that_a_method_ignores_do_not_tell_its_points_apart():

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from support_folder import SUPPORT
-from topk_experiments.benchmarks.attention import measure
-from topk_experiments.benchmarks.attention.measure import score_product
-from topk_experiments.benchmarks.attention.methods import Method, new_inputs, new_method
+from topk_experiments.benchmarks.attention import methods
+from topk_experiments.benchmarks.attention.methods import Method, new_inputs, new_method, score_product
 from topk_experiments.benchmarks.attention.works import Work
 from topk_experiments.runs import steps
 from topk_experiments.runs import turns as turn_taking
@@ -17,13 +16,13 @@ from topk_experiments.runs.turns import time_methods
 WORK = Work(num_heads=2, length=40, k=5, head_dim=4)
 METHODS = ["topk-chunked", "sdpa"]
 REQUEST = {"work": asdict(WORK), "threads": 1, "seed": 0, "repetitions": 2, "enough_s": 60.0}
-REQUEST |= {"operation": measure.__name__}
+REQUEST |= {"operation": methods.__name__}
 
 
 def use(monkeypatch, new_method):
     """These methods in place of the operation's. They are not checked: some are wrong, and all count calls."""
     monkeypatch.setattr(turn_taking, "check", lambda *_: 0.0)
-    monkeypatch.setattr(measure, "OPERATION", measure.OPERATION._replace(new_method=new_method))
+    monkeypatch.setattr(methods, "OPERATION", methods.OPERATION._replace(new_method=new_method))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from topk_experiments.benchmarks.error.capture import Layer, dense_attention
-from topk_experiments.benchmarks.error.methods import METHODS, Attention, largest_errors, relative_errors, sizes_of
+from topk_experiments.benchmarks.error.measure import METHODS, Attention, largest_errors, relative_errors, sizes_of
 
 HEADS, LENGTH, HEAD_DIM = 3, 150, 8
 

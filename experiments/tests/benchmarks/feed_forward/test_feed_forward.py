@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from topk_experiments.benchmarks.feed_forward import ROUNDS, measure
-from topk_experiments.benchmarks.feed_forward.measure import OPERATION, first_products
-from topk_experiments.benchmarks.feed_forward.methods import Method, new_inputs, new_method
+from topk_experiments.benchmarks.feed_forward import ROUNDS, methods
+from topk_experiments.benchmarks.feed_forward.methods import OPERATION, Method, first_products, new_inputs, new_method
 from topk_experiments.benchmarks.feed_forward.works import D_FFS, GOALS, TABLE, Work
 from topk_experiments.benchmarks.rounds import RoundBenchmark, run_and_show_rounds
 from topk_experiments.runs import steps, turns
@@ -19,7 +18,7 @@ WORK = Work(d_model=12, d_ff=40, k=7, tokens=30)
 GATED = replace(WORK, is_gated=True, activation="silu")
 WORKS = pytest.mark.parametrize("work", [WORK, GATED, replace(WORK, tokens=2)], ids=str)
 METHODS = ["topk-chunked", "dense", "token-chunks"]
-REQUEST = {"threads": 1, "seed": 0, "repetitions": 2, "enough_s": 60.0, "operation": measure.__name__}
+REQUEST = {"threads": 1, "seed": 0, "repetitions": 2, "enough_s": 60.0, "operation": methods.__name__}
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +59,8 @@ def test_the_check_notices_each_gradient_that_is_wrong(monkeypatch, position, na
 def test_tokens_that_hang_on_a_near_tie_are_left_out():
     work = Work(d_model=1, d_ff=3, k=1, tokens=3)
     inputs = torch.ones(3, 1).double(), torch.tensor([[3.0], [2.0], [2.0 + 1e-9]]).double(), torch.ones(1, 3).double()
-    assert measure.is_clear("topk-chunked", work, inputs).all()
-    assert not measure.is_clear("topk-chunked", replace(work, k=2), inputs).any()
+    assert methods.is_clear("topk-chunked", work, inputs).all()
+    assert not methods.is_clear("topk-chunked", replace(work, k=2), inputs).any()
 
 
 def test_top_k_gets_w_out_neuron_by_neuron_and_the_dense_layer_as_linear_holds_it():

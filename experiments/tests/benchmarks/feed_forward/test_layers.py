@@ -5,8 +5,7 @@ import torch
 from rich.console import Console
 
 from topk_experiments.benchmarks.feed_forward import LAYERS
-from topk_experiments.benchmarks.feed_forward.measure import OPERATION
-from topk_experiments.benchmarks.feed_forward.methods import why_not
+from topk_experiments.benchmarks.feed_forward.methods import OPERATION, why_not
 from topk_experiments.benchmarks.feed_forward.works import LAYER_METHODS, Point, grid
 from topk_experiments.benchmarks.rounds import PointBenchmark, run_points
 from topk_experiments.rivals.names import on_backend

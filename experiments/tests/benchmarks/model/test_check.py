@@ -1,9 +1,9 @@
 import pytest
 
-from topk_experiments.benchmarks.model import check as checking
+from topk_experiments.benchmarks.model import measure as checking
 from topk_experiments.benchmarks.model import methods
-from topk_experiments.benchmarks.model.check import check
-from topk_experiments.benchmarks.model.shapes import new_model
+from topk_experiments.benchmarks.model.measure import check
+from topk_experiments.benchmarks.model.methods import new_model
 from topk_experiments.runs.checks import CheckFailedError
 
 

@@ -7,8 +7,7 @@ import torch
 
 from convert_models import tiny_bert
 from topk_experiments.benchmarks.model import ModelBenchmark, Point, run_model_benchmark
-from topk_experiments.benchmarks.model.methods import prepared_model, use_random_features
-from topk_experiments.benchmarks.model.shapes import new_inputs, new_model
+from topk_experiments.benchmarks.model.methods import new_inputs, new_model, prepared_model, use_random_features
 from topk_experiments.models.pretrained import find_model
 from topk_experiments.rivals import AttentionMethod, PerformerAttention, RandomFeatureAttention, random_feature_weights
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from topk_experiments.benchmarks.model import Point
-from topk_experiments.benchmarks.model.shapes import new_config, new_inputs, new_model
+from topk_experiments.benchmarks.model.methods import new_config, new_inputs, new_model
 
 LONG = 32768
 

@@ -97,7 +97,7 @@ def test_what_is_not_reviews_is_refused(tmp_path, progress):
     with pytest.raises(FileNotFoundError, match=r"source folder not found: ./nowhere"):
         ReviewSentiment("./nowhere").make(progress)
     (tmp_path / "train.jsonl").write_text('{"text": "so", "label": 1}\n{"text": "no label"}\n')
-    with pytest.raises(ValueError, match=r"line 2 of train.jsonl is not a JSON object with text and label"):
+    with pytest.raises(ValueError, match=r"line 2 of .*train.jsonl is not a JSON object with text and label"):
         ReviewSentiment(str(tmp_path)).make(progress)
     (tmp_path / "train.jsonl").write_text('{"text": "so", "label": 4}\n')
     with pytest.raises(ValueError, match="label must be 0 or 1, got 4 in a train review"):
@@ -128,7 +128,7 @@ def test_cited_papers_are_read_from_their_files_and_kept_once(tmp_path, progress
 @pytest.mark.parametrize("line", ["1\tP1\tP2\tonly four", "yes\tP1\tP2\ta\tb"])
 def test_a_line_that_is_no_pair_is_named(line, tmp_path, progress):
     with pytest.raises(
-        ValueError, match=r"line 3 of new_aan_pairs.train.tsv must have five fields .* the first 0 or 1"
+        ValueError, match=r"line 3 of .*new_aan_pairs.train.tsv must have five fields .* the first 0 or 1"
     ):
         CitedPapers(aan_folder(tmp_path, last=line)).make(progress)
     (tmp_path / "new_aan_pairs.train.tsv").unlink()
@@ -321,11 +321,11 @@ def test_lines_of_json_may_begin_with_a_byte_order_mark_and_end_blank(tmp_path, 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": null, "label": 1}', "text must be a string, got None in line 1 of train.jsonl"),
-        ('{"text": "a\\ud83d", "label": 1}', "text of line 1 of train.jsonl of .* is no UTF-8: surrogates not allowed"),
+        ('{"text": null, "label": 1}', "text must be a string, got None in line 1 of .*train.jsonl"),
+        ('{"text": "a\\ud83d", "label": 1}', "text of line 1 of .*train.jsonl is no UTF-8: surrogates not allowed"),
         (
             '{"text": "a", "label": "1"}',
-            r"label must be 0 or 1, got '1' in a train review .* .line 1 of train.jsonl",
+            r"label must be 0 or 1, got '1' in a train review: line 1 of .*train.jsonl",
         ),
         ('{"text": "a", "label": [1]}', r"label must be 0 or 1, got \[1\]"),
     ],
@@ -351,7 +351,7 @@ def test_pairs_may_begin_with_a_byte_order_mark_and_end_blank(tmp_path, progress
 
 def test_a_damaged_zip_file_is_named_and_hidden_files_in_one_are_left_out(tmp_path, progress):
     (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04garbage")
-    with pytest.raises(ValueError, match=r"bad\.zip cannot be read: File is not a zip file"):
+    with pytest.raises(ValueError, match=r"bad\.zip cannot be read: BadZipFile File is not a zip file; pack it again"):
         SameDocument(str(tmp_path / "bad.zip")).make(progress)
     with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
         archive.writestr("__MACOSX/._a.txt", "hidden" * 50)
@@ -389,11 +389,11 @@ def test_arrays_of_colours_become_grey_as_the_binary_version_does(tmp_path, prog
     ("labels", "words"),
     [
         (np.full(12, -1), r"keras.npz must hold labels, all of them 0 to 9, got \[-1\]"),
-        (np.eye(12), r"labels of keras.npz must be whole numbers \[N\] or \[N, 1\], got float64 \[12, 12\]"),
-        (np.full(12, 0.5), "labels of keras.npz must be whole numbers"),
-        (np.full(12, np.nan), "labels of keras.npz must be whole numbers"),
+        (np.eye(12), r"labels of .*keras.npz must be whole numbers \[N\] or \[N, 1\], got float64 \[12, 12\]"),
+        (np.full(12, 0.5), "labels of .*keras.npz must be whole numbers"),
+        (np.full(12, np.nan), "labels of .*keras.npz must be whole numbers"),
         (np.zeros(11, int), "keras.npz must hold a label for each of 12 images, got 11"),
-        (np.array(["cat"] * 12), "labels of keras.npz must be whole numbers"),
+        (np.array(["cat"] * 12), "labels of .*keras.npz must be whole numbers"),
         (np.array([{}] * 12, dtype=object), r"keras.npz cannot be read: Object arrays"),
     ],
 )

@@ -79,7 +79,7 @@ def test_unifiedqa_lines_with_choices_with_a_passage_and_with_both():
     assert question == Question("which  is a fruit?", ("apple",), ("stone", "apple"), "stones are hard.")
     assert f"{input_text(question)}\t{target_text(question)}" == line.replace("  ", " ")
     assert parse_line("who? \\n (a) is a letter.\tann").passage == "(a) is a letter."
-    assert parse_line("who?\tann\tbob").answers == ("ann", "bob")
+    assert parse_line("who?\tann\t \t").answers == ("ann",)
     assert parse_line("which? \\n none\t[1]").answers == ("[1]",)
 
 
@@ -115,6 +115,45 @@ def test_of_a_folder_the_one_file_that_kept_its_capitals_is_read(tmp_path):
 def test_a_file_in_no_known_form_is_named_with_the_reason(content, said, tmp_path):
     with pytest.raises(ValueError, match=r"a\.json has none of the known forms of question files") as error:
         read(tmp_path / "a.json", content)
+    assert said in str(error.value)
+
+
+def test_a_tab_within_a_text_is_refused_with_its_line_and_never_read_as_an_answer(tmp_path):
+    path = written(tmp_path / "a.tsv", "who? \\n ann.\tann\nwho? \\n a table\twith a tab.\tbob\n")
+    with pytest.raises(ValueError, match=r"a\.tsv has .*: line 2: .* got 2 tabs in 'who\? .*; put a space for a tab"):
+        read_questions(path)
+
+
+def test_the_place_of_what_is_missing_in_squads_form_is_told(tmp_path):
+    asked = {"id": "1", "question": "q?", "answers": [{"text": "a"}]}
+    good, ropes = {"context": "a", "qas": [asked]}, {"background": "b", "situation": "s", "qas": [asked]}
+    place = r"a\.json has .*: article 1, paragraph 2, question 1: "
+    with pytest.raises(ValueError, match=f"{place}a paragraph must hold its context, got background and situation"):
+        read(tmp_path / "a.json", {"data": [{"paragraphs": [good, ropes]}]})
+    with pytest.raises(ValueError, match=f"{place}the field 'context' is missing"):
+        read(tmp_path / "a.json", {"data": [{"paragraphs": [good, {"qas": [asked]}]}]})
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": 5, "answers": ["a"]}, "row 1: text must be text, got 5"),
+        ({"text": "q", "answers": "yes"}, "row 1: answers must be a list, got 'yes'"),
+        ({"text": "q", "answers": [None]}, "row 1: an answer must be text, got None"),
+        (
+            {"instruction": "Q: q\n\nAnswer1: a Answer2: b\n\nAnswer format: x", "answer": "answer0"},
+            "answer must be one of",
+        ),
+        ({"question": "q", "answerKey": "A", "choices": {"label": ["A"], "text": ["a", "b"]}}, "a label for each of 2"),
+        (
+            {"question": "q", "context": "c", "answers": {"text": "abc"}},
+            "the text of answers must be a list, got 'abc'",
+        ),
+    ],
+)
+def test_a_row_of_another_type_is_refused_and_never_read_as_something_else(row, said, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json has none of the known forms") as error:
+        read(tmp_path / "a.json", [row])
     assert said in str(error.value)
 
 

@@ -1,10 +1,5 @@
 """Memory and time of attention, three times: the operation alone, one layer against its length, and chunk sizes.
 
-works.py     what is computed, the goals, and which points are measured
-methods.py   who computes it
-measure.py   the check of an answer and the floor, for the processes that measure
-captions.py  the tables and pictures
-
 The settings are those of the figures of Gupta et al. 2021: batch 1, 12 heads of 64, float32. The operation alone
 alternates with its rivals in one process.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...rivals.names import METHODS
 from ...runs.records import Json
 from ...show.quoted import ATTENTION_LAYER, CHUNK_SIZE, CHUNK_SIZE_LENGTH
@@ -12,7 +10,7 @@ from ..tables import Numbers, PointTable, computed_on
 from .methods import why_not
 from .works import CHUNK_METHODS, GOALS, KS, LAYER_METHODS, LENGTHS, TABLE, Work
 
-_OPERATION = f"{__package__}.measure"
+_OPERATION = f"{__package__}.methods"
 
 
 def _memory_line(result: Result, ours: str, mine: float, sdpas: float) -> str:
@@ -22,11 +20,6 @@ def _memory_line(result: Result, ours: str, mine: float, sdpas: float) -> str:
         f"Memory: {ours} needs {more:+.1f} MiB against sdpa; allowed are {allowed:.1f} MiB, the saved indices and "
         f"weights: {verdict}."
     )
-
-
-def _title_of_sweep(work: Any, swept: str) -> str:
-    fixed = f"k = {work.k}" if swept == "length" else f"L = {work.length:,}"
-    return f"Attention, {work.num_heads} heads of {work.head_dim}, {fixed}"
 
 
 # The operation alone, methods in turns.
@@ -52,7 +45,10 @@ ROUNDS = RoundTable(
     memory_note="Inputs and the gradient of the output do not count; output, gradients of the inputs and all between "
     "do.",
     why_not=why_not,
-    title=_title_of_sweep,
+    title=lambda work, swept: (
+        f"Attention, {work.num_heads} heads of {work.head_dim}, "
+        f"{f'k = {work.k}' if swept == 'length' else f'L = {work.length:,}'}"
+    ),
     memory_line=_memory_line,
 )
 

@@ -1,10 +1,15 @@
-"""Who computes the attention: this library's backends and their rivals, each as one function of tensors."""
+"""Who computes the attention: this library's backends and their rivals, each as one function of tensors.
+
+Their answers are checked by the reference; the floor is the score product.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +21,10 @@ from topk_attention.functional import RelativeBias, topk_attention
 from topk_attention.nn import TopKAttention
 
 from ...rivals import PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
-from ...rivals.names import kept, split_backend
-from ...runs.turns import Method, Tensors, leaves
-from .works import Work
+from ...rivals.names import kept, method_of, split_backend
+from ...runs.checks import NEAR_TIE
+from ...runs.turns import Method, Operation, Tensors, at_most, leaves
+from .works import Point, Work
 
 # Query, key, value [1, H, L, D], with a learned bias its table [H, 2 L - 1], and a method's own weights -> [1, H, L, D]
 Attend = Callable[..., Tensor]
@@ -88,36 +94,26 @@ def input_names(work: Work) -> list[str]:
     return [*names, *(["bias"] if work.bias == "learned" else []), "sigma"]
 
 
-def heads_of(work: Work, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
-    """Query, key and value [1, H, L, D] from the tensors of an operation, and the tensors after the projections."""
+def heads_of(work: Work, tensors: Tensors) -> Tensors:
+    """Query, key and value [1, H, L, D] from the tensors of an operation, and those that come after the projections."""
     if not work.projections:
-        query, key, value, *others = tensors
-        return query, key, value, tuple(others)
-    x, others = tensors[0], list(tensors[9:])
-    query, key, value = (
-        F.linear(x, weight, bias).unflatten(-1, (work.num_heads, -1)).transpose(1, 2)
+        return tensors
+    heads = (
+        F.linear(tensors[0], weight, bias).unflatten(-1, (work.num_heads, -1)).transpose(1, 2)
         for weight, bias in zip(tensors[1:7:2], tensors[2:8:2], strict=True)
     )
-    return query, key, value, tuple(others)
+    return *heads, *tensors[9:]
 
 
-def run_topk(
-    work: Work,
-    k: int | None,
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: Tensor | None = None,
-    **options: Any,
-) -> Any:
+def run_topk(work: Work, k: int | None, backend: str, *tensors: Tensor, **options: Any) -> Any:
     """`topk_attention` with the options of the work."""
+    query, key, value, *table = tensors
     return topk_attention(
         query,
         key,
         value,
         k=k,
-        bias=None if table is None else RelativeBias(table),
+        bias=RelativeBias(table[0]) if table else None,
         is_causal=work.is_causal,
         dropout_p=work.dropout_p,
         backend=backend,
@@ -137,8 +133,7 @@ def _layer(work: Work, attend: Attend) -> Callable[..., Tensor]:
         return attend
 
     def run(*tensors: Tensor) -> Tensor:
-        query, key, value, others = heads_of(work, tensors)
-        return F.linear(attend(query, key, value, *others).transpose(1, 2).flatten(2), *tensors[7:9])
+        return F.linear(attend(*heads_of(work, tensors)).transpose(1, 2).flatten(2), *tensors[7:9])
 
     return run
 
@@ -182,15 +177,9 @@ def _rival(name: str, work: Work) -> Method:
     return Method(_layer(work, attend), stored, truth)
 
 
-def _written_out(
-    work: Work,
-    baseline: PerformerAttention | RandomFeatureAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *own: Tensor,
-) -> Tensor:
+def _written_out(work: Work, baseline: PerformerAttention | RandomFeatureAttention, *tensors: Tensor) -> Tensor:
     """Attention with random features, every weight in memory."""
+    query, key, value, *own = tensors
     visible = torch.ones(work.length, work.length, dtype=torch.bool, device=query.device)
     visible = visible.tril() if work.is_causal else visible
     return random_feature_weights(baseline, query, key, visible=visible, sigma=own[0] if own else None) @ value
@@ -217,3 +206,79 @@ def _fast_attention_class() -> Any:
         warnings.simplefilter("ignore")  # it uses what Python and torch have since deprecated
         from performer_pytorch import FastAttention
     return FastAttention
+
+
+# Of the check. Odd, and k and chunks a quarter of it: kernels meet full tiles and leftovers, most keys are left out.
+_LENGTH = 333
+# Of points, whose memory is measured in the same process: at 333 the check left holes in the heap that raised the peak
+# of a layer at L = 2,048 from 97 to as much as 114 MiB.
+_LENGTH_OF_POINTS = 193
+# The buffer must stay in cache, so that the product is timed and not the memory behind it. Of the tiles tried (1 to 8
+# MiB, 256 to 2,048 keys; L = 2,048, one thread) these were fastest: median 87 GFLOP/s, the others 72 to 81.
+_TILE_BYTES = 2 * 2**20
+_TILE_KEYS = 256
+
+
+def score_product(work: Work, inputs: Tensors) -> Callable[[], None]:
+    """All scores that attention must look at, tile by tile into one buffer."""
+    query, key = (tensor.detach()[0] for tensor in inputs[:2])  # [H, L, D]
+    num_keys = min(work.length, _TILE_KEYS)
+    num_queries = max(1, min(work.length, _TILE_BYTES // (query.element_size() * work.num_heads * num_keys)))
+    buffer = query.new_empty(work.num_heads * num_queries * num_keys)
+
+    def run() -> None:
+        for start in range(0, work.length, num_queries):
+            end = min(start + num_queries, work.length)
+            visible = end if work.is_causal else work.length
+            for first_key in range(0, visible, num_keys):
+                queries = query[:, max(start, first_key) if work.is_causal else start : end]
+                keys = key[:, first_key : min(first_key + num_keys, visible)]
+                shape = (work.num_heads, queries.shape[1], keys.shape[1])
+                torch.bmm(queries, keys.mT, out=buffer[: math.prod(shape)].view(shape))
+
+    return run
+
+
+def small(method: str, work: Work) -> Work | None:
+    """The work at a short length, for the check; None for performer-pytorch, which is an approximation.
+
+    This library must draw the same dropout as its reference backend; rivals draw their own and are checked without.
+    """
+    if is_package(method, work):
+        return None
+    longest = _LENGTH_OF_POINTS if isinstance(work, Point) else _LENGTH
+    return replace(
+        at_most(work, {"length": longest, "num_heads": 2, "k": longest // 4}),
+        chunk_size=None if work.chunk_size is None else min(work.chunk_size, longest // 4),
+        dropout_p=work.dropout_p if method_of(method).is_ours else 0.0,
+    )
+
+
+@torch.no_grad()
+def is_clear(method: str, work: Work, tensors: Tensors) -> Tensor | float:
+    """0 for queries whose k-th best score is close to the next, otherwise 1: [1, H, L, 1], of a layer [1, L, 1]."""
+    k = kept(method, work.k)
+    if k is None or k >= work.length:
+        return 1.0
+    heads = heads_of(work, tuple(tensor.double() for tensor in tensors))
+    _, selection = run_topk(replace(work, dropout_p=0.0), k + 1, "reference", *heads, return_selection=True)
+    next_best, kth_best = selection.weights.topk(2, largest=False).values.unbind(-1)
+    # Logarithms of weights are scores, up to a constant of the row. A weight of 0 is an empty slot: nothing to mistake.
+    clear = ~(kth_best.log() - next_best.log() < NEAR_TIE)
+    return (clear.all(1) if work.projections else clear).unsqueeze(-1)
+
+
+OPERATION = Operation(
+    Work,
+    Point,
+    new_method,
+    new_inputs,
+    score_product,
+    tiny={"length": 64},
+    small=small,
+    reference=reference,
+    is_clear=is_clear,
+    input_names=input_names,
+    # The gradient of the key projection's bias is zero apart from rounding.
+    least_scale=lambda work: 0.1 if work.projections else 0.0,
+)

@@ -149,11 +149,7 @@ def grid(lengths: Iterable[int], methods: Sequence[str], *args: Any, **settings:
 
 
 def able_to(bias: str, dropout_p: float) -> list[str]:
-    """The methods that can do a bias and dropout; top-k also with the backend in plain PyTorch.
-
-    >>> able_to("learned", 0.0)
-    ['topk', 'topk-chunked', 'query-chunks', 'sdpa']
-    """
+    """The methods that can do a bias and dropout; top-k also with the backend in plain PyTorch."""
     takes_bias, is_random = (True if bias != "none" else None), (False if dropout_p > 0 else None)
     topk, *others = among(LAYER_METHODS, takes_bias=takes_bias, is_random=is_random)
     return [topk, "topk-chunked", *others]

@@ -3,8 +3,7 @@
 Queries, keys and values are those of a real model reading a real text.
 
 capture.py    the tensors
-methods.py    the methods, and their errors
-measure.py    one point, in a process of its own
+measure.py    the methods, and one point in a process of its own
 benchmark.py  the options, and which points are missing
 report.py     tables and pictures from the records
 """

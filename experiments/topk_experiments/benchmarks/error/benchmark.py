@@ -21,8 +21,7 @@ from ...runs.steps import run_within
 from ..rounds import Benchmark, Device, Seed, Threads, records_of
 from . import measure
 from .capture import captured
-from .measure import Point
-from .methods import METHODS, sizes_of
+from .measure import METHODS, Point, sizes_of
 from .report import NAME, SCHEMA, in_words, report, show
 
 if TYPE_CHECKING:
@@ -69,6 +68,12 @@ class ErrorBenchmark(Benchmark):
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"layers must be numbers from 0, got {list(self.layers)}")
         check_device(self.device)
+
+    @property
+    def ks(self) -> list[int]:
+        """The k of all its points."""
+        names = [name for name in self.methods if METHODS[name].size == "k"]
+        return [k for name in names for k in sizes_of(name, self.k) if k is not None]
 
     def layers_of(self, num_layers: int) -> list[int]:
         """The layers to measure in a model with this many.

@@ -17,6 +17,7 @@ from topk_attention.functional.observation import observed
 
 from ...models.pretrained import ModelSource, Say, load_model
 from ...rivals import VanillaAttention
+from ...runs.files import damage_named, load_tensors
 from ...runs.process import Send, run_in_fresh_process
 from ...runs.records import Json
 
@@ -24,6 +25,7 @@ from ...runs.records import Json
 _FULL_K = 2**31 - 1
 # Queries whose scores exist at a time, in float64: for 9 heads and 8,192 keys they take 38 MB.
 _QUERY_CHUNK_SIZE = 64
+_WAY_OUT = "delete it to capture these layers again"
 
 
 class Layer(NamedTuple):
@@ -96,8 +98,14 @@ def capture(request: Json, send: Send) -> Json:
 
 def load_layers(path: Path | str, device: str = "cpu") -> Iterator[tuple[int, Layer]]:
     """(number, layer), one in memory at a time."""
-    for number, tensors in torch.load(path, weights_only=True, mmap=True).items():
-        yield int(number), Layer(**{name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
+    with damage_named(Path(path), _WAY_OUT):
+        layers = {int(number): Layer(**tensors) for number, tensors in load_tensors(Path(path), mmap=True).items()}
+        for layer in layers.values():
+            shapes = [tuple(tensor.shape) for tensor in layer]
+            if len({shape[:3] for shape in shapes}) != 1 or any(len(shape) != 4 for shape in shapes):
+                raise ValueError(f"its tensors must have one number of heads and tokens, got {shapes}")
+    for number, layer in layers.items():
+        yield number, Layer(*(tensor.to(device, copy=True) for tensor in layer))
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...runs.ledger import is_finished, newest, on_file
 from ...runs.progress import say
-from ...runs.records import Json, write_whole
+from ...runs.records import Json, reads, write_whole
 from ...show.plots import QUOTED, legend_below, new_figure, plain_numbers, save, styles
 from ..tables import Page, busy_notes, by_setting, head, markdown_table
-from .methods import METHODS
+from .measure import METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +54,7 @@ def show(records: Sequence[Json], console: Console) -> None:
         say(console, line)
 
 
+@reads(f"{NAME}.jsonl")
 def report(out: Path) -> list[Path]:
     """Write `error.md` and `error.png` from the records on file that share their settings with the last one.
 

@@ -1,10 +1,5 @@
 """Memory and time of a feed-forward layer, twice: beside its rivals in turns, and against its number of neurons.
 
-works.py     what is computed, the goals, and which points are measured
-methods.py   who computes it
-measure.py   the check of an answer and the floor, for the processes that measure
-captions.py  the tables and pictures
-
 The settings are those of the figure of Gupta et al. 2021: d_model 768, ReLU, k = 512; of its 262,144 tokens there are
 fewer.
 """

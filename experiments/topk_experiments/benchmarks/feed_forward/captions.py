@@ -10,7 +10,7 @@ from ..tables import Numbers, PointTable, Quoted, computed_on
 from .methods import why_not
 from .works import D_FFS, GOALS, LAYER_METHODS, TABLE, Work
 
-_OPERATION = f"{__package__}.measure"
+_OPERATION = f"{__package__}.methods"
 # Less is a matter of whole pages and of what the C library keeps.
 _LEAST_MIB = 4.0
 # Of the paper's curves: what tables and pictures call them, and what computes the same here.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...runs.checks import check_above_0
 from ...runs.ledger import Ledger
 from ...runs.memory import available_mib
 from ...runs.process import Send
@@ -43,6 +44,10 @@ class ModelBenchmark(PointBenchmark):
     enough_s: float = 300.0
     step_limit_s: StepLimit = 600.0
     limits: Limits = Limits(3600.0)  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_0(self, "step_limit_s")
 
     @property
     def lines(self) -> Path:

@@ -107,13 +107,7 @@ class Point:
 
 
 def curve_name(point: Json) -> str:
-    """The name of a method with its settings in tables and pictures.
-
-    point  as in a record
-
-    >>> curve_name(Point("bert-base", "topk", 2048, k=64, feed_forward_k="all", backend="chunked").as_record())
-    'top-k, k = 64 (chunked), every neuron in token chunks'
-    """
+    """The name of a method with its settings in tables and pictures; its point is as in a record."""
     match point["method"]:
         case "vanilla":
             return "vanilla (eager)"
@@ -139,10 +133,6 @@ def settings(point: Json) -> Json:
 
 
 def grid(lengths: Iterable[int], methods: Iterable[str], **settings: object) -> list[Point]:
-    """One point for each length and method, shortest first.
-
-    >>> [(point.length, point.method) for point in grid([512, 1024], ["topk"], shape="t5-base")]
-    [(512, 'topk'), (1024, 'topk')]
-    """
+    """One point for each length and method, shortest first."""
     pairs = itertools.product(sorted(set(lengths)), dict.fromkeys(methods))
     return [Point(method=method, length=length, **settings) for length, method in pairs]  # type: ignore[arg-type]

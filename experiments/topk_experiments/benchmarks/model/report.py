@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ...rivals import METHODS as EVERY_METHOD
 from ...runs.ledger import is_finished, newest
-from ...runs.records import Json, days_and_commits, read_json_lines, write_whole
+from ...runs.records import Json, days_and_commits, read_json_lines, reads, write_whole
 from ...show.quoted import MODEL as PAPER
 from ...show.quoted import MODEL_NOTE
-from ..tables import Columns, Page, Quoted, busy_notes, cells, curves_over, draw_sweep
+from ..tables import Columns, Page, Quoted, busy_notes, cells, draw_sweep
 from .points import METHODS, RANDOM, curve_name, settings
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _COLUMNS: Columns = {
 }
 
 
+@reads()
 def report(lines: Path, setting: Json | None = None, console: Console | None = None) -> list[Path]:
     """Write the table and the picture of the records in `NAME.jsonl` to `NAME.md` and `NAME.png` beside it.
 
@@ -88,8 +89,8 @@ def notes(records: Sequence[Json]) -> list[str]:
         "Peak: of the first step, above what the process held before the model was made: weights, their gradients, "
         "activations and all between. Step: median (fastest to slowest) where there were several.",
     ]
-    curves, _ = curves_over("length", records, curve_name)
-    for name, of_curve in curves.items():
+    for name in dict.fromkeys(curve_name(record["point"]) for record in records):
+        of_curve = [record for record in records if curve_name(record["point"]) == name]
         lines += [f"{name}: {line}" for line in _check_lines(of_curve)]
         if any(record["point"]["method"] in RANDOM and record["point"]["dropout_p"] > 0 for record in of_curve):
             lines.append(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ...runs.files import folder_with
+from ...runs.files import damage_named, folder_with
 from .examples import Examples, ExamplesWriter
 from .preparation import Progress, Splits, hold_out
 
@@ -59,9 +58,9 @@ class GreyImages:
                 f"source must be the folder of CIFAR-10's binary version or an .npz file, got {self.source}"
             )
         if len(labels) != len(images):
-            raise ValueError(f"{source.name} must hold a label for each of {len(images)} images, got {len(labels)}")
+            raise ValueError(f"{source} must hold a label for each of {len(images)} images, got {len(labels)}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"{source.name} must hold labels, all of them 0 to 9, got {sorted(set(labels.tolist()))}")
+            raise ValueError(f"{source} must hold labels, all of them 0 to 9, got {sorted(set(labels.tolist()))[:20]}")
         writer = ExamplesWriter()
         for image, label in zip(images, labels, strict=True):
             writer.add([image], int(label))
@@ -81,7 +80,7 @@ def _from_binary_version(folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
             raise FileNotFoundError(f"source must hold {name} of CIFAR-10's binary version: {path}")
         content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
         if content.size % (1 + 3 * _PIXELS):
-            raise ValueError(f"{name} must hold records of {1 + 3 * _PIXELS} bytes, got {content.size} bytes")
+            raise ValueError(f"{path} must hold records of {1 + 3 * _PIXELS} bytes, got {content.size} bytes")
         records = content.reshape(-1, 1 + 3 * _PIXELS)
         labels.append(records[:, 0])
         colours = records[:, 1:].reshape(-1, 3, _PIXELS)
@@ -92,22 +91,21 @@ def _from_binary_version(folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
 def _from_arrays(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no .npz file, or a damaged one")
-    try:
-        with np.load(path) as arrays:
-            missing = [name for name in _ARRAYS[split] if name not in arrays]
-            if missing:
-                raise ValueError(f"it must hold {' and '.join(_ARRAYS[split])}, got {', '.join(arrays)}")
-            images, labels = (arrays[name] for name in _ARRAYS[split])
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    with damage_named(path, "write it again with numpy.savez", "cannot be read"), np.load(path) as arrays:
+        missing = [name for name in _ARRAYS[split] if name not in arrays]
+        if missing:
+            raise ValueError(f"it must hold {' and '.join(_ARRAYS[split])}, got {', '.join(arrays)}")
+        images, labels = (np.asarray(arrays[name]) for name in _ARRAYS[split])
+        if not images.ndim:
+            raise ValueError(f"{_ARRAYS[split][0]} must be an array of images")
     if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras stores them
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iuf" or (labels % 1 != 0).any():
         raise ValueError(
-            f"labels of {path.name} must be whole numbers [N] or [N, 1], got {labels.dtype} {list(labels.shape)}"
+            f"labels of {path} must be whole numbers [N] or [N, 1], got {labels.dtype} {list(labels.shape)}"
         )
     if images.dtype == np.uint8 and images.shape[1:] == (_SIDE, _SIDE, 3):
         images = (images @ _BRIGHTNESS).astype(np.uint8)
     if images.dtype != np.uint8 or images.shape[1:] != (_SIDE, _SIDE):
-        raise ValueError(f"images of {path.name} must be uint8 [N, 32, 32], got {images.dtype} {list(images.shape)}")
+        raise ValueError(f"images of {path} must be uint8 [N, 32, 32], got {images.dtype} {list(images.shape)}")
     return images, labels

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -14,6 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from topk_attention.files import check_writable
+
+from ...runs.files import damage_named
 from .examples import SPLITS, Examples, ExamplesWriter
 
 Splits = dict[str, Examples]
@@ -82,6 +83,7 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
     folder = cache / f"{task.name}-{digest[:12]}"
     summary = folder / "data.json"
     if not summary.exists():
+        check_writable("data", summary)
         splits = task.make(Progress(folder / "shards", report))
         assert tuple(splits) == SPLITS
         description = _describe(task, splits)
@@ -90,14 +92,15 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
         _write_whole(summary, json.dumps(description, indent=2).encode())  # last: without it the folder is unfinished
         for shard in (folder / "shards").glob("*.npz"):
             shard.unlink()
-    try:
-        description = json.loads(summary.read_text())
+    with damage_named(folder, "delete it to make it again", "is not as it was written"):
+        description = json.loads(summary.read_text(encoding="utf-8"))
         splits = {name: Examples.from_bytes((folder / f"{name}.npz").read_bytes()) for name in SPLITS}
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{folder} is not as it was written ({error}); delete it to make it again") from error
+        written = {name: description["splits"][name]["sha256"] for name in SPLITS}
     for name, examples in splits.items():
-        if examples.sha256() != description["splits"][name]["sha256"]:
+        if examples.sha256() != written[name]:
             raise ValueError(f"{folder / name}.npz was changed after it was written; delete {folder} to make it again")
+    if description != json.loads(json.dumps(_describe(task, splits))):
+        raise ValueError(f"{summary} was changed after it was written; delete {folder} to make it again")
     # Computed at every call and not stored, so that data from before baselines existed has them too.
     baselines = getattr(task, "baselines", None)
     return PreparedData(splits, description | {"baselines": {} if baselines is None else baselines(splits)})
@@ -129,10 +132,8 @@ def make_in_shards(
                 writer = ExamplesWriter()
                 add_shard(Random(f"{seed} {split} {number}"), size, writer)
                 _write_whole(path, writer.examples().to_bytes())
-            try:
+            with damage_named(path, "delete it to make it again", "is not as it was written"):
                 shards.append(Examples.from_bytes(path.read_bytes()))
-            except (EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"{path} is not as it was written ({error}); delete it to make it again") from error
             done += size
             progress.tell(done, total)
         splits[split] = Examples.concatenated(shards)

@@ -7,13 +7,12 @@ substitute asks whether two passages come from the same document, and takes any 
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ...runs.files import visible_files
+from ...runs.files import damage_named, visible_files
 from .examples import Examples, ExamplesWriter
 from .preparation import Progress, Splits
 
@@ -54,7 +53,7 @@ class CitedPapers:
                 fields = line.rstrip(b"\r\n").removeprefix(_BYTE_ORDER_MARK).split(b"\t")
                 if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
                     raise ValueError(
-                        f"line {number} of {path.name} must have five fields separated by tabs, the first 0 or 1, got "
+                        f"line {number} of {path} must have five fields separated by tabs, the first 0 or 1, got "
                         f"{len(fields)} fields, the first {fields[0][:20].decode(errors='replace')!r}"
                     )
                 pair = []
@@ -109,7 +108,8 @@ class SameDocument:
         shares = {split: max(2, len(documents) * count // total) for split, count in counts.items() if split != "train"}
         if len(documents) < sum(shares.values()) + 2:
             raise ValueError(
-                f"source must hold at least 6 documents of {self.shortest} bytes or more, got {len(documents)}"
+                f"source must hold at least 6 documents of {self.shortest} bytes or more, got {len(documents)}: "
+                f"{self.source}"
             )
         Random(f"{self.seed} documents").shuffle(documents)
         splits = {}
@@ -148,12 +148,9 @@ def _texts(source: Path) -> Iterator[bytes]:
         for path in visible_files(source, "**/*.txt"):
             yield path.read_bytes()
     elif source.suffix == ".zip" and source.is_file():
-        try:
-            with zipfile.ZipFile(source) as archive:
-                for name in sorted(archive.namelist()):
-                    if name.endswith(".txt") and not name.rpartition("/")[2].startswith("."):
-                        yield archive.read(name)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
-            raise ValueError(f"{source} cannot be read: {error}") from error
+        with damage_named(source, "pack it again", "cannot be read"), zipfile.ZipFile(source) as archive:
+            for name in sorted(archive.namelist()):
+                if name.endswith(".txt") and not name.rpartition("/")[2].startswith("."):
+                    yield archive.read(name)
     else:
         raise FileNotFoundError(f"source must be a folder or a .zip file with .txt files, got {source}")

@@ -54,26 +54,20 @@ class ReviewSentiment:
         writer = ExamplesWriter()
         for number, (text, label, place) in enumerate(self._reviews(split), 1):
             if not isinstance(label, int | float) or label not in (0, 1):
-                raise ValueError(
-                    f"label must be 0 or 1, got {label!r} in a {split} review of {self._source_name} ({place})"
-                )
+                raise ValueError(f"label must be 0 or 1, got {label!r} in a {split} review: {place}")
             if not isinstance(text, str):
-                raise ValueError(f"text must be a string, got {text!r} in {place} of {self._source_name}")
+                raise ValueError(f"text must be a string, got {text!r} in {place}")
             try:
                 content = text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"text of {place} of {self._source_name} is no UTF-8: {error.reason}") from error
+                raise ValueError(f"text of {place} is no UTF-8: {error.reason}") from error
             writer.add([content[: self.max_length]], int(label))
             if number % 500 == 0:
                 progress.tell(number, number)
         examples = writer.examples()
         if not examples.num_examples:
-            raise ValueError(f"no {split} reviews in {self._source_name}")
+            raise ValueError(f"no {split} reviews in {self.source}")
         return examples
-
-    @property
-    def _source_name(self) -> str:
-        return Path(self.source).name or self.source
 
     def _reviews(self, split: str) -> Iterable[_Review]:
         source = Path(self.source).expanduser()
@@ -83,7 +77,7 @@ class ReviewSentiment:
         form = _form_of(folder, split)
         if form is None:
             raise ValueError(
-                f"source {self._source_name} must hold {split}/pos and {split}/neg with .txt files, or {split}.jsonl "
+                f"source {self.source} must hold {split}/pos and {split}/neg with .txt files, or {split}.jsonl "
                 f"or {split}.jsonl.gz"
             )
         return _from_full_folder(form) if form.is_dir() else _from_json_lines(form)
@@ -103,7 +97,7 @@ def _from_full_folder(folder: Path) -> Iterator[_Review]:
         if not paths:
             raise ValueError(f"{folder.name}/{name} must hold .txt files, and holds none: {folder / name}")
         for path in paths:
-            yield read_utf8(path), label, f"{folder.name}/{name}/{path.name}"
+            yield read_utf8(path), label, str(path)
 
 
 def _from_json_lines(path: Path) -> Iterator[_Review]:
@@ -114,8 +108,8 @@ def _from_json_lines(path: Path) -> Iterator[_Review]:
             review = json.loads(line)
             text, label = review["text"], review["label"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"line {number} of {path.name} is not a JSON object with text and label") from error
-        yield text, label, f"line {number} of {path.name}"
+            raise ValueError(f"line {number} of {path} is not a JSON object with text and label") from error
+        yield text, label, f"line {number} of {path}"
 
 
 def _from_hugging_face(name: str, split: str) -> Iterator[_Review]:

@@ -127,7 +127,31 @@ def _from_row(row: dict[str, Any]) -> Question:
 
 
 def _own_row(row: dict[str, Any]) -> Question:
+    for name, kind, words in (
+        ("text", str, "text"),
+        ("passage", str, "text"),
+        ("answers", list, "a list"),
+        ("choices", list, "a list"),
+        ("answer_starts", list, "a list"),
+    ):
+        if not isinstance(row.get(name, kind()), kind):
+            raise ValueError(f"{name} must be {words}, got {row[name]!r:.80}")
+    _check_answers(row["answers"], row.get("answer_starts", ()))
+    _check_answers(row.get("choices", ()), name="a choice")
     return Question.from_json({name: row[name] for name in Question.__dataclass_fields__ if name in row})
+
+
+def _check_answers(answers: Any, starts: Any = (), name: str = "an answer") -> None:
+    """
+    Raises:
+        ValueError: an answer is no text, or the place of one is no number of a character.
+    """
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise ValueError(f"{name} must be text, got {answer!r:.80}")
+    for start in starts:
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise ValueError(f"answer_start must be a whole number, got {start!r:.80}")
 
 
 def _instruction_row(row: dict[str, Any]) -> Question:
@@ -138,7 +162,10 @@ def _instruction_row(row: dict[str, Any]) -> Question:
         raise ValueError(f'an instruction must list "Answer1: ...", got {row["instruction"][:80]!r}')
     text = before.partition(": ")[2]
     choices = tuple(choice.strip() for choice in _NUMBERED_ANSWER.split("Answer1: " + listed)[2::2])
-    return Question(text.strip(), (choices[int(row["answer"].removeprefix("answer")) - 1],), choices)
+    number = int(row["answer"].removeprefix("answer"))
+    if not 1 <= number <= len(choices):
+        raise ValueError(f"answer must be one of answer1 to answer{len(choices)}, got {row['answer']!r}")
+    return Question(text.strip(), (choices[number - 1],), choices)
 
 
 def _labelled_row(row: dict[str, Any]) -> Question:
@@ -151,6 +178,8 @@ def _labelled_row(row: dict[str, Any]) -> Question:
         choices = {name: [choice[name] for choice in choices] for name in ("label", "text")}
     texts = tuple(_text("a choice", text) for text in choices["text"])
     labels, key = list(choices["label"]), row["answerKey"]
+    if len(labels) != len(texts):
+        raise ValueError(f"choices must hold a label for each of {len(texts)} texts, got {len(labels)}")
     if key not in labels:
         hint = "; test sets are published without answers" if not key else ""
         raise ValueError(f"answerKey must be one of the labels {', '.join(map(str, labels))}, got {key!r}{hint}")
@@ -182,6 +211,9 @@ def _squad_row(row: dict[str, Any]) -> Question:
     # Unanswerable questions of SQuAD 2 have no answer; UnifiedQA expects these words.
     if not answers:
         return Question(question, ("<no answer>",), passage=context)
+    if not isinstance(answers, list | tuple):
+        raise ValueError(f"the text of answers must be a list, got {answers!r:.80}")
+    _check_answers(answers, starts)
     return Question(question, tuple(answers), passage=context, answer_starts=tuple(starts))
 
 
@@ -197,15 +229,30 @@ _ROWS: tuple[tuple[set[str], Callable[[dict[str, Any]], Question]], ...] = (
 
 
 def _from_squad(articles: list[dict[str, Any]]) -> Iterator[Question]:
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for asked in paragraph["qas"]:
-                given = asked["answers"]
-                names = [name for name in ("text", "answer_start") if all(name in answer for answer in given)]
-                if "text" not in names:
-                    raise ValueError(f"an answer must hold text, got {given!r:.80}")
-                answers = {name: [answer[name] for answer in given] for name in names}
-                yield _squad_row({"question": asked["question"], "context": paragraph["context"], "answers": answers})
+    place = "data"
+    try:
+        for number, article in enumerate(articles, 1):
+            place = f"article {number}"
+            for paragraph_number, paragraph in enumerate(article["paragraphs"], 1):
+                place = f"article {number}, paragraph {paragraph_number}"
+                for question_number, asked in enumerate(paragraph["qas"], 1):
+                    place = f"article {number}, paragraph {paragraph_number}, question {question_number}"
+                    yield _from_squad_question(asked, paragraph)
+    except _BAD_CONTENT as error:
+        raise ValueError(f"{place}: {_words(error)}") from error
+
+
+def _from_squad_question(asked: dict[str, Any], paragraph: dict[str, Any]) -> Question:
+    if "context" not in paragraph and "background" in paragraph:
+        raise ValueError(
+            "a paragraph must hold its context, got background and situation, as ROPES has them; join them"
+        )
+    given = asked["answers"]
+    names = [name for name in ("text", "answer_start") if all(name in answer for answer in given)]
+    if "text" not in names:
+        raise ValueError(f"an answer must hold text, got {given!r:.80}")
+    answers = {name: [answer[name] for answer in given] for name in names}
+    return _squad_row({"question": asked["question"], "context": paragraph["context"], "answers": answers})
 
 
 def _looks_like_mctest(content: str) -> bool:

@@ -41,7 +41,7 @@ def target_text(question: Question) -> str:
 
 
 def parse_line(line: str) -> Question:
-    r"""The question in one line of a file. Several answers stand in several columns, or as a JSON list in the second.
+    r"""The question in one line of a file: an input, a tab and an answer. Several answers stand there as a JSON list.
 
     >>> parse_line('who ate it? \\n bob and ann ate.\t["bob", "ann"]').answers
     ('bob', 'ann')
@@ -49,7 +49,14 @@ def parse_line(line: str) -> Question:
     source, *targets = line.strip("\r\n").split("\t")
     if targets and all(len(field) > 1 and field[0] == field[-1] == '"' for field in (source, *targets)):
         source, *targets = (field[1:-1].replace('""', '"') for field in (source, *targets))  # quoted as in CSV
-    answers = tuple(answer for target in targets for answer in _answers(target))
+    while targets[1:] and not targets[-1].strip():
+        targets.pop()  # tabs at the end of a line
+    if len(targets) > 1:
+        raise ValueError(
+            f"a line must hold an input, a tab and an answer, got {len(targets)} tabs in {line[:80]!r}; put a space "
+            'for a tab within a text, and write several answers as a list, ["one", "two"]'
+        )
+    answers = tuple(_answers(targets[0])) if targets else ()
     if not answers:
         raise ValueError(f"a line must hold an input, a tab and an answer, got {line[:80]!r}")
     text, *rest = (part.strip() for part in source.split(r"\n"))

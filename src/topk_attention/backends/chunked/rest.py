@@ -1,9 +1,9 @@
 """The rest, the keys that a query sees and does not keep, as one more entry of its softmax: see `Completion`.
 
-For a row with kept scores s and weights p, and a rest of n keys with the score m (their mean, lifted), the entry has the
-weight g = c * n * exp(m) / Z, where Z = sum(exp(s)) + c * n * exp(m). The kept weights shrink to w = p * (1 - g), and
-u = g / n is the share of each key of the rest. With q . k for scores without masks and biases, and their mean m' over
-the rest:
+For a row with kept scores s and weights p, and a rest of n keys with the score m (their mean, lifted), the entry has
+the weight g = c * n * exp(m) / Z, where Z = sum(exp(s)) + c * n * exp(m). The kept weights shrink to w = p * (1 - g),
+and u = g / n is the share of each key of the rest. With q . k for scores without masks and biases, and their mean m'
+over the rest:
 
 output = sum of w v over kept + u * sum of (1 + q . k - m') v over rest
 

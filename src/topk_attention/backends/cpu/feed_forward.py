@@ -97,7 +97,7 @@ def _feed_forward(
         _ACTIVATIONS[activation],
         k,
     )
-    w_out_t = _whole_rows(w_out.t())
+    w_out_t = _whole_rows_or_columns(w_out.t())
     output = x.new_empty(x.shape[0], w_out.shape[0])
     for first, part in _token_chunks(x.shape[0], k):
         hidden = _hidden(values[part], None if w_gate is None else gates[part], activation)
@@ -219,6 +219,11 @@ def _add_tokens(rows: Tensor, neurons: Tensor, coefficients: Tensor, sums: Tenso
 def _whole_rows(matrix: Tensor) -> Tensor:
     """The matrix with contiguous rows; `w_out.t()` already has them where the layer keeps w_out neuron by neuron."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _whole_rows_or_columns(matrix: Tensor) -> Tensor:
+    """The matrix itself where one of its axes is contiguous: to copy it costs more than the sums of a token."""
+    return matrix if matrix.stride(0) == 1 else _whole_rows(matrix)
 
 
 def _dropout_factor(seed: Tensor, first_token: int, neurons: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:

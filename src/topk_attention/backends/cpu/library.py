@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parents[2]
+# What the operators are promised and promise, as in csrc/bindings.cpp: raised there and here where either changes.
+INTERFACE = 2
 
 
 def _load() -> str | None:
@@ -20,7 +22,15 @@ def _load() -> str | None:
         torch.ops.load_library(files[0])
     except OSError as error:
         return f"the compiled kernels do not load: {error.__cause__ or error}"
+    if _interface() != INTERFACE:
+        return "the compiled kernels are of another version of the package: rebuild them"
     return None
+
+
+def _interface() -> int | None:
+    """The number that the loaded kernels were built with; None for those from before there was one."""
+    operators = torch.ops.topk_attention
+    return int(operators.kernel_interface()) if hasattr(operators, "kernel_interface") else None
 
 
 _PROBLEM = _load()

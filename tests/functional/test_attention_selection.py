@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from comparison import CALL_NAMES, assert_same, attention_inputs, named_call, small_integers
+from comparison import CALL_NAMES, COMPLETED_NAMES, assert_same, attention_inputs, named_call, small_integers
 from topk_attention import Selection, topk_attention
 
 OPTIONS = pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": 1000}, {"k": None}], ids=str)
+UNCOMPLETED_NAMES = [name for name in CALL_NAMES if name not in COMPLETED_NAMES]
 
 
 @OPTIONS
@@ -26,7 +27,7 @@ def test_indices_ascend_and_minus_one_pads_the_end(backend, tiling, name, option
 
 
 @OPTIONS
-@pytest.mark.parametrize("name", CALL_NAMES)
+@pytest.mark.parametrize("name", UNCOMPLETED_NAMES)
 def test_weights_sum_to_one_and_empty_slots_weigh_nothing(backend, tiling, name, options):
     indices, weights = named_call(name).select(backend=backend, **options)
     assert weights.dtype == torch.float64
@@ -37,7 +38,7 @@ def test_weights_sum_to_one_and_empty_slots_weigh_nothing(backend, tiling, name,
 
 
 @OPTIONS
-@pytest.mark.parametrize("name", CALL_NAMES)
+@pytest.mark.parametrize("name", UNCOMPLETED_NAMES)
 def test_output_is_the_weighted_sum_of_the_selected_values(backend, tiling, name, options):
     call = named_call(name)
     output, (indices, weights) = call(*call.tensors, backend=backend, return_selection=True, **options)
@@ -45,6 +46,28 @@ def test_output_is_the_weighted_sum_of_the_selected_values(backend, tiling, name
     dense = torch.zeros(*output.shape[:3], value.shape[2], dtype=torch.float64)
     dense.scatter_add_(-1, indices.clamp(min=0).long(), weights)
     assert_same([output], [dense @ value])
+
+
+@OPTIONS
+@pytest.mark.parametrize("name", COMPLETED_NAMES)
+def test_weights_of_a_completed_call_leave_what_the_rest_weighs(backend, tiling, name, options):
+    """Of values that are all 1, the weighted mean is 1."""
+    call = named_call(name)
+    query, key, value, *bias = call.tensors
+    inputs = (query, key, torch.ones_like(value), *bias)
+    output, (indices, weights) = call(*inputs, backend=backend, return_selection=True, **options)
+    full, _ = call(*inputs, backend=backend, return_selection=True, k=None)
+    assert (weights[indices >= 0] > 0).all()
+    assert (weights[indices < 0] == 0).all()
+    assert_same([output], [full])
+    kept_mass, row_has_keys = weights.sum(-1), (indices >= 0).any(-1)
+    assert (kept_mass < 1 + 1e-12).all()
+    everything = call.select(backend=backend, k=None)[0]
+    row_has_rest = (everything >= 0).sum(-1) > (indices >= 0).sum(-1)
+    scales = torch.tensor(call.options["completion"].mass_scale).expand(query.shape[1]).view(-1, 1)
+    gives_it_weight = row_has_rest & (scales > 0)
+    assert (kept_mass[gives_it_weight] < 1).all()
+    assert_same([kept_mass[~gives_it_weight]], [row_has_keys[~gives_it_weight].double()])
 
 
 @OPTIONS

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from comparison import SIZES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
+from comparison import COMPLETED_NAMES, SIZES, Sizes, assert_same, attention_inputs, named_call, output_and_gradients
 from topk_attention import RelativeBias, topk_attention, topk_feed_forward
 
 pytestmark = [
@@ -36,7 +36,10 @@ def assert_compiled_equals_eager(function, *tensors, compiler="aot_eager"):
 @pytest.mark.parametrize("options", [{}, {"k": None}], ids=["some", "all"])
 @pytest.mark.parametrize(
     "name",
-    ["plain", "causal", "padding_mask", "k_per_head", "dense_bias", "relative_bias", "bucketed_bias", "alibi"],
+    [
+        *("plain", "causal", "padding_mask", "k_per_head", "dense_bias", "relative_bias", "bucketed_bias", "alibi"),
+        *COMPLETED_NAMES,
+    ],
 )
 def test_compiled_attention_equals_eager_attention(fast_backend, name, options):
     call = named_call(name)

@@ -5,14 +5,14 @@ The dense computations here share no code with the library: they rank by countin
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topk_attention import ALiBi, BucketedBias, RelativeBias, topk_attention
+from topk_attention import ALiBi, BucketedBias, Completion, RelativeBias, topk_attention
 
 FLOAT64_TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -225,6 +225,37 @@ def _everything_at_once(sizes: Sizes, dtype: torch.dtype) -> Call:
     return Call((*attention_inputs(sizes, dtype), torch.randn(1, sizes.queries, sizes.keys, dtype=dtype)), options)
 
 
+def _completed(call: Call, mass_scale: float | Sequence[float] = 1.5, lift: float = 0.35) -> Call:
+    return replace(call, options={**call.options, "completion": Completion(mass_scale, lift)})
+
+
+def _completed_causal(sizes: Sizes, dtype: torch.dtype) -> Call:
+    return _completed(_causal(sizes, dtype))
+
+
+def _completed_causal_with_a_padding_mask(sizes: Sizes, dtype: torch.dtype) -> Call:
+    call = _padding_mask(sizes, dtype)
+    return _completed(replace(call, options={**call.options, "is_causal": True}))
+
+
+def _completed_queries_without_keys(sizes: Sizes, dtype: torch.dtype) -> Call:
+    return _completed(_queries_without_keys(sizes, dtype))
+
+
+def _completed_by_head(sizes: Sizes, dtype: torch.dtype) -> Call:
+    call = _k_per_head(sizes._replace(key_heads=sizes.heads // 2), dtype)
+    scales = [0.5, 3.0, 0.0, 1.0][: sizes.heads]
+    return _completed(replace(call, options={**call.options, "enable_gqa": True}), scales, lift=0.0)
+
+
+def _completed_relative_bias(sizes: Sizes, dtype: torch.dtype) -> Call:
+    return _completed(_relative_bias(sizes, dtype), lift=1.0)
+
+
+def _completed_everything_at_once(sizes: Sizes, dtype: torch.dtype) -> Call:
+    return _completed(_everything_at_once(sizes, dtype), [0.5, 2.0, 1.0, 0.1][: sizes.heads])
+
+
 _CALLS = {
     make.__name__.strip("_"): make
     for make in (
@@ -243,9 +274,16 @@ _CALLS = {
         _causal_bucketed_bias,
         _alibi,
         _everything_at_once,
+        _completed_causal,
+        _completed_causal_with_a_padding_mask,
+        _completed_queries_without_keys,
+        _completed_by_head,
+        _completed_relative_bias,
+        _completed_everything_at_once,
     )
 }
 CALL_NAMES = list(_CALLS)
+COMPLETED_NAMES = [name for name in CALL_NAMES if name.startswith("completed_")]
 
 
 def named_call(
@@ -269,7 +307,10 @@ def named_call(
 
 
 def _gap_behind_the_kth_score(call: Call) -> float:
-    """Found from the outside: the (k+1)-th weight among all keys is that much smaller than the k-th."""
+    """Found from the outside: the (k+1)-th weight among all keys is that much smaller than the k-th.
+
+    With all keys kept there is no rest, so completion changes none of these weights.
+    """
     query, key, value, *bias = (x.double() for x in call.tensors)
     _, everything = call(query, key, value, *bias, k=None, backend="reference", return_selection=True)
     scores = everything.weights.log().sort(-1, descending=True).values  # less a constant for each row

@@ -31,6 +31,69 @@ struct HeadKArrays {
   }
 };
 
+// Sums over keys as the kernels take them: running ones over intervals, or one of all.
+struct RestArrays {
+  Array mass_scale, key_sums, value_sums, products, mass;
+  Array sent[5];
+  std::vector<int32_t> cuts;
+  topk::Rest view = {};
+  bool ok = true;
+
+  explicit RestArrays(const Case& c) {
+    const topk::Sizes& s = c.sizes;
+    const DType dtype = accumulation(c.dtype);
+    const int64_t tables = s.batch * s.num_key_heads, rows = s.batch * s.num_heads * s.num_queries;
+    const int64_t interval = c.interval == 0 ? s.num_keys : c.interval, whole = s.num_keys / interval;
+    Array keys(dtype, {tables, whole, 1, s.head_dim}), values(dtype, {tables, whole, 1, s.value_dim});
+    Array both(dtype, {tables, whole, s.head_dim, s.value_dim});
+    topk::SumKeys call = {};
+    call.batch = s.batch;
+    call.num_heads = s.num_key_heads;
+    call.head_dim = s.head_dim;
+    call.value_dim = s.value_dim;
+    call.num_sums = whole;
+    call.interval = interval;
+    call.dtype = c.dtype;
+    call.key = c.key.view();
+    call.value = c.value.view();
+    call.key_sums = keys.data();
+    call.value_sums = values.data();
+    call.products = both.data();
+    ok = kernels->attention.sum_keys(call, parallel());
+    key_sums = c.interval == 0 ? keys : running(keys);
+    value_sums = c.interval == 0 ? values : running(values);
+    products = c.interval == 0 ? both : running(both);
+    mass_scale = Array(dtype, {1, 1, 1, s.num_heads});
+    for (int64_t h = 0; h < s.num_heads; ++h) mass_scale.set(0, 0, 0, h, c.mass_scale[h]);
+    mass = Array(dtype, {1, 1, 1, rows});
+    for (Array& array : sent) array = Array(dtype, {1, 1, 1, rows});
+    cuts.assign(rows, -77);
+    view.active = true;
+    view.lift = c.lift;
+    view.mass_scale = mass_scale.data();
+    view.num_sum_heads = s.num_key_heads;
+    view.num_sums = key_sums.shape[1];
+    view.interval = c.interval;
+    view.key_sums = key_sums.data();
+    view.value_sums = value_sums.data();
+    view.products = products.data();
+    view.key = call.key;
+    view.value = call.value;
+  }
+
+  // [tables, C + 1, X, Y] of [tables, C, X, Y]: the sums over all intervals before each one.
+  static Array running(const Array& sums) {
+    const Shape& shape = sums.shape;
+    Array result = zeros(sums.dtype, {shape[0], shape[1] + 1, shape[2], shape[3]});
+    for (int64_t t = 0; t < shape[0]; ++t)
+      for (int64_t n = 0; n < shape[1]; ++n)
+        for (int64_t x = 0; x < shape[2]; ++x)
+          for (int64_t y = 0; y < shape[3]; ++y)
+            result.set(t, n + 1, x, y, result.get(t, n, x, y) + sums.get(t, n, x, y));
+    return result;
+  }
+};
+
 topk::AttentionForward forward_call(const Case& c, const HeadKArrays& head_k, Array& output) {
   topk::AttentionForward call = {};
   call.sizes = c.sizes;
@@ -53,7 +116,7 @@ topk::AttentionForward forward_call(const Case& c, const HeadKArrays& head_k, Ar
   return call;
 }
 
-void forward(const Case& c, Result& r) {
+void forward(const Case& c, Result& r, RestArrays* rest = nullptr) {
   const topk::Sizes& s = c.sizes;
   const HeadKArrays head_k(c);
   r.output = Array(c.dtype, {s.batch, s.num_heads, s.num_queries, s.value_dim}, c.output_layout);
@@ -63,11 +126,16 @@ void forward(const Case& c, Result& r) {
   topk::AttentionForward call = forward_call(c, head_k, r.output);
   call.indices = r.indices.data();
   call.weights = r.weights.data();
+  if (rest != nullptr) {
+    call.rest = rest->view;
+    call.mass = rest->mass.data();
+    call.cuts = rest->cuts.data();
+  }
   r.ok = kernels->attention.forward(call, parallel()) && r.ok;
 }
 
 // The bits of `wanted` stand for the gradients of query, key, value, bias and relative_bias.
-void backward(const Case& c, Result& r, unsigned wanted = 31) {
+void backward(const Case& c, Result& r, unsigned wanted = 31, RestArrays* rest = nullptr) {
   const topk::Sizes& s = c.sizes;
   const HeadKArrays head_k(c);
   const DType accumulated = accumulation(c.dtype);
@@ -98,6 +166,13 @@ void backward(const Case& c, Result& r, unsigned wanted = 31) {
     r.grad_relative_bias = zeros(DType::float64, c.relative_bias.shape);
     call.grad_relative_bias = static_cast<double*>(r.grad_relative_bias.data());
     call.grad_relative_bias_stride = r.grad_relative_bias.broadcast_stride()[2];
+  }
+  if (rest != nullptr) {
+    call.is_causal = c.is_causal;
+    call.rest = rest->view;
+    call.mass = rest->mass.data();
+    call.cuts = rest->cuts.data();
+    for (int n = 0; n < 5; ++n) call.sent[n] = rest->sent[n].data();
   }
   r.ok = kernels->attention.backward(call, parallel()) && r.ok;
 }
@@ -776,6 +851,65 @@ void offsets_of_more_than_32_bits_are_right() {
 
 }  // namespace
 
+// What rows send to all keys that they see, under causality.
+bool send_rest(const Case& c, Result& r, const RestArrays& rest) {
+  topk::SendRest call = {};
+  call.sizes = c.sizes;
+  call.dtype = c.dtype;
+  call.query = c.query.view();
+  call.grad_output = c.grad_output.view();
+  call.key = c.key.view();
+  call.value = c.value.view();
+  for (int n = 0; n < 3; ++n) call.weights[n] = rest.sent[n].data();
+  call.scale = c.scale;
+  call.interval = c.interval;
+  call.grad_key = r.grad_key.data();
+  call.grad_value = r.grad_value.data();
+  return kernels->attention.send_rest(call, parallel());
+}
+
+double product_of(const Array& a, const Array& b) {
+  double sum = 0;
+  for (int64_t n = 0; n < a.shape[0]; ++n)
+    for (int64_t h = 0; h < a.shape[1]; ++h)
+      for (int64_t i = 0; i < a.shape[2]; ++i)
+        for (int64_t x = 0; x < a.shape[3]; ++x) sum += a.get(n, h, i, x) * b.get(n, h, i, x);
+  return sum;
+}
+
+// The output of a row is linear in values, so grad_output . output is grad_value . value, of all rows and keys.
+void the_rest_enters_the_softmax_and_its_values_get_their_gradients() {
+  for (int64_t interval : {0, 4})
+    for (int64_t num_queries : {1, 23, 41})
+      for (int64_t group : {1, 5})
+        for (DType dtype : kDtypes) {
+          const int64_t num_keys = num_queries == 23 ? 17 : num_queries + 9, dim = group == 1 ? 20 : 3;
+          context = text("interval=%d N=%d group=%d %s", int(interval), int(num_queries), int(group), name_of(dtype));
+          Case c = make_case({1, 2 * group, 2, num_queries, num_keys, dim, dim + 2}, 5, dtype);
+          c.is_causal = interval != 0;
+          c.interval = interval;
+          c.lift = 0.375;
+          for (int64_t h = 0; h < c.sizes.num_heads; ++h) c.mass_scale.push_back(0.5 * double(h));
+          const Expected expected = define(c);
+          on_every_target([&] {
+            RestArrays rest(c);
+            Result r;
+            forward(c, r, &rest);
+            if (!rest.ok) complain("no memory for sums");
+            compare(c, r, expected);  // there are no gradients yet
+            backward(c, r, 31, &rest);
+            if (!r.ok) complain("no memory");
+            if (interval == 0) return;
+            if (!send_rest(c, r, rest)) complain("no memory to send");
+            const double one = product_of(c.grad_output, r.output), other = product_of(r.grad_value, c.value);
+            const double allowed = std::sqrt(double(c.grad_output.count())) *
+                                   std::max(rounding_of(dtype), 8 * rounding_of(accumulation(dtype)));
+            if (!(std::fabs(one - other) <= allowed))
+              complain("grad_output . output is %.9g, grad_value . value %.9g", one, other);
+          });
+        }
+}
+
 #define CLAIM(function) {#function, function}
 const std::vector<Claim> attention_claims = {
     CLAIM(every_head_size_is_right),
@@ -803,6 +937,7 @@ const std::vector<Claim> attention_claims = {
     CLAIM(the_number_of_threads_changes_no_bit),
     CLAIM(gradients_not_wanted_change_no_bit_of_others),
     CLAIM(entries_need_not_be_saved),
+    CLAIM(the_rest_enters_the_softmax_and_its_values_get_their_gradients),
     CLAIM(want_of_memory_is_reported),
     CLAIM(offsets_of_more_than_32_bits_are_right),
 };

@@ -15,6 +15,9 @@ struct Case {
   bool is_causal = false;
   double scale = 1;
   topk::Dropout dropout;
+  std::vector<double> mass_scale;  // one per head; empty: no rest. With a rest there are no masks and no biases
+  double lift = 0;
+  int64_t interval = 0;  // keys between two running sums; 0: one sum of all
   Array query, key, value, grad_output;
   Array mask, bias, relative_bias;  // may be missing; relative_bias is [1, 1, H|1, N + M - 1]
   Layout output_layout = Layout::heads_inside;
@@ -107,7 +110,49 @@ inline std::vector<Number> softmax(const std::vector<Number>& scores, const std:
   return weights;
 }
 
-// With `selection` the entries are taken as given, otherwise chosen.
+// The rest of row (b, h, i) as one more entry of its softmax: the weights of kept keys shrink, its part of the output [E] is
+// added. A sum over the rest is one over all visible keys less one over the kept keys, so errors grow with both.
+inline void complete(const Case& c, int64_t b, int64_t h, const std::vector<Number>& scores, const std::vector<int32_t>& keys,
+                     std::vector<Number>& weights, Number* output) {
+  const int64_t g = h / (c.sizes.num_heads / c.sizes.num_key_heads), num_keys = c.sizes.num_keys;
+  std::vector<bool> is_kept(num_keys);
+  long double highest = -kInf, lowest = kInf, total = 0, mean = 0;
+  double score_mass = 0, count = 0;
+  for (int32_t j : keys) {
+    is_kept[j] = true;
+    highest = std::max(highest, scores[j].value);
+    lowest = std::min(lowest, scores[j].value);
+  }
+  for (int32_t j : keys) total += std::exp(scores[j].value - highest);
+  for (int64_t j = 0; j < num_keys; ++j) {
+    if (scores[j].value == -kInf) continue;
+    score_mass += scores[j].mass;
+    if (is_kept[j]) continue;
+    ++count;
+    mean += scores[j].value;
+  }
+  if (count == 0) return;
+  mean /= count;
+  const long double score = (1 - c.lift) * mean + c.lift * lowest;
+  const long double ratio = c.mass_scale[h] * count * std::exp(score - highest) / total;
+  const double num_roundings = std::sqrt(double(num_keys)), error_of_mean = num_roundings * score_mass / count;
+  const double error = num_roundings + error_of_mean + std::fabs(double(score - highest));
+  for (Number& weight : weights)
+    weight = {weight.value / (1 + ratio), (weight.mass + double(weight.value) * error) / double(1 + ratio)};
+  const long double share = ratio / (1 + ratio) / count;
+  for (int64_t x = 0; x < c.sizes.value_dim; ++x) {
+    Number sum = 0;
+    for (int64_t j = 0; j < num_keys; ++j) {
+      if (scores[j].value == -kInf) continue;
+      const double value = c.value.get(b, g, j, x);
+      const long double term = is_kept[j] ? 0 : (1 + scores[j].value - mean) * value;
+      sum += {term, std::fabs(value) * (1 + scores[j].mass + error_of_mean)};
+    }
+    output[x] += {share * sum.value, double(share) * error * sum.mass};
+  }
+}
+
+// With `selection` the entries are taken as given, otherwise chosen. Where there is a rest, the gradients lack its part.
 inline Expected define(const Case& c, const std::vector<int32_t>* selection = nullptr) {
   const topk::Sizes& s = c.sizes;
   const int64_t D = s.head_dim, E = s.value_dim, N = s.num_queries, M = s.num_keys;
@@ -129,7 +174,8 @@ inline Expected define(const Case& c, const std::vector<int32_t>* selection = nu
         std::vector<int32_t> keys = kept_keys(scores, c.k[h]);
         const int64_t first = c.first_entry(b, h, i);
         if (selection != nullptr) std::copy_n(selection->begin() + first, keys.size(), keys.begin());
-        const std::vector<Number> weights = softmax(scores, keys);
+        std::vector<Number> weights = softmax(scores, keys);
+        if (!c.mass_scale.empty()) complete(c, b, h, scores, keys, weights, &e.output[row * E]);
         std::copy(keys.begin(), keys.end(), e.indices.begin() + first);
         std::copy(weights.begin(), weights.end(), e.weights.begin() + first);
 

@@ -118,6 +118,7 @@ def _calibration(results: Path) -> str | None:
     for path in sorted((results / "calibration").glob("*.record.json")):
         record = read_json(path) or {}
         runs = [run for run in record.get("runs", []) if measure.field in run and run["feed_forward_mean_k"] is None]
+        runs = [run for run in runs if not run.get("completed")]
         full = next((run for run in runs if run["kind"] == "full"), None)
         for ours in (run for run in runs if run["kind"] == "calibrated"):
             same = _uniform_beside(runs, ours)

@@ -105,7 +105,7 @@ class VisibleKeys(NamedTuple):
             sums, interval = _running_sums((self.sum_intervals or _sum_intervals)(key, value, INTERVAL)), INTERVAL
         else:
             if totals is None:
-                totals = sum_over_keys(key, value)
+                totals = _total_sums(key, value, self.sum_intervals or _sum_intervals)
             sums, interval = KeySums(*(x.unsqueeze(2) for x in totals)), 0
         score_sums = None if self.relative_bias is None else self._windows(self.relative_bias)
         of_rows = (key, value, counts, score_sums, interval)
@@ -345,6 +345,19 @@ def _sum_intervals(key: Tensor, value: Tensor, interval: int) -> KeySums:
     for c in range(whole):  # no copy of all keys in the accumulation dtype
         products[:, :, c] = keys[:, :, c].to(dtype).mT @ values[:, :, c].to(dtype)
     return KeySums(keys.sum(3, dtype=dtype), values.sum(3, dtype=dtype), products)
+
+
+def _total_sums(key: Tensor, value: Tensor, sum_intervals: Callable[[Tensor, Tensor, int], KeySums]) -> KeySums:
+    """Sums over all keys of [B, G, M, X], each [B, G, ...]; those of the intervals are added up in float64."""
+    whole = key.shape[2] // INTERVAL * INTERVAL
+    last = sum_over_keys(key[:, :, whole:], value[:, :, whole:])
+    per_interval = sum_intervals(key, value, INTERVAL)
+    return KeySums(
+        *(
+            (part.sum(2, dtype=torch.float64) + more).to(more.dtype)
+            for part, more in zip(per_interval, last, strict=True)
+        )
+    )
 
 
 def _running_sums(per_interval: KeySums) -> KeySums:

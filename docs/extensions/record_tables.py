@@ -114,11 +114,26 @@ def calibration() -> Table:
     means = (32, 64, 128)
     rows = []
     for name, text in texts.items():
-        runs = _json(f"calibration/{name}.record.json")["runs"]
-        found = {(run["kind"], run["mean_k"]): f"{run['perplexity']:.2f}" for run in runs}
+        found = _perplexities(name)
         for kind, label in (("uniform", "the same k for every head"), ("calibrated", "a k for each head")):
             rows.append([text, found["full", None], label, *(found.get((kind, mean), "") for mean in means)])
     return ["text", "full attention", "keys", *(f"mean k = {mean}" for mean in means)], rows
+
+
+def completion() -> Table:
+    """Perplexity of top-k attention alone and completed."""
+    alone: dict[tuple[str, float | None], str] = {}
+    for name in ("smollm2-small-k", "smollm2-moby-dick"):
+        alone |= _perplexities(name)
+    completed = _perplexities("smollm2-completed")
+    full = completed["full", None]
+    rows = [["all (full attention)", full, full]]
+    for kind, mean_k in (("uniform", 64), ("uniform", 16), ("calibrated", 64), ("calibrated", 32)):
+        if (kind, mean_k) not in completed or (kind, mean_k) not in alone:
+            continue
+        label = {"uniform": f"k = {mean_k} for every head", "calibrated": f"calibrated, mean k = {mean_k}"}[kind]
+        rows.append([label, alone[kind, mean_k], completed[kind, mean_k]])
+    return ["keys", "top-k alone", "completed"], rows
 
 
 def calibration_feed_forward() -> Table:
@@ -167,12 +182,19 @@ TABLES: dict[str, Callable[[], Table]] = {
     "attention-speed": attention_speed,
     "calibration": calibration,
     "calibration-feed-forward": calibration_feed_forward,
+    "completion": completion,
     "feed-forward-curve": feed_forward_curve,
     "feed-forward-speed": feed_forward_speed,
     "language-model": language_model,
     "pretrained": pretrained,
     "sentence-embeddings": sentence_embeddings,
 }
+
+
+def _perplexities(name: str) -> dict[tuple[str, float | None], str]:
+    """Of the runs of a calibration, by their kind and mean k."""
+    runs = _json(f"calibration/{name}.record.json")["runs"]
+    return {(run["kind"], run["mean_k"]): f"{run['perplexity']:.2f}" for run in runs}
 
 
 def _json(name: str) -> Record:

@@ -65,5 +65,12 @@ def test_the_perplexities_of_the_readme_are_those_of_the_records():
     assert f"{found['uniform', 64]} at k = 64 against {found['full', None]} in full" in README
 
 
+def test_the_completed_perplexities_of_the_readme_are_those_of_the_records():
+    alone, completed = column("completion", "top-k alone"), column("completion", "completed")
+    k64, k16 = "k = 64 for every head", "k = 16 for every head"
+    assert f"{completed[k64]} at k = 64 and {completed[k16]} at k = 16" in README
+    assert f"({alone[k64]} and {alone[k16]} without" in README
+
+
 def test_the_readme_fits_in_130_lines():
     assert len(README.splitlines()) <= 130

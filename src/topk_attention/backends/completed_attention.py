@@ -15,7 +15,14 @@ from torch import Tensor
 from . import chunked, cpu
 from .autocast import without_autocast
 from .calls import AttentionCall, KeySums, accumulation_dtype, empty_output
-from .operators import Gradients, needs_gradient, require_selection
+from .operators import (
+    Gradients,
+    TopKBackwardInputs,
+    TopKInputs,
+    empty_attention_gradients,
+    needs_gradient,
+    require_selection,
+)
 from .visible_keys import INTERVAL, VisibleKeys
 
 _BACKENDS = {"chunked": chunked, "cpu": cpu}
@@ -66,7 +73,11 @@ def _forward(
     backend: str,
     save_selection: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `completed_attention_op` returns."""
+    """Output [B, H, N, E], the backend's flat selection, and for each row, [B, H, N], the rest's weight at a scale of 1
+    and the slot of the smallest kept score, int32.
+
+    The selection, indices int32 and weights, is empty unless it is asked for.
+    """
     if query.numel() == 0:
         return (
             empty_output(query, value),
@@ -82,44 +93,13 @@ def _forward(
     rest = visible.sums(mass_scale, totals)
     if relative_bias is not None:
         relative_bias = relative_bias.to(visible.dtype)
-    return _BACKENDS[backend].completed_forward(
-        *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p),
-        *(query_chunk_size, save_selection, rest),
-    )
+    inputs = TopKInputs(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
+    return _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest)
 
 
-@torch.library.custom_op("topk_attention::completed_attention", mutates_args=())
-@without_autocast
-def completed_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    bias: Tensor | None,
-    relative_bias: Tensor | None,
-    mass_scale: Tensor,
-    seed: Tensor | None,
-    key_sum: Tensor | None,
-    value_sum: Tensor | None,
-    product_sum: Tensor | None,
-    head_k: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    rest_lift: float,
-    query_chunk_size: int | None,
-    backend: str,
-    save_selection: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, N, E], the backend's flat selection, and for each row, [B, H, N], the rest's weight at a scale of 1
-    and the slot of the smallest kept score, int32.
-
-    The selection, indices int32 and weights, is empty unless it is asked for.
-    """
-    return _forward(
-        *(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, key_sum, value_sum, product_sum, head_k),
-        *(is_causal, scale, dropout_p, rest_lift, query_chunk_size, backend, save_selection),
-    )
+completed_attention_op = torch.library.custom_op(
+    "topk_attention::completed_attention", without_autocast(_forward), mutates_args=()
+)
 
 
 @completed_attention_op.register_fake
@@ -174,17 +154,17 @@ def completed_attention_backward_op(
     """
     wanted = (query_wanted, key_wanted, value_wanted)
     if query.numel() == 0:
-        empty = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
-        query, key, value, bias, relative_bias = (x.zero_() for x in empty)
+        empty = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
+        query, key, value, bias, relative_bias = (x.contiguous().zero_() for x in empty)
         return query, key, value, bias, relative_bias, torch.zeros_like(mass_scale)
     visible = VisibleKeys(
         query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
     )
     totals = _key_sums(key_sum, value_sum, product_sum)
     rest = visible.sums(mass_scale, totals, grad_output)
+    inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p)
     gradients, of_rest = _BACKENDS[backend].completed_backward(
-        *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
-        *(wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, rest),
+        inputs, wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, rest
     )
     of_tables = (gradients.key if key_wanted else None, gradients.value if value_wanted else None)
     if backend == "cpu" and visible.grow_from_row_to_row:
@@ -207,22 +187,8 @@ def completed_attention_backward_op(
 @completed_attention_backward_op.register_fake
 def _(grad_output, query, key, value, attn_mask, bias, relative_bias, mass_scale, *inputs):
     weights, (*wanted, bias_shape, relative_bias_shape) = inputs[5], inputs[-5:]
-    gradients = _empty_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
-    return *gradients, torch.empty_like(mass_scale)
-
-
-def _empty_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    wanted: Sequence[bool],
-    bias_shape: Sequence[int],
-    relative_bias_shape: Sequence[int],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    shapes = [x.shape if is_wanted else (0,) for x, is_wanted in zip((query, key, value), wanted, strict=True)]
-    of_inputs = [x.new_empty(shape) for x, shape in zip((query, key, value), shapes, strict=True)]
-    return [*of_inputs, *(query.new_empty(shape or (0,), dtype=dtype) for shape in (bias_shape, relative_bias_shape))]
+    empty = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
+    return *(x.contiguous() for x in empty), torch.empty_like(mass_scale)
 
 
 def _faster_sums(backend: str) -> Callable[[Tensor, Tensor, int], KeySums] | None:

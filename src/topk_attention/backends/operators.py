@@ -36,6 +36,21 @@ class TopKInputs(NamedTuple):
     dropout_p: float
 
 
+class TopKBackwardInputs(NamedTuple):
+    """The inputs with which every backward operator of top-k attention begins; what is wanted follows."""
+
+    grad_output: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    seed: Tensor | None
+    indices: Tensor
+    weights: Tensor
+    head_k: Sequence[int]
+    scale: float
+    dropout_p: float
+
+
 class FullInputs(NamedTuple):
     """The inputs of every operator of full attention. It returns the output and what else it saves, log_sums first."""
 

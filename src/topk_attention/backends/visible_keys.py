@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import KeySums, RestGradients, RestInputs, accumulation_dtype
+from .finite import finite_values
 
 # Keys between two running sums. A sum of products has D * E numbers, the keys and values between two 512 * (D + E).
 INTERVAL = 512
@@ -130,8 +131,8 @@ class VisibleKeys(NamedTuple):
         counts = new(batch, num_heads if by_head else 1, rows, dtype=torch.int32)
         score_sums = new(batch, self._adding_heads(), rows, dtype=self.dtype)
         for b in range(batch):
-            keys, _ = _finite(self.key[b].to(self.dtype))
-            values, broken = _finite(self.value[b].to(self.dtype))
+            keys, _ = finite_values(self.key[b].to(self.dtype))
+            values, broken = finite_values(self.value[b].to(self.dtype))
             for queries in self._chunks():
                 part = slice(queries.start, queries.stop)
                 tiles = self._additive_tiles(queries)
@@ -217,7 +218,7 @@ class VisibleKeys(NamedTuple):
         mask = None if by_tile else self._key_mask()
         for b in range(self.query.shape[0]):
             for g in range(self.key.shape[1]):
-                key, value = (_finite(x[b, g].to(self.dtype))[0] for x in (self.key, self.value))
+                key, value = (finite_values(x[b, g].to(self.dtype))[0] for x in (self.key, self.value))
                 for head in range(g * self.group_size, (g + 1) * self.group_size):
                     to_key, to_value = send(_Sent.of(self, sent, grad_output, b, head), key, value, b, head)
                     for gradient, added in ((grad_key, to_key), (grad_value, to_value)):
@@ -377,14 +378,6 @@ def _sums_of_later(per_block: Tensor) -> Tensor:
     """For each block the sum of all later ones, added up in float64."""
     sums = per_block.flip(0).cumsum(0, dtype=torch.float64).flip(0)
     return F.pad(sums[1:], (0, 0, 0, 0, 0, 1)).to(per_block.dtype)
-
-
-def _finite(table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The table with 0 in place of NaN and inf, and their places, None if there are none."""
-    if table.sum().isfinite():
-        return table, None
-    broken = ~table.isfinite()
-    return table.masked_fill(broken, 0), broken
 
 
 def _of_queries(tensor: Tensor, queries: range) -> Tensor:

@@ -14,13 +14,15 @@ from ..calls import AttentionCall, RestGradients, RestInputs, accumulation_dtype
 from ..dropout import keep_mask
 from ..operators import (
     AttentionGradients,
+    TopKBackwardInputs,
+    TopKInputs,
     differentiate_topk_attention,
     empty_attention_gradients,
     run_topk_attention,
     save_topk_attention,
 )
 from . import full_attention
-from .rest import differentiate, seen_by, weigh
+from .rest import differentiate, seen_by, weigh, zero_in
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
 from .scores import ScoreInputs, query_rows, score_tile
 from .selection import select_topk
@@ -80,22 +82,12 @@ def topk_attention_op(
     The selection lists, for each head group, [B, heads, N, k] entries in ascending key order; -1 with weight 0 marks
     an empty slot. Weights are those before dropout.
     """
-    inputs = (query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
-    return completed_forward(*inputs, query_chunk_size, save_selection, None)[:3]
+    inputs = TopKInputs(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
+    return completed_forward(inputs, query_chunk_size, save_selection, None)[:3]
 
 
 def completed_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    bias: Tensor | None,
-    relative_bias: Tensor | None,
-    seed: Tensor | None,
-    head_k: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
+    call: TopKInputs,
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs | None,
@@ -104,6 +96,7 @@ def completed_forward(
 
     Both are [B, H, N], empty without a rest.
     """
+    query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p = call
     inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
     batch, num_heads, num_queries, _ = query.shape
     dtype = inputs.dtype
@@ -140,7 +133,7 @@ def completed_forward(
                 rows = row_numbers(step, num_heads, num_queries, query.device)
                 weights = _drop(weights, _survivors(seed, rows, chosen.indices, dropout_p), dropout_p)
             if weighed is not None:
-                weights = _zero_in(chosen.empty_slots, weights - weighed.from_rest)
+                weights = zero_in(chosen.empty_slots, weights - weighed.from_rest)
             result = weighted_sum_of_rows(value_table, in_table, weights)
             if weighed is not None:
                 result.addcmul_(weighed.share, weighed.value_sum)
@@ -187,24 +180,16 @@ def topk_attention_backward_op(
     of the biases come in the accumulation dtype.
     """
     wanted = (query_wanted, key_wanted, value_wanted)
+    inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p)
     gradients, _ = completed_backward(
-        *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
+        inputs,
         *(wanted, bias_shape, relative_bias_shape, False, None, None, None),
     )
     return gradients._replace(key=gradients.key.to(key.dtype), value=gradients.value.to(value.dtype))
 
 
 def completed_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seed: Tensor | None,
-    indices: Tensor,
-    weights: Tensor,
-    head_k: Sequence[int],
-    scale: float,
-    dropout_p: float,
+    inputs: TopKBackwardInputs,
     wanted: Sequence[bool],
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
@@ -220,6 +205,7 @@ def completed_backward(
     The gradient of query is complete; those of keys, values and biases, in the accumulation dtype, lack what the rest
     sends to all keys that a query sees.
     """
+    grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p = inputs
     batch, num_heads, num_queries, _ = query.shape
     num_key_heads, num_keys = key.shape[1:3]
     query_wanted, key_wanted, value_wanted = wanted
@@ -245,7 +231,7 @@ def completed_backward(
                 survivors = _survivors(seed, numbers, rows.indices, dropout_p)
             by_key = transpose_selection(in_table, key_table.shape[0]) if key_wanted or value_wanted else None
             if rest is not None and mass is not None and cuts is not None and rest_gradients is not None:
-                products = _zero_in(rows.empty_slots, dot_with_rows(rows.grad_output, value_table, in_table))
+                products = zero_in(rows.empty_slots, dot_with_rows(rows.grad_output, value_table, in_table))
                 scaled_query = rows.query * scale
                 seen = seen_by(rest, step, scaled_query, num_queries, is_causal, rows.grad_output)
                 of_kept = (rows.empty_slots, rows.weights, _drop(rows.weights, survivors, dropout_p))
@@ -381,10 +367,6 @@ def _stand_ins(indices: Tensor, empty_slots: Tensor) -> Tensor:
 
 def _survivors(seed: Tensor, rows: Tensor, indices: Tensor, dropout_p: float) -> Tensor:
     return keep_mask(seed, rows.unsqueeze(1), indices.long(), dropout_p)
-
-
-def _zero_in(empty_slots: Tensor | None, entries: Tensor) -> Tensor:
-    return entries if empty_slots is None else entries.masked_fill(empty_slots, 0)
 
 
 def _drop(weights: Tensor, survivors: Tensor | None, dropout_p: float) -> Tensor:

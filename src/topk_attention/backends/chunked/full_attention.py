@@ -15,6 +15,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
+from ..finite import finite_values
 from ..operators import FullInputs, differentiate_full_attention, empty_attention_gradients, save_full_attention
 from .scores import ScoreInputs, block_of, query_rows, score_tile
 from .tables import Tables, part_of_heads, zero_gradients
@@ -50,7 +51,7 @@ def full_attention_op(
     output = empty_output(query, value)
     log_sums = query.new_empty(batch, num_heads, num_queries, 1, dtype=dtype)
     for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
-        values, value_is_broken = _finite_values(tables.of(step)[1])
+        values, value_is_broken = finite_values(tables.of(step)[1])
         largest = query_part.new_full((*query_part.shape[:2], 1), -torch.inf)
         total = torch.zeros_like(largest)
         result = query_part.new_zeros(*query_part.shape[:2], value.shape[3])
@@ -127,7 +128,7 @@ def full_attention_backward_op(
     )
     needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
     for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
-        key_table, value_table = (_finite_values(table)[0] for table in tables.of(step))
+        key_table, value_table = (finite_values(table)[0] for table in tables.of(step))
         step_grad_key = part_of_heads(grad_key, step) if key_wanted else None
         step_grad_value = part_of_heads(grad_value, step) if value_wanted else None
         rows = _step_rows(query, output, grad_output, log_sums, step)
@@ -190,7 +191,7 @@ def _step_rows(query: Tensor, output: Tensor, grad_output: Tensor, log_sums: Ten
     dtype = rows_log_sums.dtype
     # A row without keys reaches no gradient, not even as 0 * NaN.
     row_is_empty = rows_log_sums.isposinf()
-    rows_query, _ = _finite_values(rows_of(query, step).to(dtype))
+    rows_query, _ = finite_values(rows_of(query, step).to(dtype))
     rows_grad = rows_of(grad_output, step).to(dtype)
     # sum_j p_j dp_j is output . grad_output, also under dropout (Dao et al. 2022, FlashAttention, appendix B).
     mean_grad = (rows_grad * rows_of(output, step)).sum(-1, keepdim=True)
@@ -224,17 +225,6 @@ def _add_to_block(grad: Tensor, keys: range, sums: Tensor) -> None:
     """Add sums [b * g, keys, X] to a block of a gradient [b, g, M, X]."""
     part = grad[:, :, keys.start : keys.stop]
     part += sums.view(part.shape)
-
-
-def _finite_values(table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The table with 0 in place of NaN and inf, and a bool mask of their places, None if there are none.
-
-    In a dense product a hidden NaN would reach every row (0 * NaN), so rows that see one are marked separately.
-    """
-    if table.sum().isfinite():
-        return table, None
-    broken = ~table.isfinite()
-    return table.masked_fill(broken, 0), broken
 
 
 def _dropout_factor(

@@ -101,7 +101,7 @@ def weigh(
     total = (query * seen.key_sum).sum(1, keepdim=True)
     products = kept
     if seen.score_sum is not None:  # the scores are not the products alone
-        products = _zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
+        products = zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
     mean_product = (total - products.sum(1, keepdim=True)) / count.clamp(min=1)
     if seen.score_sum is not None:
         total = total + seen.score_sum
@@ -155,7 +155,7 @@ def differentiate(
     share = rest_weight / count
     value_product_sum = (grad_output * seen.value_sum).sum(1, keepdim=True) - value_products.sum(1, keepdim=True)
     value_product_mean = value_product_sum / count
-    products = _zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
+    products = zero_in(empty_slots, dot_with_rows(query, key_table, in_table))
     mean_product = ((query * seen.key_sum).sum(1, keepdim=True) - products.sum(1, keepdim=True)) / count
     # grad_output times the value of the rest
     grad_rest = (1 - mean_product) * value_product_sum + (grad_output * seen.score_value).sum(1, keepdim=True)
@@ -167,16 +167,14 @@ def differentiate(
     to_bias = (1 - seen.lift) * grad_score / count
     biases = weights * (grad_weights - mean_grad) - to_bias
     biases.scatter_add_(1, cut, seen.lift * grad_score)
-    biases = _zero_in(empty_slots, biases)
+    biases = zero_in(empty_slots, biases)
     to_key = to_bias - torch.where(has_rest, share * value_product_mean, 0)
     to_value = torch.where(has_rest, share * (1 - mean_product), 0)
-    of_products = _zero_in(
-        empty_slots, biases - torch.where(has_rest, share * (value_products - value_product_mean), 0)
-    )
+    of_products = zero_in(empty_slots, biases - torch.where(has_rest, share * (value_products - value_product_mean), 0))
     values = dropped_weights - torch.where(has_rest, share * (1 + products - mean_product), 0)
     of_query = to_key * seen.key_sum + torch.where(has_rest, share * seen.grad_key, 0)
     sent = RestGradients(to_key, to_value, share, to_bias, grad_mass)
-    return RowGradients(of_products, biases, _zero_in(empty_slots, values), of_query, sent)
+    return RowGradients(of_products, biases, zero_in(empty_slots, values), of_query, sent)
 
 
 def _last_smallest(scores: Tensor, empty_slots: Tensor | None) -> Tensor:
@@ -185,7 +183,8 @@ def _last_smallest(scores: Tensor, empty_slots: Tensor | None) -> Tensor:
     return scores.shape[1] - 1 - kept.flip(1).argmin(1, keepdim=True)
 
 
-def _zero_in(empty_slots: Tensor | None, entries: Tensor) -> Tensor:
+def zero_in(empty_slots: Tensor | None, entries: Tensor) -> Tensor:
+    """The entries with 0 in empty slots, None where there are none."""
     return entries if empty_slots is None else entries.masked_fill(empty_slots, 0)
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ..calls import AttentionCall, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
-from ..operators import AttentionGradients, differentiate_topk_attention, run_topk_attention, save_topk_attention
+from ..operators import (
+    AttentionGradients,
+    TopKBackwardInputs,
+    TopKInputs,
+    differentiate_topk_attention,
+    run_topk_attention,
+    save_topk_attention,
+)
 
 _FORWARD = "topk_attention::cpu_attention_forward"
 _BACKWARD = "topk_attention::cpu_attention_backward"
@@ -42,40 +49,18 @@ def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], 
 
 
 def completed_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    bias: Tensor | None,
-    relative_bias: Tensor | None,
-    seed: Tensor | None,
-    head_k: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
+    inputs: TopKInputs,
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, indices, weights, and the rest's weight at a scale of 1 and which entry scores least, [B, H, N]."""
     del query_chunk_size
-    return torch.ops.topk_attention.cpu_completed_attention_forward(
-        *(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection),
-        *rest,
-    )
+    return torch.ops.topk_attention.cpu_completed_attention_forward(*inputs, save_selection, *rest)
 
 
 def completed_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seed: Tensor | None,
-    indices: Tensor,
-    weights: Tensor,
-    head_k: Sequence[int],
-    scale: float,
-    dropout_p: float,
+    inputs: TopKBackwardInputs,
     wanted: Sequence[bool],
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
@@ -88,9 +73,7 @@ def completed_backward(
     if rest.products is not None:  # the kernel multiplies them from the side of the values
         rest = rest._replace(products=rest.products.mT)
     gradients = torch.ops.topk_attention.cpu_completed_attention_backward(
-        *(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p),
-        *(*wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts),
-        *rest,
+        *inputs, *wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, *rest
     )
     return AttentionGradients(*gradients[:5]), RestGradients(*gradients[5:])
 

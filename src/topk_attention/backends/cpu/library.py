@@ -55,7 +55,7 @@ def cpu_target() -> str:
 
 @contextmanager
 def forced_cpu_target(name: str) -> Iterator[None]:
-    """Run the kernels of one instruction set, "avx512", "avx2", "neon" or "baseline", in the whole process.
+    """Run the kernels of one instruction set, "avx512vnni", "avx512", "avx2", "neon" or "baseline", in the whole process.
 
     Raises:
         ValueError: this processor, or this build, has no such kernels.

@@ -3,7 +3,7 @@
 //   1. Approximate scores of a sample, every period-th key, give each row a guessed threshold.
 //   2. All other keys are screened against it. Those that may reach it are scored in float32 and stored if they do.
 //   3. A row of which fewer than k keys reached the guess is screened again with a lower one.
-// Where a quarter of the keys pass, as with keys that are all alike, the block is given up and all its keys are scored.
+// Where a sixth of the keys pass, as with keys that are all alike, the block is given up and all its keys are scored.
 
 // Fewer rows of a key head do not repay its index; nor does screening where k is this share of the keys.
 constexpr int64_t kFewestScreenedRows = 64, kFewestScreenedKeys = 1024, kKeysPerKept = 8;
@@ -81,6 +81,7 @@ class ScreenedForward : public Forward<T, float> {
  private:
   // False where screening does not pay.
   bool screen_block() {
+    num_passed_ = num_screened_ = 0;
     screen_.start(shared_.indexes[block_.batch * s_.num_key_heads + block_.key_head]);
     for (int64_t r = 0; r < block_.num_rows; ++r) {
       screen_.set_query(r, query_row(r), float(call_.scale));
@@ -146,7 +147,6 @@ class ScreenedForward : public Forward<T, float> {
       int64_t most = 0;
       for (int64_t i = 0; i < in_tile; ++i) most = larger(most, visible_slots(first + i, true));
       for (int64_t p = 0; p * kIndexPanel < most; ++p) screen_.approximate(p, sample_ + p * kIndexPanel, stride);
-      int64_t passed = 0, seen = 0;
       for (int64_t i = 0; i < in_tile; ++i) {
         const int64_t r = first + i, visible = visible_slots(r, true);
         float* scores = sample_ + i * stride;
@@ -155,20 +155,16 @@ class ScreenedForward : public Forward<T, float> {
         if (adds()) add_to_sample(r, scores, visible);
         guess(r, scores, visible);
         for (int64_t p = 0; p < panels; ++p) bits_[p] = screen_.screen_approximate(r, p, scores + p * kIndexPanel);
-        const int64_t count = list_passed(bits_, 1, visible);
-        passed += count;
-        seen += visible;
-        take(r, 0, count, true);
+        take(r, 0, list_passed(bits_, 1, visible), true);
         rows_[r].found.second_run = rows_[r].found.count;
       }
-      if (passes_too_many(passed, seen, in_tile)) return false;
+      if (too_many_pass()) return false;
     }
     return true;
   }
 
-  bool passes_too_many(int64_t passed, int64_t seen, int64_t num_rows) const {
-    return passed > seen / 4 + num_rows * largest_k_;
-  }
+  // Scoring a key that passed takes three times as long as scoring one of many.
+  bool too_many_pass() const { return num_passed_ > num_screened_ / 6 + kTileRows * largest_k_; }
 
   // Set the threshold to a score that, judging by the sample, a few more than k keys reach.
   void guess(int64_t r, const float* scores, int64_t visible) {
@@ -311,16 +307,12 @@ class ScreenedForward : public Forward<T, float> {
         const int64_t panels = ceil_div<int64_t>(most - first_slot, kIndexPanel);
         if (adds()) find_most_added(first, in_tile, chunk, panels);
         screen_.screen(chunk, panels, adds() ? most_added_ : nullptr, starts_, bits_);
-        int64_t passed = 0, seen = 0;
         for (int64_t i = 0; i < in_tile; ++i) {
           const int64_t r = order_[first + i], visible = smaller(visible_slots(r, is_sample), end_slot) - first_slot;
           if (visible <= 0) continue;
-          const int64_t found = list_passed(bits_ + i, kTileRows, visible);
-          passed += found;
-          seen += visible;
-          take(r, first_slot, found, is_sample);
+          take(r, first_slot, list_passed(bits_ + i, kTileRows, visible), is_sample);
         }
-        if (may_give_up && passes_too_many(passed, seen, in_tile)) return false;
+        if (may_give_up && too_many_pass()) return false;
       }
     }
     return true;
@@ -335,6 +327,8 @@ class ScreenedForward : public Forward<T, float> {
       const uint64_t both = bits[0] | (visible - slot > 32 ? uint64_t(bits[stride]) << 32 : 0);
       count += append_set_bits(both & ((uint64_t(1) << (visible - slot)) - 1), int32_t(slot), passed_ + count);
     }
+    num_passed_ += count;
+    num_screened_ += visible;
     return count;
   }
 
@@ -391,7 +385,7 @@ class ScreenedForward : public Forward<T, float> {
   const Shared& shared_;
   Screen<T> screen_;
   Arena arena_;
-  int64_t chunk_panels_ = 0;
+  int64_t chunk_panels_ = 0, num_passed_ = 0, num_screened_ = 0;
   float deviations_ = 2;
   float *added_ = nullptr, *most_added_ = nullptr;
   float *sample_ = nullptr, *scores_ = nullptr;

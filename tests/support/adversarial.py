@@ -1,6 +1,6 @@
 """Queries, keys and additions to scores that mislead the screening of keys, and a check that it misses none.
 
-    python tests/support/adversarial.py [SEEDS]    every family with SEEDS shapes and additions, as make check-exact does
+    python tests/support/adversarial.py [SEEDS]    every family with SEEDS shapes, as make check-exact does
 
 The kernels of avx512vnni screen keys; those of avx512 score all. Both must give the same bits.
 """

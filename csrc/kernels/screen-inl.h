@@ -95,24 +95,31 @@ inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
   return count;
 }
 
-// Sixteen bytes of a key from an element on: four numbers, or eight of half precision. Zeros from element `count` on.
+// 32 bytes of a key from an element on: eight numbers, or sixteen of half precision. Zeros from element `count` on.
 template <class T>
-constexpr int kPiece = 16 / sizeof(T);
+constexpr int kPiece = 32 / sizeof(T);
 
 template <class T, bool kWhole>
-inline __m128 piece_of(const T* from, int64_t count) {
+inline __m256 piece_of(const T* from, int64_t count) {
   if constexpr (kWhole)
-    return _mm_loadu_ps(reinterpret_cast<const float*>(from));
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
   else
-    return _mm_castsi128_ps(_mm_maskz_loadu_epi8(__mmask16((1u << (count * int64_t(sizeof(T)))) - 1), from));
+    return _mm256_castsi256_ps(_mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << (count * int64_t(sizeof(T)))) - 1), from));
 }
 
-// Pieces of four keys, one behind the other. Inserting from memory takes no port that shuffles, as masked broadcasts do.
 template <class T, bool kWhole>
-inline __attribute__((always_inline)) __m512 four_pieces(const T* a, const T* b, const T* c, const T* d, int64_t count) {
-  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(piece_of<T, kWhole>(a, count)), piece_of<T, kWhole>(b, count), 1);
-  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(piece_of<T, kWhole>(c, count)), piece_of<T, kWhole>(d, count), 1);
-  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+inline __attribute__((always_inline)) __m512 two_pieces(const T* low, const T* high, int64_t count) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(piece_of<T, kWhole>(low, count)), piece_of<T, kWhole>(high, count), 1);
+}
+
+// Transposes each block of 4 by 4 lanes of four rows.
+inline __attribute__((always_inline)) void transpose_blocks(const __m512* rows, __m512* columns) {
+  const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1])), high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512d low2 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3])), high2 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+  columns[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low2));
+  columns[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low2));
+  columns[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high2));
+  columns[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, high2));
 }
 
 // Number i of each lane: lanes hold one number, or two of half precision.
@@ -131,19 +138,21 @@ inline __m512 number_in(__m512 lanes, int i, Float16) {
 template <class T, bool kBreaks, bool kWhole>
 inline __attribute__((always_inline)) __m512 add_pieces(const float* query, const T* keys, const int64_t* offsets, int64_t count,
                                                         __m512 sum) {
-  __m512 rows[4];
+  __m512 rows[4], low[4], high[4];  // keys 0 to 7, keys 8 to 15
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    rows[i] = four_pieces<T, kWhole>(keys + offsets[i], keys + offsets[i + 4], keys + offsets[i + 8], keys + offsets[i + 12], count);
-  const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1])), high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
-  const __m512d low2 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3])), high2 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
-  const __m512d columns[4] = {_mm512_unpacklo_pd(low, low2), _mm512_unpackhi_pd(low, low2), _mm512_unpacklo_pd(high, high2),
-                              _mm512_unpackhi_pd(high, high2)};
+  for (int i = 0; i < 4; ++i) rows[i] = two_pieces<T, kWhole>(keys + offsets[i], keys + offsets[4 + i], count);
+  transpose_blocks(rows, low);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) rows[i] = two_pieces<T, kWhole>(keys + offsets[8 + i], keys + offsets[12 + i], count);
+  transpose_blocks(rows, high);
   constexpr int kInLane = 4 / sizeof(T);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kPiece<T>; ++i) {
     if (!kWhole && i == count) break;
-    __m512 column = number_in(_mm512_castpd_ps(columns[i / kInLane]), i % kInLane, T());
+    // Blocks 0 and 2 hold the first four lanes of a piece, 1 and 3 the last.
+    const int lane = i / kInLane;
+    const __m512 lanes = lane < 4 ? _mm512_shuffle_f32x4(low[lane % 4], high[lane % 4], 0x88) : _mm512_shuffle_f32x4(low[lane % 4], high[lane % 4], 0xdd);
+    __m512 column = number_in(lanes, i % kInLane, T());
     if (kBreaks) column = _mm512_fmadd_ps(column, _mm512_setzero_ps(), column);
     sum = _mm512_fmadd_ps(_mm512_set1_ps(query[i]), column, sum);
   }

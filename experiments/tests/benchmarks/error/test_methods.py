@@ -28,18 +28,26 @@ def test_every_method_is_causal_attention_of_the_same_shape(method, layer):
 
 
 def test_exact_methods_have_no_error(layer):
-    for method, size in (("sdpa", None), ("topk", LENGTH)):
+    for method, size in (("sdpa", None), ("topk", LENGTH), ("topk-completed", LENGTH)):
         attention = Attention(method, size, HEADS, HEAD_DIM, "cpu")
         assert relative_errors(attention(*layer[:3]), layer.output).max() < 1e-5
 
 
 def test_the_error_falls_with_the_size(layer):
-    for method, sizes in (("topk", (4, 64)), ("performer", (16, 4096))):
+    for method, sizes in (("topk", (4, 64)), ("topk-completed", (4, 64)), ("performer", (16, 4096))):
         errors = []
         for size in sizes:
             attention = Attention(method, size, HEADS, HEAD_DIM, "cpu")
             errors.append(relative_errors(attention(*layer[:3]), layer.output))
         assert (errors[1] < 0.6 * errors[0]).all()
+
+
+def test_completed_attention_is_closer_to_dense_attention_than_the_same_keys_alone(layer):
+    alone, completed = (
+        relative_errors(Attention(method, 8, HEADS, HEAD_DIM, "cpu")(*layer[:3]), layer.output)
+        for method in ("topk", "topk-completed")
+    )
+    assert (completed < 0.5 * alone).all()
 
 
 def test_the_mean_of_visible_values_is_attention_with_equal_scores(layer):

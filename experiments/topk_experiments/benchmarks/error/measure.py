@@ -19,6 +19,7 @@ from ...runs.steps import Times, start_point
 from ...runs.turns import MODES, step
 from .capture import Layer, load_layers
 
+_KS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _NUM_FEATURES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -39,7 +40,8 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "topk": Method(EVERY_METHOD["topk"].description, "k", (4, 8, 16, 32, 64, 128, 256, 512, 1024)),
+    "topk": Method(EVERY_METHOD["topk"].description, "k", _KS),
+    "topk-completed": Method(EVERY_METHOD["topk-completed"].description, "k", _KS),
     "performer": Method(EVERY_METHOD["performer"].description, "features", _NUM_FEATURES, is_random=True),
     "performer-tuned": Method(
         "Performer, each head with its best sharpness",

@@ -2,8 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from topk_experiments.benchmarks.error import measure
 from topk_experiments.benchmarks.error.capture import Layer, dense_attention
-from topk_experiments.benchmarks.error.measure import METHODS, Attention, largest_errors, relative_errors, sizes_of
+from topk_experiments.benchmarks.error.measure import (
+    METHODS,
+    Attention,
+    Point,
+    largest_errors,
+    relative_errors,
+    sizes_of,
+)
 
 HEADS, LENGTH, HEAD_DIM = 3, 150, 8
 
@@ -82,3 +90,19 @@ def test_errors_are_fractions_of_the_dense_output_head_by_head():
     output[0, 1, 0, 0] = 3
     torch.testing.assert_close(relative_errors(output, exact), torch.tensor([0.0, 0.5], dtype=torch.float64))
     torch.testing.assert_close(largest_errors(output, exact), torch.tensor([0.0, 2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["topk", "topk-completed"])
+def test_the_call_before_memory_is_measured_leaves_keys_out_too(method, monkeypatch, layer):
+    """With a large k it took another path, so that loading the compiler counted as memory of a long call."""
+    point = Point(method, 120, LENGTH, ["tiny", "1"], ["story", "2"], [0], None, "cpu", 1, 0)
+    measured = []
+    steps = measure._steps
+
+    def steps_and_sizes(attention, inputs):
+        measured.append((attention._attention.k, inputs[0].shape[2]))
+        return steps(attention, inputs)
+
+    monkeypatch.setattr(measure, "_steps", steps_and_sizes)
+    measure._memory(point, Attention(method, 120, HEADS, HEAD_DIM, "cpu"), layer[:3])
+    assert measured == [(32, 64), (120, LENGTH)]

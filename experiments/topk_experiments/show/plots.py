@@ -29,6 +29,7 @@ STYLES = {
     "topk-reference": Style("#8a4fa3", "v"),
     "topk-sparse": Style("#7fbf3f", "P"),
     "calibrated": Style("#a0345a", "D"),
+    "completed": Style("#d6409f", "h"),
     "full": Style("#111111", "s"),
     "vanilla": Style("#c4571b", "X"),
     "vanilla-chunks": Style("#e377c2", "<"),

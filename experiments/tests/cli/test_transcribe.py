@@ -157,6 +157,21 @@ def test_completed_transcripts_stand_below_the_others_with_the_error_of_the_enco
     assert f" | {few['encoder']['cosine']:.3f} | {few['encoder']['relative_error']:.3f} | " in page
 
 
+def test_a_transcript_that_repeats_itself_is_cut_in_the_page():
+    from topk_experiments.pretrained.transcription_report import as_markdown
+
+    run = {"model": {"name": "tiny"}, "audio": "a.wav", "layers": ["cross"], "threads": 1}
+    here = {"torch": "2", "date": "2026-11-30", "commit": "abc", "num_cpus": 2}
+    numbers = {"audio_s": 1.0, "elapsed_s": 1.0, "other_cores": 0.0, "num_converted_layers": 1, "num_words": 2}
+
+    def record(k, transcript):
+        return {"run": run | {"k": k}, "environment": here, "transcript": transcript, "word_errors": 0} | numbers
+
+    page = as_markdown([record(None, "ask not"), record(9, "ask not ask not"[:14]), record(1, "soul my " * 90)])
+    rows = [line.split(" | ")[-1] for line in page.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["ask not |", "ask not ask no |", "soul my soul ... |"]
+
+
 def test_layers_without_the_encoder_leave_its_error_out(arguments, tmp_path, one_process):
     result = runner.invoke(app, [*arguments, "--layers", "cross", "--completed-k", "1"])
     assert result.exit_code == 0, result.output

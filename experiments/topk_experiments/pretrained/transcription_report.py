@@ -69,7 +69,7 @@ def as_markdown(records: Sequence[Json]) -> str:
         of_encoder = _encoder_cells(record) if errors else ""
         lines.append(
             f"| {_name(record)} | {difference(record, records[0])} |{of_encoder} {record['elapsed_s']:.1f} | "
-            f"{record['transcript'].replace('|', chr(92) + '|')} |"
+            f"{_shown(record, records[0]).replace('|', chr(92) + '|')} |"
         )
     note = _busy(records)
     return "\n".join(lines + ([] if note is None else ["", note])) + "\n"
@@ -112,6 +112,12 @@ def name_of_run(run: Json, num_keys: int | None) -> str:
 
 def _name(record: Json) -> str:
     return name_of_run(record["run"], record.get("num_keys"))
+
+
+def _shown(record: Json, full: Json) -> str:
+    """A transcript, cut where it is more than twice as long as full attention's: a model that repeats itself."""
+    transcript, most = record["transcript"], 2 * len(full["transcript"])
+    return transcript if len(transcript) <= most else f"{transcript[:most].rpartition(' ')[0]} ..."
 
 
 def _encoder_cells(record: Json) -> str:

@@ -10,6 +10,7 @@ import typer
 from .application import app
 from .options import (
     Backend,
+    CompletedK,
     Out,
     Seed,
     Text,
@@ -195,6 +196,7 @@ def transcribe(
     model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a Whisper model.")],
     audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],
     k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "32,64,128",
+    completed_k: CompletedK = "",
     layers: Annotated[
         str,
         typer.Option(help="Attention layers that keep k keys: among encoder, cross and decoder, separated by commas."),
@@ -210,6 +212,8 @@ def transcribe(
 ) -> None:
     """Transcribe a recording with full attention and with several k; count the words that differ.
 
+    How far the encoder's output is from full attention's is measured too.
+
     Appends to transcripts.jsonl and writes transcripts.md. To continue an interrupted run, repeat the command: it does
     what is missing.
     """
@@ -221,6 +225,7 @@ def transcribe(
                 model=model,
                 audio=audio,
                 k=integers("k", k),
+                completed_k=integers("completed-k", completed_k, may_be_empty=True),
                 layers=names(layers),
                 language=language,
                 out=out,

@@ -28,7 +28,7 @@ _HEADINGS = (
     "of the process [MiB]",
 )
 _COMPLETION_IN_WORDS = ", alone and completed: the other keys then enter its softmax as one entry"
-_TOPK, _COMPLETED, _FULL = STYLES["topk"], STYLES["completed"], STYLES["full"]
+_TOPK, _COMPLETED, _FULL = STYLES["topk"], STYLES["topk-completed"], STYLES["full"]
 
 
 @reads("demo/demo.json")

@@ -30,7 +30,6 @@ STYLES = {
     "topk-sparse": Style("#7fbf3f", "P"),
     "topk-completed": Style("#6a51c7", "h"),
     "calibrated": Style("#a0345a", "D"),
-    "completed": Style("#d98200", "d"),
     "full": Style("#111111", "s"),
     "vanilla": Style("#c4571b", "X"),
     "vanilla-chunks": Style("#e377c2", "<"),

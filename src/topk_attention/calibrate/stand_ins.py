@@ -140,19 +140,19 @@ def fit_stand_ins(
     batches = checked_batches(batches)
     _check_unpadded(batches)
     check_unconverted(model)
-    neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
+    sites = {site.path: site for site in feed_forward_sites(model) if site.obstacle is None}
     with converted(model, None, feed_forward_k) as report:
         given = {
             entry.path: entry.k
             for entry in report.replaced
-            if isinstance(entry.k, int) and entry.k != ALL and entry.k < neurons[entry.path]
+            if isinstance(entry.k, int) and entry.k != ALL and entry.k < sites[entry.path].num_neurons
         }
     if not given:
         raise ValueError("feed_forward_k must leave neurons out in a layer at least, got all neurons for each of them")
-    sums = _sums(model, batches, given, with_products=rank > 0, progress=progress)
-    for path, of_layer in sums.items():
-        if rank > (most := min(of_layer.model_size, of_layer.output_size)):
+    for path in given:
+        if rank > (most := min(sites[path].sizes)):
             raise ValueError(f"rank must be at most {most}, the smaller of the sizes of {path}, got {rank}")
+    sums = _sums(model, batches, given, with_products=rank > 0, progress=progress)
     about = {"tokens": max(of_layer.num_tokens for of_layer in sums.values()), "rank": rank}
     return StandIns(
         {path: k for path, k in given.items() if path in sums},

@@ -164,7 +164,8 @@ def _called_network(
     output: Tensor = linear_out(hidden)
     if stand_in is None:
         return output
-    return stand_in.added_to(output, x.to(stand_in.bias.dtype)).to(output.dtype) + stand_in.bias.to(output.dtype)
+    stand_in = stand_in.to(output.dtype)
+    return stand_in.added_to(output, x.to(output.dtype)) + stand_in.bias
 
 
 @torch.no_grad()

@@ -168,27 +168,26 @@ def measure_k(request: Json, send: Send) -> Json:
         run["perplexity"] = perplexity(model, read)
         send({"done": (len(ranks) + number) / (2 * len(ranks) + 2)})
     if all(isinstance(layer, TopKFeedForward) for layer in layers):  # otherwise another module computes the network
-        sizes = (1, len(request["read"]))
-        for run, times in zip(runs, _layer_times(layers, sizes, model.config.hidden_size), strict=True):
+        times_of_layers = _layer_times(layers, len(request["read"]), model.config.hidden_size)
+        for run, times in zip(runs, times_of_layers, strict=True):
             run["layer_s"] = times
     return {"runs": runs}
 
 
 @torch.no_grad()
-def _layer_times(layers: Sequence[nn.Module], sizes: Sequence[int], width: int) -> list[dict[str, float]]:
-    """For each layer the median time of a forward pass [s] by the number of tokens; the layers take turns."""
-    times: list[dict[str, float]] = [{} for _ in layers]
-    for size in sizes:
-        x = torch.randn(1, size, width)
-        taken: list[list[float]] = [[] for _ in layers]
-        for _ in range(_TIMED_ROUNDS):
-            for layer, of_layer in zip(layers, taken, strict=True):
-                with Stopwatch() as stopwatch:
-                    layer(x)
-                of_layer.append(stopwatch.elapsed_s)
-        for of_layer, by_size in zip(taken, times, strict=True):
-            by_size[str(size)] = statistics.median(of_layer)
-    return times
+def _layer_times(layers: Sequence[nn.Module], num_tokens: int, width: int) -> list[dict[str, float]]:
+    """For each layer the median time of a forward pass [s] by the number of tokens; the layers take turns.
+
+    One token at a time is not measured: the layers share their weights, and the first in turn would load them alone.
+    """
+    x = torch.randn(1, num_tokens, width)
+    taken: list[list[float]] = [[] for _ in layers]
+    for _ in range(_TIMED_ROUNDS):
+        for layer, of_layer in zip(layers, taken, strict=True):
+            with Stopwatch() as stopwatch:
+                layer(x)
+            of_layer.append(stopwatch.elapsed_s)
+    return [{str(num_tokens): statistics.median(of_layer)} for of_layer in taken]
 
 
 def _new_record(config: StandInsConfig, source: ModelSource, text: Text) -> Json:

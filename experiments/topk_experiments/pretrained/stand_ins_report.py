@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..runs.records import Json, days_and_commits, read_json, reads, write_whole
 from ..show.console import print_table
+from ..show.html import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,23 +48,16 @@ def kind(rank: int | None) -> str:
 
 def table_rows(record: Json) -> list[list[str]]:
     """Headings, then a row for each run: perplexity, and how long a layer takes against that without a stand-in."""
-    sizes = [1, record["config"]["evaluate_tokens"]]
-    rows = [["neurons", "in place of the others", "perplexity", *(f"time of a layer, {_tokens(n)}" for n in sizes)]]
+    size = record["config"]["evaluate_tokens"]
+    rows = [["neurons", "in place of the others", "perplexity", f"time of a layer, {size:,} tokens"]]
     for run in record["runs"]:
-        times = []
-        for size in sizes:
-            if run["rank"] is None or "layer_s" not in run:
-                times.append("1" if "layer_s" in run else "")
-                continue
+        time = ""
+        if "layer_s" in run:
             alone = next(other for other in record["runs"] if (other["k"], other["rank"]) == (run["k"], None))
-            times.append(f"{run['layer_s'][str(size)] / alone['layer_s'][str(size)]:.2f}")
+            time = f"{run['layer_s'][str(size)] / alone['layer_s'][str(size)]:.2f}"
         neurons = "all" if run["k"] is None else f"{run['k']}"
-        rows.append([neurons, "" if run["k"] is None else kind(run["rank"]), f"{run['perplexity']:.2f}", *times])
+        rows.append([neurons, "" if run["k"] is None else kind(run["rank"]), f"{run['perplexity']:.2f}", time])
     return rows
-
-
-def _tokens(number: int) -> str:
-    return "1 token" if number == 1 else f"{number:,} tokens"
 
 
 def as_markdown(record: Json) -> str:
@@ -75,7 +69,8 @@ def as_markdown(record: Json) -> str:
         f"{record['model']['name']} on {record['text']['source']}: {config['evaluate_tokens']:,} tokens from character "
         f"{config['evaluate_start']:,}, stand-ins fitted on {num_fitted:,} tokens from character {config['start']:,} "
         f"({config['windows']} windows). Times of one layer, forward, are medians, as multiples of the layer without a "
-        f"stand-in. {config['threads']} threads, float32, PyTorch {here['torch']}, {days_and_commits([record])}.",
+        f"stand-in. {counted(config['threads'], 'thread')}, float32, PyTorch {here['torch']}, "
+        f"{days_and_commits([record])}.",
         "",
         *("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)),
     ]

@@ -186,6 +186,21 @@ def feed_forward_curve() -> Table:
     ]
 
 
+def stand_ins() -> Table:
+    """Stand-ins for the neurons that are not kept."""
+    record = _json("stand-ins/stand-ins.json")
+    alone = {run["k"]: run for run in record["runs"] if run["rank"] is None}
+    rows = []
+    for k in (None, *record["config"]["k"]):
+        row = ["all" if k is None else f"{k}", f"{alone[k]['perplexity']:.2f}"]
+        for rank in record["config"]["ranks"]:
+            run = next((run for run in record["runs"] if (run["k"], run["rank"]) == (k, rank)), None)
+            row.append("" if run is None else f"{run['perplexity']:.2f}")
+        rows.append(row)
+    names = ["constant" if rank == 0 else f"rank {rank}" for rank in record["config"]["ranks"]]
+    return ["neurons per token", "left out", *names], rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "attention-layer": attention_layer,
     "attention-speed": attention_speed,
@@ -197,6 +212,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "language-model": language_model,
     "pretrained": pretrained,
     "sentence-embeddings": sentence_embeddings,
+    "stand-ins": stand_ins,
 }
 
 

@@ -192,6 +192,59 @@ def calibrate(
 
 
 @app.command()
+def stand_ins(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Text = None,
+    start: Annotated[int, typer.Option(help="Character of the text at which the windows to fit on begin.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of a window to fit on.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows to fit on, one after the other.")] = 8,
+    evaluate_start: Annotated[
+        int, typer.Option(help="Character at which the window to read begins, apart from those to fit on.")
+    ] = 100_000,
+    evaluate_tokens: Annotated[int, typer.Option(help="Tokens of the window to read.")] = 4096,
+    k: Annotated[str, typer.Option(help="Neurons kept per token, separated by commas.")] = "768,384,192",
+    rank: Annotated[
+        str, typer.Option(help="Ranks of stand-ins, separated by commas; 0 is a constant for each layer.")
+    ] = "0,64",
+    out: Out = Path("results/stand-ins"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make all runs again.")] = False,
+) -> None:
+    """Read a text with some of the neurons, and with stand-ins for the others; compare perplexity and time.
+
+    Writes stand-ins.json and stand-ins.md. To continue an interrupted run, repeat the command: it makes the k that are
+    missing.
+    """
+    with errors_in_words(f"finished runs are in {out / 'stand-ins.json'}"):
+        from topk_experiments.pretrained.stand_ins import StandInsConfig, run_stand_ins
+
+        run_stand_ins(
+            StandInsConfig(
+                model=model,
+                text=text,
+                start=start,
+                num_tokens=tokens,
+                windows=windows,
+                evaluate_start=evaluate_start,
+                evaluate_tokens=evaluate_tokens,
+                k=integers("k", k),
+                ranks=integers("rank", rank, least=0),
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
 def transcribe(
     model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a Whisper model.")],
     audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],

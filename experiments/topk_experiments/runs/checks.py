@@ -70,8 +70,17 @@ def check_runs(ks: Sequence[int], backend: str) -> None:
     """
     if not ks:
         raise ValueError("k must hold at least one number, got none")
-    for k in ks:
-        check_count("k", k)
-    if len(set(ks)) != len(ks):
-        raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, ks))}")
+    check_ks("k", ks)
     choose_backend(backend)
+
+
+def check_ks(name: str, ks: Sequence[int]) -> None:
+    """Numbers of keys or neurons, no two the same.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    for k in ks:
+        check_count(name, k)
+    if len(set(ks)) != len(ks):
+        raise ValueError(f"{name} must not hold a number twice, got {', '.join(map(str, ks))}")

@@ -80,7 +80,7 @@ def _forward(
     pass sums anew: `VisibleKeys.saved_sums_shape`.
     """
     dtype = accumulation_dtype(query.dtype)
-    no_sums = tuple(query.new_empty(0, dtype=dtype) for _ in range(3))
+    no_sums = (query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype))
     if query.numel() == 0:
         return (
             empty_output(query, value),
@@ -101,6 +101,7 @@ def _forward(
     results = _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest)
     if not save_selection or visible.saved_sums_shape(totals is not None) is None:
         return *results, *no_sums
+    assert rest.products is not None
     return *results, rest.key_sums, rest.value_sums, rest.products
 
 

@@ -8,7 +8,7 @@ TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
-.PHONY: help install demo test check format lint types docs check-native bench bench-full bench-attention bench-feed-forward \
+.PHONY: help install demo test check format lint types docs check-native check-exact bench bench-full bench-attention bench-feed-forward \
 	bench-model report clean
 
 help: ## list the targets
@@ -62,6 +62,9 @@ docs: install ## build the site into build/docs; a warning is an error
 # Needs a C++ compiler and nothing else.
 check-native: ## check the C++ kernels by themselves, under sanitizers
 	csrc/tests/check
+
+check-exact: install ## compare screened keys with those of all scores, to the bit, on 100,000 misleading rows
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/adversarial.py 12
 
 bench: install ## the paper's figures at small sizes and a page of them, in ten minutes on two cores
 	$(BIN)/topk-experiments benchmark model --lengths 512,1024 --repetitions 1 --memory-limit 8 --out build/bench/model

@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = os.environ.get("TOPK_ATTENTION_KERNELS", "optional")
-X86_TARGETS = ["baseline", "avx2", "avx512"]
+X86_TARGETS = ["baseline", "avx2", "avx512", "avx512vnni"]
 TARGETS = {"x86_64": X86_TARGETS, "amd64": X86_TARGETS, "aarch64": ["neon"], "arm64": ["neon"]}
 FLAGS = Path("csrc/flags")  # a file of compiler flags for all sources, and one for each target that needs more
 

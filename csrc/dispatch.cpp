@@ -3,6 +3,9 @@
 namespace topk {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -31,9 +34,11 @@ std::vector<const Kernels*> runnable() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi") &&
                         __builtin_cpu_supports("bmi2");
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    kernels.push_back(&avx512::kernels);
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2"))
+    kernels.push_back(&avx512vnni::kernels);
+  if (has_avx512) kernels.push_back(&avx512::kernels);
   if (has_avx2) kernels.push_back(&avx2::kernels);
   kernels.push_back(&baseline::kernels);
 #elif defined(__aarch64__)

@@ -40,7 +40,9 @@ int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_thread
 template <class T, class A>
 class Forward {
  public:
-  Forward(const AttentionForward& call, int64_t max_rows)
+  struct Shared {};  // what all workers of a call read: nothing here
+
+  Forward(const AttentionForward& call, int64_t max_rows, const Shared* = nullptr)
       : call_(call), s_(call.sizes), seen_(call.rest, s_, call.is_causal) {
     for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
     capacity_ = capacity_for(largest_k_, s_.num_keys);
@@ -79,6 +81,20 @@ class Forward {
 
   void run(const RowBlock& block) {
     start(block);
+    score_block();
+  }
+
+ protected:
+  struct Row {
+    int64_t head, query, k;
+    int64_t visible;  // keys before this one are not in the row's future
+    bool is_guess, is_done;
+    Candidates<A> found;
+  };
+
+  // Scores all keys.
+  void score_block() {
+    pack_queries();
     const int64_t num_panels = ceil_div<int64_t>(most_visible_, kPanel<A>);
     const int64_t num_sampled = choose_sample(num_panels);
     visit_sample(num_sampled);
@@ -105,20 +121,11 @@ class Forward {
       if (!rows_[r].is_done) finish(r);
   }
 
- private:
-  struct Row {
-    int64_t head, query, k;
-    int64_t visible;  // keys before this one are not in the row's future
-    bool is_guess, is_done;
-    Candidates<A> found;
-  };
-
   void start(const RowBlock& block) {
     block_ = block;
     additive_part_ = Additive<A>(call_, block.batch);
     const int64_t heads_per_key_head = s_.num_heads / s_.num_key_heads;
     most_visible_ = 0;
-    const T* query = static_cast<const T*>(call_.query.data) + block.batch * call_.query.stride[0];
     for (int64_t r = 0; r < block.num_rows; ++r) {
       Row& row = rows_[r];
       row.head = block.key_head * heads_per_key_head + (block.first_row + r) / s_.num_queries;
@@ -129,10 +136,20 @@ class Forward {
       row.is_guess = row.is_done = false;
       thresholds_[r] = -Types<A>::largest;  // -inf, a hidden key, never reaches it
       row.found = {candidate_scores_ + r * slots_, candidate_indices_ + r * slots_, 0, 0, thresholds_[r]};
-      pack_columns<T, A, true>(query + row.head * call_.query.stride[1] + row.query * call_.query.stride[2], 0, 1, 1,
-                         s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows, kTileRows, spare_rows_);
     }
-    for (int64_t r = block.num_rows; r % kTileRows != 0; ++r) {
+  }
+
+  const T* query_row(int64_t r) const {
+    const Row& row = rows_[r];
+    return static_cast<const T*>(call_.query.data) + block_.batch * call_.query.stride[0] +
+           row.head * call_.query.stride[1] + row.query * call_.query.stride[2];
+  }
+
+  void pack_queries() {
+    for (int64_t r = 0; r < block_.num_rows; ++r)
+      pack_columns<T, A, true>(query_row(r), 0, 1, 1, s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows,
+                               kTileRows, spare_rows_);
+    for (int64_t r = block_.num_rows; r % kTileRows != 0; ++r) {
       thresholds_[r] = kInfinity<A>;
       A* column = query_of(r / kTileRows) + r % kTileRows;
       for (int64_t d = 0; d < s_.head_dim; ++d) column[d * kTileRows] = 0;
@@ -377,10 +394,8 @@ class Forward {
   // The sums over all keys that each row of the block sees.
   void prepare_rest() {
     for (int64_t r = 0; r < block_.num_rows; ++r) {
-      const T* query = static_cast<const T*>(call_.query.data) + block_.batch * call_.query.stride[0] +
-                       rows_[r].head * call_.query.stride[1] + rows_[r].query * call_.query.stride[2];
       A* const to = seen_.row(r);
-      const A* const from = widened<T, A>(query, s_.head_dim, to);
+      const A* const from = widened<T, A>(query_row(r), s_.head_dim, to);
       for (int64_t d = 0; d < s_.head_dim; ++d) to[d] = from[d] * A(call_.scale);
     }
     for (int64_t first = 0, last; first < block_.num_rows; first = last) {
@@ -450,8 +465,8 @@ class Forward {
 };
 
 // Each free thread takes the next block of rows.
-template <class T, class A>
-bool run_forward(const AttentionForward& call, const Parallel& parallel) {
+template <class T, class A, class Worker = Forward<T, A>>
+bool run_forward(const AttentionForward& call, const Parallel& parallel, const typename Worker::Shared* shared = nullptr) {
   const Sizes& s = call.sizes;
   int64_t largest_k = 1;
   for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
@@ -461,14 +476,15 @@ bool run_forward(const AttentionForward& call, const Parallel& parallel) {
 
   struct State {
     const AttentionForward& call;
+    const typename Worker::Shared* shared;
     int64_t block_rows, rows_of_group, blocks_of_group, num_blocks, next;
     bool ok;
-  } state = {call, block_rows, rows_of_group, blocks_of_group, s.batch * s.num_key_heads * blocks_of_group, 0, true};
+  } state = {call, shared, block_rows, rows_of_group, blocks_of_group, s.batch * s.num_key_heads * blocks_of_group, 0, true};
 
   const int64_t num_workers = smaller(parallel.num_threads, state.num_blocks);
   parallel.run(num_workers, &state, [](void* opaque, int64_t) {
     State& state = *static_cast<State*>(opaque);
-    Forward<T, A> worker(state.call, state.block_rows);
+    Worker worker(state.call, state.block_rows, state.shared);
     if (!worker.ready()) {
       __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
       return;

@@ -75,18 +75,34 @@ class Additive {
     if (is_whole && num_dense_ == 1 && relative == nullptr && dense_[0].stride[3] == 1 && has_type(dense_[0].dtype))
       return static_cast<const A*>(dense_[0].data) + offset(0, head, query, first_key);
     const int64_t count = smaller<int64_t>(kPanel<A>, num_keys_ - first_key);
-    for (int64_t i = 0; i < kPanel<A>; ++i) spare[i] = relative != nullptr && i < count ? relative[i] : A(0);
+    for (int64_t i = count; i < kPanel<A>; ++i) spare[i] = A(0);
+    strided(head, query, first_key, 1, count, spare);
+    return spare;
+  }
+
+  // The same of `count` keys, first_key and every `step`-th after it.
+  void strided(int64_t head, int64_t query, int64_t first_key, int64_t step, int64_t count, A* to) const {
+    const A* relative = nullptr;
+    if (relative_ != nullptr) relative = relative_ + head * relative_stride_ + first_key - query + num_queries_ - 1;
+    for (int64_t i = 0; i < count; ++i) to[i] = relative != nullptr ? relative[i * step] : A(0);
     for (int part = 0; part < num_dense_; ++part) {
-      const int64_t first = offset(part, head, query, first_key), stride = dense_[part].stride[3];
+      const int64_t first = offset(part, head, query, first_key), stride = step * dense_[part].stride[3];
       switch (dense_[part].dtype) {
-        case DType::float32: add(static_cast<const float*>(dense_[part].data) + first, stride, count, spare); break;
-        case DType::float64: add(static_cast<const double*>(dense_[part].data) + first, stride, count, spare); break;
-        case DType::bfloat16: add(static_cast<const BFloat16*>(dense_[part].data) + first, stride, count, spare); break;
-        case DType::float16: add(static_cast<const Float16*>(dense_[part].data) + first, stride, count, spare); break;
-        case DType::boolean: hide(static_cast<const uint8_t*>(dense_[part].data) + first, stride, count, spare); break;
+        case DType::float32: add(static_cast<const float*>(dense_[part].data) + first, stride, count, to); break;
+        case DType::float64: add(static_cast<const double*>(dense_[part].data) + first, stride, count, to); break;
+        case DType::bfloat16: add(static_cast<const BFloat16*>(dense_[part].data) + first, stride, count, to); break;
+        case DType::float16: add(static_cast<const Float16*>(dense_[part].data) + first, stride, count, to); break;
+        case DType::boolean: hide(static_cast<const uint8_t*>(dense_[part].data) + first, stride, count, to); break;
       }
     }
-    return spare;
+  }
+
+  // What is added to the score of key 0, those of others behind it, where the call's own array holds these numbers; else null.
+  const A* row(int64_t head, int64_t query) const {
+    if (num_dense_ == 0 && relative_ != nullptr) return relative_ + head * relative_stride_ - query + num_queries_ - 1;
+    if (num_dense_ == 1 && relative_ == nullptr && dense_[0].stride[3] == 1 && has_type(dense_[0].dtype))
+      return static_cast<const A*>(dense_[0].data) + offset(0, head, query, 0);
+    return nullptr;
   }
 
  private:

@@ -82,6 +82,41 @@ Cut<A> find_cut(const A* scores, int64_t n, int64_t k, int64_t most, A low, int6
   return {low, count_at_low};
 }
 
+#if defined(__AVX512F__)
+// Merge a first run that lies apart with the second, which lies in the place that it has in the row if all of the first come
+// before it: 16 at a time, and no branch for each. Writes up to 15 beyond the row.
+inline void merge_by_rank(const float* first_scores, const int32_t* first_indices, int64_t first_count, float* scores,
+                          int32_t* indices, int64_t count) {
+  const int64_t second_count = count - first_count;
+  int64_t compared = 0;  // those of the second run before it are lower than what is left of the first
+  // The place of entry a of the first run. What was written over the second run is lower than it too.
+  const auto place_of = [&](int64_t a) {
+    for (;; compared += kLanes<float>) {
+      const int64_t left = smaller<int64_t>(second_count - compared, kLanes<float>);
+      const __m512i other = _mm512_loadu_si512(indices + first_count + compared);
+      const uint32_t lower = _mm512_cmplt_epi32_mask(other, _mm512_set1_epi32(first_indices[a])) & ((1u << left) - 1);
+      if (lower != 0xffff) return a + compared + count_bits(lower);
+    }
+  };
+  int64_t a = 0, place = place_of(0);
+  for (int64_t to = 0; to < count; to += kLanes<float>) {
+    const int64_t first = a;
+    uint32_t of_first = 0;
+    for (; place < to + kLanes<float>; place = a < first_count ? place_of(a) : count + kLanes<float>) {
+      of_first |= 1u << (place - to);
+      ++a;
+    }
+    const int64_t second = first_count + to - first;
+    const __m512i index = _mm512_maskz_expand_epi32(__mmask16(of_first), _mm512_loadu_si512(first_indices + first));
+    const __m512 score = _mm512_maskz_expand_ps(__mmask16(of_first), _mm512_loadu_ps(first_scores + first));
+    const __m512i other_index = _mm512_loadu_si512(indices + second);
+    const __m512 other_score = _mm512_loadu_ps(scores + second);
+    _mm512_storeu_si512(indices + to, _mm512_mask_expand_epi32(index, __mmask16(~of_first), other_index));
+    _mm512_storeu_ps(scores + to, _mm512_mask_expand_ps(score, __mmask16(~of_first), other_score));
+  }
+}
+#endif
+
 // Merge the two runs into one that ascends by index. The spare arrays hold at least as many.
 template <class A>
 void merge_runs(Candidates<A>& row, A* spare_scores, int32_t* spare_indices) {
@@ -90,6 +125,10 @@ void merge_runs(Candidates<A>& row, A* spare_scores, int32_t* spare_indices) {
   if (first_count == count || first_count == 0 || row.indices[first_count - 1] < row.indices[first_count]) return;
   __builtin_memcpy(spare_scores, row.scores, size_t(first_count) * sizeof(A));
   __builtin_memcpy(spare_indices, row.indices, size_t(first_count) * sizeof(int32_t));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return merge_by_rank(spare_scores, spare_indices, first_count, row.scores, row.indices, count);
+#endif
   int64_t a = 0, b = first_count, to = 0;
   while (a < first_count && b < count) {
     const bool take_first = spare_indices[a] < row.indices[b];

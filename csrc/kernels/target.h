@@ -4,7 +4,14 @@
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__x86_64__)
+// GCC 12 takes the undefined vectors that its own header passes to masked instructions for mistakes of ours.
+#pragma GCC diagnostic push
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "../kernels.h"
@@ -22,6 +29,11 @@ namespace {
 #include "scores-inl.h"
 #include "rest-inl.h"
 #include "forward-inl.h"
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
+#include "key_index-inl.h"
+#include "screen-inl.h"
+#include "screened_forward-inl.h"
+#endif
 #include "backward-inl.h"
 #include "activations-inl.h"
 #include "choose_neurons-inl.h"
@@ -36,7 +48,16 @@ namespace {
     default: return false;                                                   \
   }
 
-bool forward(const AttentionForward& call, const Parallel& parallel) { FOR_DTYPE(run_forward) }
+template <class T, class A>
+bool forward_of(const AttentionForward& call, const Parallel& parallel) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
+  if constexpr (sizeof(A) == 4)
+    if (screening_pays<A>(call)) return run_screened_forward<T>(call, parallel);
+#endif
+  return run_forward<T, A>(call, parallel);
+}
+
+bool forward(const AttentionForward& call, const Parallel& parallel) { FOR_DTYPE(forward_of) }
 
 template <class T, class A>
 bool backward_of(const AttentionBackward& call, const Parallel& parallel) {

@@ -671,7 +671,8 @@ void the_number_of_threads_changes_no_bit() {
   const Size all[] = {{{1, 1, 1, 150, 700, 16, 16}, 20},    // all threads share one head
                       {{4, 4, 4, 9, 60, 16, 16}, 20},       // each has heads of its own
                       {{1, 6, 2, 40, 600, 64, 64}, 200},
-                      {{1, 2, 1, 150, 900, 16, 8}, 800}};     // several chunks
+                      {{1, 2, 1, 150, 900, 16, 8}, 800},      // several chunks
+                      {{1, 4, 2, 80, 1100, 20, 8}, 15}};    // keys are screened where that is possible
   for (const Size& size : all)
     for (DType dtype : {DType::float32, DType::float64, DType::bfloat16})
       for (bool more : {false, true}) {
@@ -734,6 +735,64 @@ void gradients_of_more_rows_than_a_chunk_are_right() {
       c.relative_bias = Array(accumulation(dtype), {1, 1, 1, c.sizes.num_queries + 899}).fill(any_quarter);
       check(c);
     }
+}
+
+// Elements that are hard to screen; j counts queries or keys.
+double misleading_element(int how, int64_t j, int64_t d) {
+  const double x = any_number() + any_number() + any_number();
+  switch (how) {
+    case 0: return x;
+    case 1: return d == 3 ? 300 * x : x;                    // a channel far larger
+    case 2: return 100 + x;                                 // a large mean
+    case 3: return j % 90 == 0 ? 1e6 * x : x;               // few keys far larger
+    case 4: return j % 50 == 0 ? 1e17 * x : x;              // few keys beyond what is screened
+    case 5: return 1;                                       // all equal
+    case 6: return j % 3 == 0 ? 0 : double(any_integer(-1, 1));
+    case 7: return j % 70 == 0 && d == 1 ? kNan : x;
+    case 8: return j % 70 == 0 && d == 1 ? kInf : x;
+    case 9: return 1e-40 * x;                               // subnormal
+    case 10: return 1e20 * x;                               // scores overflow
+    default: return std::fabs(x) * double(j % 1000) / 100;  // better from key to key
+  }
+}
+
+// Sizes from which keys are screened: forward-inl.h scores all of them on the other targets.
+void screened_keys_are_those_of_all_scores() {
+  const topk::Kernels *screened = topk::kernels_of("avx512vnni"), *plain = topk::kernels_of("avx512");
+  if (screened == nullptr || plain == nullptr) return;
+  for (int how = 0; how < 12; ++how)
+    for (DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+      for (int more = 0; more < 4; ++more) {
+        context = text("elements %d, %s, %d", how, name_of(dtype), more);
+        const int64_t num_keys = 1024 + 61 * more, dim = 18 + 23 * more;
+        Case c = make_case({1, 2, 1, 40 + 20 * more, num_keys, dim, 5}, 1, dtype);
+        c.k = {3 + how, 60};
+        c.query.fill([&](int64_t, int64_t, int64_t i, int64_t d) { return misleading_element(more == 3 ? how : 0, i, d); });
+        c.key.fill([&](int64_t, int64_t, int64_t j, int64_t d) { return misleading_element(how, j, d); });
+        c.is_causal = more % 2 == 1;
+        if (more == 1) c.relative_bias = Array(DType::float32, {1, 1, 2, c.sizes.num_queries + num_keys - 1}).fill(any_element);
+        if (more == 2) {
+          c.mask = Array(DType::boolean, {1, 1, c.sizes.num_queries, num_keys});
+          c.mask.fill([](int64_t, int64_t, int64_t, int64_t) { return double(any_integer(0, 2) != 0); });
+        }
+        if (more == 3) c.bias = Array(dtype, {1, 1, 1, num_keys}, Layout::gaps).fill(any_quarter);
+        Result results[2];
+        for (int n = 0; n < 2; ++n) {
+          kernels = n == 0 ? plain : screened;
+          target = kernels->target;
+          forward(c, results[n]);
+        }
+        if (results[0].indices != results[1].indices) complain("other keys");
+        const auto same = [](const char* what, const Array& a, const Array& b) {
+          for (int64_t n = 0; n < a.shape[1] * a.shape[2] * a.shape[3]; ++n) {
+            const int64_t d = n % a.shape[3], i = n / a.shape[3] % a.shape[2], h = n / a.shape[3] / a.shape[2];
+            const double x = a.get(0, h, i, d), y = b.get(0, h, i, d);
+            if (!(x == y || (std::isnan(x) && std::isnan(y)))) return complain("other %s", what);
+          }
+        };
+        same("weights", results[0].weights, results[1].weights);
+        same("output", results[0].output, results[1].output);
+      }
 }
 
 void gradients_not_wanted_change_no_bit_of_others() {
@@ -966,6 +1025,7 @@ const std::vector<Claim> attention_claims = {
     CLAIM(the_number_of_threads_changes_no_bit),
     CLAIM(keys_that_many_rows_keep_get_all_their_gradients),
     CLAIM(gradients_of_more_rows_than_a_chunk_are_right),
+    CLAIM(screened_keys_are_those_of_all_scores),
     CLAIM(gradients_not_wanted_change_no_bit_of_others),
     CLAIM(entries_need_not_be_saved),
     CLAIM(the_rest_enters_the_softmax_and_its_values_get_their_gradients),

@@ -36,7 +36,17 @@ def describe_environment() -> str:
 
 def _kernels() -> str:
     problem = cpu.problem()
-    return problem or f"{cpu.cpu_target()} in use; this processor can run {', '.join(cpu.cpu_targets())}"
+    if problem is not None:
+        return problem
+    target = cpu.cpu_target()
+    return f"{target} in use, {_scores(target)}; this processor can run {', '.join(cpu.cpu_targets())}"
+
+
+def _scores(target: str) -> str:
+    """How the attention of a CPU target finds the keys to keep, and why."""
+    if target == "avx512vnni":
+        return "which screens keys by products of 8-bit integers and scores in float32 those that may be kept"
+    return "which scores every key, as only avx512vnni (AVX-512 with VNNI and VBMI2) screens them first"
 
 
 def _can_run(backend: str) -> str:

@@ -55,7 +55,9 @@ def cpu_target() -> str:
 
 @contextmanager
 def forced_cpu_target(name: str) -> Iterator[None]:
-    """Run the kernels of one instruction set, "avx512", "avx2", "neon" or "baseline", in the whole process.
+    """Run the kernels of one instruction set in the whole process: one of `cpu_targets()`.
+
+    "avx512vnni", "avx512", "avx2" and "baseline" on x86, "neon" on Arm. Only avx512vnni screens the keys of attention.
 
     Raises:
         ValueError: this processor, or this build, has no such kernels.

@@ -1,0 +1,430 @@
+// Top-k attention, forward, with keys screened by 8-bit products. It keeps the same keys with the same scores, to the bit, as
+// scoring all of them, and shares everything that comes after:
+//   1. Approximate scores of a sample, every period-th key, give each row a guessed threshold.
+//   2. All other keys are screened against it. Those that may reach it are scored in float32 and stored if they do.
+//   3. A row of which fewer than k keys reached the guess is screened again with a lower one.
+// Where a sixth of the keys pass, as with keys that are all alike, the block is given up and all its keys are scored.
+
+// Fewer rows of a key head do not repay its index; nor does screening where k is this share of the keys.
+constexpr int64_t kFewestScreenedRows = 64, kFewestScreenedKeys = 1024, kKeysPerKept = 8;
+constexpr int64_t kMostScreenedKeys = 1 << 21;  // indices of slots and their halves are exact in float32
+constexpr int64_t kIndexBytes = 512 << 10;      // of the index that one chunk of panels takes from the second-level cache
+constexpr double kSampleDeviations = 2.5;       // how far above its expectation the guess takes a rank in the sample
+
+template <class A>
+bool screening_pays(const AttentionForward& call) {
+  const Sizes& s = call.sizes;
+  int64_t largest_k = 1;
+  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
+  return s.num_keys >= kFewestScreenedKeys && s.num_keys <= kMostScreenedKeys && s.head_dim >= 16 && s.head_dim <= 4096 &&
+         s.num_heads / s.num_key_heads * s.num_queries >= kFewestScreenedRows && largest_k * kKeysPerKept <= s.num_keys;
+}
+
+// The distance between keys of the sample. A large sample takes time, a small one guesses low and lets more keys pass. Odd, as
+// keys often come in rows of an even number.
+inline int64_t sample_period(int64_t k, int64_t num_keys) {
+  int64_t best = 3;
+  double least = 0;
+  for (int64_t period = 3; period <= 65; period += 2) {
+    // Thousandths of the time of a row, fitted to measurements.
+    const double passed = kSampleDeviations * __builtin_sqrt(double(k * period)) + 2.0 * double(period);
+    const double time = 0.4 * double(num_keys) / double(period) + 25 * passed;
+    if (period == 3 || time < least) {
+      least = time;
+      best = period;
+    }
+  }
+  return best;
+}
+
+template <class T>
+class ScreenedForward : public Forward<T, float> {
+  using Base = Forward<T, float>;
+  using Row = typename Base::Row;
+  using Base::additive_part_, Base::block_, Base::call_, Base::capacity_, Base::finish, Base::largest_k_, Base::make_room, Base::prepare_rest;
+  using Base::query_row, Base::rows_, Base::s_, Base::score_block, Base::start, Base::thresholds_;
+
+ public:
+  struct Shared {
+    const KeyIndex* indexes;  // [B, G]
+  };
+
+  ScreenedForward(const AttentionForward& call, int64_t max_rows, const Shared* shared) : Base(call, max_rows), shared_(*shared) {
+    const KeyIndex& index = shared->indexes[0];
+    chunk_panels_ = smaller(larger<int64_t>(kIndexBytes / index.panel_bytes() / 2 * 2, 2), index.num_panels);
+    const int64_t chunk_slots = larger(chunk_panels_, index.sample_panels) * kIndexPanel;
+    arena_.allocate([&](Arena& arena) {
+      screen_.take(arena, max_rows, s_.head_dim);
+      sample_ = arena.take<float>(kTileRows * index.sample_panels * kIndexPanel);
+      bits_ = arena.take<uint32_t>((chunk_slots / kIndexPanel + 1) * kTileRows);
+      starts_ = arena.take<int32_t>(chunk_slots / kIndexPanel * 16);
+      passed_ = arena.take<int32_t>(chunk_slots + 64);
+      scores_ = arena.take<float>(chunk_slots + 64);
+      if (adds()) {
+        const int64_t keys_of_chunk = ceil_div(chunk_slots * index.period, index.period - 1) + kIndexPanel;
+        added_ = arena.take<float>(larger(keys_of_chunk, chunk_slots + kIndexPanel));
+        most_added_ = arena.take<float>(chunk_slots / kIndexPanel * 16);
+      }
+      order_ = arena.take<int64_t>(max_rows);
+    });
+  }
+
+  bool ready() const { return Base::ready() && arena_.ready(); }
+
+  void run(const RowBlock& block) {
+    start(block);
+    if (screen_block()) return;
+    start(block);
+    score_block();
+  }
+
+ private:
+  // False where screening does not pay.
+  bool screen_block() {
+    num_passed_ = num_screened_ = 0;
+    screen_.start(shared_.indexes[block_.batch * s_.num_key_heads + block_.key_head]);
+    for (int64_t r = 0; r < block_.num_rows; ++r) {
+      screen_.set_query(r, query_row(r), float(call_.scale));
+      order_[r] = r;
+    }
+    if (!visit_sample() || !visit(block_.num_rows, index().sample_panels, index().num_panels)) return false;
+    if (call_.rest.active) prepare_rest();
+    int64_t left = finish_found(block_.num_rows);
+    if (left > block_.num_rows / 4) return false;
+    for (int64_t tries = 0; left > 0; ++tries) {
+      for (int64_t i = 0; i < left; ++i) lower_guess(order_[i], tries == 3);
+      visit(left, 0, index().sample_panels, false);
+      for (int64_t i = 0; i < left; ++i) rows_[order_[i]].found.second_run = rows_[order_[i]].found.count;
+      visit(left, index().sample_panels, index().num_panels, false);
+      left = finish_found(left);
+    }
+    return true;
+  }
+
+  const KeyIndex& index() const { return screen_.index(); }
+
+  // Finish those of the first `count` rows of order_ that found their keys; leaves the others there and returns how many.
+  int64_t finish_found(int64_t count) {
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = order_[i];
+      if (rows_[r].is_guess && rows_[r].found.count < rows_[r].k)
+        order_[left++] = r;
+      else
+        finish(r);
+    }
+    return left;
+  }
+
+  // Half as far again below the best score as the guess that failed.
+  void lower_guess(int64_t r, bool takes_all) {
+    Row& row = rows_[r];
+    float best = row.found.threshold;
+    for (int64_t i = 0; i < row.found.count; ++i) best = larger(best, row.found.scores[i]);
+    const float lower = best - 1.5f * (best - row.found.threshold);
+    row.is_guess = !takes_all && lower < row.found.threshold && lower > -Types<float>::largest;
+    set_threshold(r, row.is_guess ? lower : -Types<float>::largest);
+    row.found.count = row.found.second_run = 0;
+  }
+
+  void set_threshold(int64_t r, float score) {
+    thresholds_[r] = rows_[r].found.threshold = score;
+    screen_.set_threshold(r, score);
+  }
+
+  // How many of a run of slots, the sample's or the others', row r sees.
+  int64_t visible_slots(int64_t r, bool is_sample) const {
+    return is_sample ? index().sampled_among(rows_[r].visible) : index().others_among(rows_[r].visible);
+  }
+
+  bool adds() const { return additive_part_.any(); }
+
+  bool visit_sample() {
+    const int64_t stride = index().sample_panels * kIndexPanel;
+    for (int64_t first = 0; first < block_.num_rows; first += kTileRows) {
+      const int64_t in_tile = smaller<int64_t>(kTileRows, block_.num_rows - first);
+      screen_.set_tile(order_ + first, in_tile);
+      int64_t most = 0;
+      for (int64_t i = 0; i < in_tile; ++i) most = larger(most, visible_slots(first + i, true));
+      for (int64_t p = 0; p * kIndexPanel < most; ++p) screen_.approximate(p, sample_ + p * kIndexPanel, stride);
+      for (int64_t i = 0; i < in_tile; ++i) {
+        const int64_t r = first + i, visible = visible_slots(r, true);
+        float* scores = sample_ + i * stride;
+        for (int64_t slot = visible; slot < ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel; ++slot) scores[slot] = -kInfinity<float>;
+        const int64_t panels = ceil_div<int64_t>(visible, kIndexPanel);
+        if (adds()) add_to_sample(r, scores, visible);
+        guess(r, scores, visible);
+        for (int64_t p = 0; p < panels; ++p) bits_[p] = screen_.screen_approximate(r, p, scores + p * kIndexPanel);
+        take(r, 0, list_passed(bits_, 1, visible), true);
+        rows_[r].found.second_run = rows_[r].found.count;
+      }
+      if (too_many_pass()) return false;
+    }
+    return true;
+  }
+
+  // Scoring a key that passed takes three times as long as scoring one of many.
+  bool too_many_pass() const { return num_passed_ > num_screened_ / 6 + kTileRows * largest_k_; }
+
+  // Set the threshold to a score that, judging by the sample, a few more than k keys reach.
+  void guess(int64_t r, const float* scores, int64_t visible) {
+    Row& row = rows_[r];
+    const double share = visible == 0 ? 1 : double(visible) / double(row.visible), expected = double(row.k) * share;
+    const int64_t rank = int64_t(expected + kSampleDeviations * __builtin_sqrt(expected * (1 - share)) + 2);
+    int64_t eligible = visible;
+    if (adds()) {
+      eligible = copy_not_less(scores, ceil_div<int64_t>(visible, 16) * 16, -Types<float>::largest, added_);
+      for (int64_t i = eligible; i < ceil_div<int64_t>(eligible, kIndexPanel) * kIndexPanel; ++i) added_[i] = -kInfinity<float>;
+      scores = added_;
+    }
+    row.is_guess = rank < eligible && screen_.row(r).size > 0;
+    if (!row.is_guess) return set_threshold(r, -Types<float>::largest);
+    set_threshold(r, screen_.score_at(r, cut_sample(scores, eligible, rank)));
+  }
+
+  void add_to_sample(int64_t r, float* scores, int64_t visible) {
+    additive_part_.strided(rows_[r].head, rows_[r].query, 0, index().period, visible, added_);
+    for (int64_t i = visible; i < ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel; ++i) added_[i] = -kInfinity<float>;
+    screen_.add_to_approximate(r, added_, ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel, scores);
+  }
+
+  // Fill most_added_ for the tile's row i, which is row r, and `count` panels.
+  void find_most_added_of_row(int64_t i, int64_t r, int64_t first_panel, int64_t count) {
+    const Row& row = rows_[r];
+    const int64_t step = first_panel < index().sample_panels ? index().period : 1;
+    const int64_t first_key = index().key_at(first_panel, 0);
+    const int64_t end_key = smaller(index().key_at(first_panel + count - 1, kIndexPanel - 1) + 1, s_.num_keys);
+    // The sample's keys lie `step` apart; others lie side by side but for those of the sample, which do no harm.
+    const float* added = step == 1 ? additive_part_.row(row.head, row.query) : nullptr;
+    if (added != nullptr) {
+      added += first_key;
+    } else {
+      additive_part_.strided(row.head, row.query, first_key, step, ceil_div(end_key - first_key, step), added_);
+      added = added_;
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t from = (index().key_at(first_panel + p, 0) - first_key) / step;
+      const int64_t to = (smaller(index().key_at(first_panel + p, kIndexPanel - 1) + 1, end_key) - first_key + step - 1) / step;
+      most_added_[16 * p + i] = largest_added(added + from, to - from);
+    }
+  }
+
+  // The same for the tile of rows order_[first .. first + in_tile).
+  void find_most_added(int64_t first, int64_t in_tile, int64_t first_panel, int64_t count) {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t r = order_[first + smaller(i, in_tile - 1)];
+      const Row& row = rows_[r];
+      const bool is_same = i > 0 && (i >= in_tile || (!additive_part_.varies_with_query() && rows_[order_[first + i - 1]].head == row.head));
+      if (!is_same)
+        find_most_added_of_row(i, r, first_panel, count);
+      else
+        for (int64_t p = 0; p < count; ++p) most_added_[16 * p + i] = most_added_[16 * p + i - 1];
+    }
+  }
+
+  // NaN counts as the largest.
+  static float largest_added(const float* added, int64_t count) {
+    __m512 most = _mm512_set1_ps(-kInfinity<float>);
+    __mmask16 broken = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = lanes_left(i, count);
+      const __m512 x = _mm512_maskz_loadu_ps(lanes, added + i);
+      most = _mm512_mask_max_ps(most, lanes, most, x);
+      broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    }
+    return broken != 0 ? kInfinity<float> : _mm512_reduce_max_ps(most);
+  }
+
+  // A cut that `rank` of n scores, and few more, reach. Rows are much alike: few scores lie above a place that is a little below
+  // where the row before was cut, in deviations from the mean.
+  float cut_sample(const float* scores, int64_t n, int64_t rank) {
+    const int64_t padded = ceil_div<int64_t>(n, kIndexPanel) * kIndexPanel, most = rank + rank / 8;
+    const Spread spread = spread_of(scores, n);
+    const float low = spread.mean + (deviations_ - 0.3f) * spread.deviation;
+    const int64_t count = copy_not_less(scores, padded, low, scores_);
+    Cut<float> cut;
+    if (count >= rank && low > -Types<float>::largest)
+      cut = find_cut(scores_, count, rank, most, low, count);
+    else
+      cut = find_cut(scores, padded, rank, most, lowest_finite(scores, padded), n);
+    if (spread.deviation > 0) deviations_ = smaller(larger((cut.at - spread.mean) / spread.deviation, -8.0f), 8.0f);
+    return cut.at;
+  }
+
+  struct Spread {
+    float mean, deviation;
+  };
+
+  static Spread spread_of(const float* scores, int64_t n) {
+    __m512 sum[2] = {}, squares[2] = {};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+      for (int v = 0; v < 2; ++v) {
+        const __m512 x = _mm512_loadu_ps(scores + i + 16 * v);
+        sum[v] = _mm512_add_ps(sum[v], x);
+        squares[v] = _mm512_fmadd_ps(x, x, squares[v]);
+      }
+    const float count = float(larger<int64_t>(i, 1)), mean = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / count;
+    const float variance = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])) / count - mean * mean;
+    return {mean, square_root(larger(variance, 0.0f))};
+  }
+
+  static int64_t copy_not_less(const float* from, int64_t n, float low, float* to) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m512 v = _mm512_loadu_ps(from + i);
+      const __mmask16 lanes = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ);
+      _mm512_storeu_ps(to + count, _mm512_maskz_compress_ps(lanes, v));
+      count += count_bits(lanes);
+    }
+    return count;
+  }
+
+
+  static float lowest_finite(const float* scores, int64_t n) {
+    __m512 low = _mm512_set1_ps(Types<float>::largest);
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m512 v = _mm512_loadu_ps(scores + i);
+      low = _mm512_mask_min_ps(low, _mm512_cmp_ps_mask(v, _mm512_set1_ps(-kInfinity<float>), _CMP_GT_OQ), low, v);
+    }
+    return _mm512_reduce_min_ps(low);
+  }
+
+  // Screen panels [first_panel, last_panel), all of the sample or none, for the first `count` rows of order_ and take what
+  // passes. Returns false, where it may give up, when too many pass.
+  bool visit(int64_t count, int64_t first_panel, int64_t last_panel, bool may_give_up = true) {
+    const bool is_sample = first_panel < index().sample_panels;
+    for (int64_t chunk = first_panel; chunk < last_panel; chunk += chunk_panels_) {
+      const int64_t first_slot = (chunk - first_panel) * kIndexPanel;
+      const int64_t end_slot = (smaller(chunk + chunk_panels_, last_panel) - first_panel) * kIndexPanel;
+      for (int64_t first = 0; first < count; first += kTileRows) {
+        const int64_t in_tile = smaller<int64_t>(kTileRows, count - first);
+        int64_t most = 0;
+        for (int64_t i = 0; i < in_tile; ++i) most = larger(most, visible_slots(order_[first + i], is_sample));
+        most = smaller(most, end_slot);
+        if (most <= first_slot) continue;
+        screen_.set_tile(order_ + first, in_tile);
+        const int64_t panels = ceil_div<int64_t>(most - first_slot, kIndexPanel);
+        if (adds()) find_most_added(first, in_tile, chunk, panels);
+        screen_.screen(chunk, panels, adds() ? most_added_ : nullptr, starts_, bits_);
+        for (int64_t i = 0; i < in_tile; ++i) {
+          const int64_t r = order_[first + i], visible = smaller(visible_slots(r, is_sample), end_slot) - first_slot;
+          if (visible <= 0) continue;
+          take(r, first_slot, list_passed(bits_ + i, kTileRows, visible), is_sample);
+        }
+        if (may_give_up && too_many_pass()) return false;
+      }
+    }
+    return true;
+  }
+
+  // Fill passed_ with the numbers of the bits that are set among the first `visible`; bits of a panel lie `stride` apart.
+  int64_t list_passed(const uint32_t* bits, int64_t stride, int64_t visible) {
+    int64_t count = 0, slot = 0;
+    for (; slot + 64 <= visible; slot += 64, bits += 2 * stride)
+      count += append_set_bits(bits[0] | uint64_t(bits[stride]) << 32, int32_t(slot), passed_ + count);
+    if (slot < visible) {
+      const uint64_t both = bits[0] | (visible - slot > 32 ? uint64_t(bits[stride]) << 32 : 0);
+      count += append_set_bits(both & ((uint64_t(1) << (visible - slot)) - 1), int32_t(slot), passed_ + count);
+    }
+    num_passed_ += count;
+    num_screened_ += visible;
+    return count;
+  }
+
+  // Score the keys in the slots first_slot + passed_[0 .. count) and store what reaches the threshold.
+  void take(int64_t r, int64_t first_slot, int64_t count, bool is_sample) {
+    if (count == 0) return;
+    name_keys(first_slot, count, is_sample);
+    if (adds()) count = drop_hidden(r, count);
+    const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] + block_.key_head * call_.key.stride[1];
+    screen_.score(r, keys, call_.key.stride[2], passed_, count, scores_);
+    Candidates<float>& found = rows_[r].found;
+    for (int64_t i = 0; i < count; i += 16) {
+      if (adds()) _mm512_storeu_ps(scores_ + i, _mm512_add_ps(_mm512_loadu_ps(scores_ + i), _mm512_loadu_ps(added_ + i)));
+      uint32_t lanes = not_less(load(scores_ + i), broadcast(found.threshold));
+      if (count - i < 16) lanes &= (1u << (count - i)) - 1;
+      found.count += compact_lanes(scores_ + i, passed_ + i, lanes, found.scores + found.count, found.indices + found.count);
+      if (found.count <= capacity_) continue;
+      make_room(r);
+      screen_.set_threshold(r, found.threshold);
+    }
+  }
+
+  // Fills added_ with what is added to the scores of the keys passed_[0 .. count) that are not hidden; keeps only those in passed_.
+  int64_t drop_hidden(int64_t r, int64_t count) {
+    const Row& row = rows_[r];
+    const float* added = additive_part_.row(row.head, row.query);
+    int64_t to = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t key = passed_[i];
+      if (added != nullptr)
+        added_[to] = added[key];
+      else
+        additive_part_.strided(row.head, row.query, key, 1, 1, added_ + to);
+      passed_[to] = key;
+      to += added_[to] != -kInfinity<float>;
+    }
+    return to;
+  }
+
+  // Turn slots into keys.
+  void name_keys(int64_t first_slot, int64_t count, bool is_sample) {
+    const int64_t period = index().period;
+    const __m512i first = _mm512_set1_epi32(int32_t(first_slot));
+    const __m512 inverse = _mm512_set1_ps(1 / float(period - 1));
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m512i slot = _mm512_add_epi32(_mm512_loadu_si512(passed_ + i), first);
+      const __m512 quotient = _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(slot), _mm512_set1_ps(0.5f)), inverse);
+      const __m512i before = _mm512_add_epi32(_mm512_cvttps_epi32(quotient), _mm512_set1_epi32(1));
+      const __m512i sampled = _mm512_mullo_epi32(slot, _mm512_set1_epi32(int32_t(period)));
+      _mm512_storeu_si512(passed_ + i, is_sample ? sampled : _mm512_add_epi32(slot, before));
+    }
+  }
+
+  const Shared& shared_;
+  Screen<T> screen_;
+  Arena arena_;
+  int64_t chunk_panels_ = 0, num_passed_ = 0, num_screened_ = 0;
+  float deviations_ = 2;
+  float *added_ = nullptr, *most_added_ = nullptr;
+  float *sample_ = nullptr, *scores_ = nullptr;
+  uint32_t* bits_ = nullptr;
+  int32_t *starts_ = nullptr, *passed_ = nullptr;
+  int64_t* order_ = nullptr;
+};
+
+// Builds the index of every key head, then runs. Without memory for them all keys are scored.
+template <class T>
+bool run_screened_forward(const AttentionForward& call, const Parallel& parallel) {
+  const Sizes& s = call.sizes;
+  int64_t largest_k = 1;
+  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
+  const int64_t num_indexes = s.batch * s.num_key_heads;
+  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k, s.num_keys));
+  struct State {
+    const AttentionForward& call;
+    KeyIndex* indexes;
+    bool ok;
+  } state = {call, nullptr, true};
+  Arena arena;
+  arena.allocate([&](Arena& arena) {
+    state.indexes = arena.take<KeyIndex>(num_indexes);
+    for (int64_t i = 0; i < num_indexes; ++i) {
+      KeyIndex index = blank;
+      index.take(arena);
+      if (state.indexes != nullptr) state.indexes[i] = index;
+    }
+  });
+  if (!arena.ready()) return run_forward<T, float>(call, parallel);
+  parallel.run(num_indexes, &state, [](void* opaque, int64_t i) {
+    State& state = *static_cast<State*>(opaque);
+    const View& key = state.call.key;
+    const int64_t heads = state.call.sizes.num_key_heads;
+    const T* keys = static_cast<const T*>(key.data) + i / heads * key.stride[0] + i % heads * key.stride[1];
+    if (!KeyIndexBuilder<T>(state.indexes[i], keys, key.stride[2]).build()) __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
+  });
+  if (!state.ok) return run_forward<T, float>(call, parallel);
+  const typename ScreenedForward<T>::Shared shared = {state.indexes};
+  return run_forward<T, float, ScreenedForward<T>>(call, parallel, &shared);
+}

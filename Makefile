@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml setup.py experiments/pyproject.toml constraints.txt req
 	@touch $@
 	@echo "Installed into $(VENV)"
 
-demo: install ## read a text with SmolLM2-135M in full and with several k; writes build/demo/
-	@echo "Running the demo (two to three minutes on two cores)"
+demo: install ## read a text with SmolLM2-135M in full and with several k, alone and completed; writes build/demo/
+	@echo "Running the demo (about four minutes on two cores)"
 	@$(BIN)/topk-experiments demo $(DEMO_ARGUMENTS)
 
 test: install $(TEST_MODELS) ## run every test of the library and of the experiments

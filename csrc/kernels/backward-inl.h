@@ -1,49 +1,79 @@
 // Top-k attention, backward: reads only the kept keys.
 //
 // The rows of one head group are computed in chunks, in two phases. Phase one, parallel over rows: the gradient of each
-// kept score (and of the query). Phase two, parallel over ranges of keys: each key's gradient sums its rows in ascending
-// order, so the sums are the same for any number of threads. Biases are summed in the same way, over ranges of their own.
-// Work that no wanted gradient needs is skipped.
+// kept score, and of the query; each entry goes to the bucket of its range of keys. Phase two, parallel over these ranges:
+// entries are sorted by key, so that a key's gradient is read and written once for many of them. Each sum runs over rows in
+// ascending order: the same bits for any number of threads, and for any size of chunks, ranges and tiles. Biases are summed
+// over ranges of their own. Work that no wanted gradient needs is skipped.
 
-constexpr int64_t kScoreGradientBytes = 2 << 20;
-// Gradients of the keys and values of one range should stay in the second-level cache.
-constexpr int64_t kKeyRangeBytes = 512 << 10;
-constexpr int64_t kRowsPerTask = 64, kBiasRanges = 16;
-// With a rest a task begins with the sums over up to an interval of keys: more rows share that.
-constexpr int64_t kRowsPerTaskWithRest = 512;
+constexpr int64_t kChunkBytes = 2 << 20, kMaxBlocksOfChunk = 256;
+// Rows whose entries lie together, bucket by bucket.
+constexpr int64_t kRowsPerBlock = 64;
+// With a rest a task begins with the sums over up to an interval of keys: more blocks share that.
+constexpr int64_t kBlocksPerTaskWithRest = 8;
+constexpr int64_t kMaxKeysPerRange = 4096;
+// What is sorted at a time: blocks until they have so many entries in the range. In real text few rows do, and their
+// queries are read from the first-level cache; the limit on rows keeps the others in the second-level cache.
+constexpr int64_t kTileEntries = 16 << 10, kTileBytes = 512 << 10;
+constexpr int64_t kBiasRanges = 16;
+constexpr float kSmallestTellingWeight = 1e-30f;
+// Vectors of a sum that stay in registers.
+constexpr int kMostSums = kVectorBytes == 64 ? 16 : 8;
+
+// A kept key of a row, and what the row's query and grad_output are multiplied by in the gradients of that key and value.
+template <class A>
+struct Entry {
+  int32_t key, row;  // the row counts from the chunk's first
+  A of_key, of_value;
+};
 
 // kDim is the head and value size where it is known when compiling, otherwise 0.
 template <class T, class A, int kDim>
 class Backward {
  public:
-  explicit Backward(const AttentionBackward& call)
+  Backward(const AttentionBackward& call, int64_t num_threads)
       : call_(call), s_(call.sizes), rows_of_group_(s_.num_heads / s_.num_key_heads * s_.num_queries) {
     for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
-    rows_per_task_ = call.rest.active ? kRowsPerTaskWithRest : kRowsPerTask;
-    chunk_rows_ = larger<int64_t>(kScoreGradientBytes / (largest_k_ * int64_t(sizeof(A))), rows_per_task_);
-    chunk_rows_ = smaller(chunk_rows_, rows_of_group_);
-    const int64_t key_bytes = (s_.head_dim + s_.value_dim) * int64_t(sizeof(A));
-    keys_per_range_ = larger<int64_t>(kKeyRangeBytes / key_bytes, 16);
-    keys_per_range_ = smaller(keys_per_range_, s_.num_keys);
+    const int64_t chunk_rows = larger<int64_t>(kChunkBytes / (largest_k_ * int64_t(sizeof(Entry<A>))), 1);
+    rows_per_block_ = smaller(smaller(kRowsPerBlock, chunk_rows), rows_of_group_);
+    blocks_per_task_ = call.rest.active ? kBlocksPerTaskWithRest : 1;
+    blocks_per_chunk_ = larger(smaller(chunk_rows / rows_per_block_, kMaxBlocksOfChunk), blocks_per_task_);
+    blocks_per_chunk_ = smaller(blocks_per_chunk_, ceil_div(rows_of_group_, rows_per_block_));
+    const int64_t row_bytes = larger<int64_t>((s_.head_dim + s_.value_dim) * int64_t(sizeof(A)), 1);
+    // Each thread should get several ranges, as they take unequal time.
+    const int64_t most_keys = num_threads == 1 ? kMaxKeysPerRange : smaller(kMaxKeysPerRange, s_.num_keys / (4 * num_threads));
+    while (int64_t(2) << range_bits_ <= most_keys) ++range_bits_;
+    max_tile_blocks_ = larger<int64_t>(kTileBytes / row_bytes / rows_per_block_, 1);
+    most_of_block_ = rows_per_block_ * smaller(largest_k_, keys_per_range());
   }
 
   int64_t num_groups() const { return s_.batch * s_.num_key_heads; }
-  int64_t num_ranges() const { return ceil_div(s_.num_keys, keys_per_range_); }
-  // For each kept entry of a chunk: its score's gradient, and with a rest also its bias's and the weight of its value's.
-  int64_t num_score_gradients() const { return chunk_rows_ * largest_k_ * (call_.rest.active ? 3 : 1); }
+
+  // What one chunk needs.
+  struct Space {
+    Entry<A>* entries;   // [blocks, rows of a block * largest k]
+    int32_t* bucket_ends;  // [blocks, ranges]: the ranges of a block follow one another
+    A* bias_gradients;   // [rows, largest k], only where a bias gets a gradient
+  };
+  void take(Arena& arena, Space& space) const {
+    if (wants_entries()) {
+      space.entries = arena.take<Entry<A>>(blocks_per_chunk_ * rows_per_block_ * largest_k_);
+      space.bucket_ends = arena.take<int32_t>(blocks_per_chunk_ * num_ranges());
+    }
+    if (wants_biases()) space.bias_gradients = arena.take<A>(blocks_per_chunk_ * rows_per_block_ * largest_k_);
+  }
 
   // The whole group, phase after phase. `parallel` runs the tasks of a phase.
-  bool run_group(int64_t group, A* score_gradients, const Parallel& parallel) const {
-    for (int64_t first = 0; first < rows_of_group_; first += chunk_rows_) {
-      Chunk chunk = {this, group, first, smaller(chunk_rows_, rows_of_group_ - first), score_gradients, true};
-      if (needs_score_gradients()) {
-        parallel.run(ceil_div(chunk.num_rows, rows_per_task_), &chunk, [](void* opaque, int64_t task) {
-          Chunk& chunk = *static_cast<Chunk*>(opaque);
-          chunk.self->score_gradients(chunk, task * chunk.self->rows_per_task_);
-        });
-      }
+  bool run_group(int64_t group, const Space& space, const Parallel& parallel) const {
+    const int64_t rows_per_chunk = blocks_per_chunk_ * rows_per_block_;
+    for (int64_t first = 0; first < rows_of_group_; first += rows_per_chunk) {
+      Chunk chunk = {this, group, first, smaller(rows_per_chunk, rows_of_group_ - first), space, true};
+      parallel.run(ceil_div(num_blocks(chunk), blocks_per_task_), &chunk, [](void* opaque, int64_t task) {
+        Chunk& chunk = *static_cast<Chunk*>(opaque);
+        chunk.self->score_gradients(chunk, task * chunk.self->blocks_per_task_);
+      });
       if (!chunk.ok) return false;
-      if (call_.grad_key != nullptr || call_.grad_value != nullptr) {
+      if (wants_entries()) {
         parallel.run(num_ranges(), &chunk, [](void* opaque, int64_t task) {
           Chunk& chunk = *static_cast<Chunk*>(opaque);
           chunk.self->key_gradients(chunk, task);
@@ -70,51 +100,63 @@ class Backward {
   struct Chunk {
     const Backward* self;
     int64_t group, first_row, num_rows;
-    A* score_gradients;  // [num_rows, largest k]
+    Space space;
     bool ok;
   };
 
   // One row of a chunk: where its parts are.
   struct Row {
-    int64_t batch, head, query, number, count;
+    int64_t place, batch, head, query, number, k, count;  // place: its number in the chunk
     const int32_t* indices;
     const A* weights;
-    A* score_gradients;
-    A* bias_gradients;  // the score's own where there is no rest
-    A* value_weights;   // only with a rest
   };
 
+  bool wants_entries() const { return call_.grad_key != nullptr || call_.grad_value != nullptr; }
+  bool wants_biases() const { return call_.grad_bias != nullptr || call_.grad_relative_bias != nullptr; }
   bool needs_score_gradients() const {
-    return call_.rest.active || call_.grad_query != nullptr || call_.grad_key != nullptr || call_.grad_bias != nullptr ||
-           call_.grad_relative_bias != nullptr;
+    return call_.rest.active || call_.grad_query != nullptr || call_.grad_key != nullptr || wants_biases();
   }
 
   int64_t head_dim() const { return kDim != 0 ? kDim : s_.head_dim; }
   int64_t value_dim() const { return kDim != 0 ? kDim : s_.value_dim; }
+  int64_t keys_per_range() const { return int64_t(1) << range_bits_; }
+  int64_t num_ranges() const { return ceil_div(s_.num_keys, keys_per_range()); }
+  int64_t num_blocks(const Chunk& chunk) const { return ceil_div(chunk.num_rows, rows_per_block_); }
 
-  Row row_of(const Chunk& chunk, int64_t r) const {
+  Row row_of(const Chunk& chunk, int64_t place) const {
     Row row;
     const int64_t key_head = chunk.group % s_.num_key_heads;
+    row.place = place;
     row.batch = chunk.group / s_.num_key_heads;
-    row.head = key_head * (s_.num_heads / s_.num_key_heads) + (chunk.first_row + r) / s_.num_queries;
-    row.query = (chunk.first_row + r) % s_.num_queries;
+    row.head = key_head * (s_.num_heads / s_.num_key_heads) + (chunk.first_row + place) / s_.num_queries;
+    row.query = (chunk.first_row + place) % s_.num_queries;
     row.number = (row.batch * s_.num_heads + row.head) * s_.num_queries + row.query;
-    const int64_t k = call_.head_k.k[row.head];
+    row.k = call_.head_k.k[row.head];
     const int64_t first =
-        (row.batch * call_.head_k.total_k + call_.head_k.first_k[row.head]) * s_.num_queries + row.query * k;
+        (row.batch * call_.head_k.total_k + call_.head_k.first_k[row.head]) * s_.num_queries + row.query * row.k;
     row.indices = call_.indices + first;
     row.weights = static_cast<const A*>(call_.weights) + first;
-    row.count = row.indices[k - 1] >= 0 ? k : num_filled(row.indices, k);
-    row.score_gradients = row.bias_gradients = chunk.score_gradients + r * largest_k_;
-    row.value_weights = nullptr;
-    if (call_.rest.active) {
-      row.bias_gradients = row.score_gradients + chunk_rows_ * largest_k_;
-      row.value_weights = row.bias_gradients + chunk_rows_ * largest_k_;
-    }
+    row.count = num_filled(row.indices, row.k);
     return row;
   }
 
+  // On to the next row; after the last one of the chunk the row means nothing.
+  void step(const Chunk& chunk, Row& row) const {
+    if (row.place + 1 == chunk.num_rows) return;
+    if (row.query + 1 == s_.num_queries) {
+      row = row_of(chunk, row.place + 1);
+      return;
+    }
+    ++row.place;
+    ++row.query;
+    ++row.number;
+    row.indices += row.k;
+    row.weights += row.k;
+    row.count = num_filled(row.indices, row.k);
+  }
+
   static int64_t num_filled(const int32_t* indices, int64_t k) {
+    if (indices[k - 1] >= 0) return k;
     int64_t count = 0;
     while (count < k && indices[count] >= 0) ++count;
     return count;
@@ -124,32 +166,50 @@ class Backward {
     return static_cast<const T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
   }
 
-  void score_gradients(Chunk& chunk, int64_t first) const {
+  // What a task of phase one works with: one row at a time.
+  struct RowSpace {
+    A *grad, *spare, *grad_query;
+    A* query;  // [D], scaled
+    // [k], rounded up to whole vectors:
+    A *scores, *biases;            // the gradients of the row's scores, and of what is added to them
+    A *drops, *values;             // dropout's factors, and the weights of the row in its values' gradients
+    A *products, *value_products;  // query . key and grad_output . value of the kept keys
+    int32_t *cuts, *shifts;  // [rows of a block, ranges] and [ranges]: see open_buckets() and fill_buckets()
+    int64_t first_row;             // the row of the chunk at the first place of the sums over seen keys
+  };
+
+  void score_gradients(Chunk& chunk, int64_t first_block) const {
     Arena arena;
-    A *grad = nullptr, *spare = nullptr, *grad_query = nullptr;
+    RowSpace space = {};
     SeenSums<T, A, true> seen(call_.rest, s_, call_.is_causal);
-    RestSpace rest = {};
     const bool has_memory = arena.allocate([&](Arena& arrays) {
-      grad = arrays.take<A>(value_dim());
-      spare = arrays.take<A>(larger(head_dim(), value_dim()));
-      grad_query = arrays.take<A>(head_dim());
+      space.grad = arrays.take<A>(value_dim());
+      space.spare = arrays.take<A>(larger(head_dim(), value_dim()));
+      space.grad_query = arrays.take<A>(head_dim());
+      A** const of_entries[] = {&space.scores, &space.biases,   &space.drops,
+                                &space.values, &space.products, &space.value_products};
+      for (A** const array : of_entries) *array = arrays.take<A>(ceil_div<int64_t>(largest_k_, kLanes<A>) * kLanes<A>);
+      if (wants_entries()) {
+        space.cuts = arrays.take<int32_t>(rows_per_block_ * num_ranges());
+        space.shifts = arrays.take<int32_t>(num_ranges());
+      }
       if (!call_.rest.active) return;
-      rest.query = arrays.take<A>(head_dim());
-      rest.products = arrays.take<A>(largest_k_);
-      rest.value_products = arrays.take<A>(largest_k_);
-      seen.take(arrays, kRowsPerTask);
+      space.query = arrays.take<A>(head_dim());
+      seen.take(arrays, kRowsPerBlock);
     });
     if (!has_memory) {
       __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
       return;
     }
-    const int64_t key_head = chunk.group % s_.num_key_heads, last = smaller(first + rows_per_task_, chunk.num_rows);
-    int64_t prepared = first;  // rows before this one have their sums
-    for (int64_t r = first; r < last; ++r) {
-      const Row row = row_of(chunk, r);
+    const int64_t first = first_block * rows_per_block_;
+    const int64_t last = smaller(first + blocks_per_task_ * rows_per_block_, chunk.num_rows);
+    int64_t prepared = first;  // rows before this one have their sums over seen keys
+    Row row = row_of(chunk, first);
+    for (int64_t r = first; r < last; ++r, step(chunk, row)) {
+      if (wants_entries() && r % rows_per_block_ == 0) open_buckets(chunk, row, space.cuts);
       if (call_.rest.active && r == prepared) {
-        rest.first_row = r;
-        prepared = smaller(smaller(last, r + kRowsPerTask), r + s_.num_queries - row.query);
+        space.first_row = r;
+        prepared = smaller(smaller(last, r + kRowsPerBlock), r + s_.num_queries - row.query);
         for (int64_t i = r; i < prepared; ++i) {
           A* const to = seen.row(i - r);
           const A* const from = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query + i - r), value_dim(), to);
@@ -157,73 +217,115 @@ class Backward {
         }
         seen.prepare(0, row.batch, row.head, row.query, prepared - r);
       }
-      const T* values = at(call_.value, row.batch, key_head, 0);
-      const T* keys = at(call_.key, row.batch, key_head, 0);
-      const A* grad_output = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), grad);
-      A mean = 0;
-      dot_with_rows<T, A>(grad_output, values, call_.value.stride[2], row.indices, row.count, value_dim(),
-                          row.score_gradients, spare);
-      if (call_.rest.active)
-        for (int64_t j = 0; j < row.count; ++j) rest.value_products[j] = row.score_gradients[j];
+      const A* values = row.weights;
       if (call_.dropout.active) {
         const DropoutRow draw(call_.dropout, row.number);
         const A factor = A(1 / (1 - call_.dropout.p));
-        for (int64_t j = 0; j < row.count; ++j)
-          row.score_gradients[j] *= draw.keeps(row.indices[j]) ? factor : A(0);
+        for (int64_t j = 0; j < row.count; ++j) {
+          space.drops[j] = draw.keeps(row.indices[j]) ? factor : A(0);
+          space.values[j] = row.weights[j] * space.drops[j];
+        }
+        values = space.values;
       }
-      // Softmax: p * (dp - sum of p * dp).
-      for (int64_t j = 0; j < row.count; ++j) mean += row.weights[j] * row.score_gradients[j];
-      A to_key = 0, share = 0;
-      if (call_.rest.active)
-        rest_gradients(row, seen.seen(r - rest.first_row), rest, keys, grad_output, mean, spare, to_key, share);
-      else
-        for (int64_t j = 0; j < row.count; ++j) row.score_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
-      if (call_.grad_query == nullptr) continue;
-      weighted_sum_of_rows<T, A>(keys, call_.key.stride[2], row.indices, row.score_gradients, row.count, head_dim(),
-                                 grad_query, spare);
-      if (share != 0 || to_key != 0) {
-        add_multiple<A>(to_key, seen.seen(r - rest.first_row).keys, grad_query, head_dim());
-        add_multiple<A>(share, seen.seen(r - rest.first_row).result, grad_query, head_dim());
+      if (needs_score_gradients()) {
+        if (call_.rest.active) {
+          differentiate_with_rest(chunk, row, values, seen.seen(r - space.first_row), space);
+          values = space.values;
+        } else {
+          differentiate(chunk, row, space);
+        }
       }
-      T* to = static_cast<T*>(call_.grad_query) + row.number * head_dim();
-      for (int64_t d = 0; d < head_dim(); ++d) to[d] = narrow_to<T>(grad_query[d] * A(call_.scale));
+      if (wants_entries()) fill_buckets(chunk, row, space.scores, values, space.cuts + r % rows_per_block_ * num_ranges(), space.shifts);
+      if (!wants_biases()) continue;
+      A* const biases = chunk.space.bias_gradients + r * largest_k_;
+      const A* const from = call_.rest.active ? space.biases : space.scores;
+      for (int64_t j = 0; j < row.count; ++j) biases[j] = from[j];
     }
   }
 
-  struct RestSpace {
-    A* query;                      // [D], scaled
-    A *products, *value_products;  // [k], query . key and grad_output . value of the kept keys
-    int64_t first_row;             // the row of the chunk at the first place of the sums
-  };
+  // grad_output . value of the row's kept keys, to space.value_products. Returns the gradients of their weights: these
+  // after dropout, in space.scores, or these themselves.
+  const A* weight_gradients(const Chunk& chunk, const Row& row, const A* grad_output, const RowSpace& space) const {
+    const T* const values = at(call_.value, row.batch, chunk.group % s_.num_key_heads, 0);
+    A* const products = space.value_products;
+    dot_with_rows<T, A>(grad_output, values, call_.value.stride[2], row.indices, row.count, value_dim(), products, space.spare);
+    if (!call_.dropout.active) return products;
+    for (int64_t j = 0; j < row.count; ++j) space.scores[j] = products[j] * space.drops[j];
+    return space.scores;
+  }
 
-  // The gradients of a row's entries, less what the rest sends to all keys that the row sees; and what it sends. On entry
-  // score_gradients hold grad_output . value after dropout, and mean their mean by weight. Sets the weights in the
-  // query's gradient of the sum of keys and of that of (grad_output . value) * key.
-  void rest_gradients(const Row& row, const typename SeenSums<T, A, true>::Seen& seen, const RestSpace& space,
-                      const T* keys, const A* grad_output, A mean, A* spare, A& to_key, A& share) const {
+  const A* grad_output_of(const Row& row, const RowSpace& space) const {
+    return widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), space.grad);
+  }
+
+  // The gradients of a row's scores, and of its query.
+  void differentiate(const Chunk& chunk, const Row& row, const RowSpace& space) const {
+    const A* const grads = weight_gradients(chunk, row, grad_output_of(row, space), space);
+    // Softmax: p * (dp - sum of p * dp).
+    const A mean = dot(row.weights, grads, row.count);
+    for (int64_t j = 0; j < row.count; ++j) space.scores[j] = row.weights[j] * (grads[j] - mean);
+    if (call_.grad_query == nullptr) return;
+    sum_keys(chunk, row, space);
+    write_grad_query(row, space);
+  }
+
+  // query . key of the kept keys. Where nothing is added to scores, the logarithms of weights tell how far they are from the
+  // first one; that costs an eighth of the products. Weights that underflow do not tell. In float64 it gains nothing.
+  void multiply_keys(const Chunk& chunk, const Row& row, const RowSpace& space) const {
+    const T* const keys = at(call_.key, row.batch, chunk.group % s_.num_key_heads, 0);
+    int64_t count = row.count;
+    if constexpr (sizeof(A) == 4) {
+      int64_t normal = 0;
+      if (call_.rest.score_sums == nullptr)
+        for (int64_t j = 0; j < count; ++j) normal += row.weights[j] > kSmallestTellingWeight;
+      if (normal == count) count = smaller<int64_t>(count, 1);
+    }
+    dot_with_rows<T, A>(space.query, keys, call_.key.stride[2], row.indices, count, head_dim(), space.products, space.spare);
+    if constexpr (sizeof(A) == 4) {
+      if (count == row.count) return;
+      const A first = space.products[0] - logarithm(broadcast(row.weights[0]))[0];
+      for (int64_t j = 0; j < row.count; j += kLanes<A>)
+        store<A>(space.products + j, first + logarithm(load_some(row.weights + j, row.count - j)));
+    }
+  }
+
+  void sum_keys(const Chunk& chunk, const Row& row, const RowSpace& space) const {
+    weighted_sum_of_rows<T, A>(at(call_.key, row.batch, chunk.group % s_.num_key_heads, 0), call_.key.stride[2], row.indices,
+                               space.scores, row.count, head_dim(), space.grad_query, space.spare);
+  }
+
+  void write_grad_query(const Row& row, const RowSpace& space) const {
+    T* const to = static_cast<T*>(call_.grad_query) + row.number * head_dim();
+    for (int64_t d = 0; d < head_dim(); ++d) to[d] = narrow_to<T>(space.grad_query[d] * A(call_.scale));
+  }
+
+  // The same for a row with a rest: the gradients of its entries less what the rest sends to all keys that the row sees,
+  // the weights of its values, and what it sends. `dropped` are the weights after dropout.
+  void differentiate_with_rest(const Chunk& chunk, const Row& row, const A* dropped,
+                               const typename SeenSums<T, A, true>::Seen& seen, const RowSpace& space) const {
     const A mass = static_cast<const A*>(call_.mass)[row.number];
     A* const sent[5] = {static_cast<A*>(call_.sent[0]), static_cast<A*>(call_.sent[1]), static_cast<A*>(call_.sent[2]),
                         static_cast<A*>(call_.sent[3]), static_cast<A*>(call_.sent[4])};
-    const bool drops = call_.dropout.active;
-    const DropoutRow draw(call_.dropout, row.number);
-    const A factor = A(1 / (1 - call_.dropout.p));
+    const A* const grad_output = grad_output_of(row, space);
+    const A* const grads = weight_gradients(chunk, row, grad_output, space);
+    A mean = dot(row.weights, grads, row.count);
     if (mass == 0) {
       for (int64_t j = 0; j < row.count; ++j) {
-        row.score_gradients[j] = row.bias_gradients[j] = row.weights[j] * (row.score_gradients[j] - mean);
-        row.value_weights[j] = row.weights[j] * (drops ? (draw.keeps(row.indices[j]) ? factor : A(0)) : A(1));
+        space.scores[j] = space.biases[j] = row.weights[j] * (grads[j] - mean);
+        space.values[j] = dropped[j];
       }
       for (A* const array : sent) array[row.number] = 0;
+      if (call_.grad_query == nullptr) return;
+      sum_keys(chunk, row, space);
+      write_grad_query(row, space);
       return;
     }
-    const A* query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
+    const A* const query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
     for (int64_t d = 0; d < head_dim(); ++d) space.query[d] = query[d] * A(call_.scale);
-    A product_sum = 0, value_sum = 0, both_sum = 0;
-    dot_with_rows<T, A>(space.query, keys, call_.key.stride[2], row.indices, row.count, head_dim(), space.products, spare);
-    for (int64_t j = 0; j < row.count; ++j) {
-      product_sum += space.products[j];
-      value_sum += space.value_products[j];
-      both_sum += space.products[j] * space.value_products[j];
-    }
+    multiply_keys(chunk, row, space);
+    const A *const products = space.products, *const value_products = space.value_products;
+    const A product_sum = sum_of(products, row.count), value_sum = sum_of(value_products, row.count);
+    const A both_sum = dot(products, value_products, row.count);
     const A count = A(seen.count - row.count);
     const A scale = static_cast<const A*>(call_.rest.mass_scale)[row.head], lift = A(call_.rest.lift);
     const A mean_product = (dot(space.query, seen.keys, head_dim()) - product_sum) / count;
@@ -232,69 +334,240 @@ class Backward {
     const A rest_both = dot(space.query, seen.result, head_dim()) - both_sum;
     const A grad_rest = ((1 - mean_product) * rest_value_sum + rest_both) / count;
     mean += scale * mass * grad_rest;
-    share = scale * mass / count;
-    const A grad_mass = mass * (grad_rest - mean), grad_score = scale * grad_mass;
-    const A to_bias = (1 - lift) * grad_score / count;
-    to_key = to_bias - share * mean_value;
-    for (int64_t j = 0; j < row.count; ++j) {
-      A of_bias = row.weights[j] * (row.score_gradients[j] - mean) - to_bias;
-      if (j == call_.cuts[row.number]) of_bias += lift * grad_score;
-      row.bias_gradients[j] = of_bias;
-      row.score_gradients[j] = of_bias - share * (space.value_products[j] - mean_value);
-      const A weight = row.weights[j] * (drops ? (draw.keeps(row.indices[j]) ? factor : A(0)) : A(1));
-      row.value_weights[j] = weight - share * (1 + space.products[j] - mean_product);
+    const A share = scale * mass / count, grad_mass = mass * (grad_rest - mean), grad_score = scale * grad_mass;
+    const A to_bias = (1 - lift) * grad_score / count, to_key = to_bias - share * mean_value;
+    const A of_value = share * (1 - mean_product);
+    A *const biases = space.biases, *const scores = space.scores, *const values = space.values;
+    // Vectors by hand: with so many arrays the compiler does not see that they are apart. One whole vector is always room.
+    for (int64_t j = 0; j < row.count; j += kLanes<A>) {
+      const int64_t lanes = smaller<int64_t>(kLanes<A>, row.count - j);
+      const Vector<A> of_bias = load_some(row.weights + j, lanes) * (load_some(grads + j, lanes) - mean) - to_bias;
+      store<A>(biases + j, of_bias);
+      store<A>(scores + j, of_bias - share * (load(value_products + j) - mean_value));
+      store<A>(values + j, load_some(dropped + j, lanes) - share * load(products + j) - of_value);
     }
+    const int64_t cut = call_.cuts[row.number];
+    biases[cut] += lift * grad_score;
+    scores[cut] += lift * grad_score;
     sent[0][row.number] = to_key;
-    sent[1][row.number] = share * (1 - mean_product);
+    sent[1][row.number] = of_value;
     sent[2][row.number] = share;
     sent[3][row.number] = to_bias;
     sent[4][row.number] = grad_mass;
+    if (call_.grad_query == nullptr) return;
+    sum_keys(chunk, row, space);
+    add_multiple<A>(to_key, seen.keys, space.grad_query, head_dim());
+    add_multiple<A>(share, seen.result, space.grad_query, head_dim());
+    write_grad_query(row, space);
   }
+
+  Entry<A>* entries_of(const Chunk& chunk, int64_t block) const {
+    return chunk.space.entries + block * rows_per_block_ * largest_k_;
+  }
+
+  // Finds where the buckets of a block lie, of which this is the first row, and where each of its rows is cut into ranges.
+  void open_buckets(const Chunk& chunk, Row row, int32_t* cuts) const {
+    const int64_t ranges = num_ranges(), last = smaller(row.place + rows_per_block_, chunk.num_rows);
+    int32_t* const ends = chunk.space.bucket_ends + row.place / rows_per_block_ * ranges;
+    for (int64_t range = 0; range < ranges; ++range) ends[range] = 0;
+    for (int64_t r = row.place; r < last; ++r, step(chunk, row), cuts += ranges) {
+      for (int64_t range = 0; range < ranges; ++range) {
+        cuts[range] = int32_t(first_not_below(row.indices, row.count, (range + 1) << range_bits_));
+        ends[range] += cuts[range] - (range == 0 ? 0 : cuts[range - 1]);
+      }
+    }
+    // Where each bucket begins: its end so far.
+    for (int64_t range = 0, total = 0; range < ranges; ++range) {
+      const int64_t count = ends[range];
+      ends[range] = int32_t(total);
+      total += count;
+    }
+  }
+
+  void fill_buckets(const Chunk& chunk, const Row& row, const A* of_keys, const A* of_values, const int32_t* cuts,
+                    int32_t* shifts) const {
+    const int64_t block = row.place / rows_per_block_, ranges = num_ranges();
+    int32_t* const ends = chunk.space.bucket_ends + block * ranges;
+    Entry<A>* const entries = entries_of(chunk, block);
+    for (int64_t range = 0; range < ranges; ++range) {
+      const int32_t first = range == 0 ? 0 : cuts[range - 1];
+      shifts[range] = ends[range] - first;
+      ends[range] += cuts[range] - first;
+    }
+    // Free of branches, and no entry waits for the one before.
+    for (int64_t j = 0; j < row.count; ++j)
+      entries[j + shifts[row.indices[j] >> range_bits_]] = {row.indices[j], int32_t(row.place), of_keys[j] * A(call_.scale),
+                                                            of_values[j]};
+  }
+
+  struct Bucket {
+    const Entry<A>*first, *last;
+  };
+  Bucket bucket(const Chunk& chunk, int64_t block, int64_t range) const {
+    const int32_t* const ends = chunk.space.bucket_ends + block * num_ranges();
+    return {entries_of(chunk, block) + (range == 0 ? 0 : ends[range - 1]), entries_of(chunk, block) + ends[range]};
+  }
+
+  // The entries of some blocks in a range, sorted by key, and the rows that they name.
+  struct Sorted {
+    int32_t* ends;  // [keys of a range + 1]: where the entries of each key end
+    Entry<A>* entries;
+    A *queries, *grads;  // copies of the rows, where they are not as they are needed
+  };
 
   void key_gradients(Chunk& chunk, int64_t range) const {
     Arena arena;
-    A *query_spare = nullptr, *grad_spare = nullptr;
+    Sorted sorted = {};
     const bool has_memory = arena.allocate([&](Arena& arrays) {
-      query_spare = arrays.take<A>(head_dim());
-      grad_spare = arrays.take<A>(value_dim());
+      sorted.ends = arrays.take<int32_t>(keys_per_range() + 1);
+      sorted.entries = arrays.take<Entry<A>>(kTileEntries + most_of_block_);
+      const int64_t rows = smaller(max_tile_blocks_, blocks_per_chunk_) * rows_per_block_;
+      if (copies_rows(call_.query)) sorted.queries = arrays.take<A>(rows * head_dim());
+      if (copies_rows(call_.grad_output)) sorted.grads = arrays.take<A>(rows * value_dim());
     });
     if (!has_memory) {
       __atomic_store_n(&chunk.ok, false, __ATOMIC_RELAXED);
       return;
     }
-    A *grad_keys = static_cast<A*>(call_.grad_key), *grad_values = static_cast<A*>(call_.grad_value);
-    if (grad_keys != nullptr) grad_keys += chunk.group * s_.num_keys * head_dim();
-    if (grad_values != nullptr) grad_values += chunk.group * s_.num_keys * value_dim();
-    const int64_t first_key = range * keys_per_range_, end_key = first_key + keys_per_range_;
-    const A factor = A(1 / (1 - call_.dropout.p));
-    for (int64_t r = 0; r < chunk.num_rows; ++r) {
-      const Row row = row_of(chunk, r);
-      int64_t j = first_not_below(row.indices, row.count, first_key);
-      if (j == row.count || row.indices[j] >= end_key) continue;
-      const A* query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), query_spare);
-      const A* grad = widened<T, A>(at(call_.grad_output, row.batch, row.head, row.query), value_dim(), grad_spare);
-      const DropoutRow draw(call_.dropout, row.number);
-      for (; j < row.count && row.indices[j] < end_key; ++j) {
-        const int64_t key = row.indices[j];
-        if (grad_keys != nullptr)
-          add_multiple<A>(row.score_gradients[j] * A(call_.scale), query, grad_keys + key * head_dim(), head_dim());
-        if (grad_values == nullptr) continue;
-        A weight = row.value_weights != nullptr ? row.value_weights[j] : row.weights[j];
-        if (call_.dropout.active && row.value_weights == nullptr) weight *= draw.keeps(int32_t(key)) ? factor : A(0);
-        add_multiple<A>(weight, grad, grad_values + key * value_dim(), value_dim());
+    for (int64_t block = 0; block < num_blocks(chunk);) {
+      const int64_t first = block, most = smaller(num_blocks(chunk), first + max_tile_blocks_);
+      int64_t count = 0;
+      for (; block < most && count < kTileEntries; ++block) {
+        const Bucket of_block = bucket(chunk, block, range);
+        count += of_block.last - of_block.first;
+      }
+      if (count == 0) continue;
+      sort(chunk, range, first, block, sorted);
+      add_sorted(chunk, range, first * rows_per_block_, smaller(block * rows_per_block_, chunk.num_rows), sorted);
+    }
+  }
+
+  void sort(const Chunk& chunk, int64_t range, int64_t first_block, int64_t last_block, const Sorted& sorted) const {
+    const int64_t first_key = range * keys_per_range(), num_keys = smaller(keys_per_range(), s_.num_keys - first_key);
+    int32_t* const ends = sorted.ends;
+    for (int64_t key = 0; key <= num_keys; ++key) ends[key] = 0;
+    // Counted one key on, so that the sums are where the entries of each key begin.
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const Bucket from = bucket(chunk, block, range);
+      for (const Entry<A>* entry = from.first; entry < from.last; ++entry) ++ends[entry->key - first_key + 1];
+    }
+    for (int64_t key = 0; key < num_keys; ++key) ends[key + 1] += ends[key];
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const Bucket from = bucket(chunk, block, range);
+      for (const Entry<A>* entry = from.first; entry < from.last; ++entry)
+        sorted.entries[ends[entry->key - first_key]++] = *entry;
+    }
+  }
+
+  // Whether rows of an array have another type, or those of several heads no common stride.
+  bool copies_rows(const View& rows) const {
+    return sizeof(T) != sizeof(A) || (s_.num_heads > s_.num_key_heads && rows.stride[1] != s_.num_queries * rows.stride[2]);
+  }
+
+  // A row for each of the chunk's from first_row on, as they are or as copies.
+  struct Rows {
+    const A* of(const Entry<A>& entry) const { return first + (entry.row - first_row) * stride; }
+
+    const A* first;
+    int64_t first_row, stride;
+  };
+  Rows rows_from(const Chunk& chunk, int64_t first_row, int64_t last_row, const View& view, int64_t dim, A* copies) const {
+    Row row = row_of(chunk, first_row);
+    const T* const first = at(view, row.batch, row.head, row.query);
+    if (!copies_rows(view)) return {reinterpret_cast<const A*>(first), first_row, view.stride[2]};
+    for (int64_t r = first_row; r < last_row; ++r, step(chunk, row)) {
+      const T* const from = at(view, row.batch, row.head, row.query);
+      for (int64_t x = 0; x < dim; ++x) copies[(r - first_row) * dim + x] = widen(from[x]);
+    }
+    return {copies, first_row, dim};
+  }
+
+  // Gradients of the keys and values of a range: each gets its entries, in the order of rows.
+  void add_sorted(const Chunk& chunk, int64_t range, int64_t first_row, int64_t last_row, const Sorted& sorted) const {
+    const int64_t first_key = range * keys_per_range(), num_keys = smaller(keys_per_range(), s_.num_keys - first_key);
+    const int64_t number = chunk.group * s_.num_keys + first_key;
+    A *grad_key = static_cast<A*>(call_.grad_key), *grad_value = static_cast<A*>(call_.grad_value);
+    Rows queries = {}, grads = {};
+    if (grad_key != nullptr) {
+      grad_key += number * head_dim();
+      queries = rows_from(chunk, first_row, last_row, call_.query, head_dim(), sorted.queries);
+    }
+    if (grad_value != nullptr) {
+      grad_value += number * value_dim();
+      grads = rows_from(chunk, first_row, last_row, call_.grad_output, value_dim(), sorted.grads);
+    }
+    const Entry<A>* entry = sorted.entries;
+    for (int64_t key = 0; key < num_keys; ++key) {
+      const Entry<A>* const last = sorted.entries + sorted.ends[key];
+      if (entry == last) continue;
+      if (kDim % kLanes<A> == 0 && kDim != 0 && 2 * kDim <= kMostSums * kLanes<A> && grad_key != nullptr && grad_value != nullptr) {
+        add_both(entry, last, queries, grads, grad_key + key * kDim, grad_value + key * kDim);
+      } else {
+        if (grad_key != nullptr)
+          add_entries(entry, last, &Entry<A>::of_key, queries, head_dim(), grad_key + key * head_dim());
+        if (grad_value != nullptr)
+          add_entries(entry, last, &Entry<A>::of_value, grads, value_dim(), grad_value + key * value_dim());
+      }
+      entry = last;
+    }
+  }
+
+  static void add_both(const Entry<A>* entry, const Entry<A>* last, const Rows& queries, const Rows& grads, A* grad_key,
+                       A* grad_value) {
+    constexpr int kVectors = kDim >= kLanes<A> ? kDim / kLanes<A> : 1;
+    Vector<A> of_key[kVectors], of_value[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      of_key[v] = load(grad_key + v * kLanes<A>);
+      of_value[v] = load(grad_value + v * kLanes<A>);
+    }
+    for (; entry < last; ++entry) {
+      const A *const query = queries.of(*entry), *const grad = grads.of(*entry);
+      const Vector<A> to_key = broadcast(entry->of_key), to_value = broadcast(entry->of_value);
+      for (int v = 0; v < kVectors; ++v) {
+        of_key[v] = multiply_add<A>(to_key, load(query + v * kLanes<A>), of_key[v]);
+        of_value[v] = multiply_add<A>(to_value, load(grad + v * kLanes<A>), of_value[v]);
       }
     }
+    for (int v = 0; v < kVectors; ++v) {
+      store<A>(grad_key + v * kLanes<A>, of_key[v]);
+      store<A>(grad_value + v * kLanes<A>, of_value[v]);
+    }
+  }
+
+  // to[0 .. dim) += the entries' weights times their rows
+  static void add_entries(const Entry<A>* entry, const Entry<A>* last, A Entry<A>::*weight, const Rows& rows, int64_t dim,
+                          A* to) {
+    constexpr int kVectors = kMostSums / 2;
+    int64_t x = 0;
+    for (; x + kVectors * kLanes<A> <= dim; x += kVectors * kLanes<A>) add_part<kVectors>(entry, last, weight, rows, x, to);
+    for (; x + kLanes<A> <= dim; x += kLanes<A>) add_part<1>(entry, last, weight, rows, x, to);
+    if constexpr (kDim == 0 || kDim % kLanes<A> != 0)
+      for (; x < dim; ++x)
+        for (const Entry<A>* e = entry; e < last; ++e) to[x] += e->*weight * rows.of(*e)[x];
+  }
+
+  template <int kVectors>
+  static void add_part(const Entry<A>* entry, const Entry<A>* last, A Entry<A>::*weight, const Rows& rows, int64_t x, A* to) {
+    Vector<A> sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = load(to + x + v * kLanes<A>);
+    for (; entry < last; ++entry) {
+      const A* const row = rows.of(*entry) + x;
+      const Vector<A> factor = broadcast(entry->*weight);
+      for (int v = 0; v < kVectors; ++v) sums[v] = multiply_add<A>(factor, load(row + v * kLanes<A>), sums[v]);
+    }
+    for (int v = 0; v < kVectors; ++v) store<A>(to + x + v * kLanes<A>, sums[v]);
   }
 
   void relative_bias_gradients(Chunk& chunk, int64_t range) const {
     const int64_t positions = s_.num_queries + s_.num_keys - 1, per_range = ceil_div(positions, kBiasRanges);
-    for (int64_t r = 0; r < chunk.num_rows; ++r) {
-      const Row row = row_of(chunk, r);
+    Row row = row_of(chunk, 0);
+    for (int64_t r = 0; r < chunk.num_rows; ++r, step(chunk, row)) {
+      const A* const biases = chunk.space.bias_gradients + r * largest_k_;
       const int64_t shift = s_.num_queries - 1 - row.query;  // position of key 0
       const int64_t end_key = (range + 1) * per_range - shift;
       double* const of_head = call_.grad_relative_bias + row.head * call_.grad_relative_bias_stride + shift;
       int64_t j = first_not_below(row.indices, row.count, range * per_range - shift);
-      for (; j < row.count && row.indices[j] < end_key; ++j) of_head[row.indices[j]] += row.bias_gradients[j];
+      for (; j < row.count && row.indices[j] < end_key; ++j) of_head[row.indices[j]] += biases[j];
     }
   }
 
@@ -306,22 +579,21 @@ class Backward {
     const int64_t length = by_query ? s_.num_queries : s_.num_keys;
     const int64_t per_range = by_query || by_key ? ceil_div(length, kBiasRanges) : length;
     const int64_t first = range * per_range, end = first + per_range;
-    A* const grad = static_cast<A*>(call_.grad_bias);
-    for (int64_t r = 0; r < chunk.num_rows; ++r) {
-      const int64_t query = (chunk.first_row + r) % s_.num_queries;
-      if (by_query && (query < first || query >= end)) continue;
-      const Row row = row_of(chunk, r);
-      A* const of_row = grad + row.batch * stride[0] + row.head * stride[1] + row.query * stride[2];
+    Row row = row_of(chunk, 0);
+    for (int64_t r = 0; r < chunk.num_rows; ++r, step(chunk, row)) {
+      if (by_query && (row.query < first || row.query >= end)) continue;
+      const A* const biases = chunk.space.bias_gradients + r * largest_k_;
+      A* const of_row = static_cast<A*>(call_.grad_bias) + row.batch * stride[0] + row.head * stride[1] + row.query * stride[2];
       int64_t j = by_query ? 0 : first_not_below(row.indices, row.count, first);
-      for (; j < row.count && (by_query || row.indices[j] < end); ++j)
-        of_row[row.indices[j] * stride[3]] += row.bias_gradients[j];
+      for (; j < row.count && (by_query || row.indices[j] < end); ++j) of_row[row.indices[j] * stride[3]] += biases[j];
     }
   }
 
   const AttentionBackward& call_;
   const Sizes s_;
   const int64_t rows_of_group_;
-  int64_t largest_k_ = 1, rows_per_task_, chunk_rows_, keys_per_range_;
+  int64_t largest_k_ = 1, rows_per_block_, blocks_per_task_, blocks_per_chunk_, max_tile_blocks_, most_of_block_;
+  int range_bits_ = 4;
 };
 
 inline void run_serially(int64_t num_tasks, void* state, void (*task)(void*, int64_t)) {
@@ -331,15 +603,15 @@ inline void run_serially(int64_t num_tasks, void* state, void (*task)(void*, int
 // With many groups each thread takes whole groups. With few, or a bias that groups share, all threads share one group.
 template <class T, class A, int kDim>
 bool run_backward(const AttentionBackward& call, const Parallel& parallel) {
-  const Backward<T, A, kDim> backward(call);
   const bool has_bias = call.grad_bias != nullptr || call.grad_relative_bias != nullptr;
-  if (has_bias || backward.num_groups() < 4 * parallel.num_threads) {
+  const bool shares = has_bias || call.sizes.batch * call.sizes.num_key_heads < 4 * parallel.num_threads;
+  const Backward<T, A, kDim> backward(call, shares ? parallel.num_threads : 1);
+  if (shares) {
     Arena arena;
-    A* score_gradients = nullptr;
-    const int64_t count = backward.num_score_gradients();
-    if (!arena.allocate([&](Arena& arrays) { score_gradients = arrays.take<A>(count); })) return false;
+    typename Backward<T, A, kDim>::Space space = {};
+    if (!arena.allocate([&](Arena& arrays) { backward.take(arrays, space); })) return false;
     for (int64_t group = 0; group < backward.num_groups(); ++group)
-      if (!backward.run_group(group, score_gradients, parallel)) return false;
+      if (!backward.run_group(group, space, parallel)) return false;
     return true;
   }
   struct State {
@@ -351,13 +623,12 @@ bool run_backward(const AttentionBackward& call, const Parallel& parallel) {
     State& state = *static_cast<State*>(opaque);
     const auto& backward = state.backward;
     Arena arena;
-    A* score_gradients = nullptr;
-    const int64_t count = backward.num_score_gradients();
-    bool ok = arena.allocate([&](Arena& arrays) { score_gradients = arrays.take<A>(count); });
+    typename Backward<T, A, kDim>::Space space = {};
+    bool ok = arena.allocate([&](Arena& arrays) { backward.take(arrays, space); });
     while (ok) {
       const int64_t group = __atomic_fetch_add(&state.next, 1, __ATOMIC_RELAXED);
       if (group >= backward.num_groups()) return;
-      ok = backward.run_group(group, score_gradients, {run_serially, 1});
+      ok = backward.run_group(group, space, {run_serially, 1});
     }
     __atomic_store_n(&state.ok, false, __ATOMIC_RELAXED);
   });

@@ -8,8 +8,8 @@ inline int64_t num_not_in_future(const Sizes& s, bool is_causal, int64_t query) 
 }
 
 // In one pass over matrix [X, Y], which need not be in the first-level cache, for kRows rows in turn: with kAdds
-// matrix += a[r] [X] times b[r] [Y]; then, for the last kReads rows, to[r] [Y] = x[r] [X] times matrix.
-template <class A, int kRows, bool kAdds, int kReads = kRows>
+// matrix += a[r] [X] times b[r] [Y]; then, for the last kReads rows, to[r] [Y] = x[r] [X] times matrix, or += with kOnto.
+template <class A, int kRows, bool kAdds, int kReads = kRows, bool kOnto = false>
 void multiply_rows(const A* const* x, const A* const* a, const A* const* b, A* matrix, int64_t num_x, int64_t num_y,
                    A* const* to) {
   constexpr int kVectors = 2, kBlock = kVectors * kLanes<A>;
@@ -38,10 +38,14 @@ void multiply_rows(const A* const* x, const A* const* a, const A* const* b, A* m
         for (int v = 0; v < kVectors; ++v) store<A>(place + v * kLanes<A>, element[v]);
     }
     for (int r = kRows - kReads; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) store<A>(to[r] + y + v * kLanes<A>, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        A* const place = to[r] + y + v * kLanes<A>;
+        store<A>(place, kOnto ? load(place) + sums[r][v] : sums[r][v]);
+      }
   }
   for (; y < num_y; ++y) {
-    for (int r = kRows - kReads; r < kRows; ++r) to[r][y] = 0;
+    if constexpr (!kOnto)
+      for (int r = kRows - kReads; r < kRows; ++r) to[r][y] = 0;
     for (int64_t i = 0; i < num_x; ++i) {
       A element = matrix[i * num_y + y];
       for (int r = 0; r < kRows; ++r) {
@@ -261,7 +265,11 @@ inline A sum_of_scores(const A* scores, int64_t count, int64_t& smallest) {
     sum += scores[i];
     low = smaller<A>(low, scores[i]);
   }
-  smallest = count - 1;
+  // Whole vectors first: the last of them with a score that is not above the lowest.
+  int64_t last = count;
+  for (; last >= kLanes<A>; last -= kLanes<A>)
+    if (not_less(broadcast(low), load(scores + last - kLanes<A>)) != 0) break;
+  smallest = larger<int64_t>(last - 1, 0);
   while (smallest > 0 && scores[smallest] > low) --smallest;
   return sum;
 }
@@ -372,13 +380,11 @@ class SendToKeys {
         for (int64_t r = 0; r < count; ++r) {
           read_row(space, task, 0, key - r, r, key_total(task), value_total(task));
           read_key(space, task, key - r, r);
-          add_to_gradients(task, key - r, key_total(task), value_total(task));
         }
         if (count == kAtOnce)
           add_and_read<kAtOnce, kAtOnce>(space, task, 0);
         else
           for (int64_t r = 0; r < count; ++r) add_and_read<1, 1>(space, task, r);
-        for (int64_t r = 0; r < count; ++r) add_to_gradients(task, key - r, space.to_key[r], space.to_value[r]);
         key -= count;
         continue;
       }
@@ -396,8 +402,6 @@ class SendToKeys {
           case 3: add_and_read<3, 1>(space, task, 0); break;
           default: add_and_read<4, 1>(space, task, 0);
         }
-        add_to_gradients(task, key, key_total(task), value_total(task));
-        add_to_gradients(task, key, space.to_key[count - 1], space.to_value[count - 1]);
       }
       --key;
     }
@@ -411,42 +415,51 @@ class SendToKeys {
     explicit Space(const Sizes& s) {
       arena.allocate([&](Arena& arrays) {
         for (int r = 0; r < kAtOnce; ++r) {
-          A** const of_keys[] = {&queries[r], &keys[r], &to_key[r]};
-          A** const of_values[] = {&grads[r], &values[r], &to_value[r]};
-          for (A** array : of_keys) *array = arrays.take<A>(s.head_dim);
-          for (A** array : of_values) *array = arrays.take<A>(s.value_dim);
+          queries[r] = arrays.take<A>(s.head_dim);
+          keys[r] = arrays.take<A>(s.head_dim);
+          grads[r] = arrays.take<A>(s.value_dim);
+          values[r] = arrays.take<A>(s.value_dim);
         }
+        no_key = arrays.take<A>(s.head_dim);
+        no_value = arrays.take<A>(s.value_dim);
       });
     }
     bool ready() const { return arena.ready(); }
 
     Arena arena;
-    A *queries[kAtOnce], *grads[kAtOnce], *keys[kAtOnce], *values[kAtOnce], *to_key[kAtOnce], *to_value[kAtOnce];
+    A *queries[kAtOnce], *grads[kAtOnce], *keys[kAtOnce], *values[kAtOnce];
+    A *to_key[kAtOnce], *to_value[kAtOnce];  // the gradients of the keys and values at hand,
+    A *no_key, *no_value;                    // or these, which nobody reads
     const A *query[kAtOnce], *grad[kAtOnce], *key[kAtOnce], *value[kAtOnce];
   };
 
-  // Add the rows at hand to the products, and multiply by the keys and values at hand.
+  // Add the rows at hand to the products, and what these send to the keys and values at hand.
   template <int kRows, int kReads>
   void add_and_read(Space& space, int64_t task, int64_t first) {
-    multiply_rows<A, kRows, true, kReads>(space.key + first, space.query + first, space.grad + first, products(task),
-                                          s_.head_dim, s_.value_dim, space.to_value + first);
-    multiply_rows<A, kRows, true, kReads>(space.value + first, space.grad + first, space.query + first,
-                                          turned_ + task * product_size(), s_.value_dim, s_.head_dim, space.to_key + first);
+    multiply_rows<A, kRows, true, kReads, true>(space.key + first, space.query + first, space.grad + first, products(task),
+                                                s_.head_dim, s_.value_dim, space.to_value + first);
+    multiply_rows<A, kRows, true, kReads, true>(space.value + first, space.grad + first, space.query + first,
+                                                turned_ + task * product_size(), s_.value_dim, s_.head_dim,
+                                                space.to_key + first);
   }
 
+  // The key and value, whose gradients get the totals.
   void read_key(Space& space, int64_t task, int64_t key, int64_t r) {
     const int64_t group = task / num_intervals_, batch = group / s_.num_key_heads, head = group % s_.num_key_heads;
     space.key[r] = widened<T, A>(at(call_.key, batch, head, key), s_.head_dim, space.keys[r]);
     space.value[r] = widened<T, A>(at(call_.value, batch, head, key), s_.value_dim, space.values[r]);
-  }
-
-  void add_to_gradients(int64_t task, int64_t key, const A* to_key, const A* to_value) {
-    const int64_t group = task / num_intervals_, batch = group / s_.num_key_heads, row = group * s_.num_keys + key;
+    space.to_key[r] = space.no_key;
+    space.to_value[r] = space.no_value;
     if (call_.mask != nullptr && !call_.mask[batch * call_.mask_stride[0] + key * call_.mask_stride[1]]) return;
-    if (call_.grad_key != nullptr)
-      add_multiple<A>(1, to_key, static_cast<A*>(call_.grad_key) + row * s_.head_dim, s_.head_dim);
-    if (call_.grad_value != nullptr)
-      add_multiple<A>(1, to_value, static_cast<A*>(call_.grad_value) + row * s_.value_dim, s_.value_dim);
+    const int64_t row = group * s_.num_keys + key;
+    if (call_.grad_key != nullptr) {
+      space.to_key[r] = static_cast<A*>(call_.grad_key) + row * s_.head_dim;
+      add_multiple<A>(1, key_total(task), space.to_key[r], s_.head_dim);
+    }
+    if (call_.grad_value != nullptr) {
+      space.to_value[r] = static_cast<A*>(call_.grad_value) + row * s_.value_dim;
+      add_multiple<A>(1, value_total(task), space.to_value[r], s_.value_dim);
+    }
   }
 
   // The row of this head whose last key this is, as space.query[r], weighted, and space.grad[r]; adds to the totals. Zeros
@@ -455,35 +468,39 @@ class SendToKeys {
     const int64_t group = task / num_intervals_, batch = group / s_.num_key_heads;
     const int64_t head = group % s_.num_key_heads * group_size() + head_of_group;
     const int64_t query = key - (s_.num_keys - s_.num_queries);
-    A *const to_query = space.queries[r], *const to_grad = space.grads[r];
+    A* const to_query = space.queries[r];
     space.query[r] = to_query;
-    space.grad[r] = to_grad;
     const int64_t number = (batch * s_.num_heads + head) * s_.num_queries + query;
     A weight[3] = {};
     if (query >= 0)
       for (int i = 0; i < 3; ++i) weight[i] = static_cast<const A*>(call_.weights[i])[number];
     if (weight[0] == 0 && weight[1] == 0 && weight[2] == 0) {
       clear(to_query, s_.head_dim);
-      clear(to_grad, s_.value_dim);
+      clear(space.grads[r], s_.value_dim);
+      space.grad[r] = space.grads[r];
       return;
     }
     const A* const q = widened<T, A>(at(call_.query, batch, head, query), s_.head_dim, to_query);
-    const A* const g = widened<T, A>(at(call_.grad_output, batch, head, query), s_.value_dim, to_grad);
+    const A* const g = widened<T, A>(at(call_.grad_output, batch, head, query), s_.value_dim, space.grads[r]);
+    space.grad[r] = g;
     const A scale = A(call_.scale);
     add_multiple<A>(weight[0] * scale, q, keys, s_.head_dim);
     add_multiple<A>(weight[1], g, values, s_.value_dim);
     for (int64_t d = 0; d < s_.head_dim; ++d) to_query[d] = q[d] * (weight[2] * scale);
-    for (int64_t e = 0; e < s_.value_dim; ++e) to_grad[e] = g[e];
   }
 
   void sum_later(A* sums, int64_t group, int64_t size) {
-    A* const of_group = sums + group * num_intervals_ * size;
-    for (int64_t i = 0; i < size; ++i) {
-      double total = 0;
+    constexpr int64_t kTogether = 64;
+    for (int64_t first = 0; first < size; first += kTogether) {
+      const int64_t count = smaller(kTogether, size - first);
+      A* const of_group = sums + group * num_intervals_ * size + first;
+      double totals[kTogether] = {};
       for (int64_t c = num_intervals_ - 1; c >= 0; --c) {
-        const double own = of_group[c * size + i];
-        of_group[c * size + i] = A(total);
-        total += own;
+        for (int64_t i = 0; i < count; ++i) {
+          const double own = of_group[c * size + i];
+          of_group[c * size + i] = A(totals[i]);
+          totals[i] += own;
+        }
       }
     }
   }

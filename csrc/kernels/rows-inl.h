@@ -96,6 +96,19 @@ inline A dot(const A* a, const A* b, int64_t n) {
   return result;
 }
 
+// The sum of n elements.
+template <class A>
+inline A sum_of(const A* x, int64_t n) {
+  Vector<A> sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>)
+    for (int v = 0; v < 2; ++v) sums[v] += load(x + i + v * kLanes<A>);
+  for (; i + kLanes<A> <= n; i += kLanes<A>) sums[0] += load(x + i);
+  A result = sum_of_lanes<A>(sums[0] + sums[1]);
+  for (; i < n; ++i) result += x[i];
+  return result;
+}
+
 // The sum of each of kCount vectors' lanes, in lane i that of vectors[i]; kCount is the number of lanes at first. Adds
 // halves of pairs, so that one addition serves two vectors.
 template <class A, int kCount>

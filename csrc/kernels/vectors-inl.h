@@ -80,6 +80,15 @@ inline Vector<A> broadcast(A x) {
   return x - Vector<A>{};  // not a sum: 0 + x is no copy of x = -0
 }
 
+// The first `count` elements and zeros, or a whole vector; reads nothing else.
+template <class A>
+inline Vector<A> load_some(const A* from, int64_t count) {
+  if (count >= kLanes<A>) return load(from);
+  A lanes[kLanes<A>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
 // a * b + c, fused where the target can; the build lets the compiler contract exactly this (-ffp-contract=fast).
 template <class A>
 inline Vector<A> multiply_add(Vector<A> a, Vector<A> b, Vector<A> c) {
@@ -248,4 +257,18 @@ inline DoubleVector exponential(DoubleVector x) {
   const LongVector power = ((LongVector)shifted << 52) + 0x3ff0000000000000;
   const DoubleVector result = sum * (DoubleVector)power;
   return x != x ? x : underflows ? DoubleVector{} : result;
+}
+
+// log(x) for x > 0 that is not subnormal: x = 2^n * m with m from sqrt(1/2) to sqrt(2), and with t = (m - 1) / (m + 1)
+// log(m) = 2 t (1 + t^2 / 3 + t^4 / 5 + ...), to the last bit that shows.
+inline FloatVector logarithm(FloatVector x) {
+  const IntVector n = ((IntVector)x - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
+  const FloatVector m = (FloatVector)((IntVector)x - (n << 23));
+  const FloatVector t = (m - 1.0f) / (m + 1.0f), square = t * t;
+  FloatVector sum = broadcast<float>(1.0f / 9);
+  sum = sum * square + 1.0f / 7;
+  sum = sum * square + 1.0f / 5;
+  sum = sum * square + 1.0f / 3;
+  const FloatVector exponent = __builtin_convertvector(n, FloatVector);
+  return exponent * 0.693359375f + (exponent * -2.12194440e-4f + (2.0f * t + 2.0f * t * square * sum));
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,18 @@ def attention_layer() -> Table:
 
 
 def pretrained() -> Table:
-    """SmolLM2 on a text, the same k for every head."""
+    """SmolLM2 on a text, the same k for every head: medians over rounds."""
     record = _json("demo/demo.json")
-    rows = [
-        [
-            "full attention" if run["k"] is None else f"k = {run['k']}",
-            f"{run['perplexity']:.2f}",
-            f"{run['elapsed_s']:.1f}",
-            f"{run['peak_mib']:.0f}",
-        ]
-        for run in record["runs"]
-    ]
+    settings: dict[tuple[int, bool], list[Record]] = {}
+    for run in record["runs"]:  # a setting runs once a round; records of old have no completed runs
+        settings.setdefault((run["k"] or 0, run.get("completed", False)), []).append(run)
+    rows = []
+    for (k, completed), runs in sorted(settings.items()):
+        perplexity, time, memory = (
+            statistics.median(run[field] for run in runs) for field in ("perplexity", "elapsed_s", "peak_mib")
+        )
+        name = f"k = {k}" + ", completed" * completed if k else "full attention"
+        rows.append([name, f"{perplexity:.2f}", f"{time:.1f}", f"{memory:.0f}"])
     return ["attention", "perplexity", "time [s]", "peak memory above the model [MiB]"], rows
 
 
@@ -122,18 +124,25 @@ def calibration() -> Table:
 
 def completion() -> Table:
     """Perplexity of top-k attention alone and completed."""
-    alone: dict[tuple[str, float | None], str] = {}
-    for name in ("smollm2-small-k", "smollm2-moby-dick"):
-        alone |= _perplexities(name)
-    completed = _perplexities("smollm2-completed")
-    full = completed["full", None]
-    rows = [["all (full attention)", full, full]]
-    for kind, mean_k in (("uniform", 64), ("uniform", 16), ("calibrated", 64), ("calibrated", 32)):
-        if (kind, mean_k) not in completed or (kind, mean_k) not in alone:
-            continue
-        label = {"uniform": f"k = {mean_k} for every head", "calibrated": f"calibrated, mean k = {mean_k}"}[kind]
-        rows.append([label, alone[kind, mean_k], completed[kind, mean_k]])
-    return ["keys", "top-k alone", "completed"], rows
+    pairs = []  # of what is alone and what is completed, for each length of text
+    for alone_in, completed_in in (
+        (("smollm2-small-k", "smollm2-moby-dick"), "smollm2-completed"),
+        (("smollm2-8192",), "smollm2-8192-completed"),
+    ):
+        alone: dict[tuple[str, float | None], str] = {}
+        for name in alone_in:
+            alone |= _perplexities(name)
+        pairs += [alone, _perplexities(completed_in)]
+    labels = {
+        ("full", None): "all (full attention)",
+        ("uniform", 64): "k = 64 for every head",
+        ("uniform", 16): "k = 16 for every head",
+        ("calibrated", 64): "calibrated, mean k = 64",
+        ("calibrated", 32): "calibrated, mean k = 32",
+    }
+    rows = [[label, *(found.get(setting, "") for found in pairs)] for setting, label in labels.items()]
+    header = ["keys", "top-k alone", "completed", "8,192 tokens: top-k alone", "8,192 tokens: completed"]
+    return header, rows
 
 
 def calibration_feed_forward() -> Table:
@@ -177,6 +186,21 @@ def feed_forward_curve() -> Table:
     ]
 
 
+def stand_ins() -> Table:
+    """Stand-ins for the neurons that are not kept."""
+    record = _json("stand-ins/stand-ins.json")
+    alone = {run["k"]: run for run in record["runs"] if run["rank"] is None}
+    rows = []
+    for k in (None, *record["config"]["k"]):
+        row = ["all" if k is None else f"{k}", f"{alone[k]['perplexity']:.2f}"]
+        for rank in record["config"]["ranks"]:
+            run = next((run for run in record["runs"] if (run["k"], run["rank"]) == (k, rank)), None)
+            row.append("" if run is None else f"{run['perplexity']:.2f}")
+        rows.append(row)
+    names = ["constant" if rank == 0 else f"rank {rank}" for rank in record["config"]["ranks"]]
+    return ["neurons per token", "left out", *names], rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "attention-layer": attention_layer,
     "attention-speed": attention_speed,
@@ -188,6 +212,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "language-model": language_model,
     "pretrained": pretrained,
     "sentence-embeddings": sentence_embeddings,
+    "stand-ins": stand_ins,
 }
 
 

@@ -15,7 +15,7 @@ from topk_attention.environment import environment
 from . import benchmarks
 from .language_model import report as language_model
 from .lra import table as lra
-from .pretrained import calibration_report, demo_report, transcription_report
+from .pretrained import calibration_report, demo_report, stand_ins_report, transcription_report
 from .qa import report as qa
 from .results_conclusions import conclusions
 from .runs.files import read_utf8
@@ -30,6 +30,7 @@ REDRAWS = (
     benchmarks.redraw,
     demo_report.redraw,
     calibration_report.redraw,
+    stand_ins_report.redraw,
     transcription_report.redraw,
     language_model.redraw,
     lra.redraw,
@@ -102,6 +103,13 @@ SECTIONS = (
         None,
         "Calibrated k beside one k for every head, in models that were trained without top-k. Each calibration has a "
         "page of its own in the folder.",
+    ),
+    Section(
+        "stand-ins",
+        "Stand-ins for the neurons that are not kept",
+        None,
+        "Perplexity with a part of the neurons, and with what a constant or a linear function of low rank adds for the "
+        "others.",
     ),
     Section("whisper", "Speech recognition", None, "What Whisper hears with a part of the keys."),
     Section("demo", "A pretrained model as it is", None, "Perplexity, time and memory of SmolLM2-135M against k."),

@@ -1,7 +1,7 @@
 """Transformers that use only the k best keys per query and the k best feed-forward neurons per token."""
 
 from ._version import __version__
-from .calibrate import Calibration, LossIncrease, LostMass, MeanK, calibrate, fit_completion
+from .calibrate import Calibration, LossIncrease, LostMass, MeanK, StandIns, calibrate, fit_completion, fit_stand_ins
 from .convert import ConversionReport, convert, is_cross_attention, is_self_attention, unconvert
 from .convert.registration import register_when_transformers_is_imported
 from .functional import (
@@ -11,6 +11,7 @@ from .functional import (
     KeySums,
     RelativeBias,
     Selection,
+    StandIn,
     topk_attention,
     topk_feed_forward,
 )
@@ -30,12 +31,15 @@ __all__ = [
     "MeanK",
     "RelativeBias",
     "Selection",
+    "StandIn",
+    "StandIns",
     "TopKAttention",
     "TopKFeedForward",
     "__version__",
     "calibrate",
     "convert",
     "fit_completion",
+    "fit_stand_ins",
     "is_cross_attention",
     "is_self_attention",
     "topk_attention",

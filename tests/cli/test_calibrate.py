@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from topk_attention import Calibration, convert
+from topk_attention import Calibration, StandIns, convert
 from topk_attention.calibrate import MeanK
 from topk_attention.cli import app
 
@@ -72,6 +72,19 @@ def test_neurons_are_chosen_too_where_asked(arguments, tmp_path):
     assert sum(neurons.values()) <= 2 * 12
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_stand_ins_for_the_other_neurons_get_a_file_of_their_own(arguments, tiny_model, tmp_path, rank):
+    path = tmp_path / "other folder" / "stand-ins.safetensors"
+    options = ["--feed-forward-mean-k", "12", "--stand-ins", str(path), "--stand-in-rank", str(rank)]
+    result = runner.invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    assert f"Written: {path}" in result.output
+    stand_ins = StandIns.load(path)
+    assert dict(stand_ins) == Calibration.load(tmp_path / "new folder" / "k.json").feed_forward
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert [entry.stand_in.rank for entry in convert(model, feed_forward_k=stand_ins).replaced] == [rank, rank]
+
+
 @pytest.mark.parametrize("completion", ["on", "fit"])
 def test_a_completion_is_in_the_file_and_in_the_words(arguments, tmp_path, completion):
     result = runner.invoke(app, [*arguments, "--completion", completion])
@@ -93,6 +106,8 @@ def test_a_completion_is_in_the_file_and_in_the_words(arguments, tmp_path, compl
         (["--mean-k", "0"], "mean_k must be at least 1, got 0"),
         (["--mean-k", "1000"], "mean-k must be at most 64, the tokens of a window, where it is full attention"),
         (["--feed-forward-mean-k", "0"], "mean_k must be at least 1, got 0"),
+        (["--stand-ins", "new.safetensors"], "and --feed-forward-mean-k is missing; give both"),
+        (["--stand-in-rank", "-1"], "stand-in-rank must be at least 0, got -1"),
         (["--completion", "yes"], 'completion must be "on" or "fit", got \'yes\''),
         (["--text", "/no/such/text.txt"], "text file not found: /no/such/text.txt"),
     ],

@@ -154,6 +154,38 @@ def test_more_than_a_thousand_rows_are_those_of_the_formula(fast_backend, kind):
     assert_same(output_and_gradients(operation, *inputs), output_and_gradients(formula, *inputs))
 
 
+@pytest.mark.parametrize("spread", [1.0, 60.0])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_float32_gradients_are_those_of_float64_also_where_weights_underflow(fast_backend, is_causal, spread):
+    """With a spread of 60 some kept keys of a row lie more than 100 below its best one."""
+    sizes = Sizes(batch=1, heads=4, key_heads=2, queries=90, keys=100, head_dim=16, value_dim=8)
+    inputs = attention_inputs(sizes)
+    options = {"backend": fast_backend, "k": 20, "is_causal": is_causal, "scale": spread / 4}
+
+    def operation(*tensors):
+        return attend(*tensors, 1.5, **options)
+
+    exact = output_and_gradients(operation, *inputs)
+    rounded = output_and_gradients(operation, *(x.float() for x in inputs))
+    for ours, truth in zip(rounded, exact, strict=True):
+        error = (ours.double() - truth).abs().max() / truth.abs().max()
+        assert error < 2e-6 * spread
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.rand(2, 1, 1, 23) < 0.7}])
+def test_the_backward_pass_takes_the_sums_of_the_forward_pass(fast_backend, options, monkeypatch):
+    inputs = [x.requires_grad_() for x in attention_inputs(SMALL)]
+    output = topk_attention(*inputs, k=3, completion=Completion(), enable_gqa=True, backend=fast_backend, **options)
+
+    def refuse(*_):
+        raise AssertionError("summed again")
+
+    for name in ("_running_sums", "_total_sums"):
+        monkeypatch.setattr(visible_keys, name, refuse)
+    output.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_equal_scores_in_the_rest_without_lift_give_full_attention(backend, is_causal):
     query, key, value = attention_inputs(Sizes(1, 2, 2, 20, 20, 4, 3))

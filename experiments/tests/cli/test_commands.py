@@ -14,6 +14,7 @@ from topk_experiments.cli import app
 runner = CliRunner()
 RUN_FIELDS = {
     "k",
+    "completed",
     "perplexity",
     "elapsed_s",
     "peak_mib",
@@ -34,7 +35,8 @@ _WITH_INTERRUPTS = (
 @pytest.fixture
 def demo_arguments(tiny_model, text_file, tmp_path):
     arguments = ["demo", "--model", tiny_model, "--text", text_file, "--out", tmp_path / "out", "--threads", 1]
-    return [str(argument) for argument in [*arguments, "--tokens", 96, "--k", "4,96", "--rounds", 2]]
+    arguments += ["--tokens", 96, "--k", "4,96", "--completed-k", "4", "--rounds", 2]
+    return [str(argument) for argument in arguments]
 
 
 def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_arguments, tmp_path):
@@ -42,19 +44,21 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     record = json.loads((out / "demo.json").read_text())
-    full, few, all_keys = record["runs"][:3]
-    assert [(run["round"], run["k"]) for run in record["runs"]] == [
-        (number, k) for number in (1, 2) for k in (None, 4, 96)
+    full, few, all_keys, completed = record["runs"][:4]
+    assert [(run["round"], run["k"], run["completed"]) for run in record["runs"]] == [
+        (number, *setting) for number in (1, 2) for setting in ((None, False), (4, False), (96, False), (4, True))
     ]
     assert set(full) >= RUN_FIELDS
     assert all_keys["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
     assert few["perplexity"] != pytest.approx(full["perplexity"], rel=1e-4)
+    assert abs(completed["perplexity"] - full["perplexity"]) < abs(few["perplexity"] - full["perplexity"]) / 10
     assert (full["attn_implementation"], few["attn_implementation"]) == ("sdpa", "topk")
     assert all(run["elapsed_s"] > 0 and run["total_peak_mib"] >= run["baseline_mib"] > 0 for run in record["runs"])
-    assert record["schema"] == "topk_attention/demo/2"
+    assert record["schema"] == "topk_attention/demo/3"
     assert record["config"] == {
         "num_tokens": 96,
         "k": [4, 96],
+        "completed_k": [4],
         "rounds": 2,
         "seed": 0,
         "threads": 1,
@@ -74,12 +78,14 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
     assert "<1>" not in page
     for name in ("demo.json", "demo.png", "demo.html"):
         assert str(out / name) in result.output
-    assert f"{few['perplexity']:.2f}" in result.output
+    assert "k = 4, completed" in result.output
+    for run in (few, completed):
+        assert f"{run['perplexity']:.2f}" in result.output
 
     (out / "demo.html").unlink()
     again = runner.invoke(app, demo_arguments)
     assert again.exit_code == 0, again.output
-    assert "All 6 runs are in" in again.output
+    assert "All 8 runs are in" in again.output
     assert json.loads((out / "demo.json").read_text()) == record
     assert (out / "demo.html").exists()
 
@@ -108,11 +114,13 @@ def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_
 
     result = runner.invoke(app, demo_arguments)
     assert result.exit_code == 0, result.output
-    assert "1 of 6 runs are on file" in result.output
-    assert "tiny-llama now reads 96 tokens of story <1>.txt" in result.output
+    assert "1 of 8 runs are on file" in result.output
+    assert "tiny-llama now reads 96 tokens of story <1>.txt, with full attention, with k = 4, 96 and with k = 4 " in (
+        " ".join(result.output.split())
+    )
     runs = json.loads(record_path.read_text())["runs"]
     assert runs[0] == finished[0]
-    assert [run["k"] for run in runs] == [None, 4, 96] * 2
+    assert [run["k"] for run in runs] == [None, 4, 96, 4] * 2
 
 
 def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments, tmp_path, monkeypatch):
@@ -163,6 +171,8 @@ def test_a_run_that_fails_is_named_and_the_runs_before_it_are_kept(demo_argument
         (["--text", "/no/such/text.txt"], "error: text file not found: /no/such/text.txt"),
         (["--k", "16,0"], "error: k must be at least 1 and below 2^31, got 0"),
         (["--k", "16,16"], "error: k must not hold a number twice, got 16, 16"),
+        (["--completed-k", "16,0"], "error: completed-k must be at least 1 and below 2^31, got 0"),
+        (["--completed-k", "16,16"], "error: completed-k must not hold a number twice, got 16, 16"),
         (["--k", "few"], "error: k must be whole numbers separated by commas, got 'few'"),
         (["--tokens", "1"], "error: tokens must be at least 2"),
         (["--tokens", "500"], "is too short: 500 tokens needed, it has 390; give a longer text or ask for at most 390"),

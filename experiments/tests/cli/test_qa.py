@@ -21,13 +21,16 @@ def questions(tmp_path):
 
 def test_questions_are_answered_and_the_table_is_written_from_start_to_end(tiny_model, questions, tmp_path):
     arguments = ["--model", str(tiny_model), "--dataset", str(questions), "--attention-k", "2", "--threads", "1"]
+    arguments += ["--completed-k", "2"]
     result = runner.invoke(app, ["qa", "evaluate", *arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()
-    assert [json.loads(line)["setting"]["attention_k"] for line in lines] == [None, 2]
+    assert [json.loads(line)["setting"]["attention_k"] for line in lines] == [None, 2, 2]
+    assert [json.loads(line)["setting"].get("completed") for line in lines] == [None, None, True]
     result = runner.invoke(app, ["qa", "table", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "attention k = 2" in (tmp_path / "out" / "qa.md").read_text()
+    assert "| attention k = 2 |" in (tmp_path / "out" / "qa.md").read_text()
+    assert "| attention k = 2, completed |" in (tmp_path / "out" / "qa.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,7 @@ def test_questions_are_answered_and_the_table_is_written_from_start_to_end(tiny_
     [
         (["evaluate", "--dataset", "nowhere.jsonl"], "question file not found: nowhere.jsonl"),
         (["evaluate", "--dataset", "x", "--attention-k", "0"], "attention-k must be at least 1 and below"),
+        (["evaluate", "--dataset", "x", "--completed-k", "no"], "completed-k must be numbers and calibration files"),
         (["evaluate", "--dataset", "x", "--limit", "0"], "limit must be at least 1, got 0"),
         (["finetune", "--model", "x", "--train", "y", "--steps", "0"], "steps must be at least 1, got 0"),
         (["finetune", "--model", "x", "--train", "y", "--beta2", "1"], "beta2 must be at least 0 and below 1, got 1.0"),
@@ -76,12 +80,15 @@ def test_a_small_t5_is_trained_saved_asked_and_set_in_the_table_from_start_to_en
     training = {"steps": 3, "batch": 4, "learning_rate": 0.002, "beta2": 0.5, "position_bias_rate": 3, "seed": 5}
     run(
         "finetune", "--from-scratch", "--constant", model=task / "small-t5", **files, attention_k=3, **training,
-        evaluate_every=2, curve_questions=2, save=models, out=out, threads=1,
+        completed_k=3, evaluate_every=2, curve_questions=2, save=models, out=out, threads=1,
     )  # fmt: skip
-    full, topk = map(json.loads, (out / "finetuning.jsonl").read_text().splitlines())
-    assert [record["setting"]["attention_k"] for record in (full, topk)] == [None, 3]
+    full, topk, completed = map(json.loads, (out / "finetuning.jsonl").read_text().splitlines())
+    assert [record["setting"]["attention_k"] for record in (full, topk, completed)] == [None, 3, 3]
+    assert completed["setting"]["completed"] is True
+    assert completed["curve"][-1]["training_loss"] != topk["curve"][-1]["training_loss"]
+    assert (models / "small-t5-attention-k-3-completed").is_dir()
     asked_for = training | {"from_scratch": True, "falls": False}
-    for record in (full, topk):
+    for record in (full, topk, completed):
         assert {name: record["training"][name] for name in asked_for} == asked_for
         assert [point["step"] for point in record["curve"]] == [2, 3]
     saved = models / "small-t5-attention-k-3"
@@ -93,7 +100,7 @@ def test_a_small_t5_is_trained_saved_asked_and_set_in_the_table_from_start_to_en
     run("table", out=out)
     sections = (out / "qa.md").read_text().split("\n### ")
     (trained,) = [section for section in sections if "trained from scratch" in section]
-    for arm in ("full", "attention k = 3"):
+    for arm in ("full", "attention k = 3", "attention k = 3, completed"):
         assert f"\n| {arm} | " in trained
     assert any(section.startswith(saved.name) for section in sections)
 
@@ -102,7 +109,9 @@ def test_a_small_language_model_is_trained_from_start_to_end(text_file, tmp_path
     sizes = {"layers": 1, "d-model": 8, "heads": 2, "d-ff": 16, "context": 8, "batch": 2, "steps": 2}
     arguments = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
     arguments += ["--text", str(text_file), "--attention-k", "2", "--threads", "1", "--out", str(tmp_path / "out")]
+    arguments += ["--completed-k", "2"]
     result = runner.invoke(app, ["train", "language-model", *arguments])
     assert result.exit_code == 0, result.output
     (record,) = (tmp_path / "out").glob("*.json")
-    assert [arm["name"] for arm in json.loads(record.read_text())["arms"]] == ["full", "attention k = 2"]
+    arms = [arm["name"] for arm in json.loads(record.read_text())["arms"]]
+    assert arms == ["full", "attention k = 2", "attention k = 2, completed"]

@@ -127,6 +127,61 @@ def test_transcripts_are_made_from_start_to_end_and_not_again(arguments, tmp_pat
     assert len((out / "transcripts.jsonl").read_text().splitlines()) == 4
 
 
+def test_completed_transcripts_stand_below_the_others_with_the_error_of_the_encoder(arguments, tmp_path, one_process):
+    result = runner.invoke(app, [*arguments, "--completed-k", "1,50"])
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    full, few, every, completed, all_completed = map(json.loads, (out / "transcripts.jsonl").read_text().splitlines())
+    assert completed["run"] == few["run"] | {"completed": True}
+    assert "encoder" not in full
+    for record in (every, all_completed):
+        assert record["transcript"] == full["transcript"]
+        assert record["encoder"]["cosine"] == pytest.approx(1, abs=1e-5)
+        assert record["encoder"]["relative_error"] < 1e-5
+    assert few["encoder"] != completed["encoder"]
+    for record in (few, completed):
+        assert -1 < record["encoder"]["cosine"] < 1 - 1e-5
+        assert record["encoder"]["relative_error"] > 1e-5
+    page = (out / "transcripts.md").read_text()
+    names = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    same = "k = 50 (every key: full attention)"
+    assert names == [
+        "| attention",
+        "| full attention",
+        "| k = 1",
+        f"| {same}",
+        "| k = 1, completed",
+        f"| {same}, completed",
+    ]
+    assert f" | - | - | {full['elapsed_s']:.1f} | " in page
+    assert f" | {few['encoder']['cosine']:.3f} | {few['encoder']['relative_error']:.3f} | " in page
+
+
+def test_a_transcript_that_repeats_itself_is_cut_in_the_page():
+    from topk_experiments.pretrained.transcription_report import as_markdown
+
+    run = {"model": {"name": "tiny"}, "audio": "a.wav", "layers": ["cross"], "threads": 1}
+    here = {"torch": "2", "date": "2026-11-30", "commit": "abc", "num_cpus": 2}
+    numbers = {"audio_s": 1.0, "elapsed_s": 1.0, "other_cores": 0.0, "num_converted_layers": 1, "num_words": 2}
+
+    def record(k, transcript):
+        return {"run": run | {"k": k}, "environment": here, "transcript": transcript, "word_errors": 0} | numbers
+
+    page = as_markdown([record(None, "ask not"), record(9, "ask not ask not"[:14]), record(1, "soul my " * 90)])
+    rows = [line.split(" | ")[-1] for line in page.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["ask not |", "ask not ask no |", "soul my soul ... |"]
+
+
+def test_layers_without_the_encoder_leave_its_error_out(arguments, tmp_path, one_process):
+    result = runner.invoke(app, [*arguments, "--layers", "cross", "--completed-k", "1"])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()]
+    assert not any("encoder" in record for record in records)
+    assert (
+        "| attention | words that differ | time [s] | transcript |" in (tmp_path / "out" / "transcripts.md").read_text()
+    )
+
+
 def test_a_failed_transcript_is_told_and_those_before_it_are_kept(arguments, tmp_path, monkeypatch):
     from topk_experiments.pretrained import transcription
     from topk_experiments.runs.process import WorkerError
@@ -151,6 +206,7 @@ def test_a_failed_transcript_is_told_and_those_before_it_are_kept(arguments, tmp
         (["--audio", "/no/such/file.wav"], "error: audio file not found: /no/such/file.wav"),
         (["--k", "0"], "error: k must be at least 1"),
         (["--k", "8,8"], "error: k must not hold a number twice, got 8, 8"),
+        (["--completed-k", "8,8"], "error: completed-k must not hold a number twice, got 8, 8"),
         (["--layers", "encoder,all"], "error: layers must be among encoder, cross, decoder, got all"),
         (["--layers", ""], "error: layers must name at least one of encoder, cross, decoder"),
         (["--threads", "0"], "error: threads must be at least 1, got 0"),

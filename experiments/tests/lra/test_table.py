@@ -20,7 +20,7 @@ def record(method="topk", seed=0, accuracy=0.4, name="listops-small", task="list
             "training": {"steps": 20, "batch": 32},
         },
         "method": method,
-        "options": {"k": 128} if method == "topk" else {},
+        "options": {"k": 128} if method.startswith("topk") else {},
         "seed": seed,
         "data": {"train": "a"},
         "num_examples": {"train": 1000, "validation": 50, "test": 100},
@@ -161,6 +161,16 @@ def test_top_k_is_held_against_vanilla_of_the_same_seed():
     apart += [record("topk", seed, a) for seed, a in enumerate((0.5, 0.51, 0.52))]
     assert "(+10.00, +11.00, +12.00; 0 is outside the 95 % interval, ± 2.48)" in table_in_words(apart)
     assert "minus vanilla" not in table_in_words([record("topk"), record("vanilla")])
+
+
+def test_completed_attention_is_held_against_vanilla_and_against_the_same_keys_alone():
+    accuracies = {"vanilla": (0.5, 0.4), "topk": (0.4, 0.3), "topk-completed": (0.52, 0.43)}
+    runs = [record(method, seed, a) for method, of in accuracies.items() for seed, a in enumerate(of)]
+    table = table_in_words([*runs, *(record("topk", seed, 0.1, options={"k": 8}) for seed in range(2))])
+    words = "mean and its standard error over 2 seeds: "
+    assert f"topk-completed, k = 128 minus vanilla with the same seed, {words}+2.50" in table
+    assert f"topk-completed, k = 128 minus topk, k = 128 with the same seed, {words}+12.50" in table
+    assert "topk-completed, k = 128 minus topk, k = 8" not in table
 
 
 def test_query_chunks_are_held_against_vanilla():

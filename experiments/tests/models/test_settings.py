@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from topk_attention import convert
+from topk_attention import Calibration, Completion, convert
 from topk_experiments.models.settings import Setting, convert_model
 
 
@@ -12,6 +12,7 @@ from topk_experiments.models.settings import Setting, convert_model
         (Setting(), {}),
         (Setting(attention_k=3), {"attention_k": 3}),
         (Setting(feed_forward_k=5), {"feed_forward_k": 5}),
+        (Setting(attention_k=3, completed=True), {"attention_k": 3, "completion": Completion()}),
     ],
     ids=str,
 )
@@ -37,3 +38,32 @@ def test_a_model_saved_with_k_runs_with_what_the_setting_says_and_remembers_that
     remembered = getattr(loaded.config, "topk_attention", {"attention_k": {}, "feed_forward_k": {}})
     for name in ("attention_k", "feed_forward_k"):
         assert set(remembered[name].values()) == ({ks[name]} if name in ks else set())
+    completed = setting.describe().get("completed", False)
+    assert bool(remembered.get("completion")) == completed == ("completion" in ks)
+
+
+def test_settings_of_before_completion_are_described_as_they_were():
+    settings = [Setting(), Setting(attention_k=3), Setting(feed_forward_k=5)]
+    assert [setting.describe() for setting in settings] == [
+        {"attention_k": None, "feed_forward_k": None},
+        {"attention_k": 3, "feed_forward_k": None},
+        {"attention_k": None, "feed_forward_k": 5},
+    ]
+
+
+def test_a_calibration_brings_its_completion_or_takes_the_default(tmp_path):
+    path = tmp_path / "novel.json"
+    Calibration({"layer": (3, 7)}).save(path)
+    alone, completed = Setting(attention_k=path), Setting(attention_k=path, completed=True)
+    assert "completion" not in alone.for_convert() | alone.describe()
+    assert completed.for_convert()["completion"] == {"mass_scale": 1.0, "lift": 0.35}
+    assert str(completed) == "attention calibrated by novel, mean k = 5, completed"
+    Calibration({"layer": (3, 7)}, completion={"layer": Completion((1.0, 0.5), lift=0.2)}).save(path)
+    for setting in (alone, completed):
+        assert setting.for_convert()["completion"] == {"layer": {"mass_scale": [1.0, 0.5], "lift": 0.2}}
+        assert setting.describe()["completed"] is True
+
+
+def test_completion_without_an_attention_k_is_refused():
+    with pytest.raises(ValueError, match="completed needs an attention-k"):
+        Setting(feed_forward_k=5, completed=True)

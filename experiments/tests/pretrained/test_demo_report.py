@@ -2,13 +2,14 @@ import base64
 
 import pytest
 
-from topk_experiments.pretrained.demo_report import draw, html_page, run_name, summary, write_report
+from topk_experiments.pretrained.demo_report import draw, html_page, run_name, summary, table_rows, write_report
 from topk_experiments.show.plots import png_of
 
 
-def run(k, perplexity, elapsed_s=2.0, peak_mib=100.0):
+def run(k, perplexity, elapsed_s=2.0, peak_mib=100.0, completed=False):
     return {
         "k": k,
+        "completed": completed,
         "perplexity": perplexity,
         "elapsed_s": elapsed_s,
         "peak_mib": peak_mib,
@@ -36,6 +37,32 @@ def test_the_summary_admits_that_no_k_is_close(record):
     record["runs"] = record["runs"][:2]
     assert "No k tried comes within 5 % of full attention's perplexity; k = 16 comes closest" in summary(record)
     assert "(30.00 against 20.00, +50.0 %)" in summary(record)
+
+
+def test_the_summary_says_what_completion_gives_back(record):
+    record["runs"] = [*record["runs"][:2], run(16, 20.5, completed=True)]
+    words = summary(record)
+    assert words.startswith(
+        "Without completion no k tried comes within 5 % of full attention's perplexity; k = 16 comes closest (30.00 "
+        "against 20.00, +50.0 %). With completion k = 16 is the smallest k tried whose perplexity is within 5 % of "
+        "full attention's (20.50 against 20.00, +2.5 %)."
+    )
+    assert words.endswith("(1.00 to 1.50 times full attention's peak memory, over 1 round).")
+
+
+def test_completed_runs_are_told_from_those_of_topk_alone(record):
+    record["runs"].append(run(16, 20.5, 3.5, 150.0, completed=True))
+    names = [row[0] for row in table_rows(in_rounds(record, 1.0, 1.1, 1.2))]
+    assert names == ["attention", "full attention", "k = 16", "k = 16, completed", "k = 64", "k = 256"]
+    record["runs"] = [run for run in record["runs"] if run["k"] in (None, 16)]
+    for one in record["runs"]:
+        if one["completed"]:
+            one["elapsed_s"] = 9.0
+    assert "Time: slower at every k" in summary(record)
+    record["runs"] = [run | {"elapsed_s": 2.0} if not run["completed"] else run for run in record["runs"]]
+    assert "Time: slower at k = 16 completed; no difference beyond noise at the other k" in summary(record)
+    labels = draw(record).axes[0].get_legend_handles_labels()[1]
+    assert labels == ["full attention", "top-k attention", "completed"]
 
 
 def in_rounds(record, *slower_by):
@@ -75,7 +102,9 @@ def test_noise_cannot_make_the_summary_claim_a_difference(record):
 
 
 def test_a_record_of_one_round_claims_no_difference_and_still_has_a_page(record, tmp_path):
-    """As records of the first schema are."""
+    """As records of the first schema are, which did not say whether a run is completed."""
+    for one in record["runs"]:
+        del one["completed"]
     words = summary(record)
     assert (
         "One round cannot tell a difference in time from noise (1.50 to 2.50 times full attention's time, over 1 "
@@ -102,7 +131,8 @@ def test_the_page_needs_no_other_file_and_has_a_row_for_each_run(record):
 
 
 def test_runs_are_called_by_their_k():
-    assert (run_name(None), run_name(64)) == ("full attention", "k = 64")
+    names = run_name(None), run_name(64), run_name(64, completed=True)
+    assert names == ("full attention", "k = 64", "k = 64, completed")
 
 
 @pytest.mark.parametrize("num_runs", [1, 2, 4])

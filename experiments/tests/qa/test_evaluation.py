@@ -140,9 +140,24 @@ def test_a_calibration_gives_every_head_its_own_k(config, in_this_process, conso
         run_evaluation(replace(config, settings=[Setting(feed_forward_k=path)]), console)
 
 
+def test_completed_attention_is_a_point_of_its_own(config, in_this_process, console):
+    run_evaluation(config, console)
+    settings = one_at_a_time([4], completed_k=[4, 90])
+    full, alone, completed, every = run_evaluation(replace(config, settings=settings), console)
+    assert len(in_this_process) == 4  # the first two were on file
+    asked = [request["convert"].get("completion") for _, request, _ in in_this_process]
+    assert asked == [None, None, *[{"mass_scale": 1.0, "lift": 0.35}] * 2]
+    assert completed["setting"] == alone["setting"] | {"completed": True}
+    assert every["outcomes"] == full["outcomes"]
+    first, second, third = (
+        [answer for message in messages for answer in message["answers"]] for _, _, messages in in_this_process[:3]
+    )
+    assert first != second != third != first
+
+
 def test_a_text_to_text_model_writes_its_answers(reading, in_this_process, console, tmp_path):
     config = EvaluationConfig([str(reading / "test.jsonl")], model=str(reading / "small-t5"), out=tmp_path)
-    settings = one_at_a_time([2], [8])
+    settings = one_at_a_time([2], [8], completed_k=[2])
     records = run_evaluation(replace(config, settings=settings, limit=5, threads=1), console)
     for record in records:
         assert set(record["scores"]) == {"exact_match", "f1"}

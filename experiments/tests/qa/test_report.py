@@ -358,6 +358,22 @@ def test_the_picture_draws_what_has_all_sets_and_the_page_names_what_it_lacks(dr
     assert "Not in the picture" not in drawn([record({}, "one", "1"), record({"attention_k": 8}, "one", "1")])[1]
 
 
+def test_completed_k_are_a_curve_of_their_own(drawn):
+    settings = {"1100": {}, "1000": {"attention_k": 8}, "1110": {"attention_k": 8, "completed": True}}
+    settings["1111"] = {"attention_k": CALIBRATED, "completed": True}
+    figure, written = drawn([record(setting, "one", outcomes) for outcomes, setting in settings.items()])
+    assert points_of(figure.axes[0]) == {
+        BY_LENGTH: [[8, 25]],
+        f"{BY_LENGTH}, completed": [[8, 75]],
+        "calibrated, completed, at its mean k": [[7.96, 100]],
+    }
+    alone, completed, calibrated = (bars.lines[0] for bars in figure.axes[0].containers)
+    assert alone.get_color() != completed.get_color() == calibrated.get_color()
+    assert cells(written, "**Accuracy**", "attention k = 8") == ["25.0 ± 25.0"]
+    assert cells(written, "**Accuracy**", "attention k = 8, completed") == ["75.0 ± 25.0"]
+    assert "Not in the picture" not in written
+
+
 def test_published_curves_stand_in_a_panel_of_their_own_with_their_number_of_sets(drawn):
     figure, _ = drawn([as_text(record({}, "one", "1100")), as_text(record({"feed_forward_k": 8}, "one", "1000"))])
     own, published = figure.axes[1], figure.axes[-1]

@@ -53,7 +53,7 @@ def test_exact_methods_equal_attention_written_out(name, is_padded, is_causal, l
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("name", ["topk", *RANDOM])
+@pytest.mark.parametrize("name", ["topk", "topk-completed", *RANDOM])
 def test_causal_attention_is_attention_to_each_prefix(name, is_padded, lengths):
     query, key, value = inputs(*lengths)
     mask = padding(lengths[1]) if is_padded else None

@@ -13,11 +13,12 @@ def test_every_method_of_the_table_is_a_module_and_drops_unless_it_is_random(nam
 def test_a_backend_in_a_name_does_not_make_another_method():
     assert method_of("topk-reference") is METHODS["topk"]
     assert split_backend("topk-elsewhere") == ("topk-elsewhere", None)
-    assert [kept(name, 8) for name in ("topk", "topk-cpu", "sdpa")] == [8, 8, None]
+    assert split_backend("topk-completed") == ("topk-completed", None)
+    assert [kept(name, 8) for name in ("topk", "topk-cpu", "topk-completed", "sdpa")] == [8, 8, 8, None]
 
 
 def test_methods_are_chosen_by_what_is_true_of_them():
-    assert among(METHODS, takes_bias=True) == ("topk", "query-chunks", "sdpa")
+    assert among(METHODS, takes_bias=True) == ("topk", "topk-completed", "query-chunks", "sdpa")
     assert among(["rfa", "topk-chunked"], is_random=False) == ("topk-chunked",)
 
 

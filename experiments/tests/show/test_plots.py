@@ -14,6 +14,8 @@ from topk_experiments.show.plots import STYLES, styles
         ("attention k = 32", "topk"),
         ("k = 128", "topk"),
         ("topk-chunked", "topk-chunked"),
+        ("top-k, completed (cpu)", "topk-completed"),
+        ("attention k = 64, completed", "topk"),
         ("top-k attention, k = 128 (reference)", "topk-reference"),
         ("top-k, torch.sparse, k = 512", "topk-sparse"),
         ("attention calibrated by novel, mean k = 64", "calibrated"),

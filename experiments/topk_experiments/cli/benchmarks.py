@@ -64,9 +64,9 @@ def attention_kernel(
 ) -> None:
     """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
 
-    Methods are checked against the reference first. Rivals: sdpa, topk-chunked, query-chunks and performer. Points are
-    appended to table.jsonl, length.jsonl, k.jsonl or layers.jsonl; interrupted, the same command continues with those
-    that are missing.
+    Methods are checked against the reference first. Rivals: sdpa, topk-chunked, query-chunks and performer; also
+    topk-completed, if it is named. Points are appended to table.jsonl, length.jsonl, k.jsonl or layers.jsonl;
+    interrupted, the same command continues with those that are missing.
     """
     if lengths is not None and sweep != "length" and layers is None:
         raise ValueError('lengths goes with sweep "length" alone, or with layers')
@@ -171,8 +171,8 @@ def attention(
     lengths: Annotated[Sequence[int], "Sequence lengths."] = (2048, 4096, 8192, 16384, 32768),
     implementations: Annotated[
         Sequence[str] | None,
-        "Among topk (on --backend), topk-BACKEND, query-chunks, sdpa, vanilla, vanilla-chunks, performer and rfa. "
-        "Default: all that can do the bias and the dropout.",
+        "Among topk (on --backend), topk-BACKEND, topk-completed, query-chunks, sdpa, vanilla, vanilla-chunks, "
+        "performer and rfa. Default: all that can do the bias and the dropout.",
     ] = None,
     k: Annotated[Sequence[int], "Keys kept per query (topk)."] = (128,),
     bias_and_dropout: Annotated[

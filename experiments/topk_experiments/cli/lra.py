@@ -40,7 +40,8 @@ def data(
 def train(
     config: Config,
     methods: Annotated[
-        str, typer.Option(help="Among vanilla, query-chunks, topk, performer and rfa, separated by commas.")
+        str,
+        typer.Option(help="Among vanilla, query-chunks, topk, topk-completed, performer and rfa, separated by commas."),
     ] = "vanilla,topk",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
     source: Source = None,

@@ -32,6 +32,7 @@ from topk_attention.cli.options import (
 
 __all__ = [
     "Backend",
+    "CompletedK",
     "EvaluateEvery",
     "Heads",
     "Layers",
@@ -69,6 +70,12 @@ Windows = Annotated[int, typer.Option(help="Windows of a step.")]
 Steps = Annotated[int, typer.Option(help="Training steps of each arm.")]
 LearningRate = Annotated[
     float, typer.Option(help="Highest learning rate; it is reached after 40 steps and then falls to a tenth.")
+]
+CompletedK = Annotated[
+    str,
+    typer.Option(
+        help="Keys kept per query where the others enter its softmax as one entry (completion), separated by commas."
+    ),
 ]
 EvaluateEvery = Annotated[int, typer.Option(help="Steps between two points of a curve.")]
 TrainAgain = Annotated[bool, typer.Option("--fresh", help="Train all arms again.")]
@@ -166,12 +173,15 @@ def _value(field: inspect.Parameter, given: dict[str, Any]) -> Any:
     return integers(field.name.replace("_", "-"), value, least=0 if field.name in _FROM_0 else 1)
 
 
-def settings(attention_k: str, feed_forward_k: str, full: bool) -> list[Any]:
+def settings(attention_k: str, completed_k: str, feed_forward_k: str, full: bool) -> list[Any]:
     """The settings of these options, as `models.settings.Setting`."""
     from topk_experiments.models.settings import one_at_a_time
 
     return one_at_a_time(
-        _integers_or_files("attention-k", attention_k), _integers_or_files("feed-forward-k", feed_forward_k), full=full
+        _integers_or_files("attention-k", attention_k),
+        _integers_or_files("feed-forward-k", feed_forward_k),
+        full=full,
+        completed_k=_integers_or_files("completed-k", completed_k),
     )
 
 

@@ -10,6 +10,7 @@ import typer
 from .application import app
 from .options import (
     Backend,
+    CompletedK,
     Out,
     Seed,
     Text,
@@ -31,7 +32,14 @@ def demo(
     ] = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
-    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "16,64,256",
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "64",
+    completed_k: Annotated[
+        str,
+        typer.Option(
+            help="Keys kept per query where attention is completed: the other keys enter the softmax as one entry. "
+            'Separated by commas; "" leaves these runs out.'
+        ),
+    ] = "16,64",
     rounds: Annotated[int, typer.Option(help="Times that every setting runs, in turns.")] = 3,
     out: Out = Path("build/demo"),
     seed: Seed = 0,
@@ -39,10 +47,10 @@ def demo(
     backend: Backend = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make all runs again.")] = False,
 ) -> None:
-    """Read a text with full attention and with several k; compare perplexity, time and memory.
+    """Read a text with full attention and with several k, alone and completed; compare perplexity, time and memory.
 
     The settings take turns, round after round, so that noise does not decide which one looks faster. The defaults take
-    about five minutes on two cores. Writes demo.json, demo.png and demo.html. To continue an interrupted demo, repeat
+    about four minutes on two cores. Writes demo.json, demo.png and demo.html. To continue an interrupted demo, repeat
     the command: it makes the runs that are missing.
     """
     with errors_in_words(f"finished runs are in {out / 'demo.json'}"):
@@ -54,6 +62,7 @@ def demo(
                 text=text,
                 num_tokens=tokens,
                 k=integers("k", k),
+                completed_k=integers("completed-k", completed_k, may_be_empty=True),
                 rounds=rounds,
                 out=out,
                 seed=seed,
@@ -183,10 +192,64 @@ def calibrate(
 
 
 @app.command()
+def stand_ins(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Text = None,
+    start: Annotated[int, typer.Option(help="Character of the text at which the windows to fit on begin.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of a window to fit on.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows to fit on, one after the other.")] = 8,
+    evaluate_start: Annotated[
+        int, typer.Option(help="Character at which the window to read begins, apart from those to fit on.")
+    ] = 100_000,
+    evaluate_tokens: Annotated[int, typer.Option(help="Tokens of the window to read.")] = 4096,
+    k: Annotated[str, typer.Option(help="Neurons kept per token, separated by commas.")] = "768,384,192",
+    rank: Annotated[
+        str, typer.Option(help="Ranks of stand-ins, separated by commas; 0 is a constant for each layer.")
+    ] = "0,64",
+    out: Out = Path("results/stand-ins"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make all runs again.")] = False,
+) -> None:
+    """Read a text with some of the neurons, and with stand-ins for the others; compare perplexity and time.
+
+    Writes stand-ins.json and stand-ins.md. To continue an interrupted run, repeat the command: it makes the k that are
+    missing.
+    """
+    with errors_in_words(f"finished runs are in {out / 'stand-ins.json'}"):
+        from topk_experiments.pretrained.stand_ins import StandInsConfig, run_stand_ins
+
+        run_stand_ins(
+            StandInsConfig(
+                model=model,
+                text=text,
+                start=start,
+                num_tokens=tokens,
+                windows=windows,
+                evaluate_start=evaluate_start,
+                evaluate_tokens=evaluate_tokens,
+                k=integers("k", k),
+                ranks=integers("rank", rank, least=0),
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
 def transcribe(
     model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a Whisper model.")],
     audio: Annotated[Path, typer.Option(help="Recording: WAV, FLAC, Ogg or MP3.")],
     k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "32,64,128",
+    completed_k: CompletedK = "",
     layers: Annotated[
         str,
         typer.Option(help="Attention layers that keep k keys: among encoder, cross and decoder, separated by commas."),
@@ -202,6 +265,8 @@ def transcribe(
 ) -> None:
     """Transcribe a recording with full attention and with several k; count the words that differ.
 
+    How far the encoder's output is from full attention's is measured too.
+
     Appends to transcripts.jsonl and writes transcripts.md. To continue an interrupted run, repeat the command: it does
     what is missing.
     """
@@ -213,6 +278,7 @@ def transcribe(
                 model=model,
                 audio=audio,
                 k=integers("k", k),
+                completed_k=integers("completed-k", completed_k, may_be_empty=True),
                 layers=names(layers),
                 language=language,
                 out=out,

@@ -10,6 +10,7 @@ import typer
 from .application import qa
 from .options import (
     Backend,
+    CompletedK,
     Heads,
     Layers,
     ModelSize,
@@ -46,6 +47,7 @@ def evaluate(
     attention_k: Annotated[
         str, typer.Option(help="Keys kept per query, separated by commas. An entry may be a calibration file.")
     ] = "",
+    completed_k: CompletedK = "",
     feed_forward_k: Annotated[
         str, typer.Option(help="Neurons kept per token, separated by commas. An entry may be a calibration file.")
     ] = "",
@@ -75,7 +77,7 @@ def evaluate(
         run_evaluation(
             EvaluationConfig(
                 datasets=names(dataset),
-                settings=settings(attention_k, feed_forward_k, full),
+                settings=settings(attention_k, completed_k, feed_forward_k, full),
                 model=model,
                 limit=limit,
                 shots=shots,
@@ -104,6 +106,7 @@ def finetune(
             help="Keys kept per query, separated by commas; one arm each. An entry may be a calibration file."
         ),
     ] = "",
+    completed_k: CompletedK = "",
     feed_forward_k: Annotated[
         str,
         typer.Option(
@@ -164,7 +167,7 @@ def finetune(
                 training=training,
                 dataset=dataset,
                 hold_out=hold_out,
-                settings=settings(attention_k, feed_forward_k, full),
+                settings=settings(attention_k, completed_k, feed_forward_k, full),
                 from_scratch=from_scratch,
                 steps=steps,
                 batch=batch,

@@ -10,6 +10,7 @@ import typer
 from .application import train
 from .options import (
     Backend,
+    CompletedK,
     EvaluateEvery,
     Heads,
     Layers,
@@ -82,6 +83,7 @@ def feed_forward_curve(
 @train.command()
 def language_model(
     attention_k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas; one arm each.")] = "32",
+    completed_k: CompletedK = "",
     feed_forward_k: Annotated[
         str, typer.Option(help="Neurons kept per token, separated by commas; one arm each.")
     ] = "",
@@ -112,7 +114,7 @@ def language_model(
         from ..language_model.language_model import LanguageModelConfig, run_language_model
 
         config = LanguageModelConfig(
-            settings=settings(attention_k, feed_forward_k, full),
+            settings=settings(attention_k, completed_k, feed_forward_k, full),
             text=text,
             tokens=tokens,
             num_layers=layers,

@@ -25,6 +25,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "vanilla": (),
     "query-chunks": (),
     "topk": ("k",),
+    "topk-completed": ("k",),
     "performer": ("num_features",),
     "rfa": ("num_features", "sigma"),
 }

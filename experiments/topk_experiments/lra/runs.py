@@ -13,6 +13,7 @@ import torch
 from topk_attention.environment import now, package_version
 from topk_attention.functional.words import full_attention_note
 
+from ..rivals.names import METHODS
 from ..runs.checks import check_at_least
 from ..runs.ledger import Ledger, made_when
 from ..runs.progress import progress_bar
@@ -98,9 +99,9 @@ def run_plan(plan: LraPlan, console: Console, *, tensorboard: bool = True) -> li
     console.quiet |= not accelerator.is_main_process
     with accelerator.main_process_first():  # the other processes read its files
         data = prepare_data(plan, console)
-    if "topk" in plan.methods:
+    if any(METHODS[method].keeps_k for method in plan.methods):
         length = plan.config.new_task(plan.source).max_length
-        if note := full_attention_note(plan.config.attention_options("topk").get("k"), length):
+        if note := full_attention_note(plan.config.k, length):
             console.print(f"{plan.config.name}: {note}", markup=False, highlight=False, soft_wrap=True)
     records = []
     for method in plan.methods:

@@ -212,17 +212,26 @@ def _standard_errors_above(share: float, record: Json) -> float:
 
 
 def _difference_lines(records: Sequence[Json]) -> list[str]:
-    """Test accuracy of top-k attention minus that of vanilla with the same seed, if both have several seeds."""
-    vanilla = {record["seed"]: record for record in records if record["method"] == "vanilla"}
+    """Test accuracies of top-k attention minus those of vanilla, and of completed attention minus those of both.
+
+    Of the same seeds, where both have several.
+    """
+    groups = {name: _same_options([one for one in records if one["method"] == name]) for name in METHOD_OPTIONS}
+    pairs = [
+        (runs, others) for name in ("topk", "topk-completed") for runs in groups[name] for others in groups["vanilla"]
+    ]
+    completed = itertools.product(groups["topk-completed"], groups["topk"])
+    pairs += [(runs, others) for runs, others in completed if runs[0]["options"] == others[0]["options"]]
     lines = []
-    for runs in _same_options([record for record in records if record["method"] == "topk"]):
-        both = {run["seed"]: run for run in runs if run["seed"] in vanilla}
+    for runs, others in pairs:
+        other_of = {run["seed"]: run for run in others}
+        both = {run["seed"]: run for run in runs if run["seed"] in other_of}
         if len(both) < 2:
             continue
         parts = []
         for point, words in (("best", "at the best validation"), ("last", "at the last step")):
             differences = [
-                100 * (run[point]["test_accuracy"] - vanilla[seed][point]["test_accuracy"])
+                100 * (run[point]["test_accuracy"] - other_of[seed][point]["test_accuracy"])
                 for seed, run in sorted(both.items())
             ]
             mean = statistics.fmean(differences)
@@ -235,8 +244,8 @@ def _difference_lines(records: Sequence[Json]) -> list[str]:
             )
         lines += [
             "",
-            f"{method_name(runs[0])} minus vanilla with the same seed, mean and its standard error over "
-            f"{len(both)} seeds: {'; '.join(parts)}.",
+            f"{method_name(runs[0])} minus {method_name(others[0])} with the same seed, mean and its standard error "
+            f"over {len(both)} seeds: {'; '.join(parts)}.",
         ]
     return lines
 

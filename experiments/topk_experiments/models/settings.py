@@ -8,32 +8,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topk_attention import Completion
 from topk_attention.calibrate import Calibration
 from topk_attention.convert import convert, unconvert
-from topk_attention.convert.settings import CONFIG_ATTRIBUTE
+from topk_attention.convert.settings import CONFIG_ATTRIBUTE, completion_to_json
 from topk_attention.functional.checks import check_count
 
 from ..runs.records import Json
+
+_KINDS = ("attention_k", "feed_forward_k")
 
 
 @dataclass(frozen=True)
 class Setting:
     """One way to run a model: keys per query and neurons per token. None: all of them. A path: a calibration's file.
 
-    >>> print(Setting(attention_k=64)), print(Setting())
+    completed  whether the keys that are not kept enter each softmax as one entry. A calibration that was measured with
+               completion is run with its own in any case
+
+    >>> print(Setting(attention_k=64)), print(Setting()), print(Setting(attention_k=64, completed=True))
     attention k = 64
     full
-    (None, None)
+    attention k = 64, completed
+    (None, None, None)
     """
 
     attention_k: int | Path | None = None
     feed_forward_k: int | Path | None = None
+    completed: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("attention_k", "feed_forward_k"):
+        for name in _KINDS:
             k = getattr(self, name)
             if isinstance(k, int):
                 check_count(name.replace("_", "-"), k)
+        if self.completed and self.attention_k is None:
+            raise ValueError("completed needs an attention-k: with every key kept there is nothing to complete")
 
     @property
     def is_full(self) -> bool:
@@ -44,23 +54,44 @@ class Setting:
 
     def for_convert(self) -> Json:
         """The arguments of `convert`, as JSON."""
-        return {name: k if isinstance(k, int | None) else _from_file(k, name) for name, k in vars(self).items()}
+        ks = {name: getattr(self, name) for name in _KINDS}
+        arguments = {name: k if isinstance(k, int | None) else _from_file(k, name) for name, k in ks.items()}
+        completion = self._completion()
+        return arguments if completion is None else arguments | {"completion": completion}
 
     def describe(self) -> Json:
-        """For records: numbers as they are; for a file its name, its hash and the mean k."""
-        return {name: k if isinstance(k, int | None) else _describe_file(k, name) for name, k in vars(self).items()}
+        """For records: numbers as they are; for a file its name, its hash and the mean k.
+
+        "completed" is there only where it is true: records from before there was completion stay the same.
+        """
+        ks = {name: getattr(self, name) for name in _KINDS}
+        described = {name: k if isinstance(k, int | None) else _describe_file(k, name) for name, k in ks.items()}
+        return described if self._completion() is None else described | {"completed": True}
+
+    def _completion(self) -> Json | None:
+        """As JSON, with the fields of one `Completion` for all layers or of one for each path; None without any."""
+        own = Calibration.load(self.attention_k).completion if isinstance(self.attention_k, Path) else {}
+        if own:
+            return {path: completion_to_json(completion) for path, completion in own.items()}
+        return completion_to_json(Completion()) if self.completed else None
 
 
 def one_at_a_time(
-    attention_k: Sequence[int | Path] = (), feed_forward_k: Sequence[int | Path] = (), full: bool = True
+    attention_k: Sequence[int | Path] = (),
+    feed_forward_k: Sequence[int | Path] = (),
+    full: bool = True,
+    completed_k: Sequence[int | Path] = (),
 ) -> list[Setting]:
     """Settings that limit one kind at a time: the full model, then every k alone.
 
-    >>> [str(setting) for setting in one_at_a_time([64], [384])]
-    ['full', 'attention k = 64', 'feed-forward k = 384']
+    completed_k  attention k with completion
+
+    >>> [str(setting) for setting in one_at_a_time([64], [384], completed_k=[16])]
+    ['full', 'attention k = 64', 'attention k = 16, completed', 'feed-forward k = 384']
     """
     settings = [Setting()] if full else []
     settings += [Setting(attention_k=k) for k in attention_k]
+    settings += [Setting(attention_k=k, completed=True) for k in completed_k]
     settings += [Setting(feed_forward_k=k) for k in feed_forward_k]
     return list(dict.fromkeys(settings))
 
@@ -70,15 +101,20 @@ def fixed_attention_k(settings: Sequence[Setting]) -> list[int]:
     return [setting.attention_k for setting in settings if isinstance(setting.attention_k, int)]
 
 
-def convert_model(model: Any, ks: Json, backend: str) -> None:
+def convert_model(model: Any, arguments: Json, backend: str) -> None:
     """Convert a model with the arguments of `Setting.for_convert`.
 
     None means all keys or neurons, even if the model was saved with a k: records name what really ran.
     """
     if hasattr(model.config, CONFIG_ATTRIBUTE):
         unconvert(model)
-    if any(k is not None for k in ks.values()):
-        convert(model, **ks, backend=backend)
+    if all(argument is None for argument in arguments.values()):
+        return
+    completion: Any = arguments.get("completion")
+    if completion is not None:
+        for_all = "lift" in completion
+        completion = Completion(**completion) if for_all else {at: Completion(**one) for at, one in completion.items()}
+    convert(model, **arguments | {"completion": completion}, backend=backend)
 
 
 def setting_name(described: Json) -> str:
@@ -86,6 +122,8 @@ def setting_name(described: Json) -> str:
 
     >>> setting_name({"attention_k": {"file": "novel.json", "sha256": "", "mean_k": 63.96}, "feed_forward_k": 384})
     'attention calibrated by novel, mean k = 64, feed-forward k = 384'
+    >>> setting_name({"attention_k": 16, "feed_forward_k": None, "completed": True})
+    'attention k = 16, completed'
     """
     parts = []
     for name, kind in (("attention_k", "attention"), ("feed_forward_k", "feed-forward")):
@@ -94,6 +132,8 @@ def setting_name(described: Json) -> str:
             parts.append(f"{kind} calibrated by {Path(k['file']).stem}, mean k = {round(k['mean_k'], 1):g}")
         elif k is not None:
             parts.append(f"{kind} k = {k}")
+        if name == "attention_k" and described.get("completed"):
+            parts.append("completed")
     return ", ".join(parts) or "full"
 
 

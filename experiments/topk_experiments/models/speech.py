@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # What libsndfile says of a WAV file whose sound ends early.
 _CUT_OFF = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -100,6 +102,15 @@ def transcribe(
         parts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
         progress(number, len(starts))
     return " ".join(part for part in parts if part)
+
+
+@torch.no_grad()
+def encoded(model: Any, feature_extractor: Any, recording: Recording) -> Tensor:
+    """What a Whisper model's encoder makes of the first window, [frames, size], without the frames after the sound."""
+    samples = recording.samples[: feature_extractor.n_samples]
+    features = feature_extractor(samples, sampling_rate=recording.sampling_rate, return_tensors="pt").input_features
+    output: Tensor = model.get_encoder()(features.to(model.device, model.dtype)).last_hidden_state[0]
+    return output[: math.ceil(len(output) * len(samples) / feature_extractor.n_samples)]
 
 
 def words(text: str) -> list[str]:

@@ -41,12 +41,12 @@ def _language_model_windows(config: CalibrationConfig, tokenizer: Any, text: Tex
     evaluate_tokens, evaluate_windows = config.evaluate_tokens or 0, config.evaluate_windows or 0
     num_measured, num_read = num_tokens * num_windows, evaluate_tokens * evaluate_windows
     after = evaluation_start(config) == AFTER
-    ids = first_tokens(_from(text, config.start), tokenizer, num_measured + (num_read if after else 0))[0].tolist()
+    ids = first_tokens(text_from(text, config.start), tokenizer, num_measured + (num_read if after else 0))[0].tolist()
     measured, rest = ids[:num_measured], ids[num_measured:]
     overlap = False
     if not after:
         begin = config.evaluate_start or 0
-        rest = first_tokens(_from(evaluate_text, begin), tokenizer, num_read)[0].tolist()
+        rest = first_tokens(text_from(evaluate_text, begin), tokenizer, num_read)[0].tolist()
         ends = config.start + len(tokenizer.decode(measured)), begin + len(tokenizer.decode(rest))
         overlap = text.sha256 == evaluate_text.sha256 and begin < ends[0] and config.start < ends[1]
     return Windows(_cut(measured, num_tokens), _cut(rest, evaluate_tokens), overlap)
@@ -54,12 +54,12 @@ def _language_model_windows(config: CalibrationConfig, tokenizer: Any, text: Tex
 
 def _encoder_windows(config: CalibrationConfig, tokenizer: Any, text: Text, evaluate_text: Text) -> Windows:
     measured, num_characters = first_windows(
-        _from(text, config.start), tokenizer, config.windows or 0, config.num_tokens or 0
+        text_from(text, config.start), tokenizer, config.windows or 0, config.num_tokens or 0
     )
     end = config.start + num_characters
     begin = end if evaluation_start(config) == AFTER else config.evaluate_start or 0
     rest, num_read = first_windows(
-        _from(evaluate_text, begin), tokenizer, config.evaluate_windows or 0, config.evaluate_tokens or 0
+        text_from(evaluate_text, begin), tokenizer, config.evaluate_windows or 0, config.evaluate_tokens or 0
     )
     overlap = text.sha256 == evaluate_text.sha256 and begin < end and config.start < begin + num_read
     return Windows(measured, rest, overlap)
@@ -69,7 +69,12 @@ def _cut(ids: list[int], num_tokens: int) -> list[list[int]]:
     return [ids[first : first + num_tokens] for first in range(0, len(ids), num_tokens)]
 
 
-def _from(text: Text, start: int) -> Text:
+def text_from(text: Text, start: int) -> Text:
+    """The text from a character on.
+
+    Raises:
+        ValueError: it has none from there on.
+    """
     if start >= len(text.content):
         raise ValueError(f"{text.source} has {len(text.content):,} characters, so none from {start:,} on")
     return Text(text.content[start:], text.source if start == 0 else f"{text.source} from character {start:,}")

@@ -1,4 +1,4 @@
-"""The demo: one pretrained model reads one text with full attention and with several k.
+"""The demo: one pretrained model reads one text with full attention and with several k, alone and completed.
 
 It measures the cost of leaving keys out (perplexity), and time and memory of one forward pass over the whole window.
 All settings take turns: every round runs each of them once, in a fresh process, so that a busy stretch of the machine
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ from ..models.pretrained import (
     unpacked,
 )
 from ..models.text import Text, first_tokens, hidden_states_give_logits, perplexity, read_text
-from ..runs.checks import check_at_least, check_runs
+from ..runs.checks import check_at_least, check_ks, check_runs
 from ..runs.files import damage_named
 from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.memory import PeakMeter
@@ -47,19 +47,30 @@ from .demo_report import run_name, summary, table_rows, write_report
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = "topk_attention/demo/2"
+SCHEMA = "topk_attention/demo/3"
 DEFAULT_NUM_TOKENS = 4096
-# Few k, so that three rounds take about five minutes on two cores.
-DEFAULT_K = (16, 64, 256)
+# Few settings, so that three rounds take about four minutes on two cores.
+DEFAULT_K = (64,)
+DEFAULT_COMPLETED_K = (16, 64)
 DEFAULT_ROUNDS = 3
 DEFAULT_OUT = Path("build/demo")
+
+
+class Turn(NamedTuple):
+    """One run of the demo; a k of None is full attention."""
+
+    round: int
+    k: int | None
+    completed: bool
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """What the demo runs; paths and the model as the user wrote them.
 
-    rounds  times that every setting runs, in turns
+    k            keys per query, of top-k attention alone
+    completed_k  keys per query, of completed attention
+    rounds       times that every setting runs, in turns
 
     >>> DemoConfig(k=(16, 0))
     Traceback (most recent call last):
@@ -70,6 +81,7 @@ class DemoConfig:
     text: Path | None = None
     num_tokens: int = DEFAULT_NUM_TOKENS
     k: Sequence[int] = DEFAULT_K
+    completed_k: Sequence[int] = DEFAULT_COMPLETED_K
     rounds: int = DEFAULT_ROUNDS
     out: Path = DEFAULT_OUT
     seed: int = 0
@@ -79,6 +91,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_runs(self.k, self.backend)
+        check_ks("completed-k", self.completed_k)
         if self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2 (the first one is never predicted), got {self.num_tokens}")
         check_at_least(1, self, "threads", "rounds", "num_tokens")
@@ -87,9 +100,10 @@ class DemoConfig:
     def record(self) -> Path:
         return self.out / "demo.json"
 
-    def turns(self) -> list[tuple[int, int | None]]:
-        """Round and k of every run, in the order in which they run."""
-        return [(number, k) for number in range(1, self.rounds + 1) for k in (None, *self.k)]
+    def turns(self) -> list[Turn]:
+        """Every run, in the order in which they run."""
+        settings = [(None, False), *((k, False) for k in self.k), *((k, True) for k in self.completed_k)]
+        return [Turn(number, k, completed) for number in range(1, self.rounds + 1) for k, completed in settings]
 
 
 def run_demo(config: DemoConfig, console: Console) -> Json:
@@ -107,7 +121,7 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     notes: list[str] = []  # said only when it is certain that the new runs can be made
     record = _start_or_continue(_new_record(config, source, text), config, notes.append)
     with damage_named(config.record, "move it away or give another --out"):
-        finished = [(run["round"], run["k"]) for run in record["runs"]]
+        finished = [Turn(run["round"], run["k"], run["completed"]) for run in record["runs"]]
     missing = [turn for turn in config.turns() if turn not in finished]
     if missing:
         source = unpacked(source, config.out / "work" / "model", say)
@@ -126,11 +140,16 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
 
 
 def convert_as_asked(model: Any, request: Json) -> None:
-    """Convert a model for the request's k, feed_forward_k and completion; the last two may be missing."""
+    """Convert a model for the request's k, feed_forward_k and completion; the last two may be missing.
+
+    The completion is a mapping from layer path to the fields of its `Completion`, or True for the default everywhere.
+    """
     k, feed_forward_k, completion = (request.get(name) for name in ("k", "feed_forward_k", "completion"))
     if k is None and feed_forward_k is None:
         return
-    if completion is not None:
+    if completion is True:
+        completion = Completion()
+    elif completion is not None:
         completion = {path: Completion(**fields) for path, fields in completion.items()}
     convert(model, attention_k=k, feed_forward_k=feed_forward_k, completion=completion, backend=request["backend"])
 
@@ -175,6 +194,7 @@ def _new_record(config: DemoConfig, source: ModelSource, text: Text) -> Json:
         "config": {
             "num_tokens": config.num_tokens,
             "k": list(config.k),
+            "completed_k": list(config.completed_k),
             "rounds": config.rounds,
             "seed": config.seed,
             "threads": config.threads or torch.get_num_threads(),
@@ -217,18 +237,20 @@ def _input_ids(config: DemoConfig, source: ModelSource, text: Text) -> list[int]
     return first_tokens(text, load_tokenizer(source), config.num_tokens)[0].tolist()
 
 
-def _plan(config: DemoConfig, source: ModelSource, text: Text, missing: Sequence[tuple[int, int | None]]) -> str:
+def _plan(config: DemoConfig, source: ModelSource, text: Text, missing: Sequence[Turn]) -> str:
     """What is about to run, for the console."""
+    ks, completed_ks = (", ".join(map(str, ks)) for ks in (config.k, config.completed_k))
+    ways = f", with k = {ks} and with k = {completed_ks} completed" if completed_ks else f" and with k = {ks}"
     return (
-        f"{source.name} now reads {config.num_tokens:,} tokens of {text.source}, with full attention and with k = "
-        f"{', '.join(map(str, config.k))}, in {counted(config.rounds, 'round')}. Each of the "
-        f"{counted(len(missing), 'run')} loads the model in a fresh process and measures one forward pass."
+        f"{source.name} now reads {config.num_tokens:,} tokens of {text.source}, with full attention{ways}, in "
+        f"{counted(config.rounds, 'round')}. Each of the {counted(len(missing), 'run')} loads the model in a fresh "
+        "process and measures one forward pass."
     )
 
 
 def _make_runs(
     record: Json,
-    missing: Sequence[tuple[int, int | None]],
+    missing: Sequence[Turn],
     source: ModelSource,
     input_ids: list[int],
     config: DemoConfig,
@@ -238,9 +260,9 @@ def _make_runs(
 
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
-        for number, (round_number, k) in enumerate(missing):
-            name = run_name(k, config.num_tokens)
-            described = f"round {round_number} of {config.rounds}, {name}"
+        for number, turn in enumerate(missing):
+            name = run_name(turn.k, config.num_tokens, completed=turn.completed)
+            described = f"round {turn.round} of {config.rounds}, {name}"
             bar.update(task, description=described, completed=number)
 
             def on_message(message: Json, number: int = number) -> None:
@@ -248,7 +270,8 @@ def _make_runs(
 
             request = {
                 "model": vars(source),
-                "k": k,
+                "k": turn.k,
+                "completion": turn.completed or None,
                 "windows": [input_ids],
                 "threads": record["config"]["threads"],
                 "seed": record["config"]["seed"],
@@ -259,7 +282,7 @@ def _make_runs(
                     f"{__name__}:measure_run", request, on_message=on_message, memory_in_use=True
                 )
             record["model"]["num_parameters"] = run.pop("num_parameters")
-            record["runs"].append({"round": round_number} | run | {"date": now()})
+            record["runs"].append({"round": turn.round, "completed": turn.completed} | run | {"date": now()})
             write_json(config.record, record)
             bar.update(task, completed=number + 1)
             bar.console.print(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from topk_attention import Completion
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert, is_cross_attention, is_self_attention
 
@@ -24,7 +25,7 @@ from ..models.pretrained import (
     load_model_to_run,
     load_tokenizer,
 )
-from ..models.speech import read_recording, transcribe, word_errors, words
+from ..models.speech import encoded, read_recording, transcribe, word_errors, words
 from ..runs.checks import check_at_least, check_runs
 from ..runs.ledger import Ledger, made_when
 from ..runs.memory import PeakMeter
@@ -32,8 +33,7 @@ from ..runs.process import Send, failures_named, run_in_fresh_process
 from ..runs.progress import line_printer, progress_bar
 from ..runs.records import Json
 from ..runs.timing import Stopwatch
-from .demo_report import run_name
-from .transcription_report import PAGE, RECORDS, difference, show, write_report
+from .transcription_report import PAGE, RECORDS, difference, name_of_run, show, write_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,9 @@ _AUTO_CLASS = "AutoModelForSpeechSeq2Seq"
 class TranscriptionConfig:
     """What is transcribed and how; paths and the model as the user wrote them.
 
-    layers  which attention layers keep k keys: "encoder", "cross" and "decoder" (its own tokens)
+    k            keys kept per query
+    completed_k  keys kept per query where the others enter its softmax as one entry
+    layers       which attention layers keep k keys: "encoder", "cross" and "decoder" (its own tokens)
 
     >>> TranscriptionConfig(model="openai/whisper-base", audio=Path("talk.flac"), layers=("encoder", "all"))
     Traceback (most recent call last):
@@ -59,6 +61,7 @@ class TranscriptionConfig:
     model: str
     audio: Path
     k: Sequence[int] = DEFAULT_K
+    completed_k: Sequence[int] = ()
     layers: Sequence[str] = ("encoder", "cross")
     language: str | None = None
     out: Path = DEFAULT_OUT
@@ -69,6 +72,8 @@ class TranscriptionConfig:
 
     def __post_init__(self) -> None:
         check_runs(self.k, self.backend)
+        if self.completed_k:
+            check_runs(self.completed_k, self.backend, name="completed-k")
         check_at_least(1, self, "threads")
         if unknown := [name for name in self.layers if name not in LAYERS]:
             raise ValueError(f"layers must be among {', '.join(LAYERS)}, got {', '.join(unknown)}")
@@ -91,12 +96,13 @@ def run_transcription(config: TranscriptionConfig, console: Console) -> list[Jso
     ledger = Ledger(config.out / RECORDS, schema=SCHEMA, folder=Path(__file__).parent, fresh=config.fresh)
     num_keys = _most_keys(load_config(source), config.layers)
     records: list[Json] = []
+    runs = [_describe(config, source, k) for k in (None, *config.k)]
+    runs += [_describe(config, source, k) | {"completed": True} for k in config.completed_k]
     with progress_bar(console) as bar:
-        task = bar.add_task("", total=1 + len(config.k))
-        for number, k in enumerate((None, *config.k)):
-            name = run_name(k, num_keys)
+        task = bar.add_task("", total=len(runs))
+        for number, run in enumerate(runs):
+            name = name_of_run(run, num_keys)
             bar.update(task, description=name, completed=number)
-            run = _describe(config, source, k)
             record = ledger.find({"run": run})
             if record is None:
                 note = ledger.why_not({"run": run})
@@ -113,7 +119,7 @@ def run_transcription(config: TranscriptionConfig, console: Console) -> list[Jso
             records.append(record)
             line = f"{name}: {difference(record, records[0])}{'' if note is None else f' ({note})'}"
             bar.console.print(line, markup=False, soft_wrap=True)
-        bar.update(task, completed=1 + len(config.k))
+        bar.update(task, completed=len(runs))
     write_report(records, config.out)
     show(records, console)
     say(f"Records: {config.out / RECORDS}")
@@ -122,23 +128,30 @@ def run_transcription(config: TranscriptionConfig, console: Console) -> list[Jso
 
 
 def measure_transcript(request: Json, send: Send) -> Json:
-    """One transcript in a process of its own: load the model, convert it for a k, transcribe."""
+    """One transcript in a process of its own: load the model, convert it for a k, transcribe.
+
+    Where the encoder keeps k keys, its output is compared with that before the conversion.
+    """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     source = ModelSource(**request["model"])
     model, tokenizer = load_model_to_run(source, _AUTO_CLASS), load_tokenizer(source)
     feature_extractor = load_feature_extractor(source)
     recording = read_recording(Path(request["audio"]), feature_extractor.sampling_rate)
-    num_layers = 0
+    num_layers, encoder_error = 0, {}
     if request["k"] is not None:
         chosen = request["layers"]
+        in_full = encoded(model, feature_extractor, recording)
         report = convert(
             model,
             attention_k=request["k"],
             where=lambda path, module: layer_kind(path, module) in chosen,
             backend=request["backend"],
+            completion=Completion() if request["completed"] else None,
         )
         num_layers = len(report.replaced)
+        if "encoder" in chosen:
+            encoder_error = {"encoder": _difference(encoded(model, feature_extractor, recording), in_full)}
     with PeakMeter() as meter, Stopwatch() as stopwatch:
         transcript = transcribe(
             model,
@@ -157,7 +170,14 @@ def measure_transcript(request: Json, send: Send) -> Json:
         "other_cores": stopwatch.other_cores,
         "peak_mib": meter.read().peak_mib,
         "memory_method": meter.read().method,
+        **encoder_error,
     }
+
+
+def _difference(output: Tensor, in_full: Tensor) -> Json:
+    """Of two outputs [frames, size]: the cosine of a frame, mean over frames, and the relative error of all frames."""
+    cosine = torch.nn.functional.cosine_similarity(output, in_full, dim=-1).mean()
+    return {"cosine": cosine.item(), "relative_error": ((output - in_full).norm() / in_full.norm()).item()}
 
 
 def layer_kind(path: str, module: nn.Module) -> str | None:
@@ -200,6 +220,7 @@ def _measure(config: TranscriptionConfig, source: ModelSource, run: Json, name: 
         "audio": str(config.audio),
         "language": config.language,
         "k": run["k"],
+        "completed": run.get("completed", False),
         "layers": list(config.layers),
         "threads": run["threads"],
         "seed": config.seed,

@@ -15,6 +15,10 @@ from .demo_report import run_name
 if TYPE_CHECKING:
     from rich.console import Console
 
+_ABOUT_ENCODER = (
+    " Cosine and relative error are of the encoder's output against full attention's: the cosine of a frame, mean over "
+    "the frames that hold sound, and the error of all of them."
+)
 RECORDS, PAGE = "transcripts.jsonl", "transcripts.md"
 
 
@@ -32,7 +36,12 @@ def redraw(results: Path) -> list[Path]:
     same = ("model", "audio", "language", "threads", "seed")
     shown = [record for record in records if all(record["run"][name] == last[name] for name in same)]
     shown = [record for record in shown if record["run"]["layers"] in ([], last["layers"])]
-    return [write_report(sorted(shown, key=lambda record: record["run"]["k"] or 0), out)]
+    return [write_report(sorted(shown, key=_place), out)]
+
+
+def _place(record: Json) -> tuple[bool, int]:
+    """Full attention first, then k alone, then completed, each by k."""
+    return record["run"].get("completed", False), record["run"]["k"] or 0
 
 
 def write_report(records: Sequence[Json], out: Path) -> Path:
@@ -45,19 +54,22 @@ def as_markdown(records: Sequence[Json]) -> str:
     """A table with a row for each transcript, full attention's first, and how they were made."""
     run, here = records[0]["run"], records[0]["environment"]
     layers = " and ".join(records[-1]["run"]["layers"])
+    errors = any("encoder" in record for record in records)
     lines = [
         f"{run['model']['name']} on {run['audio']} ({records[0]['audio_s']:.1f} s), k in {layers} attention "
         f"({records[-1]['num_converted_layers']} layers), {run['threads']} threads, float32, PyTorch {here['torch']}, "
         f"{here['date'][:10]}, commit {here['commit']}. Words that differ are counted against full attention's: "
-        "replaced, put in or left out, without case and punctuation (as a share: the word error rate).",
+        "replaced, put in or left out, without case and punctuation (as a share: the word error rate)."
+        f"{_ABOUT_ENCODER if errors else ''}",
         "",
-        "| attention | words that differ | time [s] | transcript |",
-        "|---|---|---|---|",
+        f"| attention | words that differ |{' cosine | relative error |' if errors else ''} time [s] | transcript |",
+        f"|---|---|{'---|---|' if errors else ''}---|---|",
     ]
     for record in records:
+        of_encoder = _encoder_cells(record) if errors else ""
         lines.append(
-            f"| {_name(record)} | {difference(record, records[0])} | {record['elapsed_s']:.1f} | "
-            f"{record['transcript'].replace('|', chr(92) + '|')} |"
+            f"| {_name(record)} | {difference(record, records[0])} |{of_encoder} {record['elapsed_s']:.1f} | "
+            f"{_shown(record, records[0]).replace('|', chr(92) + '|')} |"
         )
     note = _busy(records)
     return "\n".join(lines + ([] if note is None else ["", note])) + "\n"
@@ -93,8 +105,24 @@ def show(records: Sequence[Json], console: Console) -> None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
+def name_of_run(run: Json, num_keys: int | None) -> str:
+    """The name of a run in tables and messages: "full attention", "k = 64" or "k = 64, completed"."""
+    return run_name(run["k"], num_keys) + (", completed" if run.get("completed") else "")
+
+
 def _name(record: Json) -> str:
-    return run_name(record["run"]["k"], record.get("num_keys"))
+    return name_of_run(record["run"], record.get("num_keys"))
+
+
+def _shown(record: Json, full: Json) -> str:
+    """A transcript, cut where it is more than twice as long as full attention's: a model that repeats itself."""
+    transcript, most = record["transcript"], 2 * len(full["transcript"])
+    return transcript if len(transcript) <= most else f"{transcript[:most].rpartition(' ')[0]} ..."
+
+
+def _encoder_cells(record: Json) -> str:
+    error = record.get("encoder")
+    return " - | - |" if error is None else f" {error['cosine']:.3f} | {error['relative_error']:.3f} |"
 
 
 def _busy(records: Sequence[Json]) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..models.settings import mean_k
+from ..runs.records import Json
 from ..show.html import counted
 from ..show.plots import QUOTED, STYLES, new_figure, only_ticks_at
 from .groups import Group
@@ -72,18 +73,25 @@ def _draw_group(part: Any, group: Group) -> None:
 
 
 def _draw_points(axes: Any, group: Group, settings: Mapping[str, float], metric: str, line: str) -> None:
-    """Uniform k as a curve, calibrated k as hollow markers, the full model as a level line."""
-    topk, own = STYLES["topk"], STYLES["calibrated"]
+    """Uniform k as a curve, calibrated k as hollow markers, both again if completed; the full model as a level line."""
+    series: list[tuple[list[str], str, Json]] = []
+    for completed in (False, True):
+        shown = sorted(
+            (setting for setting in settings if group.described(setting).get("completed", False) == completed),
+            key=lambda name: settings[name],
+        )
+        calibrated = [setting for setting in shown if _is_calibrated(group, setting)]
+        topk = STYLES["topk-completed" if completed else "topk"]
+        own = topk if completed else STYLES["calibrated"]
+        filled = {"color": topk.colour, "marker": topk.marker, "linestyle": line, "markersize": 4, "capsize": 2}
+        hollow = {"color": own.colour, "marker": own.marker, "markersize": 8, "markerfacecolor": "none", "capsize": 5}
+        hollow["linestyle"] = ""
+        suffix = ", completed" if completed else ""
+        uniform = [setting for setting in shown if setting not in calibrated]
+        series.append((uniform, f"{METRICS[metric]}{suffix}", filled))
+        series.append((calibrated, f"calibrated{suffix}, at its mean k", hollow))
     style = {"elinewidth": 0.8}
-    filled = {"color": topk.colour, "marker": topk.marker, "linestyle": line, "markersize": 4, "capsize": 2}
-    hollow = {"color": own.colour, "marker": own.marker, "markersize": 8, "markerfacecolor": "none", "capsize": 5}
-    hollow["linestyle"] = ""
-    calibrated = [setting for setting in settings if _is_calibrated(group, setting)]
-    uniform = sorted((setting for setting in settings if setting not in calibrated), key=lambda name: settings[name])
-    for shown, label, more in (
-        (uniform, METRICS[metric], filled),
-        (calibrated, "calibrated, at its mean k", hollow),
-    ):
+    for shown, label, more in series:
         means = [group.mean(setting, metric) for setting in shown]
         if means:
             ks, values, errors = [settings[setting] for setting in shown], *zip(*means, strict=True)
@@ -124,7 +132,7 @@ def _limiting(group: Group, field: str) -> dict[str, float]:
     """Settings that limit this kind alone -> their mean k."""
     result = {}
     for setting in group.settings:
-        limited = [name for name, k in group.described(setting).items() if k is not None]
+        limited = [name for name in _PANELS if group.described(setting)[name] is not None]
         k = mean_k(group.described(setting)[field])
         if k is not None and limited == [field]:
             result[setting] = k

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from topk_attention.functional import Completion
+
 from .dense import SdpaAttention, VanillaAttention
 from .interface import AttentionMethod
 from .names import METHODS
@@ -21,6 +23,7 @@ _CLASSES: dict[str, tuple[Callable[..., AttentionMethod], tuple[str, ...]]] = {
     "sdpa": (SdpaAttention, ()),
     "query-chunks": (LibraryAttention, ("query_chunk_size",)),
     "topk": (LibraryAttention, ("k", "query_chunk_size")),
+    "topk-completed": (LibraryAttention, ("k", "query_chunk_size")),
     "performer": (PerformerAttention, ("head_dim", "num_features", "query_chunk_size")),
     "rfa": (RandomFeatureAttention, ("head_dim", "num_features", "query_chunk_size")),
 }
@@ -41,12 +44,13 @@ def new_attention(
     """A method as a module, called as `module(query, key, value, key_mask=..., is_causal=..., dropout_p=...)`.
 
     name              "vanilla", "vanilla-chunks" (the paper's query chunking), "sdpa", "query-chunks" (this library's),
-                      "topk", "performer" or "rfa"
+                      "topk", "topk-completed", "performer" or "rfa"
     head_dim          D, size of queries and keys
-    k                 keys kept per query; "topk" needs it
+    k                 keys kept per query; "topk" and "topk-completed" need it
     num_features      size of the random feature vector of "performer" and "rfa"
     query_chunk_size  rows computed at a time; None: the method's default
-    options           of the method's own class alone, such as backend= for "topk" or normalize= for "rfa"
+    options           of the method's own class alone, such as backend= for "topk", completion= for "topk-completed"
+                      (default: the library's) or normalize= for "rfa"
 
     A method that has no use for k, num_features or query_chunk_size ignores it, so that one call serves all methods.
 
@@ -64,8 +68,10 @@ def new_attention(
         raise ValueError(f"name must be one of {names}, got {name!r}")
     new, taken = _CLASSES[name]
     shared = {"head_dim": head_dim, "k": k, "num_features": num_features, "query_chunk_size": query_chunk_size}
-    if name == "topk" and k is None:
-        raise ValueError('k must be a whole number for name="topk", got None; every key is name="query-chunks"')
+    if METHODS[name].keeps_k and k is None:
+        raise ValueError(f'k must be a whole number for name="{name}", got None; every key is name="query-chunks"')
+    if METHODS[name].is_completed:
+        options = {"completion": Completion()} | options
     if name == "query-chunks":
         options = {"backend": "chunked"} | options
     if name == "vanilla-chunks":

@@ -1,6 +1,6 @@
 """The one table of who computes attention. Every experiment calls such an entry a method, by the name it has here.
 
-A method of this library may name its backend: "topk-cpu" is "topk" on the backend "cpu".
+A method of this library may name its backend: "topk-cpu" is "topk" on the backend "cpu". "topk-completed" names none.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Method(NamedTuple):
     description   its name in tables and pictures
     is_ours       computed by this library, on a backend
     keeps_k       keeps k keys per query
+    is_completed  adds the keys that are not kept as one more entry, with the library's default completion
     is_random     random features stand for attention weights: there is nothing to add a bias to or to drop
     takes_bias    adds a bias to the scores and gives it a gradient
     has_chunks    computes some of its queries at a time
@@ -27,6 +28,7 @@ class Method(NamedTuple):
     description: str
     is_ours: bool = False
     keeps_k: bool = False
+    is_completed: bool = False
     is_random: bool = False
     takes_bias: bool = False
     has_chunks: bool = False
@@ -34,6 +36,9 @@ class Method(NamedTuple):
 
 METHODS = {
     "topk": Method("top-k attention", is_ours=True, keeps_k=True, takes_bias=True, has_chunks=True),
+    "topk-completed": Method(
+        "top-k attention, completed", is_ours=True, keeps_k=True, is_completed=True, takes_bias=True, has_chunks=True
+    ),
     "query-chunks": Method("every key, in query chunks", is_ours=True, takes_bias=True, has_chunks=True),
     "sdpa": Method("PyTorch's scaled_dot_product_attention", takes_bias=True),
     "vanilla": Method("vanilla (matmul, softmax, matmul)"),
@@ -64,7 +69,7 @@ def topk_method(backend: str) -> str:
 
 
 def kept(method: str, k: int) -> int | None:
-    """k for top-k, None for methods that use every key or neuron."""
+    """k for top-k, completed or not, None for methods that use every key or neuron."""
     return k if method == "topk" or method.startswith(TOPK) else None
 
 

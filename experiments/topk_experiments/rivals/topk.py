@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from topk_attention.functional import topk_attention
+from topk_attention.functional import Completion, topk_attention
 from topk_attention.functional.checks import check_count
 
 from .interface import AttentionMethod
@@ -16,9 +16,16 @@ class LibraryAttention(AttentionMethod):
     k                 keys kept per query; None: every key, in query chunks
     backend           as in `topk_attention`
     query_chunk_size  as in `topk_attention`
+    completion        as in `topk_attention`
     """
 
-    def __init__(self, k: int | None = None, backend: str = "auto", query_chunk_size: int | None = None) -> None:
+    def __init__(
+        self,
+        k: int | None = None,
+        backend: str = "auto",
+        query_chunk_size: int | None = None,
+        completion: Completion | None = None,
+    ) -> None:
         super().__init__()
         for name, number in (("k", k), ("query_chunk_size", query_chunk_size)):
             if number is not None:
@@ -26,6 +33,7 @@ class LibraryAttention(AttentionMethod):
         self.k = k
         self.backend = backend
         self.query_chunk_size = query_chunk_size
+        self.completion = completion
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, dropout_p: float
@@ -40,7 +48,9 @@ class LibraryAttention(AttentionMethod):
             dropout_p=dropout_p,
             backend=self.backend,
             query_chunk_size=self.query_chunk_size,
+            completion=self.completion,
         )
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, backend={self.backend!r}"
+        completed = "" if self.completion is None else f", completed with {self.completion}"
+        return f"k={self.k}, backend={self.backend!r}{completed}"

@@ -57,7 +57,7 @@ def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
 
 
-def check_runs(ks: Sequence[int], backend: str) -> None:
+def check_runs(ks: Sequence[int], backend: str, *, name: str = "k") -> None:
     """One run for each k, no two the same, on a backend that runs here.
 
     Raises:
@@ -69,9 +69,18 @@ def check_runs(ks: Sequence[int], backend: str) -> None:
     ValueError: k must not hold a number twice, got 16, 32, 16
     """
     if not ks:
-        raise ValueError("k must hold at least one number, got none")
-    for k in ks:
-        check_count("k", k)
-    if len(set(ks)) != len(ks):
-        raise ValueError(f"k must not hold a number twice, got {', '.join(map(str, ks))}")
+        raise ValueError(f"{name} must hold at least one number, got none")
+    check_ks(name, ks)
     choose_backend(backend)
+
+
+def check_ks(name: str, ks: Sequence[int]) -> None:
+    """Numbers of keys or neurons, no two the same.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    for k in ks:
+        check_count(name, k)
+    if len(set(ks)) != len(ks):
+        raise ValueError(f"{name} must not hold a number twice, got {', '.join(map(str, ks))}")

@@ -28,6 +28,7 @@ STYLES = {
     "topk-chunked": Style("#2a9d9d", "^"),
     "topk-reference": Style("#8a4fa3", "v"),
     "topk-sparse": Style("#7fbf3f", "P"),
+    "topk-completed": Style("#6a51c7", "h"),
     "calibrated": Style("#a0345a", "D"),
     "full": Style("#111111", "s"),
     "vanilla": Style("#c4571b", "X"),
@@ -40,6 +41,7 @@ STYLES = {
 _NAMES = (
     (".*calibrated", "calibrated"),
     (".*torch\\.sparse", "topk-sparse"),
+    ("top-?k.*completed", "topk-completed"),
     ("top-?k.*reference", "topk-reference"),
     ("top-?k.*chunked", "topk-chunked"),
     ("(top-?k|k = |one k |attention k = |feed-forward k = )", "topk"),
@@ -51,7 +53,7 @@ _NAMES = (
     ("(full|sdpa|pytorch)", "full"),
 )
 _OTHER_COLOURS = ("#6d597a", "#00798c", "#9c6644", "#5f6b2d", "#d1495b")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 _LINES = ("-", "--", "-.", ":")
 # Of the picture for a phone: width, resolution, and how many characters of its title fit into a line.
 _NARROW_INCHES, _NARROW_DPI, _NARROW_CHARACTERS = 4.4, 130, 60

@@ -72,19 +72,23 @@ def _forward(
     query_chunk_size: int | None,
     backend: str,
     save_selection: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B, H, N, E], the backend's flat selection, and for each row, [B, H, N], the rest's weight at a scale of 1
-    and the slot of the smallest kept score, int32.
+    and the slot of the smallest kept score, int32; then the sums over keys, of keys, values and their products.
 
-    The selection, indices int32 and weights, is empty unless it is asked for.
+    The selection, indices int32 and weights, is empty unless it is asked for. So are the sums, and where the backward
+    pass sums anew: `VisibleKeys.saved_sums_shape`.
     """
+    dtype = accumulation_dtype(query.dtype)
+    no_sums = (query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype))
     if query.numel() == 0:
         return (
             empty_output(query, value),
             torch.empty(0, dtype=torch.int32, device=query.device),
-            query.new_empty(0, dtype=accumulation_dtype(query.dtype)),
-            query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype)),
+            query.new_empty(0, dtype=dtype),
+            query.new_empty(query.shape[:3], dtype=dtype),
             query.new_empty(query.shape[:3], dtype=torch.int32),
+            *no_sums,
         )
     visible = VisibleKeys(
         query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
@@ -94,7 +98,11 @@ def _forward(
     if relative_bias is not None:
         relative_bias = relative_bias.to(visible.dtype)
     inputs = TopKInputs(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
-    return _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest)
+    results = _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest)
+    if not save_selection or visible.saved_sums_shape(totals is not None) is None:
+        return *results, *no_sums
+    assert rest.products is not None
+    return *results, rest.key_sums, rest.value_sums, rest.products
 
 
 completed_attention_op = torch.library.custom_op(
@@ -103,17 +111,21 @@ completed_attention_op = torch.library.custom_op(
 
 
 @completed_attention_op.register_fake
-def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, key_sum, value_sum, *options):
-    _, head_k, *_ = options
-    save_selection = options[-1]
+def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, *inputs):
+    key_sum, _, _, head_k, is_causal, scale, _, rest_lift, *_ = inputs
+    save_selection = inputs[-1]
     dtype = accumulation_dtype(query.dtype)
     num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
+    visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
+    shape = visible.saved_sums_shape(key_sum is not None) if save_selection and query.numel() > 0 else None
+    dims = ((key.shape[3],), (value.shape[3],), (key.shape[3], value.shape[3]))
     return (
         empty_output(query, value),
         query.new_empty(num_entries, dtype=torch.int32),
         query.new_empty(num_entries, dtype=dtype),
         query.new_empty(query.shape[:3], dtype=dtype),
         query.new_empty(query.shape[:3], dtype=torch.int32),
+        *(query.new_empty(0 if shape is None else (*shape, *dim), dtype=dtype) for dim in dims),
     )
 
 
@@ -136,6 +148,9 @@ def completed_attention_backward_op(
     weights: Tensor,
     mass: Tensor,
     cuts: Tensor,
+    saved_keys: Tensor,
+    saved_values: Tensor,
+    saved_products: Tensor,
     head_k: Sequence[int],
     is_causal: bool,
     scale: float,
@@ -161,7 +176,8 @@ def completed_attention_backward_op(
         query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
     )
     totals = _key_sums(key_sum, value_sum, product_sum)
-    rest = visible.sums(mass_scale, totals, grad_output)
+    saved = KeySums(saved_keys, saved_values, saved_products) if saved_products.numel() > 0 else None
+    rest = visible.sums(mass_scale, totals, grad_output, saved)
     inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p)
     gradients, of_rest = _BACKENDS[backend].completed_backward(
         inputs, wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, rest

@@ -85,11 +85,33 @@ class VisibleKeys(NamedTuple):
 
     # --- forward: what each query sees ---
 
-    def sums(self, mass_scale: Tensor, totals: KeySums | None = None, grad_output: Tensor | None = None) -> RestInputs:
+    def saved_sums_shape(self, has_totals: bool) -> tuple[int, int, int] | None:
+        """The first axes [B, S, C] of the sums that the backward pass takes from the forward pass, as in `RestInputs`.
+
+        None where it sums anew: where each query has sums of its own, which is too much to save, where that depends on
+        the numbers in a bias, and where the caller has the sums.
+        """
+        if self.relative_bias is not None or self._depends_on_the_query():
+            return None
+        mask = self._key_mask()
+        by_head = mask is not None and mask.shape[1] > 1
+        if has_totals and not by_head and not self._hides_the_future:
+            return None
+        num_sums = self.num_keys // INTERVAL + 1 if self._hides_the_future else 1
+        return self.query.shape[0], self.num_heads if by_head else self.key.shape[1], num_sums
+
+    def sums(
+        self,
+        mass_scale: Tensor,
+        totals: KeySums | None = None,
+        grad_output: Tensor | None = None,
+        saved: KeySums | None = None,
+    ) -> RestInputs:
         """The sums that complete a call.
 
         totals       over all keys, or all that a mask of keys shows, [B, G, ...], where the caller has them
         grad_output  [B, H, N, E], in the backward pass
+        saved        those of the forward pass, where it has saved them
         """
         if self._depends_on_the_query():
             return self._sums_by_tile(mass_scale, grad_output)
@@ -102,12 +124,15 @@ class VisibleKeys(NamedTuple):
                 key, value = (torch.where(mask.unsqueeze(3), x, 0) for x in (key, value))
             seen = F.pad(mask.cumsum(2, dtype=torch.int32), (1, 0))
             counts = seen[:, :, self._last_keys()]
-        if self._hides_the_future:
-            sums, interval = _running_sums((self.sum_intervals or _sum_intervals)(key, value, INTERVAL)), INTERVAL
+        interval = INTERVAL if self._hides_the_future else 0
+        if saved is not None:
+            sums = saved
+        elif self._hides_the_future:
+            sums = _running_sums((self.sum_intervals or _sum_intervals)(key, value, INTERVAL))
         else:
             if totals is None:
                 totals = _total_sums(key, value, self.sum_intervals or _sum_intervals)
-            sums, interval = KeySums(*(x.unsqueeze(2) for x in totals)), 0
+            sums = KeySums(*(x.unsqueeze(2) for x in totals))
         score_sums = None if self.relative_bias is None else self._windows(self.relative_bias)
         of_rows = (key, value, counts, score_sums, interval)
         return RestInputs(mass_scale, self.lift, sums.keys, sums.values, sums.products, None, None, *of_rows)

@@ -2,6 +2,7 @@
 
 from .allocation import LossIncrease, LostMass, MeanK
 from .calibration import AnyCompletion, Calibration, calibrate, completion_by_name, fit_completion
+from .stand_ins import StandIns, fit_stand_ins
 
 __all__ = [
     "AnyCompletion",
@@ -9,7 +10,9 @@ __all__ = [
     "LossIncrease",
     "LostMass",
     "MeanK",
+    "StandIns",
     "calibrate",
     "completion_by_name",
     "fit_completion",
+    "fit_stand_ins",
 ]

@@ -254,7 +254,7 @@ def calibrate(
             "model.get_base_model() on batches without prompts, and convert takes both"
         )
     model = unwrapped(model)
-    batches = _checked(batches)
+    batches = checked_batches(batches)
     _check_budget(target, batches, largest_k)
     fit = isinstance(completion, str) and completion == "fit"
     if not fit and completion is not None and not isinstance(completion, Completion):
@@ -335,9 +335,9 @@ def fit_completion(
             k, or a k does not fit the model.
     """
     model = unwrapped(model)
-    batches = _checked(batches)
-    _check_unconverted(model)
-    with _converted(model, attention_k) as report:
+    batches = checked_batches(batches)
+    check_unconverted(model)
+    with converted(model, attention_k) as report:
         given = {
             entry.path: entry.k
             for entry in report.replaced
@@ -373,7 +373,7 @@ def measure(
     Raises:
         ValueError: the model was converted already, or a loss is needed and there is none.
     """
-    _check_unconverted(model)
+    check_unconverted(model)
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
     paths: list[str] = []
     passed: set[tuple[int, str, str]] = set()
@@ -401,8 +401,8 @@ def measure(
         output.register_hook(measure_errors)
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(_converted(model, _FULL_K, neurons if with_feed_forward else None))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(converted(model, _FULL_K, neurons if with_feed_forward else None))
         stack.enter_context(_without_weight_gradients(model))
         stack.enter_context(torch.enable_grad())
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
@@ -443,7 +443,7 @@ def _short(row: list[float]) -> list[float]:
     return [float(f"{number:.4g}") for number in row]
 
 
-def _check_unconverted(model: nn.Module) -> None:
+def check_unconverted(model: nn.Module) -> None:
     if hasattr(getattr(model, "config", None), "topk_attention"):
         if is_in_force(model):
             raise ValueError("model was converted already; call topk_attention.unconvert(model) first")
@@ -472,7 +472,7 @@ def _check_target(name: str, target: object, kinds: tuple[type, ...]) -> None:
         raise TypeError(f"{name} must be {_listed(kind.__name__ for kind in kinds)}, got {type(target).__name__}")
 
 
-def _checked(batches: Iterable[Batch]) -> list[Batch]:
+def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
     """The batches, each of them checked before the model reads the first.
 
     Raises:
@@ -575,7 +575,7 @@ def _search(
 
 
 def _loss_with(model: nn.Module, batches: list[Batch], objective: Objective | None, calibration: Calibration) -> float:
-    with torch.no_grad(), _evaluating(model), _converted(model, calibration):
+    with torch.no_grad(), evaluating(model), converted(model, calibration):
         return sum(_loss(model, batch, objective)[0].item() for batch in batches) / len(batches)
 
 
@@ -636,7 +636,7 @@ def _without_weight_gradients(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -647,7 +647,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[ConversionReport]:
+def converted(model: Any, attention_k: Any, feed_forward_k: Any = None) -> Iterator[ConversionReport]:
     former = getattr(getattr(model, "config", None), "_attn_implementation", None)
     report = convert(model, attention_k=attention_k, feed_forward_k=feed_forward_k)
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate import AnyCompletion, LossIncrease, LostMass, MeanK, completion_by_name
+from ..calibrate import AnyCompletion, LossIncrease, LostMass, MeanK, completion_by_name, fit_stand_ins
 from ..calibrate import calibrate as measure
 from ..files import read_utf8
 from ..functional.words import full_attention_note
@@ -37,6 +37,8 @@ class CalibrationRequest:
     lost_mass: float | None = None
     loss_increase: float | None = None
     feed_forward_mean_k: float | None = None
+    stand_ins: Path | None = None
+    stand_in_rank: int = 64
     completion: str | None = None
     threads: int | None = None
 
@@ -53,6 +55,12 @@ class CalibrationRequest:
                 raise ValueError(f"{name} must be below 2^31, got {number}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.stand_in_rank < 0:
+            raise ValueError(f"stand-in-rank must be at least 0, got {self.stand_in_rank}")
+        if self.stand_ins is not None and self.feed_forward_mean_k is None:
+            raise ValueError(
+                "stand-ins are for the neurons that are not kept, and --feed-forward-mean-k is missing; give both"
+            )
         # Each checks its own number or name.
         _ = self.target, self.feed_forward_target, self.attention_completion
 
@@ -112,7 +120,17 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
             completion=request.attention_completion,
             progress=lambda step, done, total: status.update(f"{step}: {done} of {total}"),
         )
-    calibration.save(request.out)
+        calibration.save(request.out)
+        stand_ins = None
+        if request.stand_ins is not None:
+            stand_ins = fit_stand_ins(
+                model,
+                batches,
+                feed_forward_k=calibration.feed_forward,
+                rank=request.stand_in_rank,
+                progress=lambda step, done, total: status.update(f"fitting stand-ins: {done} of {total}"),
+            )
+            stand_ins.save(request.stand_ins)
     lines = [
         f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
         f"mean k = {calibration.mean_k:.1f}; per head from {_smallest(calibration)} to {_largest(calibration)}",
@@ -120,9 +138,14 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
         *_full_heads(calibration, batches[0].shape[1]),
         f"Written: {request.out}",
         "Use it with convert(model, attention_k=Calibration.load(FILE))",
+        *([] if stand_ins is None else [_of_stand_ins(request)]),
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _of_stand_ins(request: CalibrationRequest) -> str:
+    return f"Written: {request.stand_ins}, for convert(model, feed_forward_k=StandIns.load(FILE))"
 
 
 def _load(loader: Any, model: str, **options: Any) -> Any:

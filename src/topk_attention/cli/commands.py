@@ -41,6 +41,15 @@ def calibrate(
     feed_forward_mean_k: Annotated[
         float | None, typer.Option(help="Choose neurons too: neurons per token, mean over all layers.")
     ] = None,
+    stand_ins: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for stand-ins for the neurons that are not kept, fitted on the same windows: "
+            "convert(model, feed_forward_k=StandIns.load(FILE)). Needs --feed-forward-mean-k.",
+            callback=written_file,
+        ),
+    ] = None,
+    stand_in_rank: Annotated[int, typer.Option(help="Rank of the stand-ins; 0 is a constant for each layer.")] = 64,
     completion: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +78,8 @@ def calibrate(
                 lost_mass=lost_mass,
                 loss_increase=loss_increase,
                 feed_forward_mean_k=feed_forward_mean_k,
+                stand_ins=stand_ins,
+                stand_in_rank=stand_in_rank,
                 completion=completion,
                 threads=threads,
             ),

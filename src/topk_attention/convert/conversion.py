@@ -22,7 +22,19 @@ from .by_name import (
     set_implementations,
 )
 from .configurations import parts_of
-from .plan import AnyCompletion, AnyK, Plan, Wanted, Where, completion_beside, make_plan, prefix_of, wanted_by_config
+from .plan import (
+    AnyCompletion,
+    AnyK,
+    AnyStandIn,
+    Plan,
+    Wanted,
+    Where,
+    completion_beside,
+    make_plan,
+    prefix_of,
+    stand_in_beside,
+    wanted_by_config,
+)
 from .registration import register
 from .report import ConversionReport, ReportEntry
 from .search import attention_sites, feed_forward_sites
@@ -53,6 +65,7 @@ def convert(
     where: Where | None = None,
     backend: str | None = None,
     completion: AnyCompletion | None = None,
+    stand_in: AnyStandIn | None = None,
 ) -> ConversionReport:
     """Change a model in place: each query uses its k best keys, each token its k best feed-forward neurons.
 
@@ -72,11 +85,15 @@ def convert(
                     (each a Completion, with one scale or one for each query head, or None), or a mapping from layer
                     path; needs attention_k. Scales are taken as numbers. None takes the one of a `Calibration` that is
                     given as attention_k, otherwise it leaves these keys out, as the paper does.
+    stand_in        what feed-forward layers add for the neurons that are not kept: the `StandIns` of `fit_stand_ins`, a
+                    mapping from layer path, one entry per layer (each a `StandIn` or None), or one for all; needs
+                    feed_forward_k, or a model that remembers it. None takes those of `StandIns` that are given as
+                    feed_forward_k, otherwise it leaves these neurons out, as the paper does.
 
     The weights are not copied and keep their names. `save_pretrained` therefore writes an ordinary checkpoint, and its
     configuration remembers every k and completion. After `from_pretrained`, `convert(model)` without any k restores
-    them. (A module without a configuration remembers nothing.) A second call with another k changes it. `unconvert`
-    gives the original model back.
+    them. (A module without a configuration remembers nothing.) Stand-ins have a file of their own: after loading, pass
+    them as stand_in. A second call with another k changes it. `unconvert` gives the original model back.
 
     Attention layers that are not picked run PyTorch's own attention. "all" keeps every key or every neuron: the results
     stay the same, and only memory is saved. Attention saves it where PyTorch's own needs memory quadratic in length
@@ -87,7 +104,7 @@ def convert(
     Raises:
         TypeError: the model is of neither kind, or a k or a completion is of the wrong type.
         ValueError: nothing was replaced, a k is out of range, a list or mapping does not fit the model, or there is a
-            completion without attention_k.
+            completion without attention_k or a stand-in without feed_forward_k.
 
     Whatever is raised, an interruption by Ctrl-C included, the model is as it was. Its configuration becomes one of its
     own: another model that shared the object does not change. Weights that train stay contiguous; if nothing in the
@@ -104,7 +121,7 @@ def convert(
     """
     outer, model = model, unwrapped(model)
     with all_or_nothing(outer), config_followed_by(outer, model):
-        return _convert(model, attention_k, feed_forward_k, where, backend, completion)
+        return _convert(model, attention_k, feed_forward_k, where, backend, completion, stand_in)
 
 
 def _convert(
@@ -114,6 +131,7 @@ def _convert(
     where: Where | None,
     backend: str | None,
     completion: AnyCompletion | None,
+    stand_in: AnyStandIn | None,
 ) -> ConversionReport:
     if completion is not None and attention_k is None:
         raise ValueError(
@@ -121,13 +139,20 @@ def _convert(
         )
     if completion is None:
         completion = completion_beside(attention_k)
+    if stand_in is not None and feed_forward_k is None and attention_k is not None:
+        raise ValueError(
+            "stand_in is for the neurons that feed-forward layers do not keep, but feed_forward_k is None; pass "
+            "feed_forward_k= too"
+        )
+    if stand_in is None:
+        stand_in = stand_in_beside(feed_forward_k)
     config = _config_of(model)
     attention, feed_forward = _attention_sites(model), list(feed_forward_sites(model))
     if backend is not None:
         choose_backend(backend)
-    wanted = Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto", completion)
+    wanted = Wanted(attention_k, feed_forward_k, backend or "auto", backend or "auto", completion, stand_in)
     if attention_k is None and feed_forward_k is None:
-        wanted = wanted_by_config(model, config, attention, feed_forward, backend)
+        wanted = wanted_by_config(model, config, attention, feed_forward, backend, stand_in)
     plan = make_plan(attention, feed_forward, wanted, where)
     plan = plan.with_unknown(
         unknown_layers(model, [*(site.path for site in attention), *(site.path for site in feed_forward)])
@@ -163,7 +188,8 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
                 cached_sums.keep_sums(site.module)
     for feed_forward_site, entry in plan.feed_forward:
         if isinstance(entry.k, int) or entry.k == ALL:
-            feed_forward_site.replace(None if entry.k == ALL else entry.k, wanted.feed_forward_backend)
+            k = None if entry.k == ALL else entry.k
+            feed_forward_site.replace(k, wanted.feed_forward_backend, entry.stand_in)
         elif feed_forward_site.restore is not None:  # an earlier conversion replaced it, this one does not pick it
             feed_forward_site.restore()
     torch_layers.watch_nested_tensors(model)
@@ -210,6 +236,11 @@ def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Want
             remembered,
             feed_forward_k=_k_by_path(plan.feed_forward, prefix),
             feed_forward_backend=wanted.feed_forward_backend,
+            stand_in_rank={
+                entry.path.removeprefix(f"{prefix}."): entry.stand_in.rank
+                for _, entry in plan.feed_forward
+                if entry.stand_in is not None
+            },
         )
     for config in configs:
         setattr(config, CONFIG_ATTRIBUTE, remembered.to_json())

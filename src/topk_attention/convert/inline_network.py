@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..functional import topk_feed_forward
-from ..nn.feed_forward import added_to_call, full_name, store_as_usual
-from .sites import FeedForwardSite, activation_of, obstacle_of, own_forward, share_hooks
+from ..functional import StandIn, topk_feed_forward
+from ..nn.feed_forward import added_to_call, full_name, stand_in_of, store_as_usual
+from .sites import FeedForwardSite, activation_of, hold_stand_in, obstacle_of, own_forward, share_hooks
 
 _NETWORK = re.compile(
     r"(?P<x>\w+) = self\.activation_fn\(self\.fc1\((?P=x)\)\)\s+"
@@ -50,7 +50,15 @@ class TopKFirst(nn.Module):
 class TopKSecond(nn.Module):
     """Takes the place of the second linear layer, holds its weights, and computes the whole network."""
 
-    def __init__(self, layer: nn.Module, original: _Original, k: int | None, activation: str, backend: str) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        original: _Original,
+        k: int | None,
+        activation: str,
+        backend: str,
+        stand_in: StandIn | None,
+    ) -> None:
         super().__init__()
         self.weight, self.bias = original.fc2.weight, original.fc2.bias
         # In tuples they are no submodules, so the state dict stays that of the original.
@@ -60,6 +68,7 @@ class TopKSecond(nn.Module):
         self.activation = activation
         self.dropout_p = original.activation_dropout or 0.0
         self.backend = backend
+        self.stand_in = hold_stand_in(stand_in, original.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self.layer[0]
@@ -91,6 +100,7 @@ class TopKSecond(nn.Module):
             activation=self.activation,
             dropout_p=self.dropout_p if self.training else 0.0,
             backend=self.backend,
+            stand_in=stand_in_of(self),
         )
 
     def extra_repr(self) -> str:
@@ -132,9 +142,10 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
             linear.weight, linear.bias = now.weight, now.bias
             share_hooks(now, linear)
 
-    def replace(k: int | None, backend: str) -> None:
+    def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
         take_weights()
-        first, second = TopKFirst(original.fc1), TopKSecond(layer, original, k, str(activation), backend)
+        first = TopKFirst(original.fc1)
+        second = TopKSecond(layer, original, k, str(activation), backend, stand_in)
         layer.fc1, layer.fc2 = first.train(layer.training), second.train(layer.training)
         layer.activation_fn = nn.Identity()
         if original.activation_dropout is not None:
@@ -149,7 +160,14 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
             layer.activation_dropout = original.activation_dropout
 
     yield FeedForwardSite(
-        f"{path}.fc1", fc1, (original.fc1,), original.fc2, examine, replace, restore if is_converted else None
+        f"{path}.fc1",
+        fc1,
+        (original.fc1,),
+        original.fc2,
+        examine,
+        replace,
+        restore if is_converted else None,
+        stand_in_of(fc2),
     )
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.activations import activate
+from ..functional import StandIn
 from ..nn import TopKFeedForward
-from ..nn.feed_forward import added_to_call, store_as_usual
-from .sites import FeedForwardSite, activation_of, attribute_owner, num_neurons, obstacle_of, share_hooks
+from ..nn.feed_forward import added_to_call, stand_in_of, store_as_usual
+from .sites import FeedForwardSite, activation_of, attribute_owner, hold_stand_in, num_neurons, obstacle_of, share_hooks
 
 
 class _Kind(NamedTuple):
@@ -82,7 +83,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
             obstacle = _obstacle(original, kind, str(activation), others)
         return obstacle
 
-    def replace(k: int | None, backend: str) -> None:
+    def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
         dropout_p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         layer = TopKNetwork(
             linears[kind.linear_in],
@@ -94,6 +95,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
             backend=backend,
             names=(kind.linear_in, kind.linear_out, kind.linear_gate or "linear_gate"),
         ).train(original.training)
+        layer.stand_in = hold_stand_in(stand_in, linears[kind.linear_out])
         layer.output_dropout_p = dropout_p if kind.dropout == "output" else 0.0
         # Optimizers know parameters by their order alone: a state that was saved before goes on to the right ones.
         for linear in [linear for linear in original._modules if linear in layer._modules]:
@@ -117,6 +119,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         examine,
         replace,
         None if original is module else restore,
+        stand_in_of(module),
     )
 
 

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..functional import Completion
+from ..functional import Completion, StandIn
 from ..functional.checks import as_k
 from ..functional.completion import check_completion
+from ..functional.stand_in import check_stand_in
 from . import position_bias
 from .report import ReportEntry
 from .settings import ALL, K, ModelSettings
@@ -20,19 +21,21 @@ Where = Callable[[str, nn.Module], bool]
 EntryK = K | Sequence[int] | Tensor | None
 AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
 AnyCompletion = Completion | Sequence[Completion | None] | Mapping[str, Completion | None]
+AnyStandIn = StandIn | Sequence[StandIn | None] | Mapping[str, StandIn | None]
 _Stored = TypeVar("_Stored")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The k of both kinds of layer, None where the layers of a kind stay as they are, their backends, and what
-    attention adds for the keys that are not kept."""
+    """The k of both kinds of layer, None where the layers of a kind stay as they are, their backends, and what the
+    layers add for the keys and the neurons that are not kept."""
 
     attention_k: AnyK | None
     feed_forward_k: AnyK | None
     attention_backend: str
     feed_forward_backend: str
     completion: AnyCompletion | None = None
+    stand_in: AnyStandIn | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,25 @@ def wanted_by_config(
     attention: Sequence[AttentionSite],
     feed_forward: Sequence[FeedForwardSite],
     backend: str | None,
+    stand_in: AnyStandIn | None,
 ) -> Wanted:
-    """What a saved model remembers of its conversion."""
+    """What a saved model remembers of its conversion, with the stand-ins that are given or in force."""
     stored = ModelSettings.from_config(config)
     if stored is None:
         raise ValueError(
             "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
         )
     prefix = prefix_of(model)
+    remembered = _with_prefix(stored.stand_in_rank, [site.path for site in feed_forward], prefix)
+    if stand_in is None and remembered:
+        in_force = {site.path: site.stand_in for site in feed_forward}
+        if lost := [path for path in remembered if in_force[path] is None]:
+            raise ValueError(
+                f"{_some(lost)} had stand-ins for neurons that are not kept, and a checkpoint does not hold them; "
+                "pass stand_in=StandIns.load(file) with the file that StandIns.save wrote, or feed_forward_k= to "
+                "convert without them"
+            )
+        stand_in = {path: in_force[path] for path in remembered}
     attention_paths = [site.path for site in attention]
     return Wanted(
         _with_prefix(stored.attention_k, attention_paths, prefix) or None,
@@ -82,6 +96,7 @@ def wanted_by_config(
         backend or stored.attention_backend,
         backend or stored.feed_forward_backend,
         _with_prefix(stored.completion, attention_paths, prefix) or None,
+        stand_in,
     )
 
 
@@ -99,7 +114,7 @@ def make_plan(
         attention_plan = _plan_attention(attention, wanted.attention_k, wanted.completion, where)
         not_found += [] if attention_plan else ["attention"]
     if wanted.feed_forward_k is not None:
-        feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, where)
+        feed_forward_plan = _plan_feed_forward(feed_forward, wanted.feed_forward_k, wanted.stand_in, where)
         not_found += [] if feed_forward_plan else ["feed-forward"]
     return Plan(attention_plan, feed_forward_plan, tuple(not_found))
 
@@ -142,22 +157,33 @@ def _plan_attention(
 
 
 def _plan_feed_forward(
-    sites: Sequence[FeedForwardSite], k: AnyK, where: Where | None
+    sites: Sequence[FeedForwardSite], k: AnyK, stand_in: AnyStandIn | None, where: Where | None
 ) -> list[tuple[FeedForwardSite, ReportEntry]]:
     chosen = [site for site in sites if site.obstacle is None and (where is None or where(site.path, site.module))]
-    per_path = _k_per_path("feed_forward_k", k, [site.path for site in chosen], _obstacles(sites))
+    paths = [site.path for site in chosen]
+    per_path = _k_per_path("feed_forward_k", k, paths, _obstacles(sites))
+    stand_ins = _stand_in_per_path(stand_in, paths, _obstacles(sites))
     plan = []
     for site in sites:
-        layer_k = per_path.get(site.path)
+        layer_k, layer_stand_in = per_path.get(site.path), stand_ins.get(site.path)
         if isinstance(layer_k, tuple):
             raise TypeError(f"feed_forward_k for {site.path} must be an int, got {list(layer_k)}")
         if layer_k is not None:
             reason = f"k = {layer_k} of {site.num_neurons} neurons"
+            if layer_stand_in is not None:
+                _check_stand_in_at(site, layer_k, layer_stand_in, stand_in)
+                if layer_k == ALL or layer_k >= site.num_neurons:
+                    reason, layer_stand_in = f"{reason}, so the stand-in has nothing to add", None
+                else:
+                    reason += f", stand-in for the others ({layer_stand_in})"
         elif site.obstacle is not None:
             reason = site.obstacle
         else:
             reason = "feed_forward_k has no entry for it" if site in chosen else "not picked by where="
-        plan.append((site, ReportEntry(site.path, "feed_forward", layer_k, reason)))
+            if layer_stand_in is not None:
+                reason += ", so its stand-in does nothing"
+        layer_stand_in = None if layer_k is None else layer_stand_in
+        plan.append((site, ReportEntry(site.path, "feed_forward", layer_k, reason, stand_in=layer_stand_in)))
     return plan
 
 
@@ -208,6 +234,51 @@ def _with_numbers(path: str, completion: Completion) -> Completion:
             "it; detach it, or train it in topk_attention.TopKAttention"
         )
     return replace(completion, mass_scale=scale.tolist())
+
+
+def stand_in_beside(k: object) -> Mapping[str, StandIn] | None:
+    """The stand-ins, by layer path, that come with a k: `StandIns` were fitted for both."""
+    beside = getattr(k, "stand_in", None)
+    return beside if isinstance(beside, Mapping) and beside else None
+
+
+def _stand_in_per_path(
+    stand_in: AnyStandIn | None, paths: Sequence[str], obstacles: Mapping[str, str]
+) -> dict[str, StandIn]:
+    if stand_in is None:
+        return {}
+    entries = _entries("stand_in", stand_in_beside(stand_in) or stand_in, paths, obstacles)
+    if entries is None:
+        if not isinstance(stand_in, StandIn):
+            raise TypeError(
+                "stand_in must be a StandIn, a list with one for each feed-forward layer, or a mapping from layer "
+                f"path, got {type(stand_in).__name__} {stand_in!r}"
+            )
+        entries = dict.fromkeys(paths, stand_in)
+    return {path: entry for path, entry in entries.items() if entry is not None}
+
+
+def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: AnyStandIn | None) -> None:
+    """Raise unless the stand-in fits the network at this site, and its k if it was fitted for one."""
+    check_stand_in(f"stand_in for {site.path}", stand_in, *site.sizes)
+    if any(tensor.requires_grad for tensor in stand_in.tensors().values()):
+        raise ValueError(
+            f"stand_in for {site.path} has tensors that require a gradient, which a converted layer does not give "
+            "them; detach them, or train them in topk_attention.TopKFeedForward"
+        )
+    if site.linear_out.weight.is_meta:
+        raise ValueError(f"stand_in for {site.path} needs a network with weights, got one on meta; load it first")
+    fitted_k = given.get(site.path) if stand_in_beside(given) is not None and isinstance(given, Mapping) else None
+    if fitted_k is not None and fitted_k != k:
+        raise ValueError(
+            f"stand_in for {site.path} was fitted for k = {fitted_k}, got feed_forward_k = {k}; fit it again for this "
+            "k with topk_attention.fit_stand_ins"
+        )
+
+
+def _some(paths: Sequence[str]) -> str:
+    """Some of these paths, for a message."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more layers"
 
 
 def _entries(name: str, wanted: Any, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from ..functional import Completion
+from ..functional import Completion, StandIn
 from .settings import K
 
 
@@ -19,6 +19,7 @@ class ReportEntry:
     k           what the layer uses now; None where it was skipped
     reason      why it was skipped, or the k in words
     completion  what an attention layer adds for the keys that are not kept; None where it adds nothing
+    stand_in    what a feed-forward layer adds for the neurons that are not kept; None where it adds nothing
     """
 
     path: str
@@ -26,6 +27,7 @@ class ReportEntry:
     k: K | None
     reason: str
     completion: Completion | None = None
+    stand_in: StandIn | None = None
 
     @property
     def replaced(self) -> bool:

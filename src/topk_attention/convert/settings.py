@@ -59,6 +59,8 @@ class ModelSettings:
     every_attention_k     the k of all attention layers where they share one; a layer then finds its k without its path
     completion            completion by layer path, of the layers that have one
     every_completion      the completion of all attention layers where they share one
+    stand_in_rank         rank of the stand-in by layer path, of the feed-forward layers that have one; its tensors are
+                          in a file of their own
     """
 
     attention_k: dict[str, K]
@@ -68,6 +70,7 @@ class ModelSettings:
     every_attention_k: K | None = None
     completion: dict[str, Completion] = field(default_factory=dict)
     every_completion: Completion | None = None
+    stand_in_rank: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The form in which a configuration holds these settings."""
@@ -85,6 +88,8 @@ class ModelSettings:
         if self.completion:
             stored["completion"] = {path: completion_to_json(one) for path, one in self.completion.items()}
             stored["every_completion"] = self.every_completion and completion_to_json(self.every_completion)
+        if self.stand_in_rank:
+            stored["stand_in_rank"] = dict(self.stand_in_rank)
         return stored
 
     @staticmethod
@@ -107,6 +112,7 @@ class ModelSettings:
                 None if stored.get("every_attention_k") is None else _stored_k(stored["every_attention_k"]),
                 {path: Completion(**one) for path, one in stored.get("completion", {}).items()},
                 None if every_completion is None else Completion(**every_completion),
+                dict(stored.get("stand_in_rank", {})),
             )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(

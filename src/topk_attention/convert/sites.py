@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
-from ..nn.feed_forward import added_to_call, full_name, is_plain_linear, why_call
+from ..functional import StandIn
+from ..nn.feed_forward import StandInTensors, added_to_call, full_name, is_plain_linear, weight_and_bias, why_call
 from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
@@ -39,8 +40,10 @@ class FeedForwardSite:
     linears_in: tuple[nn.Module, ...]  # one, or two where the network is gated
     linear_out: nn.Module
     examine: Callable[[], str | None]  # returns the obstacle; it may run the network
-    replace: Callable[[int | None, str], None]  # takes k (None: all) and a backend; a second call changes them
+    # Takes k (None: all), a backend and a stand-in for the neurons that are not kept. A second call changes them.
+    replace: Callable[[int | None, str, StandIn | None], None]
     restore: Callable[[], None] | None  # None where the network is still the original
+    stand_in: StandIn | None  # the one of an earlier conversion
 
     @cached_property
     def obstacle(self) -> str | None:
@@ -51,6 +54,11 @@ class FeedForwardSite:
     def num_neurons(self) -> int:
         """How many neurons the first layer computes; 0 where it is no linear layer."""
         return num_neurons(self.linears_in[0])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The sizes of the input and the output of a network that can be replaced."""
+        return weight_and_bias(self.linears_in[0])[0].shape[1], weight_and_bias(self.linear_out)[0].shape[0]
 
 
 def obstacle_of(
@@ -95,6 +103,16 @@ def share_hooks(former: nn.Module, module: nn.Module) -> None:
     for name, value in vars(former).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) or name == "_is_full_backward_hook":
             module.__dict__[name] = value
+
+
+def hold_stand_in(stand_in: StandIn | None, linear: Any) -> StandInTensors | None:
+    """The stand-in for a converted network whose last layer is this one, with its dtype, on its device.
+
+    Its tensors are not in the state dict, which stays that of the original: they have a file of their own.
+    """
+    if stand_in is None:
+        return None
+    return StandInTensors(stand_in.detach().to(linear.weight.dtype, linear.weight.device), is_saved=False)
 
 
 def is_activation(act: Any, name: str) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn.feed_forward import added_to_call, store_as_usual, topk_network
-from .sites import FeedForwardSite, activation_of, added_to, obstacle_of, share_hooks
+from ..functional import StandIn
+from ..nn.feed_forward import added_to_call, stand_in_of, store_as_usual, topk_network
+from .sites import FeedForwardSite, activation_of, added_to, hold_stand_in, obstacle_of, share_hooks
 
 
 class TopKIntermediate(nn.Module):
@@ -31,7 +32,13 @@ class TopKOutput(nn.Module):
     """Both halves of the network, then dropout, residual and normalisation as in the original second half."""
 
     def __init__(
-        self, intermediate: TopKIntermediate, original: Any, k: int | None, activation: str, backend: str
+        self,
+        intermediate: TopKIntermediate,
+        original: Any,
+        k: int | None,
+        activation: str,
+        backend: str,
+        stand_in: StandIn | None,
     ) -> None:
         super().__init__()
         self.dense = original.dense
@@ -43,6 +50,7 @@ class TopKOutput(nn.Module):
         self.k = k
         self.activation = activation
         self.backend = backend
+        self.stand_in = hold_stand_in(stand_in, original.dense)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         first = self.intermediate[0]
@@ -65,6 +73,7 @@ class TopKOutput(nn.Module):
             activation=self.activation,
             dropout_p=0.0,
             backend=self.backend,
+            stand_in=stand_in_of(self),
             names=("intermediate.dense", "output.dense", ""),
         )
         return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
@@ -92,10 +101,10 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         halves = {"intermediate": intermediate, "output": output}
         return obstacle_of(linears, activation, act, {"intermediate_act_fn": act}) or added_to(halves)
 
-    def replace(k: int | None, backend: str) -> None:
+    def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
         original_intermediate.dense, original_output.dense = intermediate.dense, output.dense
         first = TopKIntermediate(original_intermediate)
-        second = TopKOutput(first, original_output, k, str(activation), backend)
+        second = TopKOutput(first, original_output, k, str(activation), backend, stand_in)
         module.intermediate, module.output = first.train(module.training), second.train(module.training)
 
     def restore() -> None:
@@ -114,4 +123,5 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         examine,
         replace,
         None if original_intermediate is intermediate else restore,
+        stand_in_of(output),
     )

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import topk_attention
-from ..nn.feed_forward import added_to_call, full_name, store_as_usual, topk_network
+from ..functional import StandIn, topk_attention
+from ..nn.feed_forward import added_to_call, full_name, stand_in_of, store_as_usual, topk_network
 from .settings import LayerSettings, layer_settings, set_layer_settings
-from .sites import FeedForwardSite, added_to, known_activation, name_of, obstacle_of
+from .sites import FeedForwardSite, added_to, hold_stand_in, known_activation, name_of, obstacle_of
 
 _NETWORK = "_topk_attention_network"
 _NESTED = "_topk_attention_former_use_nested_tensor"
@@ -209,13 +209,15 @@ def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
         linears = {"linear1": layer.linear1, "linear2": layer.linear2}
         return obstacle_of(linears, activation, layer.activation, _bypassed(layer))
 
-    def replace(k: int | None, backend: str) -> None:
+    def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
         layer.__class__ = _TOPK_CLASS[former_class]
         setattr(layer, _NETWORK, (k, activation, backend))
+        layer.stand_in = hold_stand_in(stand_in, layer.linear2)
 
     def restore() -> None:
         layer.__class__ = former_class
         delattr(layer, _NETWORK)
+        del layer.stand_in
         store_as_usual(layer.linear1, layer.linear2)
 
     yield FeedForwardSite(
@@ -226,6 +228,7 @@ def feed_forward_sites(path: str, layer: Any) -> Iterator[FeedForwardSite]:
         examine,
         replace,
         restore if is_converted(layer) else None,
+        stand_in_of(layer),
     )
 
 
@@ -248,6 +251,7 @@ def _network_output(layer: Any, x: Tensor) -> Tensor:
         activation=activation,
         dropout_p=layer.dropout.p if layer.training else 0.0,
         backend=backend,
+        stand_in=stand_in_of(layer),
         names=("linear1", "linear2", ""),
     )
 

@@ -5,6 +5,7 @@ from .attention import Selection, topk_attention
 from .bias import ALiBi, BucketedBias, RelativeBias
 from .completion import Completion
 from .feed_forward import topk_feed_forward
+from .stand_in import StandIn
 
 __all__ = [
     "ALiBi",
@@ -13,6 +14,7 @@ __all__ = [
     "KeySums",
     "RelativeBias",
     "Selection",
+    "StandIn",
     "topk_attention",
     "topk_feed_forward",
 ]

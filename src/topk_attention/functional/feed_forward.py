@@ -20,6 +20,7 @@ from .checks import (
     shape_of,
 )
 from .observation import notify_observer
+from .stand_in import StandIn, check_stand_in
 
 
 def topk_feed_forward(
@@ -36,6 +37,7 @@ def topk_feed_forward(
     dropout_p: float = 0.0,
     backend: str = "auto",
     token_chunk_size: int | None = None,
+    stand_in: StandIn | None = None,
 ) -> Tensor:
     """Let each token use only its k best feed-forward neurons (Gupta et al. 2021, section 2).
 
@@ -56,6 +58,8 @@ def topk_feed_forward(
                 of every token
     token_chunk_size  the most tokens whose pre-activations exist at a time; by default what fits a memory budget; "cpu"
                 with a k ignores it and takes at most 192 tokens a thread
+    stand_in    what is added for the neurons that are not kept, see `StandIn`; same dtype and device as x. None adds
+                nothing. Its tensors get gradients, dropout leaves it alone, and with k >= F it is not used.
 
     Returns [..., O] in the dtype of x.
 
@@ -96,6 +100,14 @@ def topk_feed_forward(
     check_dropout(dropout_p)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if stand_in is not None:
+        check_stand_in("stand_in", stand_in, x.shape[-1], w_out.shape[0])
+        stand_in = stand_in.in_autocast_dtype()
+        check_same_dtype_and_device("x", x, stand_in=stand_in.bias)
+        if k is None or k >= w_in.shape[0]:
+            stand_in = None
+        else:
+            b_out = stand_in.bias if b_out is None else b_out + stand_in.bias
     call = FeedForwardCall(
         x=x.reshape(-1, x.shape[-1]),
         w_in=w_in,
@@ -112,6 +124,9 @@ def topk_feed_forward(
     )
     output = _run(call, backend)
     notify_observer(call, output)
+    if stand_in is not None:
+        with autocast_off(x.device.type):
+            output = stand_in.added_to(output, call.x)
     return output.view(*x.shape[:-1], w_out.shape[0])
 
 

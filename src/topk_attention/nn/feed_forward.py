@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends.activations import activate
-from ..functional import topk_feed_forward
+from ..functional import StandIn, topk_feed_forward
 
 # Where a module keeps the hooks that act on a call.
 _CALL_HOOKS = {
@@ -88,6 +88,7 @@ def topk_network(
     dropout_p: float,
     backend: str,
     token_chunk_size: int | None = None,
+    stand_in: StandIn | None = None,
     names: tuple[str, str, str] = ("linear_in", "linear_out", "linear_gate"),
 ) -> Tensor:
     """The top-k network of these layers, read from their weights.
@@ -106,7 +107,7 @@ def topk_network(
                 "and time that it would save, so leave the network out with where= or remove what was added",
                 stacklevel=3,
             )
-        return _called_network(x, linear_in, linear_out, linear_gate, k, activation, dropout_p)
+        return _called_network(x, linear_in, linear_out, linear_gate, k, activation, dropout_p, stand_in)
     (w_in, b_in), (w_out, b_out) = weight_and_bias(linear_in), weight_and_bias(linear_out)
     w_gate, b_gate = (None, None) if linear_gate is None else weight_and_bias(linear_gate)
     if w_out.dtype != w_in.dtype:  # T5 keeps its last layer in float32
@@ -115,6 +116,7 @@ def topk_network(
         w_gate, b_in, b_out, b_gate = (
             None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out, b_gate)
         )
+        stand_in = None if stand_in is None else stand_in.to(dtype)
     return topk_feed_forward(
         x,
         w_in,
@@ -128,6 +130,7 @@ def topk_network(
         dropout_p=dropout_p,
         backend=backend,
         token_chunk_size=token_chunk_size,
+        stand_in=stand_in,
     )
 
 
@@ -139,6 +142,7 @@ def _called_network(
     k: int | None,
     activation: str,
     dropout_p: float,
+    stand_in: StandIn | None,
 ) -> Tensor:
     hidden = ranked_by = linear_in(x)
     if linear_gate is None:
@@ -151,11 +155,17 @@ def _called_network(
         order = ranked_by.detach().argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(hidden, dtype=torch.bool).scatter(-1, order[..., :k], True)
         hidden = torch.where(kept, hidden, 0)
+    else:
+        stand_in = None
     hidden = F.dropout(hidden, dropout_p)
     weight = getattr(linear_out, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         hidden = hidden.to(weight.dtype)  # T5 keeps its last layer in float32
-    return linear_out(hidden)
+    output: Tensor = linear_out(hidden)
+    if stand_in is None:
+        return output
+    stand_in = stand_in.to(output.dtype)
+    return stand_in.added_to(output, x.to(output.dtype)) + stand_in.bias
 
 
 @torch.no_grad()
@@ -188,6 +198,37 @@ def is_frozen(*modules: nn.Module | None) -> bool:
     return not any(p.requires_grad for module in modules if module is not None for p in module.parameters())
 
 
+class StandInTensors(nn.Module):
+    """Holds the tensors of a `StandIn` as part of a layer: parameters as they are, others as buffers.
+
+    is_saved  whether the buffers are in the layer's state dict
+    """
+
+    bias: Tensor
+
+    def __init__(self, stand_in: StandIn, *, is_saved: bool = True) -> None:
+        super().__init__()
+        for name, tensor in stand_in.tensors().items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=is_saved)
+
+    @property
+    def value(self) -> StandIn:
+        """The stand-in, with the tensors as they are now."""
+        return StandIn(self.bias, getattr(self, "w_in", None), getattr(self, "w_out", None))
+
+    def extra_repr(self) -> str:
+        return str(self.value)
+
+
+def stand_in_of(layer: Any) -> StandIn | None:
+    """The stand-in of a layer, if it holds one."""
+    holder = getattr(layer, "stand_in", None)
+    return holder.value if isinstance(holder, StandInTensors) else None
+
+
 class TopKFeedForward(nn.Module):
     """A feed-forward network in which each token uses its k best neurons, built from given linear layers.
 
@@ -201,6 +242,8 @@ class TopKFeedForward(nn.Module):
     dropout_p    probability of dropping a kept activation, in training mode only
     backend      as in `topk_feed_forward`
     token_chunk_size  as in `topk_feed_forward`
+    stand_in     as in `topk_feed_forward`; its tensors become the layer's: parameters if they are such, which
+                 then train with the others, otherwise buffers
     names        the layers' names in the state dict, in the order in, out, gate; with the names of the original
                  network, checkpoints of either load into the other
 
@@ -226,6 +269,7 @@ class TopKFeedForward(nn.Module):
         dropout_p: float = 0.0,
         backend: str = "auto",
         token_chunk_size: int | None = None,
+        stand_in: StandIn | None = None,
         names: tuple[str, str, str] = ("linear_in", "linear_out", "linear_gate"),
     ) -> None:
         super().__init__()
@@ -239,6 +283,7 @@ class TopKFeedForward(nn.Module):
         self.dropout_p = dropout_p
         self.backend = backend
         self.token_chunk_size = token_chunk_size
+        self.stand_in = None if stand_in is None else StandInTensors(stand_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C]; returns [..., O]."""
@@ -250,6 +295,7 @@ class TopKFeedForward(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             backend=self.backend,
             token_chunk_size=self.token_chunk_size,
+            stand_in=stand_in_of(self),
             names=self._names,
         )
 

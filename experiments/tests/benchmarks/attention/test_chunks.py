@@ -39,7 +39,7 @@ def test_the_check_notices_one_key_too_few(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "flash"}, "methods must be topk-BACKEND or among query-chunks, .*, got 'flash'"),
+        ({"method": "flash"}, "methods must be topk-BACKEND or among topk-completed, .*, got 'flash'"),
         ({"chunk_size": 0}, "chunk-sizes must be at least 1"),
         ({"k": 0}, "k must be at least 1"),
         ({"length": 0}, "length must be at least 1, got 0"),

@@ -93,7 +93,7 @@ def test_the_preset_compares_learned_bias_and_dropout_at_8192_with_4_heads():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "flash"}, "methods must be topk-BACKEND or among query-chunks, sdpa, .*, got 'flash'"),
+        ({"method": "flash"}, "methods must be topk-BACKEND or among topk-completed, query-chunks, .*, got 'flash'"),
         ({"method": "performer", "dropout_p": 0.1}, "dropout must be 0 for performer, which forms no weights"),
         ({"method": "vanilla", "bias": "learned"}, "bias must be \"none\" for vanilla, got 'learned'"),
         ({"num_features": 0}, "num_features must be at least 1, got 0"),
@@ -138,10 +138,19 @@ def test_query_chunks_are_the_librarys_own_and_not_what_it_hands_to_pytorch(monk
     assert replace(SMALL, method="topk-reference").as_record()["backend"] == "reference"
 
 
+def test_completed_attention_is_checked_against_completed_attention_and_no_other():
+    assert replace(SMALL, method="topk-completed").as_record() == SMALL.as_record() | {
+        "implementation": "topk-completed"
+    }
+    alone = OPERATION._replace(new_method=lambda method, work: new_method(AUTO, work))
+    with pytest.raises(CheckFailedError, match=r"differs from the float64 reference by .* of its largest entry"):
+        check(alone, "topk-completed", SMALL)
+
+
 def test_by_default_everything_is_measured_that_can_do_the_setting():
     assert set(able_to("none", 0.0)) == {*METHODS, "topk-chunked"}
     assert set(able_to("none", 0.1)) == {*METHODS, "topk-chunked"} - {"performer", "rfa"}
-    assert able_to("learned", 0.0) == ["topk", "topk-chunked", "query-chunks", "sdpa"]
+    assert able_to("learned", 0.0) == ["topk", "topk-chunked", "topk-completed", "query-chunks", "sdpa"]
 
 
 def test_settings_that_a_method_ignores_do_not_tell_its_points_apart():

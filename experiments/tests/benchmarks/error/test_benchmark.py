@@ -6,7 +6,7 @@ from topk_experiments.benchmarks.error import ErrorBenchmark
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"methods": ["linformer"]}, "methods must be among topk, performer, .*, got 'linformer'"),
+        ({"methods": ["linformer"]}, "methods must be among topk, topk-completed, .*, got 'linformer'"),
         ({"methods": []}, "there is nothing to measure: give at least one length and one method"),
         ({"lengths": []}, "there is nothing to measure"),
         ({"lengths": [1]}, "lengths must be at least 2, got 1"),

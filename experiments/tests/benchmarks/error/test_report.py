@@ -43,6 +43,22 @@ def test_rivals_are_compared_at_no_higher_cost():
     ]
 
 
+def test_completed_attention_has_a_column_and_rows_where_it_was_measured():
+    completed = [
+        record("topk-completed", 8, 0.3, seconds=1.5, mib=12.0),
+        record("topk-completed", 16, 0.1, seconds=3.0),
+    ]
+    assert equal_cost([*RECORDS, *completed], "forward time") == [
+        ("k = 8", "1", "0.5", "none", "0.9 (32 features)", "none", "none"),
+        ("k = 32", "2", "0.2", "0.3 (k = 8)", "0.8 (64 features)", "none", "none"),
+        ("k = 8, completed", "1.5", "0.3", "", "0.9 (32 features)", "none", "none"),
+        ("k = 16, completed", "3", "0.1", "", "0.8 (64 features)", "none", "0.7 (32 features)"),
+    ]
+    page = as_markdown([*RECORDS, *completed])
+    assert "| top-k | forward time | its error | top-k attention, completed | Performer |" in page
+    assert "| top-k attention, completed | 8 | 0.3 |" in page
+
+
 def test_variants_of_the_same_work_cost_what_the_cheaper_one_did():
     slow = record("performer-tuned", 64, 0.6, seconds=2.1, mib=40.0)
     assert equal_cost([*RECORDS, slow], "forward time")[1][4] == "0.6 (64 features)"

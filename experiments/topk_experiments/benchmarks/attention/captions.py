@@ -27,7 +27,7 @@ ROUNDS = RoundTable(
     schema="topk_attention/attention-kernel/2",
     operation=_OPERATION,
     new_work=new_work,
-    methods=("sdpa", "topk-chunked", "query-chunks", "performer"),
+    methods=("sdpa", "topk-completed", "topk-chunked", "query-chunks", "performer"),
     rows=TABLE,
     goals=GOALS,
     rivals=("sdpa", "topk-chunked", "query-chunks", "performer"),
@@ -78,7 +78,8 @@ def _layer_curve(point: Json) -> int:
 
 def _layer_label_over_k(point: Json) -> str:
     if point["k"]:
-        return f"top-k ({point['backend']})"
+        completed = ", completed" if METHODS[point["implementation"]].is_completed else ""
+        return f"top-k{completed} ({point['backend']})"
     return _layer_label(point) if point["implementation"] in ("sdpa", "performer", "rfa", "vanilla-chunks") else ""
 
 

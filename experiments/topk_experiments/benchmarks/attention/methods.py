@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from topk_attention.functional import RelativeBias, topk_attention
+from topk_attention.functional import Completion, RelativeBias, topk_attention
 from topk_attention.nn import TopKAttention
 
 from ...rivals import PerformerAttention, RandomFeatureAttention, new_attention, random_feature_weights
@@ -25,7 +25,7 @@ from ...rivals.names import kept, method_of, split_backend
 from ...runs.checks import NEAR_TIE
 from ...runs.turns import Method, Operation, Tensors, at_most, leaves
 from .layers import captured_inputs
-from .works import LayerWork, Point, Work, new_work
+from .works import LayerWork, Point, Work, backend_of, new_work
 
 # Query, key, value [1, H, L, D], with a learned bias its table [H, 2 L - 1], and a method's own weights -> [1, H, L, D]
 Attend = Callable[..., Tensor]
@@ -63,17 +63,22 @@ def new_method(method: str, work: Work) -> Method:
     method  "topk-BACKEND" or a name of `rivals.names.METHODS`. "performer" is the package performer-pytorch where the
             attention is not causal, otherwise the one in `rivals`
     """
-    name, backend = split_backend(method)
-    if name in ("topk", "query-chunks"):
-        k, backend = kept(method, work.k), backend or "chunked"
+    name, _ = split_backend(method)
+    if (backend := backend_of(method)) is not None:
+        k, completion = kept(method, work.k), completion_of(method)
         if work.projections:
-            return Method(_library_layer(work, k, backend))
-        return Method(functools.partial(run_topk, work, k, backend))
+            return Method(_library_layer(work, k, backend, completion))
+        return Method(functools.partial(run_topk, work, k, backend, completion=completion))
     if name == "sdpa":
         return Method(_layer(work, functools.partial(_sdpa, work)))
     if is_package(name, work):
         return Method(_fast_attention_class()(work.head_dim, nb_features=_PERFORMER_FEATURES))
     return _rival(name, work)
+
+
+def completion_of(method: str) -> Completion | None:
+    """What the method adds for the keys that are not kept."""
+    return Completion() if method_of(method).is_completed else None
 
 
 def new_inputs(work: Work) -> Tensors:
@@ -130,7 +135,8 @@ def run_topk(work: Work, k: int | None, backend: str, *tensors: Tensor, **option
 
 def reference(method: str, work: Work) -> Callable[..., Tensor]:
     """The right output, by the library's reference backend."""
-    return _layer(work, functools.partial(run_topk, work, kept(method, work.k), "reference"))
+    attend = functools.partial(run_topk, work, kept(method, work.k), "reference", completion=completion_of(method))
+    return _layer(work, attend)
 
 
 def _layer(work: Work, attend: Attend) -> Callable[..., Tensor]:
@@ -144,7 +150,7 @@ def _layer(work: Work, attend: Attend) -> Callable[..., Tensor]:
     return run
 
 
-def _library_layer(work: Work, k: int | None, backend: str) -> Callable[..., Tensor]:
+def _library_layer(work: Work, k: int | None, backend: str, completion: Completion | None) -> Callable[..., Tensor]:
     """`TopKAttention`. It gets its weights with each call, so that its own take no memory."""
     width = work.num_heads * work.head_dim
     layer = TopKAttention(
@@ -155,6 +161,7 @@ def _library_layer(work: Work, k: int | None, backend: str) -> Callable[..., Ten
         dropout_p=work.dropout_p,
         backend=backend,
         query_chunk_size=work.chunk_size,
+        completion=completion,
     )
 
     def run(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -261,7 +268,7 @@ def small(method: str, work: Work) -> Work | None:
     if is_package(method, work):
         return None
     longest, share = _LENGTH_OF_POINTS if isinstance(work, Point) else _LENGTH, 4
-    if split_backend(method)[1] == "cpu" and not isinstance(work, Point):
+    if backend_of(method) == "cpu" and not isinstance(work, Point):
         longest, share = _SCREENED_LENGTH, 8
     heads = {} if isinstance(work, LayerWork) else {"num_heads": 2}
     return replace(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
+from topk_attention.backends import choose_backend
 from topk_attention.functional.checks import check_count, check_dropout
 
 from ...rivals.names import METHODS, among, check_method, kept, method_of, on_backend, split_backend
@@ -141,13 +142,24 @@ class Point(Work, rounds.Setting):
             return {"method": name if backend == "chunked" else self.method} | sizes | self.setting_record()
         if not method_of(name).is_random:
             fields["num_features"] = None
-        backend = "chunked" if name == "query-chunks" else backend
+        backend = backend_of(self.method)
         sizes = {field: fields[field] for field in _LAYER_FIELDS}
         return {"implementation": name, "backend": backend} | sizes | self.setting_record()
 
     def __str__(self) -> str:
         chunks = "" if self.chunk_size is None else f", chunks of {self.chunk_size:,}"
         return f"{self.method}, {super().__str__()}{chunks}"
+
+
+def backend_of(method: str) -> str | None:
+    """The backend that computes a method of this library; None for others.
+
+    >>> backend_of("topk-reference"), backend_of("query-chunks"), backend_of("sdpa")
+    ('reference', 'chunked', None)
+    """
+    if method_of(method).is_completed:
+        return choose_backend("auto").name
+    return "chunked" if method == "query-chunks" else split_backend(method)[1]
 
 
 LAYER_METHODS = tuple(METHODS)  # "topk" first, whose points name its backend

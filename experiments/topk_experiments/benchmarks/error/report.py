@@ -24,6 +24,8 @@ _HEADINGS = (
     *("peak forward [MiB]", "peak forward + backward [MiB]"),
 )
 _SETTINGS = ("model", "text", "layers", "device", "threads")
+_OURS = tuple(name for name, method in METHODS.items() if method.size == "k")
+_COMPLETED = "topk-completed"
 _RANDOM = tuple(name for name, method in METHODS.items() if method.is_random)
 # What a method costs: name, and label of its axis.
 _COSTS = {
@@ -83,7 +85,8 @@ def as_markdown(records: Sequence[Json]) -> str:
         parts += [f"## {page.title}", "\n".join(markdown_table(page.headings, page.rows))]
         for cost in _COSTS:
             if rows := equal_cost(of_length, cost):
-                headings = ("top-k", cost, "its error", *(METHODS[method].description for method in _RANDOM))
+                others = (METHODS[method].description for method in _compared_with(of_length))
+                headings = ("top-k", cost, "its error", *others)
                 parts.append(f"The lowest error of each within the {cost} of top-k attention:")
                 parts.append("\n".join(markdown_table(headings, rows)))
     return "\n\n".join(parts) + "\n"
@@ -92,24 +95,38 @@ def as_markdown(records: Sequence[Json]) -> str:
 def equal_cost(records: Sequence[Json], cost: str) -> list[tuple[str, ...]]:
     """For each k of top-k attention its cost and error, and the lowest error of each other method at no higher cost.
 
-    Both variants of Performer do the same work. Each counts with the cost of the cheaper one.
+    Completed attention is one of the others, and has rows of its own after those of top-k attention alone. Both
+    variants of Performer do the same work. Each counts with the cost of the cheaper one.
     """
     finished = [record for record in records if is_finished(record)]
     cheapest_last = sorted(finished, key=lambda record: costs_of(record)[cost], reverse=True)
     costs = {_work(record): costs_of(record)[cost] for record in cheapest_last}
     rows = []
-    for ours in (record for record in finished if record["point"]["method"] == "topk"):
+    for ours in (record for name in _OURS for record in finished if record["point"]["method"] == name):
         limit = costs[_work(ours)]
-        cells = [f"k = {ours['point']['size']:,}", _three_digits(limit), _three_digits(ours["relative_error"])]
-        for method in _RANDOM:
+        completed = ", completed" if ours["point"]["method"] == _COMPLETED else ""
+        name = f"k = {ours['point']['size']:,}{completed}"
+        cells = [name, _three_digits(limit), _three_digits(ours["relative_error"])]
+        for method in _compared_with(records):
             of_method = (record for record in finished if record["point"]["method"] == method)
             within = (record for record in of_method if costs[_work(record)] <= limit)
             best = min(within, key=lambda record: record["relative_error"], default=None)
-            cells.append(
-                "none" if best is None else f"{best['relative_error']:.3g} ({best['point']['size']:,} features)"
-            )
+            is_own_row = completed and method == _COMPLETED
+            cells.append("" if is_own_row else "none" if best is None else _error_with_size(best))
         rows.append(tuple(cells))
     return rows
+
+
+def _compared_with(records: Sequence[Json]) -> tuple[str, ...]:
+    """The methods that have a column beside top-k attention; completed attention only where it was measured."""
+    is_measured = any(is_finished(record) and record["point"]["method"] == _COMPLETED for record in records)
+    return (_COMPLETED, *_RANDOM) if is_measured else _RANDOM
+
+
+def _error_with_size(record: Json) -> str:
+    size = record["point"]["size"]
+    of_size = f"k = {size:,}" if record["point"]["method"] in _OURS else f"{size:,} features"
+    return f"{record['relative_error']:.3g} ({of_size})"
 
 
 def _work(record: Json) -> tuple[str, int | None]:

@@ -671,8 +671,8 @@ void the_number_of_threads_changes_no_bit() {
   const Size all[] = {{{1, 1, 1, 150, 700, 16, 16}, 20},    // all threads share one head
                       {{4, 4, 4, 9, 60, 16, 16}, 20},       // each has heads of its own
                       {{1, 6, 2, 40, 600, 64, 64}, 200},
-                      {{1, 4, 2, 80, 1100, 20, 8}, 15},     // keys are screened where that is possible
-                      {{1, 2, 1, 150, 900, 16, 8}, 800}};     // several chunks
+                      {{1, 2, 1, 150, 900, 16, 8}, 800},      // several chunks
+                      {{1, 4, 2, 80, 1100, 20, 8}, 15}};    // keys are screened where that is possible
   for (const Size& size : all)
     for (DType dtype : {DType::float32, DType::float64, DType::bfloat16})
       for (bool more : {false, true}) {
@@ -707,6 +707,34 @@ void the_number_of_threads_changes_no_bit() {
           }
         });
       }
+}
+
+void keys_that_many_rows_keep_get_all_their_gradients() {
+  for (Layout layout : {Layout::contiguous, Layout::heads_inside})
+    for (int64_t num_seen : {1, 3})
+      for (int64_t dim : {20, 64})
+        for (DType dtype : kDtypes) {
+          context = text("%d keys D=%d %s layout %d", int(num_seen), int(dim), name_of(dtype), int(layout));
+          Case c = make_case({1, 4, 2, 70, 300, dim, dim}, 5, dtype, layout);
+          // Every fifth row sees no key.
+          c.mask = Array(DType::boolean, {1, 1, 70, 300}).fill([&](int64_t, int64_t, int64_t i, int64_t j) {
+            const bool is_one = j == 299 || (num_seen > 1 && (j == 7 || j == 150));
+            return double(i % 5 != 0 && is_one);
+          });
+          check(c);
+        }
+}
+
+void gradients_of_more_rows_than_a_chunk_are_right() {
+  for (int64_t group : {1, 2})
+    for (DType dtype : {DType::float32, DType::float64, DType::bfloat16}) {
+      context = text("group=%d %s", int(group), name_of(dtype));
+      Case c = make_case({1, group, 1, group == 1 ? 400 : 150, 900, 16, 8}, 800, dtype, Layout::heads_inside);
+      c.dropout = {true, 7, 0.2};
+      c.bias = Array(dtype, {1, 1, 1, 900}).fill(any_quarter);
+      c.relative_bias = Array(accumulation(dtype), {1, 1, 1, c.sizes.num_queries + 899}).fill(any_quarter);
+      check(c);
+    }
 }
 
 // Elements that are hard to screen; j counts queries or keys.
@@ -765,34 +793,6 @@ void screened_keys_are_those_of_all_scores() {
         same("weights", results[0].weights, results[1].weights);
         same("output", results[0].output, results[1].output);
       }
-}
-
-void keys_that_many_rows_keep_get_all_their_gradients() {
-  for (Layout layout : {Layout::contiguous, Layout::heads_inside})
-    for (int64_t num_seen : {1, 3})
-      for (int64_t dim : {20, 64})
-        for (DType dtype : kDtypes) {
-          context = text("%d keys D=%d %s layout %d", int(num_seen), int(dim), name_of(dtype), int(layout));
-          Case c = make_case({1, 4, 2, 70, 300, dim, dim}, 5, dtype, layout);
-          // Every fifth row sees no key.
-          c.mask = Array(DType::boolean, {1, 1, 70, 300}).fill([&](int64_t, int64_t, int64_t i, int64_t j) {
-            const bool is_one = j == 299 || (num_seen > 1 && (j == 7 || j == 150));
-            return double(i % 5 != 0 && is_one);
-          });
-          check(c);
-        }
-}
-
-void gradients_of_more_rows_than_a_chunk_are_right() {
-  for (int64_t group : {1, 2})
-    for (DType dtype : {DType::float32, DType::float64, DType::bfloat16}) {
-      context = text("group=%d %s", int(group), name_of(dtype));
-      Case c = make_case({1, group, 1, group == 1 ? 400 : 150, 900, 16, 8}, 800, dtype, Layout::heads_inside);
-      c.dropout = {true, 7, 0.2};
-      c.bias = Array(dtype, {1, 1, 1, 900}).fill(any_quarter);
-      c.relative_bias = Array(accumulation(dtype), {1, 1, 1, c.sizes.num_queries + 899}).fill(any_quarter);
-      check(c);
-    }
 }
 
 void gradients_not_wanted_change_no_bit_of_others() {
@@ -1023,9 +1023,9 @@ const std::vector<Claim> attention_claims = {
     CLAIM(halves_round_to_nearest_ties_to_even),
     CLAIM(dropout_draws_as_the_other_backends_do),
     CLAIM(the_number_of_threads_changes_no_bit),
-    CLAIM(screened_keys_are_those_of_all_scores),
     CLAIM(keys_that_many_rows_keep_get_all_their_gradients),
     CLAIM(gradients_of_more_rows_than_a_chunk_are_right),
+    CLAIM(screened_keys_are_those_of_all_scores),
     CLAIM(gradients_not_wanted_change_no_bit_of_others),
     CLAIM(entries_need_not_be_saved),
     CLAIM(the_rest_enters_the_softmax_and_its_values_get_their_gradients),

@@ -159,19 +159,33 @@ inline __attribute__((always_inline)) __m512 add_pieces(const float* query, cons
   return sum;
 }
 
-// query . key for 16 keys, each summed in the order of elements as score_tile sums, so that both have the same bits.
-template <class T, bool kBreaks>
-inline __attribute__((always_inline)) __m512 score_16_keys(const float* query, const T* keys, const int64_t* offsets, int64_t dim) {
-  __m512 sum = _mm512_setzero_ps();
+// Longer keys are waited for, whatever fills the time: with two groups at once they take 4 % more.
+constexpr int64_t kPairedKeyBytes = 256;
+
+// query . key for groups of 16 keys, each summed in the order of elements as score_tile sums, so that both have the same bits.
+// Such a sum waits for each addition: the work on a second group fills the time.
+template <class T, bool kBreaks, int kGroups>
+inline __attribute__((always_inline)) void score_groups(const float* query, const T* keys, const int64_t* offsets, int64_t dim,
+                                                        float* scores) {
+  __m512 sums[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) sums[g] = _mm512_setzero_ps();
   int64_t d = 0;
 #pragma GCC unroll 1
   for (; d + 2 * kPiece<T> <= dim; d += 2 * kPiece<T>) {  // two pieces for each time that an offset is read
-    sum = add_pieces<T, kBreaks, true>(query + d, keys + d, offsets, 0, sum);
-    sum = add_pieces<T, kBreaks, true>(query + d + kPiece<T>, keys + d + kPiece<T>, offsets, 0, sum);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      sums[g] = add_pieces<T, kBreaks, true>(query + d, keys + d, offsets + 16 * g, 0, sums[g]);
+      sums[g] = add_pieces<T, kBreaks, true>(query + d + kPiece<T>, keys + d + kPiece<T>, offsets + 16 * g, 0, sums[g]);
+    }
   }
-  for (; d < dim; d += kPiece<T>)
-    sum = add_pieces<T, kBreaks, false>(query + d, keys + d, offsets, smaller<int64_t>(kPiece<T>, dim - d), sum);
-  return sum;
+  for (; d < dim; d += kPiece<T>) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g)
+      sums[g] = add_pieces<T, kBreaks, false>(query + d, keys + d, offsets + 16 * g, smaller<int64_t>(kPiece<T>, dim - d), sums[g]);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(scores + 16 * g, sums[g]);
 }
 
 // A row's query for the screen and for the scores of keys that pass.
@@ -373,13 +387,18 @@ class Screen {
 
   template <bool kBreaks>
   void score_keys(const float* query, const T* keys, int64_t stride, const int32_t* indices, int64_t padded, float* scores) const {
-    alignas(64) int64_t offsets[16];
-    for (int64_t i = 0; i < padded; i += 16) {
-      for (int v = 0; v < 2; ++v) {
+    const bool may_pair = head_dim_ * int64_t(sizeof(T)) <= kPairedKeyBytes;
+    alignas(64) int64_t offsets[32];
+    for (int64_t i = 0, groups; i < padded; i += 16 * groups) {
+      groups = may_pair && i + 32 <= padded ? 2 : 1;
+      for (int64_t v = 0; v < 2 * groups; ++v) {
         const __m512i index = _mm512_cvtepi32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices + i + 8 * v)));
         _mm512_store_si512(offsets + 8 * v, _mm512_mullo_epi64(index, _mm512_set1_epi64(stride)));
       }
-      _mm512_storeu_ps(scores + i, score_16_keys<T, kBreaks>(query, keys, offsets, head_dim_));
+      if (groups == 2)
+        score_groups<T, kBreaks, 2>(query, keys, offsets, head_dim_, scores + i);
+      else
+        score_groups<T, kBreaks, 1>(query, keys, offsets, head_dim_, scores + i);
     }
   }
 

@@ -28,7 +28,7 @@ inline int64_t sample_period(int64_t k, int64_t num_keys) {
   for (int64_t period = 3; period <= 65; period += 2) {
     // Thousandths of the time of a row, fitted to measurements.
     const double passed = kSampleDeviations * __builtin_sqrt(double(k * period)) + 2.0 * double(period);
-    const double time = 0.4 * double(num_keys) / double(period) + 25 * passed;
+    const double time = 0.4 * double(num_keys) / double(period) + 18 * passed;
     if (period == 3 || time < least) {
       least = time;
       best = period;

@@ -174,11 +174,11 @@ CHUNK_METHODS = {
 
 _PLAIN = Work(num_heads=4, length=8192, k=64)
 _ROWS = {
-    "plain": (_PLAIN, Goal(2.0, 5.5)),
-    "long": (replace(_PLAIN, length=32768), Goal(2.3, 7.0)),
-    "causal": (replace(_PLAIN, is_causal=True), Goal(1.8, 5.0)),
-    "short": (replace(_PLAIN, num_heads=12, length=2048), Goal(1.0, 3.0)),
-    "large-k": (replace(_PLAIN, k=256), Goal(1.5, 3.5)),
+    "plain": (_PLAIN, Goal(4.5, 10.0)),
+    "long": (replace(_PLAIN, length=32768), Goal(5.0, 7.0)),
+    "causal": (replace(_PLAIN, is_causal=True), Goal(4.0, 8.5)),
+    "short": (replace(_PLAIN, num_heads=12, length=2048), Goal(2.8, 3.0)),
+    "large-k": (replace(_PLAIN, k=256), Goal(3.0, 3.5)),
     "large-heads": (replace(_PLAIN, head_dim=128), Goal(4.2, None)),
     "bfloat16": (replace(_PLAIN, dtype="bfloat16"), Goal(4.5, None)),
     "learned-bias": (replace(_PLAIN, bias="learned"), Goal(None, 15.0)),

@@ -51,6 +51,21 @@ def test_the_share_of_the_floor_is_of_our_forward_pass(report, measurements):
     assert "Floor: 0.5 s, 25% of topk-chunked's forward pass." in report({WORK: METHODS})
 
 
+def test_a_forward_pass_far_below_the_floor_is_explained(report, measurements):
+    measurements.seconds = {"topk-chunked": 0.45}
+    assert "Above 100 %" not in report({WORK: METHODS})
+    measurements.seconds = {"topk-chunked": 0.25}
+    page = report({replace(WORK, k=6): METHODS})
+    assert "Floor: 0.5 s, 200% of topk-chunked's forward pass." in page
+    assert "Above 100 %: keys are screened by 8-bit products first" in page
+
+
+def test_a_page_with_other_numbers_than_float32_says_where(report):
+    page = report({WORK: METHODS, replace(WORK, dtype="bfloat16"): METHODS})
+    assert "float32 unless said, PyTorch" in page
+    assert "H = 2, L = 64, k = 5, D = 4, bfloat16" in page
+
+
 def test_without_sdpa_there_is_no_ratio(report, measurements):
     measurements.failed = {"sdpa"}
     page = report({TABLE["dropout"]: METHODS})

@@ -26,6 +26,6 @@ def redraw(results: Path) -> list[Path]:
     for table in (attention.LAYERS, attention.CHUNKS, feed_forward.LAYERS):
         written += table.report(results / table.name)
     for operation, name in ((attention, "attention-kernel"), (feed_forward, "feed-forward-kernel")):
-        for sweep in ("table", *operation.ROUNDS.sweeps):
+        for sweep in ("table", "layers", *operation.ROUNDS.sweeps):
             written += operation.ROUNDS.report(results / name, sweep)
     return [*written, *model.redraw(results), *error.report(results / "attention-error")]

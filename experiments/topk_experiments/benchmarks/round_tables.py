@@ -22,6 +22,8 @@ _PANELS = (
     ("peak_mib", "Peak memory of forward and backward [MiB]", 1.0),
 )
 
+_BEATEN = 1.25  # share of the floor
+
 
 class Goal(NamedTuple):
     """How many times as fast as the rival, and at most what share of its memory; None where no goal was set."""
@@ -93,6 +95,7 @@ class RoundTable:
     size         the field on which times depend, and the power with which they grow at first
     sweeps       field of the work -> what is measured over it
     floor        what is timed as the floor
+    beaten       why a forward pass can take much less than the floor
     memory_note  what counts as memory
     why_not      (method, work) -> why a method cannot do this work here; None where it can
     title        (first work, field) -> of the picture over a field
@@ -110,6 +113,7 @@ class RoundTable:
     size: tuple[str, float]
     sweeps: Mapping[str, Sweep]
     floor: str
+    beaten: str = ""
     memory_note: str
     why_not: Callable[[str, Any], str | None]
     title: Callable[[Any, str], str]
@@ -151,13 +155,19 @@ class RoundTable:
             chosen, usual = list(self.sweeps[sweep].works), self.sweeps[sweep].rivals
             if sizes is not None:
                 chosen = [replace(chosen[0], **{sweep: size}) for size in sorted(set(sizes))]
-        # Ours first; with backend "chunked" it is a rival of itself, named once.
-        ours, name = topk_method(backend), sweep or "table"
-        methods = dict.fromkeys([ours, *(usual if rivals is None else rivals)])
+        name = sweep or "table"
+        chosen = [replace(work, **changes) for work in chosen]
+        plan = self.methods_of(chosen, backend, usual if rivals is None else rivals)
+        ours = topk_method(backend)
         return name, {
             work: tuple(method for method in methods if method == ours or self._takes_part(name, method, work))
-            for work in (replace(work, **changes) for work in chosen)
+            for work, methods in plan.items()
         }
+
+    def methods_of(self, works: Sequence[Any], backend: str, rivals: Sequence[str]) -> dict[Any, tuple[str, ...]]:
+        """Top-k on `backend` against the same rivals at each work."""
+        # Ours first; with backend "chunked" it is a rival of itself, named once.
+        return dict.fromkeys(works, tuple(dict.fromkeys([topk_method(backend), *rivals])))
 
     def _takes_part(self, name: str, method: str, work: Any) -> bool:
         """Whether a rival is measured at a work of a sweep, or of the table."""
@@ -194,7 +204,9 @@ class RoundTable:
             return []
         times = [result.time for result in results]
         threads = times[0]["request"]["threads"]
-        above = [head(times, threads=threads, dtype="float32"), "", *self.notes(results), ""]
+        others = {getattr(result.work, "dtype", "float32") for result in results} - {"float32"}
+        dtype = "float32 unless said" if others else "float32"
+        above = [head(times, threads=threads, dtype=dtype), "", *self.notes(results), ""]
         table, picture = out / f"{name}.md", out / f"{name}.png"
         write_whole(table, "\n".join(["\n".join(above), *(page.as_markdown() for page in self.pages(results))]))
         if name not in self.sweeps or len(results) < 2:
@@ -254,8 +266,19 @@ class RoundTable:
             f"Times {self.rivals[0]}: how many times as fast as {self.rival_is}, by the medians.",
             f"Peak: resident memory of the first forward and backward pass in a process of its own. {self.memory_note}",
             f"Floor: {self.floor}.",
+            *([f"Above 100 %: {self.beaten}."] if self._is_floor_beaten(results) else []),
             *busy_notes([result.time for result in results]),
         ]
+
+    def _is_floor_beaten(self, results: Sequence[Result]) -> bool:
+        """Whether a forward pass of ours took clearly less: two products of one kind differ by a tenth."""
+        shares = (
+            result.time["floor"]["median_s"] / seconds
+            for result in results
+            for method in result.methods
+            if method.startswith(TOPK) and (seconds := result.seconds(method, "forward")) is not None
+        )
+        return bool(self.beaten) and any(share > _BEATEN for share in shares)
 
     def pages(self, results: Sequence[Result]) -> list[Page]:
         """A table for each work: a row for each method that was measured."""

@@ -195,7 +195,8 @@ def run_rounds(benchmark: RoundBenchmark, console: Console) -> list[Result]:
         what = " ".join([function.replace("_", " "), asked.get("method", "")]).strip()
 
         def run(send: Send) -> Json:
-            worker, whole = f"{turns.__name__}:{function}", request | {"operation": table.operation}
+            worker = f"{turns.__name__}:{function}"
+            whole = request | {"work": asdict(work), "operation": table.operation}  # also where its tensors lie
             return more | run_within(benchmark.limits, worker, whole, f"{what}, {work}", send)
 
         return record_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from topk_attention.functional.words import full_attention_note
 
 from .. import benchmarks
 from ..benchmarks.attention import works as attention_works
+from ..benchmarks.attention.layers import works_of_layers
 from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
 from ..benchmarks.feed_forward import works as feed_forward_works
 from ..benchmarks.figures import run_figures
@@ -42,21 +44,49 @@ def attention_kernel(
     limits: Json,
     sweep: Annotated[str | None, 'Instead of the table: "length" (1,024 to 131,072) or "k" (8 to 1,024).'] = None,
     works: Annotated[
-        Sequence[str] | None, "Rows of the table: plain, long, causal, short, large-k, learned-bias, dropout."
+        Sequence[str] | None,
+        "Rows of the table: plain, long, causal, short, large-k, large-heads, bfloat16, learned-bias, dropout.",
     ] = None,
-    lengths: Annotated[Sequence[int] | None, "For the sweep over length, instead of its own."] = None,
+    layers: Annotated[
+        Sequence[int] | None,
+        "Instead of the table: queries and keys of these layers of a model that reads a text, such as 0,10,20.",
+    ] = None,
+    model: Annotated[
+        str | None,
+        "With --layers: local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package.",
+    ] = None,
+    text: Annotated[Path | None, "With --layers: UTF-8 text file. Default: Python's own documentation topics."] = None,
+    lengths: Annotated[
+        Sequence[int] | None, "For the sweep over length, instead of its own; with --layers: tokens, instead of 8,192."
+    ] = None,
     rivals: Rivals = None,
     backend: Compared = "cpu",
 ) -> None:
     """The attention operation alone, forward and with backward, against PyTorch's and others in alternation.
 
     Methods are checked against the reference first. Rivals: sdpa, topk-chunked, query-chunks and performer; also
-    topk-completed, if it is named. Points are appended to table.jsonl, length.jsonl or k.jsonl; interrupted, the same
-    command continues with those that are missing.
+    topk-completed, if it is named. Points are appended to table.jsonl, length.jsonl, k.jsonl or layers.jsonl;
+    interrupted, the same command continues with those that are missing.
     """
-    if lengths is not None and sweep != "length":
-        raise ValueError('lengths goes with sweep "length" alone')
-    plan = benchmarks.attention.ROUNDS.plan(backend, sweep=sweep, works=works, sizes=lengths, rivals=rivals)
+    if lengths is not None and sweep != "length" and layers is None:
+        raise ValueError('lengths goes with sweep "length" alone, or with layers')
+    if layers is not None and (sweep is not None or works is not None):
+        raise ValueError("layers are measured instead of a sweep or of works; give one of these options")
+    if layers is None and (model is not None or text is not None):
+        raise ValueError("model and text go with layers, whose queries and keys are measured, such as 0,10,20")
+    if layers is None:
+        plan = benchmarks.attention.ROUNDS.plan(backend, sweep=sweep, works=works, sizes=lengths, rivals=rivals)
+    else:
+        captured = works_of_layers(
+            layers,
+            model=model,
+            text=text,
+            lengths=lengths,
+            out=rounds["out"],
+            threads=rounds["threads"],
+            say=functools.partial(say, new_console()),
+        )
+        plan = "layers", benchmarks.attention.ROUNDS.methods_of(captured, backend, rivals or ("sdpa",))
     _say_if_full((work.k, work.length) for work in plan[1])
     _run_rounds(benchmarks.attention.ROUNDS, plan, rounds, limits)
 

@@ -18,6 +18,23 @@ def test_exact_methods_pass(method, change):
     assert check(OPERATION, method, replace(WORK, **change)) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["topk-chunked", "query-chunks", "sdpa"])
+def test_methods_pass_in_bfloat16_to_its_rounding(method):
+    assert check(OPERATION, method, replace(WORK, dtype="bfloat16")) < 2e-2
+
+
+def test_the_check_notices_one_key_too_few_in_bfloat16():
+    wrong = OPERATION._replace(new_method=lambda method, work: new_method(method, replace(work, k=work.k - 1)))
+    with pytest.raises(CheckFailedError, match="the output differs from the float64 reference by"):
+        check(wrong, "topk-chunked", replace(WORK, dtype="bfloat16"))
+
+
+def test_compiled_kernels_are_checked_where_they_screen_keys():
+    small = OPERATION.small("topk-cpu", replace(WORK, length=8192, k=2048))
+    assert small.length > 1024  # the fewest keys that are screened
+    assert 8 * small.k <= small.length
+
+
 def test_an_approximation_is_not_checked():
     assert check(OPERATION, "performer", WORK) is None
 

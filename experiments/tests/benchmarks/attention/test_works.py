@@ -9,7 +9,7 @@ WORK = Work(num_heads=4, length=8192, k=64)
 
 def test_every_row_of_the_table_has_a_goal():
     assert set(GOALS) == set(TABLE.values())
-    assert GOALS[WORK].forward_backward == 5.5
+    assert GOALS[WORK].forward_backward == 10.0
 
 
 def test_the_sweeps_double_from_1024_to_131072_keys_and_from_8_to_1024_kept_ones():
@@ -26,6 +26,7 @@ def test_a_work_names_what_sets_it_apart():
     assert str(WORK) == "H = 4, L = 8,192, k = 64"
     assert str(replace(WORK, is_causal=True, dropout_p=0.1)) == "H = 4, L = 8,192, k = 64, causal, dropout 0.1"
     assert str(replace(WORK, bias="learned")).endswith("learned relative bias")
+    assert str(replace(WORK, dtype="bfloat16")) == "H = 4, L = 8,192, k = 64, bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def test_a_work_names_what_sets_it_apart():
         ({"k": 0}, r"k must be at least 1 and below 2\^31, got 0"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"dropout_p": 1.0}, r"dropout_p must be at least 0 and below 1, got 1\.0"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
         ({"bias": "alibi"}, "bias must be one of none, learned, got 'alibi'"),
     ],
 )

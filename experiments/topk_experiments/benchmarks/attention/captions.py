@@ -8,7 +8,7 @@ from ...show.quoted import ATTENTION_LAYER, CHUNK_SIZE, CHUNK_SIZE_LENGTH
 from ..round_tables import Result, RoundTable, Sweep
 from ..tables import Numbers, PointTable, computed_on
 from .methods import why_not
-from .works import CHUNK_METHODS, GOALS, KS, LAYER_METHODS, LENGTHS, TABLE, Work
+from .works import CHUNK_METHODS, GOALS, KS, LAYER_METHODS, LENGTHS, TABLE, new_work
 
 _OPERATION = f"{__package__}.methods"
 
@@ -26,7 +26,7 @@ def _memory_line(result: Result, ours: str, mine: float, sdpas: float) -> str:
 ROUNDS = RoundTable(
     schema="topk_attention/attention-kernel/2",
     operation=_OPERATION,
-    new_work=Work,
+    new_work=new_work,
     methods=("sdpa", "topk-completed", "topk-chunked", "query-chunks", "performer"),
     rows=TABLE,
     goals=GOALS,
@@ -42,6 +42,7 @@ ROUNDS = RoundTable(
     },
     floor="the score product q @ k.T alone, in tiles, in the same rounds; its share of the forward pass is 100 % when "
     "selecting, softmax and values cost nothing",
+    beaten="keys are screened by 8-bit products first, and only some scores are computed in float32",
     memory_note="Inputs and the gradient of the output do not count; output, gradients of the inputs and all between "
     "do.",
     why_not=why_not,

@@ -24,7 +24,8 @@ from ...rivals import PerformerAttention, RandomFeatureAttention, new_attention,
 from ...rivals.names import kept, method_of, split_backend
 from ...runs.checks import NEAR_TIE
 from ...runs.turns import Method, Operation, Tensors, at_most, leaves
-from .works import Point, Work, backend_of
+from .layers import captured_inputs
+from .works import LayerWork, Point, Work, backend_of, new_work
 
 # Query, key, value [1, H, L, D], with a learned bias its table [H, 2 L - 1], and a method's own weights -> [1, H, L, D]
 Attend = Callable[..., Tensor]
@@ -38,6 +39,8 @@ def why_not(method: str, work: Work) -> str | None:
     """Why a method cannot take its turn at this work here; None where it can."""
     if method != "performer":
         return None
+    if isinstance(work, LayerWork) or work.dtype != "float32":
+        return "Performer is measured on random float32 tensors alone"
     if work.bias != "none" or work.dropout_p:
         return "Performer has no scores to add a bias to and no weights to drop"
     if work.is_causal:
@@ -79,7 +82,9 @@ def completion_of(method: str) -> Completion | None:
 
 
 def new_inputs(work: Work) -> Tensors:
-    """Random tensors of an operation, in the order of `input_names`."""
+    """The tensors of an operation in the order of `input_names`: random, or those of a layer."""
+    if isinstance(work, LayerWork):
+        return captured_inputs(work)
     shape = (1, work.num_heads, work.length, work.head_dim)
     tensors: list[Tensor]
     if work.projections:
@@ -90,7 +95,7 @@ def new_inputs(work: Work) -> Tensors:
         tensors = [torch.randn(shape) for _ in range(3)]
     if work.bias == "learned":
         tensors.append(torch.randn(work.num_heads, 2 * work.length - 1))
-    return tuple(tensors)
+    return tuple(tensor.to(getattr(torch, work.dtype)) for tensor in tensors)
 
 
 def input_names(work: Work) -> list[str]:
@@ -123,6 +128,7 @@ def run_topk(work: Work, k: int | None, backend: str, *tensors: Tensor, **option
         dropout_p=work.dropout_p,
         backend=backend,
         query_chunk_size=work.chunk_size,
+        enable_gqa=_shares_keys(query, key),
         **options,
     )
 
@@ -205,7 +211,12 @@ def _sdpa(work: Work, query: Tensor, key: Tensor, value: Tensor, table: Tensor |
         attn_mask=None if mask is None else mask[None],
         dropout_p=work.dropout_p,
         is_causal=work.is_causal and mask is None,
+        enable_gqa=_shares_keys(query, key),
     )
+
+
+def _shares_keys(query: Tensor, key: Tensor) -> bool:
+    return query.shape[1] != key.shape[1]
 
 
 def _fast_attention_class() -> Any:
@@ -217,6 +228,8 @@ def _fast_attention_class() -> Any:
 
 # Of the check. Odd, and k and chunks a quarter of it: kernels meet full tiles and leftovers, most keys are left out.
 _LENGTH = 333
+# Of the check of compiled kernels, with an eighth of it for k: fewer keys, or a larger k, are not screened.
+_SCREENED_LENGTH = 1101
 # Of points, whose memory is measured in the same process: at 333 the check left holes in the heap that raised the peak
 # of a layer at L = 2,048 from 97 to as much as 114 MiB.
 _LENGTH_OF_POINTS = 193
@@ -229,6 +242,7 @@ _TILE_KEYS = 256
 def score_product(work: Work, inputs: Tensors) -> Callable[[], None]:
     """All scores that attention must look at, tile by tile into one buffer."""
     query, key = (tensor.detach()[0] for tensor in inputs[:2])  # [H, L, D]
+    key = key.repeat_interleave(len(query) // len(key), 0)
     num_keys = min(work.length, _TILE_KEYS)
     num_queries = max(1, min(work.length, _TILE_BYTES // (query.element_size() * work.num_heads * num_keys)))
     buffer = query.new_empty(work.num_heads * num_queries * num_keys)
@@ -253,9 +267,12 @@ def small(method: str, work: Work) -> Work | None:
     """
     if is_package(method, work):
         return None
-    longest = _LENGTH_OF_POINTS if isinstance(work, Point) else _LENGTH
+    longest, share = _LENGTH_OF_POINTS if isinstance(work, Point) else _LENGTH, 4
+    if backend_of(method) == "cpu" and not isinstance(work, Point):
+        longest, share = _SCREENED_LENGTH, 8
+    heads = {} if isinstance(work, LayerWork) else {"num_heads": 2}
     return replace(
-        at_most(work, {"length": longest, "num_heads": 2, "k": longest // 4}),
+        at_most(work, {"length": longest, "k": longest // share, **heads}),
         chunk_size=None if work.chunk_size is None else min(work.chunk_size, longest // 4),
         dropout_p=work.dropout_p if method_of(method).is_ours else 0.0,
     )
@@ -276,7 +293,7 @@ def is_clear(method: str, work: Work, tensors: Tensors) -> Tensor | float:
 
 
 OPERATION = Operation(
-    Work,
+    new_work,
     Point,
     new_method,
     new_inputs,

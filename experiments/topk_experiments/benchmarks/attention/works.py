@@ -6,7 +6,7 @@ The rounds are planned by their table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from topk_attention.backends import choose_backend
@@ -19,15 +19,17 @@ from .. import rounds
 from ..round_tables import Goal
 
 BIASES = ("none", "learned")
+DTYPES = ("float32", "bfloat16")
 # The fields of a work in the records of rounds, of layers and of chunk sizes.
 _FIELDS = ("num_heads", "length", "k", "is_causal", "bias", "dropout_p", "head_dim")
 _LAYER_FIELDS = ("length", "k", "num_features", "num_heads", "head_dim", "bias", "dropout_p", "projections")
+_CAPTURED_FIELDS = ("num_key_heads", "layer", "model", "revision", "text", "text_sha256")
 _CHUNK_FIELDS = ("chunk_size", "length", "k", "num_heads", "head_dim", "is_causal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Self-attention of one sequence in float32.
+    """Self-attention of one sequence.
 
     A learned bias gets a gradient. With projections the input is [1, L, H * D] instead of query, key and value
     [1, H, L, D].
@@ -45,6 +47,7 @@ class Work:
     projections: Annotated[bool, "Four square linear layers around the attention, or the attention alone."] = False
     num_features: Annotated[int, "Random features (performer, rfa)."] = 256
     chunk_size: int | None = None
+    dtype: str = "float32"
     gradients_mib: ClassVar[float] = 0.0  # of weights: attention alone has none
 
     def __post_init__(self) -> None:
@@ -53,11 +56,13 @@ class Work:
             check_count("chunk-sizes", self.chunk_size)
         check_dropout(self.dropout_p)
         check_one_of(BIASES, self, "bias")
+        check_one_of(DTYPES, self, "dtype")
         check_at_least(1, self, "length", "num_features", "num_heads", "head_dim")
 
     def as_record(self) -> Json:
         """The fields that distinguish a work of the operation alone."""
-        return {name: getattr(self, name) for name in _FIELDS}
+        other_dtype = {} if self.dtype == "float32" else {"dtype": self.dtype}  # earlier records do not name it
+        return {name: getattr(self, name) for name in _FIELDS} | other_dtype
 
     @property
     def saved_mib(self) -> float:
@@ -74,7 +79,42 @@ class Work:
             parts.append(f"{self.bias} relative bias")
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p:g}")
+        if self.dtype != "float32":
+            parts.append(self.dtype)
         return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWork(Work):
+    """The attention of one layer of a model that reads a text, with its queries, keys and values.
+
+    num_key_heads    query heads share them in groups
+    model, revision  the model's name and version
+    text             the text's source, and the hash of its content
+    captured         file that holds the tensors, not part of what identifies the work
+    """
+
+    num_key_heads: int
+    layer: int
+    model: str
+    revision: str
+    text: str
+    text_sha256: str
+    captured: str = field(default="", compare=False)
+
+    def as_record(self) -> Json:
+        """The fields that distinguish a work."""
+        return super().as_record() | {name: getattr(self, name) for name in _CAPTURED_FIELDS}
+
+    def __str__(self) -> str:
+        heads, rest = super().__str__().split(", ", 1)
+        shared = "" if self.num_key_heads == self.num_heads else f" ({self.num_key_heads} of keys)"
+        return f"layer {self.layer} of {self.model}, {heads}{shared}, {rest}"
+
+
+def new_work(**fields: Any) -> Work:
+    """The work of a record."""
+    return LayerWork(**fields) if "layer" in fields else Work(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,17 +174,20 @@ CHUNK_METHODS = {
 
 _PLAIN = Work(num_heads=4, length=8192, k=64)
 _ROWS = {
-    "plain": (_PLAIN, Goal(2.0, 5.5)),
-    "long": (replace(_PLAIN, length=32768), Goal(2.3, 7.0)),
-    "causal": (replace(_PLAIN, is_causal=True), Goal(1.8, 5.0)),
-    "short": (replace(_PLAIN, num_heads=12, length=2048), Goal(1.0, 3.0)),
-    "large-k": (replace(_PLAIN, k=256), Goal(1.5, 3.5)),
+    "plain": (_PLAIN, Goal(4.5, 10.0)),
+    "long": (replace(_PLAIN, length=32768), Goal(5.0, 7.0)),
+    "causal": (replace(_PLAIN, is_causal=True), Goal(4.0, 8.5)),
+    "short": (replace(_PLAIN, num_heads=12, length=2048), Goal(2.8, 3.0)),
+    "large-k": (replace(_PLAIN, k=256), Goal(3.0, 3.5)),
+    "large-heads": (replace(_PLAIN, head_dim=128), Goal(4.2, None)),
+    "bfloat16": (replace(_PLAIN, dtype="bfloat16"), Goal(4.5, None)),
     "learned-bias": (replace(_PLAIN, bias="learned"), Goal(None, 15.0)),
     "dropout": (replace(_PLAIN, dropout_p=0.1), Goal(None, 25.0)),
 }
 TABLE = {name: work for name, (work, _) in _ROWS.items()}
 GOALS = dict(_ROWS.values())
 LENGTHS = [replace(_PLAIN, length=2**exponent) for exponent in range(10, 18)]  # 1,024 to 131,072
+LAYER_LENGTH, LAYER_K = 8192, 64  # of layers of a model
 KS = [replace(_PLAIN, k=2**exponent) for exponent in range(3, 11)]  # 8 to 1,024
 
 

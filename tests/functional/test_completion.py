@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comparison import Sizes, assert_same, attention_inputs, output_and_gradients
-from topk_attention import Completion, RelativeBias, topk_attention
+from topk_attention import ALiBi, Completion, RelativeBias, topk_attention
 from topk_attention.backends import completed_attention, visible_keys
 
 SMALL = Sizes(batch=2, heads=4, key_heads=2, queries=19, keys=23, head_dim=3, value_dim=5)
@@ -428,3 +428,27 @@ def test_a_completion_or_sums_that_do_not_fit_the_call_are_refused_in_words(opti
 def test_sums_are_refused_unless_keys_and_values_are_as_many():
     with pytest.raises(ValueError, match=r"value must have shape \[2, 5, 3\] but for its last axis, like key, got"):
         Completion().sums(torch.randn(2, 5, 3), torch.randn(2, 6, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["bias", "float mask", "ALiBi and a bool mask"])
+def test_biases_are_added_up_as_precisely_as_everything_else(backend, kind, dtype):
+    """In float16 a thousand biases of -100 are -inf, in bfloat16 their sum is off by half, in float32 not exact."""
+    query, key, value = attention_inputs(SMALL._replace(queries=3, keys=1000), dtype)
+    slope = torch.full((1, 1, 1, 1000), -100.3).to(dtype)
+    options = {
+        "bias": {"bias": slope},
+        "float mask": {"attn_mask": slope},
+        "ALiBi and a bool mask": {
+            "bias": ALiBi(torch.tensor([0.7, 0.1, 0.03, 0.01])),
+            "attn_mask": torch.rand(1, 1, 3, 1000) < 0.9,
+        },
+    }[kind]
+    exact = {name: x.double() if x is slope else x for name, x in options.items()}
+    options, exact = ({"k": 3, "completion": Completion(), "enable_gqa": True, **x} for x in (options, exact))
+    output = topk_attention(query, key, value, backend=backend, **options)
+    expected = topk_attention(query.double(), key.double(), value.double(), backend="reference", **exact)
+    if dtype == torch.float64:
+        torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
+    else:
+        torch.testing.assert_close(output, expected.to(dtype), rtol=1e-2, atol=1e-2)

@@ -175,7 +175,8 @@ class VisibleKeys(NamedTuple):
                             sees_broken = among @ broken[g].to(self.dtype) > 0
                             value_sums[b, s, part].masked_fill_(sees_broken, torch.nan)
                     if head < score_sums.shape[1]:
-                        added = sum(_of_head(tile, b, head) for tile in tiles)
+                        # In the dtype of the sum: a row of thousands of biases of -100 is too much for float16.
+                        added = sum(_of_head(tile, b, head).to(self.dtype) for tile in tiles)
                         score_sums[b, head, part] = torch.where(visible, added, 0).sum(1)
                     query = self.query[b, head, part].to(self.dtype) * self.scale
                     score_values[b, head, part] = torch.where(visible, query @ keys[g].mT, 0) @ values[g]

@@ -452,3 +452,22 @@ def test_biases_are_added_up_as_precisely_as_everything_else(backend, kind, dtyp
         torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
     else:
         torch.testing.assert_close(output, expected.to(dtype), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("interval")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("by", ["nothing", "head", "batch", "head and batch"])
+def test_a_mask_that_hides_all_keys_or_none_is_as_good_as_written_out(backend, by, is_causal):
+    shape = (2 if "batch" in by else 1, 4 if "head" in by else 1, 1, 1)
+    inputs, options = [*attention_inputs(SMALL), torch.tensor(1.5).double()], {"k": 3, "is_causal": is_causal}
+
+    def outputs(mask, backend):
+        return output_and_gradients(lambda *x: attend(*x, attn_mask=mask, backend=backend, **options), *inputs)
+
+    shows_first = torch.arange(math.prod(shape)).view(shape) % 3 == 0
+    for mask in (shows_first, ~shows_first):
+        expected = outputs(mask.expand(-1, -1, SMALL.queries, SMALL.keys).contiguous(), "reference")
+        assert_same(outputs(mask, backend), expected)
+        if by == "nothing":
+            assert_same(outputs(mask.view(()), backend), expected)
+            assert_same(outputs(mask.view(1), backend), expected)

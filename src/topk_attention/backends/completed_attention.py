@@ -184,7 +184,8 @@ def completed_attention_backward_op(
     )
     of_tables = (gradients.key if key_wanted else None, gradients.value if value_wanted else None)
     if backend == "cpu" and visible.grow_from_row_to_row:
-        mask = None if attn_mask is None else attn_mask[:, 0, 0]
+        mask = visible.key_mask()
+        mask = None if mask is None else mask[:, 0]
         cpu.send_rest(query, grad_output, rest.key, rest.value, of_rest, scale, mask, INTERVAL, *of_tables)
     elif key_wanted or value_wanted:
         visible.add_gradients(of_rest, grad_output, *of_tables)

@@ -72,9 +72,9 @@ class VisibleKeys(NamedTuple):
             return True
         return relative is not None and (mask is not None or bool(relative.isneginf().any()))
 
-    def _key_mask(self) -> Tensor | None:
-        """[B|1, H|1, M] bool, where the mask is one of keys"""
-        return None if self.attn_mask is None else self.attn_mask[:, :, 0]
+    def key_mask(self) -> Tensor | None:
+        """[B|1, H|1, M] bool, where the mask is one of keys; one that says the same of all of them is expanded"""
+        return None if self.attn_mask is None else self.attn_mask[:, :, 0].expand(-1, -1, self.num_keys)
 
     def _last_keys(self) -> Tensor:
         """[N] int64: how many keys are not in the future of each query."""
@@ -93,7 +93,7 @@ class VisibleKeys(NamedTuple):
         """
         if self.relative_bias is not None or self._depends_on_the_query():
             return None
-        mask = self._key_mask()
+        mask = self.key_mask()
         by_head = mask is not None and mask.shape[1] > 1
         if has_totals and not by_head and not self._hides_the_future:
             return None
@@ -115,7 +115,7 @@ class VisibleKeys(NamedTuple):
         """
         if self._depends_on_the_query():
             return self._sums_by_tile(mass_scale, grad_output)
-        key, value, counts, mask = self.key, self.value, None, self._key_mask()
+        key, value, counts, mask = self.key, self.value, None, self.key_mask()
         if mask is not None:
             if mask.shape[1] > 1:  # other keys for other heads: each head gets a table of its own
                 key, value = (x.repeat_interleave(self.group_size, dim=1) for x in (key, value))
@@ -241,7 +241,7 @@ class VisibleKeys(NamedTuple):
         """Add to the gradients of keys and values, [B, G, M, D] and [B, G, M, E], what `sent` describes."""
         by_tile = self._depends_on_the_query()
         send = self._send_by_tile if by_tile else self._send_backwards if self._hides_the_future else self._send_to_all
-        mask = None if by_tile else self._key_mask()
+        mask = None if by_tile else self.key_mask()
         for b in range(self.query.shape[0]):
             for g in range(self.key.shape[1]):
                 key, value = (finite_values(x[b, g].to(self.dtype))[0] for x in (self.key, self.value))

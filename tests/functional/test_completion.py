@@ -471,3 +471,16 @@ def test_a_mask_that_hides_all_keys_or_none_is_as_good_as_written_out(backend, b
         if by == "nothing":
             assert_same(outputs(mask.view(()), backend), expected)
             assert_same(outputs(mask.view(1), backend), expected)
+
+
+@pytest.mark.parametrize("lift", [0.0, 0.35, 1.0])
+@pytest.mark.parametrize(("dtype", "score"), [(torch.float32, -100.0), (torch.float64, -800.0)], ids=str)
+def test_a_row_without_a_rest_has_finite_gradients_also_where_its_scores_are_low(backend, dtype, score, lift):
+    query = torch.full((1, 1, 1, 1), score, dtype=dtype)
+    key = torch.tensor([1.0, 2.0, 3.0], dtype=dtype).view(1, 1, 3, 1)
+    mask = torch.tensor([[True, False, False]])
+    options = {"k": 2, "attn_mask": mask, "scale": 1.0, "completion": Completion(lift=lift), "backend": backend}
+    _, *gradients = output_and_gradients(lambda *x: topk_attention(*x, **options), query, key, key.clone())
+    for gradient in gradients[:2]:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert gradients[2].isfinite().all()

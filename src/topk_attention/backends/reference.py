@@ -93,7 +93,9 @@ def _rest(
     mean_product = (shares * products).sum(-1, keepdim=True)
     mean_score = mean_product + (shares * torch.where(rest, bias, 0)).sum(-1, keepdim=True)
     score = (1 - call.rest_lift) * mean_score + call.rest_lift * smallest_kept
-    ratio = torch.where(count > 0, call.mass_scale[:, None, None] * count * (score - log_sum).exp(), 0)
+    # Masked before exp: in a row without a rest it may be inf, and a gradient of 0 times inf is NaN.
+    mass = torch.where(count > 0, score - log_sum, 0).exp()
+    ratio = torch.where(count > 0, call.mass_scale[:, None, None] * count * mass, 0)
     shares = shares * (1 + products - mean_product)
     rest_value = shares @ torch.where(value.isfinite(), value, 0)
     sees_broken_value = among @ (~value.isfinite()).to(among.dtype) > 0

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from comparison import CALL_NAMES, SIZES, TINY, assert_same, attention_inputs, named_call, output_and_gradients
-from topk_attention import topk_attention
+from topk_attention import Completion, topk_attention
 
 K_OR_NONE = pytest.mark.parametrize("options", [{}, {"k": None}], ids=["some", "all"])
 
@@ -172,13 +172,25 @@ def test_one_tensor_may_be_query_key_and_value(backend, tiling, k):
     assert_same([together], [sum(parts)])
 
 
+@pytest.mark.parametrize("completion", [None, Completion()], ids=["alone", "completed"])
 @pytest.mark.parametrize("k", [3, None])
-def test_a_gradient_of_the_gradient_is_refused(fast_backend, k):
+def test_a_gradient_of_the_gradient_is_refused_in_words(fast_backend, k, completion):
     query, key, value = (x.requires_grad_() for x in attention_inputs())
-    output = topk_attention(query, key, value, k=k, backend=fast_backend)
+    output = topk_attention(query, key, value, k=k, completion=completion, backend=fast_backend)
     (grad_query,) = torch.autograd.grad(output.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="backward"):
+    words = 'the backward pass of topk_attention cannot be differentiated again; backend="reference" can be'
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(grad_query.sum(), key, retain_graph=True)
+    with pytest.raises(RuntimeError, match=words):
         grad_query.sum().backward()
+
+
+@pytest.mark.parametrize("completion", [None, Completion()], ids=["alone", "completed"])
+def test_the_reference_has_the_gradient_of_the_gradient(completion):
+    inputs = [x.requires_grad_() for x in attention_inputs(SIZES._replace(queries=3, keys=6))]
+    assert torch.autograd.gradgradcheck(
+        lambda *x: topk_attention(*x, k=3, completion=completion, backend="reference"), inputs
+    )
 
 
 @pytest.mark.parametrize("k", [3, None])

@@ -21,6 +21,7 @@ from .operators import (
     TopKInputs,
     empty_attention_gradients,
     needs_gradient,
+    refuse_second_derivatives,
     require_selection,
 )
 from .visible_keys import INTERVAL, VisibleKeys
@@ -250,3 +251,4 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> Gradients:
 
 
 completed_attention_op.register_autograd(_differentiate, setup_context=_save)
+completed_attention_backward_op.register_autograd(refuse_second_derivatives("topk_attention"))

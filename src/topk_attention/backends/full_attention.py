@@ -22,6 +22,7 @@ from .operators import (
     differentiate_full_attention,
     empty_attention_gradients,
     needs_gradient,
+    refuse_second_derivatives,
     save_full_attention,
 )
 
@@ -154,3 +155,4 @@ def _(grad_output, output, log_sums, is_pytorchs, query, key, value, *options):
 full_attention_op.register_autograd(
     differentiate_full_attention(full_attention_backward_op), setup_context=save_full_attention
 )
+full_attention_backward_op.register_autograd(refuse_second_derivatives("topk_attention"))

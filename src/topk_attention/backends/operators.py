@@ -345,6 +345,21 @@ def empty_feed_forward_gradients(
     )
 
 
+def refuse_second_derivatives(function: str) -> Callable[..., Any]:
+    """The backward function of a backward operator; `function` is the name that its user called.
+
+    Without one torch names the operator in its error, or it warns and treats the gradients as constants.
+    """
+
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(
+            f'the backward pass of {function} cannot be differentiated again; backend="reference" can be, in much more '
+            "time and memory"
+        )
+
+    return backward
+
+
 def require_selection(ctx: Any, operator: str) -> None:
     if not ctx.has_selection:
         raise RuntimeError(f"{operator} needs save_selection=True for a backward pass")

@@ -18,6 +18,7 @@ from ..operators import (
     TopKInputs,
     differentiate_topk_attention,
     empty_attention_gradients,
+    refuse_second_derivatives,
     run_topk_attention,
     save_topk_attention,
 )
@@ -276,6 +277,7 @@ topk_attention_op.register_autograd(
     differentiate_topk_attention("chunked_topk_attention", topk_attention_backward_op),
     setup_context=save_topk_attention,
 )
+topk_attention_backward_op.register_autograd(refuse_second_derivatives("topk_attention"))
 
 
 class _KeptRows(NamedTuple):

@@ -21,6 +21,7 @@ from ..operators import (
     differentiate_feed_forward,
     empty_feed_forward_gradients,
     needs_gradient,
+    refuse_second_derivatives,
     save_feed_forward,
 )
 from .rows import Transposed, dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
@@ -196,6 +197,7 @@ def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tens
 feed_forward_op.register_autograd(
     differentiate_feed_forward("chunked_feed_forward", feed_forward_backward_op), setup_context=save_feed_forward
 )
+feed_forward_backward_op.register_autograd(refuse_second_derivatives("topk_feed_forward"))
 
 
 class _Layer(NamedTuple):

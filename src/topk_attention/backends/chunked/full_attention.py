@@ -16,7 +16,13 @@ from ..autocast import without_autocast
 from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
 from ..finite import finite_values
-from ..operators import FullInputs, differentiate_full_attention, empty_attention_gradients, save_full_attention
+from ..operators import (
+    FullInputs,
+    differentiate_full_attention,
+    empty_attention_gradients,
+    refuse_second_derivatives,
+    save_full_attention,
+)
 from .scores import ScoreInputs, block_of, query_rows, score_tile
 from .tables import Tables, part_of_heads, zero_gradients
 from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
@@ -174,6 +180,7 @@ def _(grad_output, output, log_sums, query, key, value, *options):
 full_attention_op.register_autograd(
     differentiate_full_attention(full_attention_backward_op), setup_context=save_full_attention
 )
+full_attention_backward_op.register_autograd(refuse_second_derivatives("topk_attention"))
 
 
 class _StepRows(NamedTuple):

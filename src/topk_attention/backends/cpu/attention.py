@@ -14,6 +14,7 @@ from ..operators import (
     TopKBackwardInputs,
     TopKInputs,
     differentiate_topk_attention,
+    refuse_second_derivatives,
     run_topk_attention,
     save_topk_attention,
 )
@@ -126,12 +127,7 @@ def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dro
     )
 
 
-def _refuse_second_derivatives(ctx, *_):
-    raise RuntimeError("the backward pass of topk_attention cannot be differentiated again")
-
-
 torch.library.register_autograd(
     _FORWARD, differentiate_topk_attention("cpu_attention_forward", backward_op), setup_context=save_topk_attention
 )
-# Without this torch would warn and treat the gradients as constants.
-torch.library.register_autograd(_BACKWARD, _refuse_second_derivatives)
+torch.library.register_autograd(_BACKWARD, refuse_second_derivatives("topk_attention"))

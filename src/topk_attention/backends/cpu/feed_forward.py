@@ -18,6 +18,7 @@ from ..operators import (
     differentiate_feed_forward,
     empty_feed_forward_gradients,
     needs_gradient,
+    refuse_second_derivatives,
     save_feed_forward,
 )
 from . import library  # noqa: F401  loads the kernels
@@ -192,6 +193,7 @@ def _(grad_output, x, w_in, w_out, w_gate, b_in, b_gate, *options) -> tuple[Tens
 feed_forward_op.register_autograd(
     differentiate_feed_forward("cpu_feed_forward", feed_forward_backward_op), setup_context=save_feed_forward
 )
+feed_forward_backward_op.register_autograd(refuse_second_derivatives("topk_feed_forward"))
 
 
 def _token_chunks(num_tokens: int, k: int) -> Iterator[tuple[int, slice]]:

@@ -295,3 +295,15 @@ def test_a_bias_alone_may_require_a_gradient(backend, tiling, kind, k):
     actual = output_and_gradients(lambda v: topk_attention(*inputs, k=k, bias=kind(v), backend=backend), values)
     expected = output_and_gradients(lambda v: dense_attention(*inputs, k=k, bias=spread(v, 7, 11)), values)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "relative"])
+def test_a_bias_for_no_keys_gets_zero_gradient(backend, kind):
+    query, key, value = attention_inputs(SIZES._replace(keys=0), torch.float32)
+    shape = (query.shape[2], 1) if kind == "dense" else (1, query.shape[2] - 1)
+    numbers = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    bias = numbers if kind == "dense" else RelativeBias(numbers)
+    output = topk_attention(query, key, value, k=3, bias=bias, backend=backend)
+    assert output.dtype == query.dtype
+    output.sum().backward()
+    assert torch.equal(numbers.grad, torch.zeros_like(numbers))

@@ -484,3 +484,18 @@ def test_a_row_without_a_rest_has_finite_gradients_also_where_its_scores_are_low
     for gradient in gradients[:2]:
         assert torch.equal(gradient, torch.zeros_like(gradient))
     assert gradients[2].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (4,)], ids=str)
+@pytest.mark.parametrize("k", [11, None], ids=str)
+@pytest.mark.parametrize("keys", [11, 0])
+@pytest.mark.parametrize("chosen", ["by name", "auto"])
+def test_a_mass_scale_that_completes_nothing_gets_zero_gradient(backend, chosen, keys, k, shape):
+    query, key, value = attention_inputs(SMALL._replace(keys=keys), torch.float16)
+    options = {"k": k, "enable_gqa": True, "backend": "auto" if chosen == "auto" else backend}
+    scale = torch.full(shape, 1.5, requires_grad=True)
+    output = topk_attention(query, key, value, completion=Completion(scale), **options)
+    assert output.dtype == query.dtype
+    assert torch.equal(output, topk_attention(query, key, value, **options))
+    output.sum().backward()
+    assert torch.equal(scale.grad, torch.zeros(shape))

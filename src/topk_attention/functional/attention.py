@@ -13,6 +13,7 @@ from ..backends import choose_backend
 from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import AttentionCall, KeySums, accumulation_dtype
 from ..backends.dropout import draw_seed
+from ..backends.operators import needs_gradient
 from .bias import Bias
 from .checks import (
     as_k,
@@ -153,7 +154,7 @@ def topk_attention(
 
     Sums are kept in float32 (float64 for float64). The backward pass needs query, key, value, and for each kept key an
     int32 index and a float weight; these are saved. Under autocast query, key and value are cast as for
-    `scaled_dot_product_attention`. The gradient cannot be differentiated again. Forward-mode derivatives exist only for
+    `scaled_dot_product_attention`. Derivatives of the gradient and forward-mode derivatives exist only for
     backend="reference".
 
     Raises:
@@ -196,6 +197,8 @@ def topk_attention(
         sums=_check_sums(key_sums, completion, key, value),
     )
     output, indices, weights = _run(call, backend)
+    if call.mass_scale is not None and not call.is_completed() and needs_gradient(call.mass_scale):
+        output = output + _zero_of(call.mass_scale).to(output.dtype)  # no backend has read it: nothing is completed
     notify_observer(call, output)
     if len(batch) != 1:
         output = output.view(*batch, *output.shape[1:])
@@ -209,8 +212,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
     if choice.name != "reference":
         check_no_tangent("topk_attention", choice.name, *call.differentiable())
     if call.key.shape[1] == 0 or call.key.shape[2] == 0:  # no heads or no keys: every query returns zeros
-        zero = call.query[..., :0].sum() + call.key.sum() + call.value.sum()  # sums of no element: zero gradients
-        output = zero.expand(*call.query.shape[:3], call.value.shape[3]).clone()
+        zeros = (_zero_of(x).to(call.query.dtype) for x in call.differentiable() if x is not None)
+        output = sum(zeros, call.query.new_zeros(())).expand(*call.query.shape[:3], call.value.shape[3]).clone()
         nothing = call.query.new_empty(*call.query.shape[:3], 0, dtype=accumulation_dtype(call.query.dtype))
         return (output, nothing.int(), nothing) if call.return_selection else (output, None, None)
     with autocast_off(call.query.device.type):
@@ -237,6 +240,11 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
 
                 return chunked.attention(call)
     raise AssertionError(choice)
+
+
+def _zero_of(tensor: Tensor) -> Tensor:
+    """A sum of none of its elements, so that the tensor gets a gradient, zeros, also where nothing else reads it."""
+    return tensor.flatten()[:0].sum()
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

@@ -73,8 +73,8 @@ def topk_feed_forward(
     reference multiplies all rows by all weights, so NaN may spread in both places.)
 
     The backward pass needs x, the weights, and for each kept neuron an int32 index and a float pre-activation (two for
-    a gated layer); these are saved. The gradient cannot be differentiated again. Forward-mode derivatives exist only
-    for backend="reference".
+    a gated layer); these are saved. Derivatives of the gradient and forward-mode derivatives exist
+    only for backend="reference".
 
     Raises:
         TypeError: k is of the wrong type.

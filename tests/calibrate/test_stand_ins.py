@@ -245,3 +245,18 @@ def test_stand_ins_are_a_mapping_of_k():
     stand_ins = StandIns({"mlp": 3}, {"mlp": StandIn(torch.zeros(4))})
     assert (dict(stand_ins), len(stand_ins), stand_ins.about) == ({"mlp": 3}, 1, {})
     assert nn.Identity not in stand_ins
+
+
+@pytest.mark.parametrize("shared", ["network", "layer"])
+def test_layers_that_share_a_network_get_a_stand_in_each(batches, shared):
+    model = tiny_llama()
+    if shared == "network":
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+    else:
+        model.model.layers[1] = model.model.layers[0]
+    stand_ins = fit_stand_ins(model, batches, feed_forward_k=K, rank=0)
+    assert dict(stand_ins) == dict.fromkeys(PATHS, K)
+    first, second = (stand_ins.stand_in[path].bias for path in PATHS)
+    # One module has one stand-in; two modules with the same weights read other inputs.
+    assert torch.equal(first, second) == (shared == "layer")
+    assert [entry.path for entry in convert(model, feed_forward_k=stand_ins).replaced] == PATHS

@@ -408,8 +408,11 @@ def measure(
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
         if with_feed_forward:
             layers |= {path: model.get_submodule(path) for path in neurons}
-        for path, module in layers.items():
-            stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
+        # Layers that share a network share its hooks: each hook asks which of them is running.
+        path_of = {module: path for path, module in layers.items()}
+        for module in path_of:
+            hook = module.register_forward_pre_hook(lambda module, *_: paths.append(path_of.get(module, "")))
+            stack.callback(hook.remove)
         stack.enter_context(observed(observe))
         for batch in batches:
             loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))

@@ -212,32 +212,36 @@ def _sums(
 ) -> dict[str, _Sums]:
     """The sums of each layer, from passes of the model in full."""
     sums: dict[str, _Sums] = {}
-    paths: list[str] = []
+    running: list[list[str]] = []
+    layers: dict[nn.Module, list[str]] = {}
     done = 0
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         nonlocal done
         if not isinstance(call, FeedForwardCall):
             return
-        path = paths[-1]
-        if path not in sums:
-            sums[path] = _Sums(call.x.shape[1], call.w_out.shape[0], with_products=with_products)
-        for x in call.x.split(_TOKENS_AT_A_TIME):
-            sums[path].add(*_input_and_dropped(call, x, given[path]))
-        done += 1
-        if progress is not None:
-            progress("measuring", done, max(done, len(batches) * len(given)))
+        for path in running[-1]:
+            if path not in sums:
+                sums[path] = _Sums(call.x.shape[1], call.w_out.shape[0], with_products=with_products)
+            for x in call.x.split(_TOKENS_AT_A_TIME):
+                sums[path].add(*_input_and_dropped(call, x, given[path]))
+            done += 1
+            if progress is not None:
+                progress("measuring", done, max(done, len(batches) * len(given)))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(converted(model, None, dict.fromkeys(given, ALL)))
         for path in given:
-            hook = model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: paths.append(path))
+            layers.setdefault(model.get_submodule(path), []).append(path)
+        for layer in layers:
+            # Layers that share a network share its hooks: each hook asks which of them is running.
+            hook = layer.register_forward_pre_hook(lambda layer, *_: running.append(layers.get(layer, [])))
             stack.callback(hook.remove)
         stack.enter_context(observed(observe))
         for batch in batches:
             model(**(batch if isinstance(batch, Mapping) else {"input_ids": batch}))
-    return sums
+    return {path: sums[path] for path in given if path in sums}
 
 
 def _input_and_dropped(call: FeedForwardCall, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

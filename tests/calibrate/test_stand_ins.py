@@ -260,3 +260,17 @@ def test_layers_that_share_a_network_get_a_stand_in_each(batches, shared):
     # One module has one stand-in; two modules with the same weights read other inputs.
     assert torch.equal(first, second) == (shared == "layer")
     assert [entry.path for entry in convert(model, feed_forward_k=stand_ins).replaced] == PATHS
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_layer_whose_numbers_are_not_finite_is_named(batches, rank):
+    model = tiny_llama()
+    model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite numbers on the batches, got inputs of model\.layers\.0\.mlp whose"):
+        fit_stand_ins(model, batches, feed_forward_k=K, rank=rank)
+    model = tiny_llama().double()
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e60
+    words = r"model\.layers\.1\.mlp cannot be fitted: \w+ must hold finite numbers"
+    with pytest.raises(ValueError, match=words):
+        fit_stand_ins(model, batches, feed_forward_k=K, rank=rank)
+    assert not hasattr(model.config, "topk_attention")

@@ -139,6 +139,12 @@ def zeros(*shape, **options):
             ValueError,
             r"w_in must have shape \[rank, model size\], got \[5\]",
         ),
+        ({"bias": torch.tensor([0, torch.inf, torch.nan])}, ValueError, "bias must hold finite numbers, got 2 of 3"),
+        (
+            {"bias": zeros(3), "w_in": torch.full((2, 5), torch.nan), "w_out": zeros(3, 2)},
+            ValueError,
+            "w_in must hold finite numbers, got 10 of 10",
+        ),
         (
             {"bias": zeros(3), "w_in": zeros(0, 5), "w_out": zeros(3, 0)},
             ValueError,

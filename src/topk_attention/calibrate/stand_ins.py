@@ -133,7 +133,8 @@ def fit_stand_ins(
     Raises:
         TypeError: a batch or a k is of the wrong kind.
         ValueError: there are no batches, a batch has no batch axis or is padded, the model was converted already, no
-            layer leaves a neuron out, or a k or the rank does not fit the model.
+            layer leaves a neuron out, a k or the rank does not fit the model, or a layer meets numbers that are not
+            finite.
     """
     _check_rank(rank)
     model = unwrapped(model)
@@ -153,12 +154,21 @@ def fit_stand_ins(
         if rank > (most := min(sites[path].sizes)):
             raise ValueError(f"rank must be at most {most}, the smaller of the sizes of {path}, got {rank}")
     sums = _sums(model, batches, given, with_products=rank > 0, progress=progress)
+    for path, of_layer in sums.items():
+        of_layer.check_finite(path)
     about = {"tokens": max(of_layer.num_tokens for of_layer in sums.values()), "rank": rank}
     return StandIns(
         {path: k for path, k in given.items() if path in sums},
-        {path: of_layer.fitted(rank) for path, of_layer in sums.items()},
+        {path: _fitted(path, of_layer, rank) for path, of_layer in sums.items()},
         about,
     )
+
+
+def _fitted(path: str, of_layer: _Sums, rank: int) -> StandIn:
+    try:
+        return of_layer.fitted(rank)
+    except ValueError as error:  # sums that are finite in float64 alone
+        raise ValueError(f"{path} cannot be fitted: {error}") from error
 
 
 class _Sums:
@@ -186,6 +196,19 @@ class _Sums:
         if self.with_products:
             self.squares += (x.T @ x).double().cpu()
             self.products += (x.T @ dropped).double().cpu()
+
+    def check_finite(self, path: str) -> None:
+        """Raise, naming the layer, where the text met numbers that are not finite."""
+        sums = {"inputs": [self.x], "outputs": [self.dropped]}
+        if self.with_products:
+            sums["inputs"] += [self.squares]
+            sums["outputs"] += [self.products]
+        for name, of_kind in sums.items():
+            if not all(bool(one.isfinite().all()) for one in of_kind):
+                raise ValueError(
+                    f"model must give finite numbers on the batches, got {name} of {path} whose sums are nan or "
+                    "infinite; look at its weights, or load it in float32 or float64"
+                )
 
     def fitted(self, rank: int) -> StandIn:
         mean_x, mean_dropped = self.x / self.num_tokens, self.dropped / self.num_tokens

@@ -24,7 +24,7 @@ from ..convert.plan import AnyK
 from ..convert.search import feed_forward_sites
 from ..convert.settings import ALL
 from ..convert.wrappers import unwrapped
-from ..files import write_whole
+from ..files import notes_as_json, write_whole
 from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
@@ -44,7 +44,7 @@ class StandIns(Mapping[str, int]):
     `convert(model, feed_forward_k=stand_ins)` takes both.
 
     feed_forward  path -> k
-    stand_in      path -> `StandIn`, fitted for this k
+    stand_in      path -> `StandIn`, fitted for this k; a layer without one adds nothing for the others
     about         notes on the data: any words and numbers; saved with it
     """
 
@@ -62,15 +62,27 @@ class StandIns(Mapping[str, int]):
         return len(self.feed_forward)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `StandIns.load` reads. Folders that are missing are made."""
+        """Write a safetensors file that `StandIns.load` reads. Folders that are missing are made.
+
+        Raises:
+            OSError: the file cannot be written, or is a folder.
+            ValueError: a layer has a stand-in and no k, or `about` holds what JSON cannot.
+        """
         from safetensors.torch import save
 
+        if without_k := sorted(set(self.stand_in) - set(self.feed_forward)):
+            raise ValueError(f"stand_in must name layers that have a k, got {', '.join(without_k)}; give these a k too")
+        # A file holds each tensor by itself; here, layers may share one.
         tensors = {
-            f"{layer}/{name}": tensor.detach().cpu().contiguous()
+            f"{layer}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for layer, stand_in in self.stand_in.items()
             for name, tensor in stand_in.tensors().items()
         }
-        content = {"format": _FORMAT, "feed_forward_k": json.dumps(self.feed_forward), "about": json.dumps(self.about)}
+        content = {
+            "format": _FORMAT,
+            "feed_forward_k": json.dumps(self.feed_forward),
+            "about": notes_as_json(self.about),
+        }
         write_whole(Path(path), save(tensors, content))
 
     @staticmethod
@@ -100,7 +112,8 @@ class StandIns(Mapping[str, int]):
                 check_count(f"k of {layer}", k)
             if not isinstance(about, dict):
                 raise ValueError(f"about must be a JSON object, got {about!r:.60}")
-            return StandIns(feed_forward, {layer: StandIn(**tensors) for layer, tensors in parts.items()}, about)
+            stand_in = {layer: StandIn(**tensors) for layer, tensors in parts.items() if tensors}
+            return StandIns(feed_forward, stand_in, about)
         except RecursionError as error:
             raise ValueError(f"{path} is not a file of stand-ins: it is nested too deeply") from error
         except (AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:

@@ -302,7 +302,7 @@ def test_what_a_file_cannot_hold_is_refused_and_nothing_is_written(tmp_path, sta
 
 
 def test_a_folder_in_place_of_a_file_is_named_and_stays_as_it_was(tmp_path):
-    with pytest.raises(IsADirectoryError, match="a file cannot be written in place of the folder .*; name a file in"):
+    with pytest.raises(IsADirectoryError, match=r"a file cannot be written in place of the folder .*; name a file in"):
         StandIns({"a": 3}, {"a": StandIn(torch.zeros(4))}).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert list(tmp_path.parent.glob(".*.partial")) == []

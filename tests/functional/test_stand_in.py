@@ -122,6 +122,16 @@ def test_compiled_calls_equal_eager_ones():
     assert_same(output_and_gradients(compiled, *arguments), output_and_gradients(function, *arguments))
 
 
+def test_stand_ins_can_be_made_in_functions_that_are_traced_or_transformed():
+    def function(bias):
+        return StandIn(bias).bias * 2
+
+    biases = torch.randn(2, 3)
+    assert torch.equal(torch.vmap(function)(biases), biases * 2)
+    assert torch.equal(torch.func.grad(lambda bias: function(bias).sum())(biases[0]), torch.full((3,), 2.0))
+    assert torch.equal(make_fx(function)(biases[0])(biases[1]), biases[1] * 2)
+
+
 def zeros(*shape, **options):
     return torch.zeros(*shape, **options)
 

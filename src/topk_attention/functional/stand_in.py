@@ -42,8 +42,10 @@ class StandIn:
         self._check_finite()
 
     def _check_finite(self) -> None:
-        # A compiled program cannot stop at a number, and tensors on meta and fake ones have none.
-        if torch.compiler.is_compiling():
+        # Programs that are compiled or traced, and functions that torch.func transforms, cannot stop at a number. Tensors
+        # on meta and fake ones have none.
+        is_transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if is_transformed or torch._C._len_torch_dispatch_stack() > 0:
             return
         for name, tensor in self.tensors().items():
             if tensor.is_meta or isinstance(tensor, FakeTensor) or bool(tensor.isfinite().all()):

@@ -14,7 +14,7 @@ COMMANDS = [*commands_of(product), *commands_of(experiments)]
 READ = {"--text", "--evaluate-text", "--audio", "--weights"}
 READ_BY = {("lra", "evaluate"): {"--out"}}
 # Numbers that may be 0.
-FROM_ZERO = {"--seed", "--start", "--evaluate-start", "--shots", "--warm-up-steps"}
+FROM_ZERO = {"--seed", "--start", "--evaluate-start", "--shots", "--stand-in-rank", "--warm-up-steps"}
 
 
 def options_of(kind, *, but=lambda command: ()):

@@ -53,7 +53,11 @@ class CalibrationRequest:
             raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.num_tokens}")
-        for name, number in (("windows", self.windows), ("tokens", self.num_tokens)):
+        for name, number in (
+            ("windows", self.windows),
+            ("tokens", self.num_tokens),
+            ("stand-in-rank", self.stand_in_rank),
+        ):
             if number is not None and number >= 2**31:
                 raise ValueError(f"{name} must be below 2^31, got {number}")
         if self.threads is not None and self.threads < 1:

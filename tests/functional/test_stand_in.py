@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from comparison import assert_same, output_and_gradients
 from feed_forward_layers import MODEL, NEURONS, OUTPUTS, Layer, apply, random_layer

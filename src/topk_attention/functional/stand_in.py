@@ -42,8 +42,8 @@ class StandIn:
         self._check_finite()
 
     def _check_finite(self) -> None:
-        # Programs that are compiled or traced, and functions that torch.func transforms, cannot stop at a number. Tensors
-        # on meta and fake ones have none.
+        # Programs that are compiled or traced, and functions that torch.func transforms, cannot stop at a number.
+        # Tensors on meta and fake ones have none.
         is_transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
         if is_transformed or torch._C._len_torch_dispatch_stack() > 0:
             return

@@ -29,11 +29,38 @@ def read_utf8(path: Path) -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step. A reader never sees half of it, and an interrupted run never leaves half of it."""
+    """Replace a file in one step. A reader never sees half of it, and an interrupted run never leaves half of it.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it is left behind.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"a file cannot be written in place of the folder {path}; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def notes_as_json(about: object) -> str:
+    """The notes that a user keeps in a file, as JSON.
+
+    Raises:
+        ValueError: they are no dict, or hold what JSON cannot.
+    """
+    if not isinstance(about, dict):
+        raise ValueError(f"about must be a dict, got {type(about).__name__}")
+    try:
+        return json.dumps(about)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"about must hold what JSON can: words, numbers, lists and dicts of them; {error}; give a tensor or an "
+            "array as a list"
+        ) from error
 
 
 def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:

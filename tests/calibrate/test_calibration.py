@@ -583,6 +583,13 @@ def test_wrong_batches_are_refused_before_the_model_reads_one(batches, error, me
         calibrate(tiny_llama(), batches, target=MeanK(2))
 
 
+def test_layers_that_share_a_network_get_a_k_each(batches):
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    calibration = calibrate(model, batches, target=MeanK(8), feed_forward_target=MeanK(16))
+    assert list(calibration.feed_forward) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
 def test_a_bad_feed_forward_target_is_named(batches):
     with pytest.raises(TypeError, match="feed_forward_target must be MeanK or LostMass, got LossIncrease"):
         calibrate(tiny_llama(), batches, target=MeanK(8), feed_forward_target=LossIncrease(0.1))

@@ -245,3 +245,64 @@ def test_stand_ins_are_a_mapping_of_k():
     stand_ins = StandIns({"mlp": 3}, {"mlp": StandIn(torch.zeros(4))})
     assert (dict(stand_ins), len(stand_ins), stand_ins.about) == ({"mlp": 3}, 1, {})
     assert nn.Identity not in stand_ins
+
+
+@pytest.mark.parametrize("shared", ["network", "layer"])
+def test_layers_that_share_a_network_get_a_stand_in_each(batches, shared):
+    model = tiny_llama()
+    if shared == "network":
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+    else:
+        model.model.layers[1] = model.model.layers[0]
+    stand_ins = fit_stand_ins(model, batches, feed_forward_k=K, rank=0)
+    assert dict(stand_ins) == dict.fromkeys(PATHS, K)
+    first, second = (stand_ins.stand_in[path].bias for path in PATHS)
+    # One module has one stand-in; two modules with the same weights read other inputs.
+    assert torch.equal(first, second) == (shared == "layer")
+    assert [entry.path for entry in convert(model, feed_forward_k=stand_ins).replaced] == PATHS
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_layer_whose_numbers_are_not_finite_is_named(batches, rank):
+    model = tiny_llama()
+    model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite numbers on the batches, got inputs of model\.layers\.0\.mlp whose"):
+        fit_stand_ins(model, batches, feed_forward_k=K, rank=rank)
+    model = tiny_llama().double()
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e60
+    words = r"model\.layers\.1\.mlp cannot be fitted: \w+ must hold finite numbers"
+    with pytest.raises(ValueError, match=words):
+        fit_stand_ins(model, batches, feed_forward_k=K, rank=rank)
+    assert not hasattr(model.config, "topk_attention")
+
+
+def test_layers_may_share_a_stand_in_or_have_none_in_the_file(tmp_path):
+    path = tmp_path / "stand-ins.safetensors"
+    one = StandIn(torch.arange(4.0), torch.ones(2, 3), torch.ones(4, 2))
+    StandIns({"a": 3, "b": 3, "c": 5}, {"a": one, "b": one}).save(path)
+    loaded = StandIns.load(path)
+    assert dict(loaded) == {"a": 3, "b": 3, "c": 5}
+    assert loaded.stand_in.keys() == {"a", "b"}
+    assert all(torch.equal(stand_in.bias, one.bias) for stand_in in loaded.stand_in.values())
+
+
+@pytest.mark.parametrize(
+    ("stand_ins", "words"),
+    [
+        (StandIns({"a": 3}, {"b": StandIn(torch.zeros(4))}), "stand_in must name layers that have a k, got b; give"),
+        (StandIns({"a": 3}, {}, {"loss": torch.zeros(2)}), "about must hold what JSON can: words, .* Tensor is not"),
+        (StandIns({"a": 3}, {}, ["loss"]), "about must be a dict, got list"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_and_nothing_is_written(tmp_path, stand_ins, words):
+    path = tmp_path / "folder" / "stand-ins.safetensors"
+    with pytest.raises(ValueError, match=words):
+        stand_ins.save(path)
+    assert not path.parent.exists()
+
+
+def test_a_folder_in_place_of_a_file_is_named_and_stays_as_it_was(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"a file cannot be written in place of the folder .*; name a file in"):
+        StandIns({"a": 3}, {"a": StandIn(torch.zeros(4))}).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.parent.glob(".*.partial")) == []

@@ -1,5 +1,7 @@
 """`topk-attention calibrate`: the file that it writes, and what it refuses."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -85,6 +87,31 @@ def test_stand_ins_for_the_other_neurons_get_a_file_of_their_own(arguments, tiny
     assert [entry.stand_in.rank for entry in convert(model, feed_forward_k=stand_ins).replaced] == [rank, rank]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["12", "--stand-in-rank", "1000"], "stand-in-rank must be at most 16, .* got 1000; give a smaller one"),
+        (["12"], "stand-in-rank must be at most 16, .* got 64, its default; give a smaller one"),
+        (["24", "--stand-in-rank", "0"], "feed-forward-mean-k must be below 24, .* got 24; leave out --stand-ins"),
+    ],
+)
+def test_stand_ins_that_do_not_fit_the_model_are_refused_before_it_is_measured(arguments, tmp_path, options, words):
+    path = tmp_path / "new folder" / "stand-ins.safetensors"
+    result = runner.invoke(app, [*arguments, "--stand-ins", str(path), "--feed-forward-mean-k", *options])
+    assert result.exit_code == 2
+    assert re.search(f"error: {words}", result.output)
+    assert not path.parent.exists()
+
+
+def test_stand_ins_never_replace_the_calibration(arguments, tmp_path):
+    path = tmp_path / "new folder" / "k.json"
+    options = ["--feed-forward-mean-k", "12", "--stand-ins", str(path.parent / ".." / path.parent.name / path.name)]
+    result = runner.invoke(app, [*arguments, *options])
+    assert result.exit_code == 2
+    assert "error: stand-ins must be another file than --out, got " in result.output
+    assert not path.parent.exists()
+
+
 @pytest.mark.parametrize("completion", ["on", "fit"])
 def test_a_completion_is_in_the_file_and_in_the_words(arguments, tmp_path, completion):
     result = runner.invoke(app, [*arguments, "--completion", completion])
@@ -105,9 +132,10 @@ def test_a_completion_is_in_the_file_and_in_the_words(arguments, tmp_path, compl
         (["--mean-k", "-1"], "mean_k must be at least 1, got -1"),
         (["--mean-k", "0"], "mean_k must be at least 1, got 0"),
         (["--mean-k", "1000"], "mean-k must be at most 64, the tokens of a window, where it is full attention"),
-        (["--feed-forward-mean-k", "0"], "mean_k must be at least 1, got 0"),
+        (["--feed-forward-mean-k", "0"], "feed-forward-mean-k must be at least 1, got 0"),
         (["--stand-ins", "new.safetensors"], "and --feed-forward-mean-k is missing; give both"),
         (["--stand-in-rank", "-1"], "stand-in-rank must be at least 0, got -1"),
+        (["--stand-in-rank", "4"], "stand-in-rank is that of stand-ins, and --stand-ins is missing; give both"),
         (["--completion", "yes"], 'completion must be "on" or "fit", got \'yes\''),
         (["--text", "/no/such/text.txt"], "text file not found: /no/such/text.txt"),
     ],

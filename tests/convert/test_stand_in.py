@@ -268,3 +268,10 @@ def test_a_layer_of_ones_own_trains_it_and_saves_it():
     plain = TopKFeedForward(layer.linear_in, layer.linear_out, k=4)
     torch.testing.assert_close(constant(x), plain(x) + 1)
     torch.testing.assert_close(layer(x), plain(x) + F.linear(F.linear(x, tensors[1]), tensors[2], tensors[0]))
+
+
+def test_a_stand_in_on_meta_is_refused_before_anything_changes():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp must hold numbers, got tensors on meta; load it first"):
+        convert(model, feed_forward_k=4, stand_in=StandIn(torch.zeros(32, device="meta")))
+    assert not hasattr(model.config, "topk_attention")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from comparison import assert_same, output_and_gradients
 from feed_forward_layers import MODEL, NEURONS, OUTPUTS, Layer, apply, random_layer
@@ -122,6 +123,16 @@ def test_compiled_calls_equal_eager_ones():
     assert_same(output_and_gradients(compiled, *arguments), output_and_gradients(function, *arguments))
 
 
+def test_stand_ins_can_be_made_in_functions_that_are_traced_or_transformed():
+    def function(bias):
+        return StandIn(bias).bias * 2
+
+    biases = torch.randn(2, 3)
+    assert torch.equal(torch.vmap(function)(biases), biases * 2)
+    assert torch.equal(torch.func.grad(lambda bias: function(bias).sum())(biases[0]), torch.full((3,), 2.0))
+    assert torch.equal(make_fx(function)(biases[0])(biases[1]), biases[1] * 2)
+
+
 def zeros(*shape, **options):
     return torch.zeros(*shape, **options)
 
@@ -138,6 +149,12 @@ def zeros(*shape, **options):
             {"bias": zeros(3), "w_in": zeros(5), "w_out": zeros(3, 2)},
             ValueError,
             r"w_in must have shape \[rank, model size\], got \[5\]",
+        ),
+        ({"bias": torch.tensor([0, torch.inf, torch.nan])}, ValueError, "bias must hold finite numbers, got 2 of 3"),
+        (
+            {"bias": zeros(3), "w_in": torch.full((2, 5), torch.nan), "w_out": zeros(3, 2)},
+            ValueError,
+            "w_in must hold finite numbers, got 10 of 10",
         ),
         (
             {"bias": zeros(3), "w_in": zeros(0, 5), "w_out": zeros(3, 0)},

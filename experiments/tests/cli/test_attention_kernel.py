@@ -55,6 +55,9 @@ def test_layers_of_a_model_are_measured_with_their_own_queries_and_keys(layers, 
     ("options", "words"),
     [
         (["--layers", "2"], "error: layers must be below 2, the model's number of them, got 2"),
+        (["--layers", "0,0"], "error: layers must not hold a number twice, got 0, 0"),
+        (["--lengths", "96,96"], "error: lengths must not hold a number twice, got 96, 96"),
+        (["--lengths", "1"], "error: lengths must be at least 2"),
         (["--lengths", "513"], "error: lengths must be at most 512, the longest input of tiny-llama, got 513"),
     ],
 )

@@ -82,6 +82,8 @@ def test_data_training_evaluation_and_table_from_start_to_end(folder):
         (["train", "text"], "error: text reads files: give --source"),
         (["data", "text", "--source", "./gone"], "error: source folder not found: ./gone"),
         (["train", "listops", "--methods", "magic"], "error: method must be one of"),
+        (["train", "listops", "--methods", "topk,topk"], "error: methods must not hold a method twice, got topk, topk"),
+        (["train", "listops", "--seeds", "1,0,1"], "error: seeds must not hold a number twice, got 1, 0, 1"),
         (["train", "listops", "--seeds", "a"], "error: seeds must be whole numbers"),
         (["table", "--out", "gone"], "error: no finished runs in gone"),
     ],

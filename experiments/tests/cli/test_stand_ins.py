@@ -52,13 +52,17 @@ def test_each_k_is_read_alone_and_with_each_stand_in_and_never_again(arguments, 
     [
         (["--rank", "-1"], "rank must be at least 0 and below 2^31, got -1"),
         (["--k", "3,3"], "k must not hold a number twice, got 3, 3"),
+        (["--rank", "2,2"], "rank must not hold a number twice, got 2, 2"),
+        (["--k", "3,24"], "k must be below 24, the neurons of a layer of tiny-llama, to leave some out, got 24"),
+        (["--rank", "0,17"], "rank must be at most 16, the width of a layer of tiny-llama, got 17"),
         (["--windows", "0"], "windows must be at least 1, got 0"),
         (["--start", "-1"], "start must be at least 0, got -1"),
         (["--evaluate-start", "100"], "evaluate-start must leave out what is fitted on, characters 0 to"),
         (["--evaluate-start", "100000"], "has 2,"),
     ],
 )
-def test_a_wrong_option_ends_with_one_line_and_status_2(arguments, changes, words):
+def test_a_wrong_option_ends_with_one_line_and_status_2_before_any_run(arguments, changes, words, tmp_path):
     result = runner.invoke(app, [*arguments, *changes])
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.output.split())
+    assert not (tmp_path / "out" / "stand-ins.json").exists()

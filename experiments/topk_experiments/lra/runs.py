@@ -14,7 +14,7 @@ from topk_attention.environment import now, package_version
 from topk_attention.functional.words import full_attention_note
 
 from ..rivals.names import METHODS
-from ..runs.checks import check_at_least
+from ..runs.checks import check_at_least, check_different
 from ..runs.ledger import Ledger, made_when
 from ..runs.progress import progress_bar
 from ..runs.records import Json
@@ -55,6 +55,8 @@ class LraPlan:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_different("methods", self.methods, "method")
+        check_different("seeds", self.seeds)
         for method in self.methods:
             self.config.attention_options(method)
         check_at_least(1, self, "threads")

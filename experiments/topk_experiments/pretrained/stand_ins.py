@@ -18,13 +18,14 @@ from torch import nn
 from topk_attention.backends import choose_backend
 from topk_attention.calibrate import StandIns, fit_stand_ins
 from topk_attention.convert import convert
+from topk_attention.convert.search import feed_forward_sites
 from topk_attention.environment import now
 from topk_attention.files import check_writable
 from topk_attention.nn import TopKFeedForward
 
-from ..models.pretrained import ModelSource, find_model, load_model_to_run, load_tokenizer, unpacked
+from ..models.pretrained import ModelSource, find_model, load_config, load_model_to_run, load_tokenizer, unpacked
 from ..models.text import Text, first_tokens, perplexity, read_text
-from ..runs.checks import check_at_least, check_runs
+from ..runs.checks import check_at_least, check_different, check_runs
 from ..runs.files import damage_named
 from ..runs.ledger import experiment_environment, record_of_same_run
 from ..runs.process import Send, failures_named, run_in_fresh_process
@@ -83,6 +84,7 @@ class StandInsConfig:
         for rank in self.ranks:
             if rank < 0:
                 raise ValueError(f"rank must be at least 0, got {rank}")
+        check_different("rank", self.ranks)
 
     @property
     def record(self) -> Path:
@@ -110,6 +112,7 @@ def run_stand_ins(config: StandInsConfig, console: Console) -> Json:
     missing = [k for k in (None, *config.k) if k not in finished]
     if missing:
         source = unpacked(source, config.out / "work" / "model", say)
+        _check_sizes(config, source)
         fitted_on, read = _windows(config, source, text)
         with progress_bar(console) as bar:
             task = bar.add_task("", total=len(missing))
@@ -211,6 +214,31 @@ def _new_record(config: StandInsConfig, source: ModelSource, text: Text) -> Json
         "environment": experiment_environment(Path(__file__).parent),
         "runs": [],
     }
+
+
+def _check_sizes(config: StandInsConfig, source: ModelSource) -> None:
+    """Look at the model's sizes alone, before any run.
+
+    Raises:
+        ValueError: a k leaves no neuron out, or a rank is larger than a layer allows; the message names the option.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(source))
+    sites = [site for site in feed_forward_sites(model) if site.num_neurons]
+    if not sites:
+        return  # the first run says what the model has instead
+    neurons, width = max(site.num_neurons for site in sites), min(min(site.sizes) for site in sites)
+    if max(config.k) >= neurons:
+        raise ValueError(
+            f"k must be below {neurons}, the neurons of a layer of {source.name}, to leave some out, got "
+            f"{max(config.k)}"
+        )
+    if max(config.ranks) > width:
+        raise ValueError(
+            f"rank must be at most {width}, the width of a layer of {source.name}, got {max(config.ranks)}"
+        )
 
 
 def _windows(config: StandInsConfig, source: ModelSource, text: Text) -> tuple[list[list[int]], list[int]]:

@@ -82,5 +82,15 @@ def check_ks(name: str, ks: Sequence[int]) -> None:
     """
     for k in ks:
         check_count(name, k)
-    if len(set(ks)) != len(ks):
-        raise ValueError(f"{name} must not hold a number twice, got {', '.join(map(str, ks))}")
+    check_different(name, ks)
+
+
+def check_different(name: str, entries: Sequence[object], what: str = "number") -> None:
+    """Raise ValueError unless no two entries of a list are the same; the message names the option.
+
+    >>> check_different("methods", ["topk", "topk"], "method")
+    Traceback (most recent call last):
+    ValueError: methods must not hold a method twice, got topk, topk
+    """
+    if len(set(entries)) != len(entries):
+        raise ValueError(f"{name} must not hold a {what} twice, got {', '.join(map(str, entries))}")

@@ -21,6 +21,7 @@ from ..convert.plan import AnyK
 from ..convert.search import attention_sites, feed_forward_sites
 from ..convert.settings import ALL
 from ..convert.wrappers import puts_prompts, unwrapped
+from ..files import notes_as_json, write_whole
 from ..functional.checks import check_count
 from ..functional.completion import Completion
 from ..functional.observation import observed
@@ -116,7 +117,13 @@ class Calibration(Mapping[str, tuple[int, ...]]):
         return replace(self, attention=attention, completion=completion_at(self.curves, attention))
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that `Calibration.load` reads. Folders that are missing are made."""
+        """Write a JSON file that `Calibration.load` reads. Folders that are missing are made.
+
+        Raises:
+            OSError: the file cannot be written, or is a folder.
+            ValueError: `about` holds what JSON cannot.
+        """
+        notes_as_json(self.about)
 
         def of(curves: dict[str, Curves]) -> dict[str, Any]:
             return {
@@ -143,8 +150,7 @@ class Calibration(Mapping[str, tuple[int, ...]]):
             content["completion"] = {
                 layer: _completion_json(completion) for layer, completion in self.completion.items()
             }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(content) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Calibration:
@@ -408,8 +414,11 @@ def measure(
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
         if with_feed_forward:
             layers |= {path: model.get_submodule(path) for path in neurons}
-        for path, module in layers.items():
-            stack.callback(module.register_forward_pre_hook(lambda *_, path=path: paths.append(path)).remove)
+        # Layers that share a network share its hooks: each hook asks which of them is running.
+        path_of = {module: path for path, module in layers.items()}
+        for module in path_of:
+            hook = module.register_forward_pre_hook(lambda module, *_: paths.append(path_of.get(module, "")))
+            stack.callback(hook.remove)
         stack.enter_context(observed(observe))
         for batch in batches:
             loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))

@@ -24,7 +24,7 @@ from ..convert.plan import AnyK
 from ..convert.search import feed_forward_sites
 from ..convert.settings import ALL
 from ..convert.wrappers import unwrapped
-from ..files import write_whole
+from ..files import notes_as_json, write_whole
 from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
@@ -44,7 +44,7 @@ class StandIns(Mapping[str, int]):
     `convert(model, feed_forward_k=stand_ins)` takes both.
 
     feed_forward  path -> k
-    stand_in      path -> `StandIn`, fitted for this k
+    stand_in      path -> `StandIn`, fitted for this k; a layer without one adds nothing for the others
     about         notes on the data: any words and numbers; saved with it
     """
 
@@ -62,15 +62,27 @@ class StandIns(Mapping[str, int]):
         return len(self.feed_forward)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `StandIns.load` reads. Folders that are missing are made."""
+        """Write a safetensors file that `StandIns.load` reads. Folders that are missing are made.
+
+        Raises:
+            OSError: the file cannot be written, or is a folder.
+            ValueError: a layer has a stand-in and no k, or `about` holds what JSON cannot.
+        """
         from safetensors.torch import save
 
+        if without_k := sorted(set(self.stand_in) - set(self.feed_forward)):
+            raise ValueError(f"stand_in must name layers that have a k, got {', '.join(without_k)}; give these a k too")
+        # A file holds each tensor by itself; here, layers may share one.
         tensors = {
-            f"{layer}/{name}": tensor.detach().cpu().contiguous()
+            f"{layer}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for layer, stand_in in self.stand_in.items()
             for name, tensor in stand_in.tensors().items()
         }
-        content = {"format": _FORMAT, "feed_forward_k": json.dumps(self.feed_forward), "about": json.dumps(self.about)}
+        content = {
+            "format": _FORMAT,
+            "feed_forward_k": json.dumps(self.feed_forward),
+            "about": notes_as_json(self.about),
+        }
         write_whole(Path(path), save(tensors, content))
 
     @staticmethod
@@ -100,7 +112,8 @@ class StandIns(Mapping[str, int]):
                 check_count(f"k of {layer}", k)
             if not isinstance(about, dict):
                 raise ValueError(f"about must be a JSON object, got {about!r:.60}")
-            return StandIns(feed_forward, {layer: StandIn(**tensors) for layer, tensors in parts.items()}, about)
+            stand_in = {layer: StandIn(**tensors) for layer, tensors in parts.items() if tensors}
+            return StandIns(feed_forward, stand_in, about)
         except RecursionError as error:
             raise ValueError(f"{path} is not a file of stand-ins: it is nested too deeply") from error
         except (AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
@@ -133,7 +146,8 @@ def fit_stand_ins(
     Raises:
         TypeError: a batch or a k is of the wrong kind.
         ValueError: there are no batches, a batch has no batch axis or is padded, the model was converted already, no
-            layer leaves a neuron out, or a k or the rank does not fit the model.
+            layer leaves a neuron out, a k or the rank does not fit the model, or a layer meets numbers that are not
+            finite.
     """
     _check_rank(rank)
     model = unwrapped(model)
@@ -153,12 +167,21 @@ def fit_stand_ins(
         if rank > (most := min(sites[path].sizes)):
             raise ValueError(f"rank must be at most {most}, the smaller of the sizes of {path}, got {rank}")
     sums = _sums(model, batches, given, with_products=rank > 0, progress=progress)
+    for path, of_layer in sums.items():
+        of_layer.check_finite(path)
     about = {"tokens": max(of_layer.num_tokens for of_layer in sums.values()), "rank": rank}
     return StandIns(
         {path: k for path, k in given.items() if path in sums},
-        {path: of_layer.fitted(rank) for path, of_layer in sums.items()},
+        {path: _fitted(path, of_layer, rank) for path, of_layer in sums.items()},
         about,
     )
+
+
+def _fitted(path: str, of_layer: _Sums, rank: int) -> StandIn:
+    try:
+        return of_layer.fitted(rank)
+    except ValueError as error:  # sums that are finite in float64 alone
+        raise ValueError(f"{path} cannot be fitted: {error}") from error
 
 
 class _Sums:
@@ -187,6 +210,19 @@ class _Sums:
             self.squares += (x.T @ x).double().cpu()
             self.products += (x.T @ dropped).double().cpu()
 
+    def check_finite(self, path: str) -> None:
+        """Raise, naming the layer, where the text met numbers that are not finite."""
+        sums = {"inputs": [self.x], "outputs": [self.dropped]}
+        if self.with_products:
+            sums["inputs"] += [self.squares]
+            sums["outputs"] += [self.products]
+        for name, of_kind in sums.items():
+            if not all(bool(one.isfinite().all()) for one in of_kind):
+                raise ValueError(
+                    f"model must give finite numbers on the batches, got {name} of {path} whose sums are nan or "
+                    "infinite; look at its weights, or load it in float32 or float64"
+                )
+
     def fitted(self, rank: int) -> StandIn:
         mean_x, mean_dropped = self.x / self.num_tokens, self.dropped / self.num_tokens
         if rank == 0:
@@ -212,32 +248,36 @@ def _sums(
 ) -> dict[str, _Sums]:
     """The sums of each layer, from passes of the model in full."""
     sums: dict[str, _Sums] = {}
-    paths: list[str] = []
+    running: list[list[str]] = []
+    layers: dict[nn.Module, list[str]] = {}
     done = 0
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         nonlocal done
         if not isinstance(call, FeedForwardCall):
             return
-        path = paths[-1]
-        if path not in sums:
-            sums[path] = _Sums(call.x.shape[1], call.w_out.shape[0], with_products=with_products)
-        for x in call.x.split(_TOKENS_AT_A_TIME):
-            sums[path].add(*_input_and_dropped(call, x, given[path]))
-        done += 1
-        if progress is not None:
-            progress("measuring", done, max(done, len(batches) * len(given)))
+        for path in running[-1]:
+            if path not in sums:
+                sums[path] = _Sums(call.x.shape[1], call.w_out.shape[0], with_products=with_products)
+            for x in call.x.split(_TOKENS_AT_A_TIME):
+                sums[path].add(*_input_and_dropped(call, x, given[path]))
+            done += 1
+            if progress is not None:
+                progress("measuring", done, max(done, len(batches) * len(given)))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(converted(model, None, dict.fromkeys(given, ALL)))
         for path in given:
-            hook = model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: paths.append(path))
+            layers.setdefault(model.get_submodule(path), []).append(path)
+        for layer in layers:
+            # Layers that share a network share its hooks: each hook asks which of them is running.
+            hook = layer.register_forward_pre_hook(lambda layer, *_: running.append(layers.get(layer, [])))
             stack.callback(hook.remove)
         stack.enter_context(observed(observe))
         for batch in batches:
             model(**(batch if isinstance(batch, Mapping) else {"input_ids": batch}))
-    return sums
+    return {path: sums[path] for path in given if path in sums}
 
 
 def _input_and_dropped(call: FeedForwardCall, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

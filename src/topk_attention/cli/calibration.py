@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibrate import AnyCompletion, LossIncrease, LostMass, MeanK, completion_by_name, fit_stand_ins
 from ..calibrate import calibrate as measure
+from ..convert.search import feed_forward_sites
 from ..files import read_utf8
 from ..functional.words import full_attention_note
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_TOKENS = 2048
 _DEFAULT_MEAN_K = 64.0
+_DEFAULT_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class CalibrationRequest:
     """What to calibrate on what, and for which target. At most one of the three targets is given.
 
     Raises:
-        ValueError: several targets, or fewer than one window or two tokens.
+        ValueError: several targets, fewer than one window or two tokens, or options for stand-ins that do not fit
+            together.
     """
 
     model: str
@@ -38,7 +41,7 @@ class CalibrationRequest:
     loss_increase: float | None = None
     feed_forward_mean_k: float | None = None
     stand_ins: Path | None = None
-    stand_in_rank: int = 64
+    stand_in_rank: int | None = None
     completion: str | None = None
     threads: int | None = None
 
@@ -59,8 +62,13 @@ class CalibrationRequest:
                 raise ValueError(f"{name} must be below 2^31, got {number}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
-        if self.stand_in_rank < 0:
-            raise ValueError(f"stand-in-rank must be at least 0, got {self.stand_in_rank}")
+        if self.stand_in_rank is not None:
+            if self.stand_in_rank < 0:
+                raise ValueError(f"stand-in-rank must be at least 0, got {self.stand_in_rank}")
+            if self.stand_ins is None:
+                raise ValueError("stand-in-rank is that of stand-ins, and --stand-ins is missing; give both")
+        if self.stand_ins is not None and self.stand_ins.resolve() == self.out.resolve():
+            raise ValueError(f"stand-ins must be another file than --out, got {self.stand_ins} for both")
         if self.stand_ins is not None and self.feed_forward_mean_k is None:
             raise ValueError(
                 "stand-ins are for the neurons that are not kept, and --feed-forward-mean-k is missing; give both"
@@ -81,7 +89,11 @@ class CalibrationRequest:
         try:
             return None if self.feed_forward_mean_k is None else MeanK(self.feed_forward_mean_k)
         except ValueError as error:
-            raise ValueError(f"feed_forward_{error}") from error
+            raise ValueError(str(error).replace("mean_k", "feed-forward-mean-k")) from error
+
+    @property
+    def rank(self) -> int:
+        return _DEFAULT_RANK if self.stand_in_rank is None else self.stand_in_rank
 
     @property
     def attention_completion(self) -> AnyCompletion:
@@ -93,7 +105,8 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
 
     Raises:
         FileNotFoundError: there is no such text file.
-        ValueError: transformers loads no such model, the text is not UTF-8, or it is too short for the windows.
+        ValueError: transformers loads no such model, the text is not UTF-8, it is too short for the windows, or the
+            options for neurons do not fit the model.
     """
     import torch
     import transformers
@@ -115,6 +128,7 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = _load(loader, request.model, dtype=torch.float32, **options).eval()
+    _check_neurons(request, model)
     with console.status("") as status:
         calibration = measure(
             model,
@@ -131,7 +145,7 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
                 model,
                 batches,
                 feed_forward_k=calibration.feed_forward,
-                rank=request.stand_in_rank,
+                rank=request.rank,
                 progress=lambda step, done, total: status.update(f"fitting stand-ins: {done} of {total}"),
             )
             stand_ins.save(request.stand_ins)
@@ -146,6 +160,31 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_neurons(request: CalibrationRequest, model: Any) -> None:
+    """Raise where the options for neurons do not fit the model, before the measurement whose result they need."""
+    if request.feed_forward_mean_k is None:
+        return
+    sites = [site for site in feed_forward_sites(model) if site.obstacle is None]
+    if not sites:
+        raise ValueError(
+            f"feed-forward-mean-k needs a layer that has a top-k form, {type(model).__name__} has none; leave it out"
+        )
+    if request.stand_ins is None:
+        return
+    most = min(min(site.sizes) for site in sites)
+    if request.rank > most:
+        raise ValueError(
+            f"stand-in-rank must be at most {most}, the smallest size of an input or output of a feed-forward layer, "
+            f"got {request.rank}{'' if request.stand_in_rank is not None else ', its default'}; give a smaller one"
+        )
+    neurons = sum(site.num_neurons for site in sites) / len(sites)
+    if request.feed_forward_mean_k >= neurons:
+        raise ValueError(
+            f"feed-forward-mean-k must be below {neurons:g}, the mean number of neurons of a layer, got "
+            f"{request.feed_forward_mean_k:g}; leave out --stand-ins, which are for the neurons that are not kept"
+        )
 
 
 def _of_stand_ins(request: CalibrationRequest) -> str:

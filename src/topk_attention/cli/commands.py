@@ -49,7 +49,10 @@ def calibrate(
             callback=written_file,
         ),
     ] = None,
-    stand_in_rank: Annotated[int, typer.Option(help="Rank of the stand-ins; 0 is a constant for each layer.")] = 64,
+    stand_in_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the stand-ins; 0 is a constant for each layer. Needs --stand-ins. Default: 64."),
+    ] = None,
     completion: Annotated[
         str | None,
         typer.Option(

@@ -266,6 +266,8 @@ def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: An
             f"stand_in for {site.path} has tensors that require a gradient, which a converted layer does not give "
             "them; detach them, or train them in topk_attention.TopKFeedForward"
         )
+    if stand_in.bias.is_meta:
+        raise ValueError(f"stand_in for {site.path} must hold numbers, got tensors on meta; load it first")
     if site.linear_out.weight.is_meta:
         raise ValueError(f"stand_in for {site.path} needs a network with weights, got one on meta; load it first")
     fitted_k = given.get(site.path) if stand_in_beside(given) is not None and isinstance(given, Mapping) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..backends.autocast import autocast_is_on, in_autocast_dtype
 from .checks import check_floating, check_same_dtype_and_device, shape_of
@@ -37,6 +38,24 @@ class StandIn:
     w_out: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self._check_shapes()
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        # Programs that are compiled or traced, and functions that torch.func transforms, cannot stop at a number.
+        # Tensors on meta and fake ones have none.
+        is_transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if is_transformed or torch._C._len_torch_dispatch_stack() > 0:
+            return
+        for name, tensor in self.tensors().items():
+            if tensor.is_meta or isinstance(tensor, FakeTensor) or bool(tensor.isfinite().all()):
+                continue
+            raise ValueError(
+                f"{name} must hold finite numbers, got {int((~tensor.isfinite()).sum())} of {tensor.numel()} that are "
+                "nan or infinite; fit the stand-in again on a model and a text whose numbers are finite"
+            )
+
+    def _check_shapes(self) -> None:
         check_floating("bias", self.bias)
         if self.bias.ndim != 1:
             raise ValueError(f"bias must have shape [outputs], got {shape_of(self.bias)}")
@@ -70,17 +89,19 @@ class StandIn:
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> StandIn:
         """The same in another dtype, on another device."""
-        return StandIn(**{name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()})
+        return UncheckedStandIn(
+            **{name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()}
+        )
 
     def detach(self) -> StandIn:
         """The same without gradients."""
-        return StandIn(**{name: tensor.detach() for name, tensor in self.tensors().items()})
+        return UncheckedStandIn(**{name: tensor.detach() for name, tensor in self.tensors().items()})
 
     def in_autocast_dtype(self) -> StandIn:
         """The same in the dtype that autocast gives to matrix products, if autocast is on."""
         if not autocast_is_on(self.bias.device.type):
             return self
-        return StandIn(**{name: in_autocast_dtype(tensor) for name, tensor in self.tensors().items()})
+        return UncheckedStandIn(**{name: in_autocast_dtype(tensor) for name, tensor in self.tensors().items()})
 
     def added_to(self, output: Tensor, x: Tensor) -> Tensor:
         """The output [..., O] with what changes with x [..., D], and without the bias."""
@@ -90,6 +111,14 @@ class StandIn:
         low = F.linear(x.reshape(-1, x.shape[-1]), self.w_in)  # [T, R]
         # In one step: the product and the sum would each be as large as the output.
         return torch.addmm(rows, low, self.w_out.t()).view(output.shape)
+
+
+class UncheckedStandIn(StandIn):
+    """A stand-in of tensors that were looked at before: it is made in each forward pass, and a look at every number
+    would wait for the device."""
+
+    def __post_init__(self) -> None:
+        """Nothing to look at again."""
 
 
 def check_stand_in(name: str, stand_in: object, model_size: int, output_size: int) -> None:

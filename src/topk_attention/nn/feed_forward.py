@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends.activations import activate
 from ..functional import StandIn, topk_feed_forward
+from ..functional.stand_in import UncheckedStandIn
 
 # Where a module keeps the hooks that act on a call.
 _CALL_HOOKS = {
@@ -217,7 +218,7 @@ class StandInTensors(nn.Module):
     @property
     def value(self) -> StandIn:
         """The stand-in, with the tensors as they are now."""
-        return StandIn(self.bias, getattr(self, "w_in", None), getattr(self, "w_out", None))
+        return UncheckedStandIn(self.bias, getattr(self, "w_in", None), getattr(self, "w_out", None))
 
     def extra_repr(self) -> str:
         return str(self.value)

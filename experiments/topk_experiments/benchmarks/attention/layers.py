@@ -9,6 +9,7 @@ import torch
 
 from ...models.pretrained import find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import first_tokens, read_text
+from ...runs.checks import check_different
 from ...runs.progress import Say
 from ...runs.turns import Tensors
 from ..error.capture import captured, load_layers
@@ -34,9 +35,13 @@ def works_of_layers(
         FileNotFoundError: there is no such text file.
         WorkerError: the model's attention is not plain causal attention.
     """
-    layers, lengths = sorted(set(layers)), sorted(set(lengths or [LAYER_LENGTH]))
     if not layers:
         raise ValueError("layers must be numbers from 0, got none")
+    check_different("layers", layers)
+    check_different("lengths", lengths or ())
+    layers, lengths = sorted(layers), sorted(lengths or [LAYER_LENGTH])
+    if min(lengths) < 2:
+        raise ValueError(f"lengths must be at least 2 tokens, got {min(lengths)}")
     content = read_text(text)
     source = find_model(model, say)
     folder = out / "work"

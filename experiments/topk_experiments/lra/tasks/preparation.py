@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from topk_attention.files import check_writable
+from topk_attention.files import check_writable, write_whole
 
 from ...runs.files import damage_named
 from .examples import SPLITS, Examples, ExamplesWriter
@@ -88,8 +88,8 @@ def prepare(task: Task, cache: Path, report: Callable[[int, int], None] | None =
         assert tuple(splits) == SPLITS
         description = _describe(task, splits)
         for name, examples in splits.items():
-            _write_whole(folder / f"{name}.npz", examples.to_bytes())
-        _write_whole(summary, json.dumps(description, indent=2).encode())  # last: without it the folder is unfinished
+            write_whole(folder / f"{name}.npz", examples.to_bytes())
+        write_whole(summary, json.dumps(description, indent=2).encode())  # last: without it the folder is unfinished
         for shard in (folder / "shards").glob("*.npz"):
             shard.unlink()
     with damage_named(folder, "delete it to make it again", "is not as it was written"):
@@ -131,7 +131,7 @@ def make_in_shards(
             if not path.exists():
                 writer = ExamplesWriter()
                 add_shard(Random(f"{seed} {split} {number}"), size, writer)
-                _write_whole(path, writer.examples().to_bytes())
+                write_whole(path, writer.examples().to_bytes())
             with damage_named(path, "delete it to make it again", "is not as it was written"):
                 shards.append(Examples.from_bytes(path.read_bytes()))
             done += size
@@ -209,10 +209,3 @@ def _describe(task: Task, splits: Splits) -> dict[str, Any]:
             for name, examples in splits.items()
         },
     }
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -35,6 +35,8 @@ def attention_speed() -> Table:
         bias = {"none": "", "learned": ", learned relative bias"}[work["bias"]]
         extra = ", causal" * work["is_causal"] + bias
         extra += f", dropout {work['dropout_p']:g}" * (work["dropout_p"] > 0)
+        extra += f", D = {work['head_dim']}" * (work.get("head_dim", 64) != 64)
+        extra += f", {work.get('dtype', 'float32')}" * (work.get("dtype", "float32") != "float32")
         label = f"H = {work['num_heads']}, L = {work['length']:,}, k = {work['k']}{extra}"
         ours, theirs = (_mib(peaks[_subject(work, method)]) for method in ("topk-cpu", "sdpa"))
         rows.append([label, f"{forward:.1f}", f"{both:.1f}", ours, theirs])

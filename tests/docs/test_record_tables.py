@@ -49,6 +49,19 @@ def test_the_forward_speeds_of_the_readme_are_the_extremes_without_bias_and_drop
     forward = column("attention-speed", "forward")
     plain = [float(ratio) for work, ratio in forward.items() if "bias" not in work and "dropout" not in work]
     assert f"{min(plain)} to {max(plain)} times as fast" in README
+    assert f"{forward['H = 4, L = 8,192, k = 64']} times in the forward pass alone" in README
+
+
+def test_the_speeds_on_real_queries_in_the_readme_are_those_of_the_records():
+    forward, both = zip(
+        *(
+            record_tables._ratios(one["methods"], "sdpa", "topk-cpu")
+            for one in record_tables._timings("attention-kernel/layers.jsonl")
+        ),
+        strict=True,
+    )
+    words = f"{min(both):.1f} to {max(both):.1f} and {min(forward):.1f} to {max(forward):.1f} times"
+    assert words in README.replace("\n", " ")
 
 
 def test_the_feed_forward_numbers_of_the_readme_are_the_extremes_of_the_large_works():
@@ -61,7 +74,9 @@ def test_the_feed_forward_numbers_of_the_readme_are_the_extremes_of_the_large_wo
 def test_the_perplexities_of_the_readme_are_those_of_the_records():
     runs = json.loads((record_tables.RESULTS / "calibration/smollm2-moby-dick.record.json").read_text())["runs"]
     found = {(run["kind"], run["mean_k"]): f"{run['perplexity']:.2f}" for run in runs}
-    assert f"**{found['calibrated', 64]} against {found['full', None]}**" in README
+    completed = column("completion", "completed")
+    assert f"**{completed['k = 64 for every head']} against {found['full', None]}**" in README
+    assert f"({completed['k = 16 for every head']} with 16 keys)" in README
     assert f"{found['uniform', 64]} at k = 64 against {found['full', None]} in full" in README
 
 

@@ -26,7 +26,7 @@ from ..models.pretrained import (
     load_tokenizer,
 )
 from ..models.speech import encoded, read_recording, transcribe, word_errors, words
-from ..runs.checks import check_at_least, check_runs
+from ..runs.checks import check_at_least, check_ks, check_runs
 from ..runs.ledger import Ledger, made_when
 from ..runs.memory import PeakMeter
 from ..runs.process import Send, failures_named, run_in_fresh_process
@@ -72,8 +72,7 @@ class TranscriptionConfig:
 
     def __post_init__(self) -> None:
         check_runs(self.k, self.backend)
-        if self.completed_k:
-            check_runs(self.completed_k, self.backend, name="completed-k")
+        check_ks("completed-k", self.completed_k)
         check_at_least(1, self, "threads")
         if unknown := [name for name in self.layers if name not in LAYERS]:
             raise ValueError(f"layers must be among {', '.join(LAYERS)}, got {', '.join(unknown)}")

@@ -107,7 +107,7 @@ def show(records: Sequence[Json], console: Console) -> None:
 
 def name_of_run(run: Json, num_keys: int | None) -> str:
     """The name of a run in tables and messages: "full attention", "k = 64" or "k = 64, completed"."""
-    return run_name(run["k"], num_keys) + (", completed" if run.get("completed") else "")
+    return run_name(run["k"], num_keys, completed=run.get("completed", False))
 
 
 def _name(record: Json) -> str:

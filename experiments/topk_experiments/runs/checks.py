@@ -57,7 +57,7 @@ def check_one_of(allowed: Sequence[str], config: object, name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
 
 
-def check_runs(ks: Sequence[int], backend: str, *, name: str = "k") -> None:
+def check_runs(ks: Sequence[int], backend: str) -> None:
     """One run for each k, no two the same, on a backend that runs here.
 
     Raises:
@@ -69,8 +69,8 @@ def check_runs(ks: Sequence[int], backend: str, *, name: str = "k") -> None:
     ValueError: k must not hold a number twice, got 16, 32, 16
     """
     if not ks:
-        raise ValueError(f"{name} must hold at least one number, got none")
-    check_ks(name, ks)
+        raise ValueError("k must hold at least one number, got none")
+    check_ks("k", ks)
     choose_backend(backend)
 
 

@@ -110,11 +110,18 @@ def convert_model(model: Any, arguments: Json, backend: str) -> None:
         unconvert(model)
     if all(argument is None for argument in arguments.values()):
         return
-    completion: Any = arguments.get("completion")
-    if completion is not None:
-        for_all = "lift" in completion
-        completion = Completion(**completion) if for_all else {at: Completion(**one) for at, one in completion.items()}
-    convert(model, **arguments | {"completion": completion}, backend=backend)
+    convert(model, **arguments | {"completion": completion_from_json(arguments.get("completion"))}, backend=backend)
+
+
+def completion_from_json(stored: Json | None) -> Completion | dict[str, Completion] | None:
+    """What `convert` takes as completion, of the fields of one for all layers or of one for each path; None: none.
+
+    >>> completion_from_json({"mass_scale": 1.0, "lift": 0.2})
+    Completion(mass_scale=1.0, lift=0.2)
+    """
+    if stored is None:
+        return None
+    return Completion(**stored) if "lift" in stored else {path: Completion(**one) for path, one in stored.items()}
 
 
 def setting_name(described: Json) -> str:

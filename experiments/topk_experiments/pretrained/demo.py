@@ -19,6 +19,7 @@ import torch
 from topk_attention import Completion
 from topk_attention.backends import choose_backend
 from topk_attention.convert import convert
+from topk_attention.convert.settings import completion_to_json
 from topk_attention.environment import now
 from topk_attention.files import check_writable
 
@@ -31,6 +32,7 @@ from ..models.pretrained import (
     longest_input,
     unpacked,
 )
+from ..models.settings import completion_from_json
 from ..models.text import Text, first_tokens, hidden_states_give_logits, perplexity, read_text
 from ..runs.checks import check_at_least, check_ks, check_runs
 from ..runs.files import damage_named
@@ -142,15 +144,12 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
 def convert_as_asked(model: Any, request: Json) -> None:
     """Convert a model for the request's k, feed_forward_k and completion; the last two may be missing.
 
-    The completion is a mapping from layer path to the fields of its `Completion`, or True for the default everywhere.
+    The completion is as `completion_from_json` takes it.
     """
-    k, feed_forward_k, completion = (request.get(name) for name in ("k", "feed_forward_k", "completion"))
+    k, feed_forward_k = (request.get(name) for name in ("k", "feed_forward_k"))
     if k is None and feed_forward_k is None:
         return
-    if completion is True:
-        completion = Completion()
-    elif completion is not None:
-        completion = {path: Completion(**fields) for path, fields in completion.items()}
+    completion = completion_from_json(request.get("completion"))
     convert(model, attention_k=k, feed_forward_k=feed_forward_k, completion=completion, backend=request["backend"])
 
 
@@ -271,7 +270,7 @@ def _make_runs(
             request = {
                 "model": vars(source),
                 "k": turn.k,
-                "completion": turn.completed or None,
+                "completion": completion_to_json(Completion()) if turn.completed else None,
                 "windows": [input_ids],
                 "threads": record["config"]["threads"],
                 "seed": record["config"]["seed"],

@@ -49,7 +49,7 @@ def _language_model_windows(config: CalibrationConfig, tokenizer: Any, text: Tex
         rest = first_tokens(text_from(evaluate_text, begin), tokenizer, num_read)[0].tolist()
         ends = config.start + len(tokenizer.decode(measured)), begin + len(tokenizer.decode(rest))
         overlap = text.sha256 == evaluate_text.sha256 and begin < ends[0] and config.start < ends[1]
-    return Windows(_cut(measured, num_tokens), _cut(rest, evaluate_tokens), overlap)
+    return Windows(cut(measured, num_tokens), cut(rest, evaluate_tokens), overlap)
 
 
 def _encoder_windows(config: CalibrationConfig, tokenizer: Any, text: Text, evaluate_text: Text) -> Windows:
@@ -65,7 +65,8 @@ def _encoder_windows(config: CalibrationConfig, tokenizer: Any, text: Text, eval
     return Windows(measured, rest, overlap)
 
 
-def _cut(ids: list[int], num_tokens: int) -> list[list[int]]:
+def cut(ids: list[int], num_tokens: int) -> list[list[int]]:
+    """Windows of this many tokens, one after the other."""
     return [ids[first : first + num_tokens] for first in range(0, len(ids), num_tokens)]
 
 

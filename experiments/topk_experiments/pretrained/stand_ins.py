@@ -32,7 +32,7 @@ from ..runs.process import Send, failures_named, run_in_fresh_process
 from ..runs.progress import line_printer, progress_bar
 from ..runs.records import Json, write_json
 from ..runs.timing import Stopwatch
-from .calibration_windows import text_from
+from .calibration_windows import cut, text_from
 from .stand_ins_report import RECORD, run_name, show, write_report
 
 if TYPE_CHECKING:
@@ -256,4 +256,4 @@ def _windows(config: StandInsConfig, source: ModelSource, text: Text) -> tuple[l
             f"evaluate-start must leave out what is fitted on, characters {config.start:,} to {ends[0]:,}, got "
             f"{config.evaluate_start:,} with {config.evaluate_tokens:,} tokens, to {ends[1]:,}"
         )
-    return [ids[first : first + config.num_tokens] for first in range(0, len(ids), config.num_tokens)], read
+    return cut(ids, config.num_tokens), read

@@ -11,13 +11,11 @@ constexpr int64_t kMostScreenedKeys = 1 << 21;  // indices of slots and their ha
 constexpr int64_t kIndexBytes = 512 << 10;      // of the index that one chunk of panels takes from the second-level cache
 constexpr double kSampleDeviations = 2.5;       // how far above its expectation the guess takes a rank in the sample
 
-template <class A>
-bool screening_pays(const AttentionForward& call) {
+inline bool screening_pays(const AttentionForward& call) {
   const Sizes& s = call.sizes;
-  int64_t largest_k = 1;
-  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
   return s.num_keys >= kFewestScreenedKeys && s.num_keys <= kMostScreenedKeys && s.head_dim >= 16 && s.head_dim <= 4096 &&
-         s.num_heads / s.num_key_heads * s.num_queries >= kFewestScreenedRows && largest_k * kKeysPerKept <= s.num_keys;
+         s.num_heads / s.num_key_heads * s.num_queries >= kFewestScreenedRows &&
+         largest_k_of(call.head_k, s.num_heads) * kKeysPerKept <= s.num_keys;
 }
 
 // The distance between keys of the sample. A large sample takes time, a small one guesses low and lets more keys pass. Odd, as
@@ -398,10 +396,8 @@ class ScreenedForward : public Forward<T, float> {
 template <class T>
 bool run_screened_forward(const AttentionForward& call, const Parallel& parallel) {
   const Sizes& s = call.sizes;
-  int64_t largest_k = 1;
-  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
   const int64_t num_indexes = s.batch * s.num_key_heads;
-  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k, s.num_keys));
+  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k_of(call.head_k, s.num_heads), s.num_keys));
   struct State {
     const AttentionForward& call;
     KeyIndex* indexes;

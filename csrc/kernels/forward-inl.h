@@ -151,6 +151,10 @@ class Forward {
            row.head * call_.query.stride[1] + row.query * call_.query.stride[2];
   }
 
+  const T* keys_of_block() const {
+    return static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] + block_.key_head * call_.key.stride[1];
+  }
+
   void pack_queries() {
     for (int64_t r = 0; r < block_.num_rows; ++r)
       pack_columns<T, A, true>(query_row(r), 0, 1, 1, s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows,
@@ -182,8 +186,7 @@ class Forward {
   }
 
   void pack(const int32_t* panels, int64_t count) {
-    const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
-                    block_.key_head * call_.key.stride[1];
+    const T* keys = keys_of_block();
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = int64_t(panels[p]) * kPanel<A>;
       if (p + 1 < count) {
@@ -429,12 +432,11 @@ class Forward {
     A mass = 0, mean_product = 0;
     if (count > 0 && kept > 0) {
       const A* query = seen_.row(r);
-      const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
-                      block_.key_head * call_.key.stride[1];
       A product_sum = score_sum;
       kept_products_ = scores;
       if (seen_.adds_to_scores()) {  // the scores are not the products alone
-        dot_with_rows<T, A>(query, keys, call_.key.stride[2], row.found.indices, kept, s_.head_dim, products_, spare_key_);
+        dot_with_rows<T, A>(query, keys_of_block(), call_.key.stride[2], row.found.indices, kept, s_.head_dim, products_,
+                            spare_key_);
         product_sum = 0;
         for (int64_t i = 0; i < kept; ++i) product_sum += products_[i];
         kept_products_ = products_;

@@ -39,8 +39,9 @@ template <class T>
 class ScreenedForward : public Forward<T, float> {
   using Base = Forward<T, float>;
   using Row = typename Base::Row;
-  using Base::additive_part_, Base::block_, Base::call_, Base::capacity_, Base::finish, Base::largest_k_, Base::make_room, Base::prepare_rest;
-  using Base::query_row, Base::rows_, Base::s_, Base::score_block, Base::start, Base::thresholds_;
+  using Base::additive_part_, Base::block_, Base::call_, Base::capacity_, Base::finish, Base::keys_of_block;
+  using Base::largest_k_, Base::make_room, Base::prepare_rest, Base::query_row, Base::rows_;
+  using Base::s_, Base::score_block, Base::start, Base::thresholds_;
 
  public:
   struct Shared {
@@ -335,8 +336,7 @@ class ScreenedForward : public Forward<T, float> {
     if (count == 0) return;
     name_keys(first_slot, count, is_sample);
     if (adds()) count = drop_hidden(r, count);
-    const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] + block_.key_head * call_.key.stride[1];
-    screen_.score(r, keys, call_.key.stride[2], passed_, count, scores_);
+    screen_.score(r, keys_of_block(), call_.key.stride[2], passed_, count, scores_);
     Candidates<float>& found = rows_[r].found;
     for (int64_t i = 0; i < count; i += 16) {
       if (adds()) _mm512_storeu_ps(scores_ + i, _mm512_add_ps(_mm512_loadu_ps(scores_ + i), _mm512_loadu_ps(added_ + i)));

@@ -138,6 +138,11 @@ class ScreenedForward : public Forward<T, float> {
 
   bool adds() const { return additive_part_.any(); }
 
+  // Fill the last panel of `count` numbers with -inf.
+  static void hide_beyond(int64_t count, float* numbers) {
+    for (int64_t i = count; i < ceil_div<int64_t>(count, kIndexPanel) * kIndexPanel; ++i) numbers[i] = -kInfinity<float>;
+  }
+
   bool visit_sample() {
     const int64_t stride = index().sample_panels * kIndexPanel;
     for (int64_t first = 0; first < block_.num_rows; first += kTileRows) {
@@ -149,7 +154,7 @@ class ScreenedForward : public Forward<T, float> {
       for (int64_t i = 0; i < in_tile; ++i) {
         const int64_t r = first + i, visible = visible_slots(r, true);
         float* scores = sample_ + i * stride;
-        for (int64_t slot = visible; slot < ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel; ++slot) scores[slot] = -kInfinity<float>;
+        hide_beyond(visible, scores);
         const int64_t panels = ceil_div<int64_t>(visible, kIndexPanel);
         if (adds()) add_to_sample(r, scores, visible);
         guess(r, scores, visible);
@@ -173,7 +178,7 @@ class ScreenedForward : public Forward<T, float> {
     int64_t eligible = visible;
     if (adds()) {
       eligible = copy_not_less(scores, ceil_div<int64_t>(visible, 16) * 16, -Types<float>::largest, added_);
-      for (int64_t i = eligible; i < ceil_div<int64_t>(eligible, kIndexPanel) * kIndexPanel; ++i) added_[i] = -kInfinity<float>;
+      hide_beyond(eligible, added_);
       scores = added_;
     }
     row.is_guess = rank < eligible && screen_.row(r).size > 0;
@@ -183,7 +188,7 @@ class ScreenedForward : public Forward<T, float> {
 
   void add_to_sample(int64_t r, float* scores, int64_t visible) {
     additive_part_.strided(rows_[r].head, rows_[r].query, 0, index().period, visible, added_);
-    for (int64_t i = visible; i < ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel; ++i) added_[i] = -kInfinity<float>;
+    hide_beyond(visible, added_);
     screen_.add_to_approximate(r, added_, ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel, scores);
   }
 
@@ -278,7 +283,6 @@ class ScreenedForward : public Forward<T, float> {
     }
     return count;
   }
-
 
   static float lowest_finite(const float* scores, int64_t n) {
     __m512 low = _mm512_set1_ps(Types<float>::largest);

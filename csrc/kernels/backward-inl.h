@@ -33,7 +33,7 @@ class Backward {
  public:
   Backward(const AttentionBackward& call, int64_t num_threads)
       : call_(call), s_(call.sizes), rows_of_group_(s_.num_heads / s_.num_key_heads * s_.num_queries) {
-    for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
+    largest_k_ = largest_k_of(call.head_k, s_.num_heads);
     const int64_t chunk_rows = larger<int64_t>(kChunkBytes / (largest_k_ * int64_t(sizeof(Entry<A>))), 1);
     rows_per_block_ = smaller(smaller(kRowsPerBlock, chunk_rows), rows_of_group_);
     blocks_per_task_ = call.rest.active ? kBlocksPerTaskWithRest : 1;
@@ -592,7 +592,7 @@ class Backward {
   const AttentionBackward& call_;
   const Sizes s_;
   const int64_t rows_of_group_;
-  int64_t largest_k_ = 1, rows_per_block_, blocks_per_task_, blocks_per_chunk_, max_tile_blocks_, most_of_block_;
+  int64_t largest_k_, rows_per_block_, blocks_per_task_, blocks_per_chunk_, max_tile_blocks_, most_of_block_;
   int range_bits_ = 4;
 };
 

@@ -19,6 +19,12 @@ constexpr int64_t kManyKeys = 16384;
 // Below this many visible keys the sample is all of them.
 constexpr int64_t kSampleAll = 512, kSmallestSample = 256;
 
+inline int64_t largest_k_of(const HeadK& head_k, int64_t num_heads) {
+  int64_t largest_k = 1;
+  for (int64_t h = 0; h < num_heads; ++h) largest_k = larger(largest_k, head_k.k[h]);
+  return largest_k;
+}
+
 inline int64_t capacity_for(int64_t k, int64_t num_keys) { return smaller(3 * k + 128, num_keys); }
 
 template <class A>
@@ -44,7 +50,7 @@ class Forward {
 
   Forward(const AttentionForward& call, int64_t max_rows, const Shared* = nullptr)
       : call_(call), s_(call.sizes), seen_(call.rest, s_, call.is_causal) {
-    for (int64_t h = 0; h < s_.num_heads; ++h) largest_k_ = larger(largest_k_, call.head_k.k[h]);
+    largest_k_ = largest_k_of(call.head_k, s_.num_heads);
     capacity_ = capacity_for(largest_k_, s_.num_keys);
     slots_ = slots_for<A>(largest_k_, s_.num_keys);
     const int64_t all_panels = ceil_div<int64_t>(s_.num_keys, kPanel<A>);
@@ -145,6 +151,10 @@ class Forward {
            row.head * call_.query.stride[1] + row.query * call_.query.stride[2];
   }
 
+  const T* keys_of_block() const {
+    return static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] + block_.key_head * call_.key.stride[1];
+  }
+
   void pack_queries() {
     for (int64_t r = 0; r < block_.num_rows; ++r)
       pack_columns<T, A, true>(query_row(r), 0, 1, 1, s_.head_dim, A(call_.scale), query_of(r / kTileRows) + r % kTileRows,
@@ -176,8 +186,7 @@ class Forward {
   }
 
   void pack(const int32_t* panels, int64_t count) {
-    const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
-                    block_.key_head * call_.key.stride[1];
+    const T* keys = keys_of_block();
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = int64_t(panels[p]) * kPanel<A>;
       if (p + 1 < count) {
@@ -423,12 +432,11 @@ class Forward {
     A mass = 0, mean_product = 0;
     if (count > 0 && kept > 0) {
       const A* query = seen_.row(r);
-      const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] +
-                      block_.key_head * call_.key.stride[1];
       A product_sum = score_sum;
       kept_products_ = scores;
       if (seen_.adds_to_scores()) {  // the scores are not the products alone
-        dot_with_rows<T, A>(query, keys, call_.key.stride[2], row.found.indices, kept, s_.head_dim, products_, spare_key_);
+        dot_with_rows<T, A>(query, keys_of_block(), call_.key.stride[2], row.found.indices, kept, s_.head_dim, products_,
+                            spare_key_);
         product_sum = 0;
         for (int64_t i = 0; i < kept; ++i) product_sum += products_[i];
         kept_products_ = products_;
@@ -453,7 +461,7 @@ class Forward {
   SeenSums<T, A, false> seen_;
   const A* kept_products_ = nullptr;
   A *products_ = nullptr, *spare_key_ = nullptr;
-  int64_t largest_k_ = 1, capacity_ = 0, slots_ = 0, key_panels_ = 0;
+  int64_t largest_k_ = 0, capacity_ = 0, slots_ = 0, key_panels_ = 0;
   Arena arena_;
   A *query_, *keys_, *scores_, *additive_, *thresholds_, *candidate_scores_, *spare_scores_, *weights_, *sums_;
   A *spare_row_, *spare_rows_;
@@ -468,8 +476,7 @@ class Forward {
 template <class T, class A, class Worker = Forward<T, A>>
 bool run_forward(const AttentionForward& call, const Parallel& parallel, const typename Worker::Shared* shared = nullptr) {
   const Sizes& s = call.sizes;
-  int64_t largest_k = 1;
-  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
+  const int64_t largest_k = largest_k_of(call.head_k, s.num_heads);
   const int64_t rows_of_group = s.num_heads / s.num_key_heads * s.num_queries;
   const int64_t block_rows = smaller(rows_per_block<A>(s, largest_k, parallel.num_threads), rows_of_group);
   const int64_t blocks_of_group = ceil_div(rows_of_group, block_rows);

@@ -68,12 +68,9 @@ class Additive {
   // What is added to the scores of keys first_key .. first_key + kPanel; -inf hides a key. Points into the call's own
   // array where that holds these numbers as they are, otherwise to `spare`.
   const A* panel(int64_t head, int64_t query, int64_t first_key, A* spare) const {
-    const A* relative = nullptr;
-    if (relative_ != nullptr) relative = relative_ + head * relative_stride_ + first_key - query + num_queries_ - 1;
     const bool is_whole = first_key + kPanel<A> <= num_keys_;
-    if (is_whole && num_dense_ == 0) return relative;
-    if (is_whole && num_dense_ == 1 && relative == nullptr && dense_[0].stride[3] == 1 && has_type(dense_[0].dtype))
-      return static_cast<const A*>(dense_[0].data) + offset(0, head, query, first_key);
+    const A* const own = is_whole ? row(head, query) : nullptr;
+    if (own != nullptr) return own + first_key;
     const int64_t count = smaller<int64_t>(kPanel<A>, num_keys_ - first_key);
     for (int64_t i = count; i < kPanel<A>; ++i) spare[i] = A(0);
     strided(head, query, first_key, 1, count, spare);
@@ -82,9 +79,8 @@ class Additive {
 
   // The same of `count` keys, first_key and every `step`-th after it.
   void strided(int64_t head, int64_t query, int64_t first_key, int64_t step, int64_t count, A* to) const {
-    const A* relative = nullptr;
-    if (relative_ != nullptr) relative = relative_ + head * relative_stride_ + first_key - query + num_queries_ - 1;
-    for (int64_t i = 0; i < count; ++i) to[i] = relative != nullptr ? relative[i * step] : A(0);
+    const A* const relative = relative_row(head, query);
+    for (int64_t i = 0; i < count; ++i) to[i] = relative != nullptr ? relative[first_key + i * step] : A(0);
     for (int part = 0; part < num_dense_; ++part) {
       const int64_t first = offset(part, head, query, first_key), stride = step * dense_[part].stride[3];
       switch (dense_[part].dtype) {
@@ -99,13 +95,18 @@ class Additive {
 
   // What is added to the score of key 0, those of others behind it, where the call's own array holds these numbers; else null.
   const A* row(int64_t head, int64_t query) const {
-    if (num_dense_ == 0 && relative_ != nullptr) return relative_ + head * relative_stride_ - query + num_queries_ - 1;
+    if (num_dense_ == 0) return relative_row(head, query);
     if (num_dense_ == 1 && relative_ == nullptr && dense_[0].stride[3] == 1 && has_type(dense_[0].dtype))
       return static_cast<const A*>(dense_[0].data) + offset(0, head, query, 0);
     return nullptr;
   }
 
  private:
+  // The relative bias of key 0, those of others behind it; null without one.
+  const A* relative_row(int64_t head, int64_t query) const {
+    return relative_ == nullptr ? nullptr : relative_ + head * relative_stride_ - query + num_queries_ - 1;
+  }
+
   static bool has_type(DType dtype) { return dtype == (sizeof(A) == 4 ? DType::float32 : DType::float64); }
 
   int64_t offset(int part, int64_t head, int64_t query, int64_t key) const {

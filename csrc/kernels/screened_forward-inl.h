@@ -11,13 +11,11 @@ constexpr int64_t kMostScreenedKeys = 1 << 21;  // indices of slots and their ha
 constexpr int64_t kIndexBytes = 512 << 10;      // of the index that one chunk of panels takes from the second-level cache
 constexpr double kSampleDeviations = 2.5;       // how far above its expectation the guess takes a rank in the sample
 
-template <class A>
-bool screening_pays(const AttentionForward& call) {
+inline bool screening_pays(const AttentionForward& call) {
   const Sizes& s = call.sizes;
-  int64_t largest_k = 1;
-  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
   return s.num_keys >= kFewestScreenedKeys && s.num_keys <= kMostScreenedKeys && s.head_dim >= 16 && s.head_dim <= 4096 &&
-         s.num_heads / s.num_key_heads * s.num_queries >= kFewestScreenedRows && largest_k * kKeysPerKept <= s.num_keys;
+         s.num_heads / s.num_key_heads * s.num_queries >= kFewestScreenedRows &&
+         largest_k_of(call.head_k, s.num_heads) * kKeysPerKept <= s.num_keys;
 }
 
 // The distance between keys of the sample. A large sample takes time, a small one guesses low and lets more keys pass. Odd, as
@@ -41,8 +39,9 @@ template <class T>
 class ScreenedForward : public Forward<T, float> {
   using Base = Forward<T, float>;
   using Row = typename Base::Row;
-  using Base::additive_part_, Base::block_, Base::call_, Base::capacity_, Base::finish, Base::largest_k_, Base::make_room, Base::prepare_rest;
-  using Base::query_row, Base::rows_, Base::s_, Base::score_block, Base::start, Base::thresholds_;
+  using Base::additive_part_, Base::block_, Base::call_, Base::capacity_, Base::finish, Base::keys_of_block;
+  using Base::largest_k_, Base::make_room, Base::prepare_rest, Base::query_row, Base::rows_;
+  using Base::s_, Base::score_block, Base::start, Base::thresholds_;
 
  public:
   struct Shared {
@@ -139,6 +138,11 @@ class ScreenedForward : public Forward<T, float> {
 
   bool adds() const { return additive_part_.any(); }
 
+  // Fill the last panel of `count` numbers with -inf.
+  static void hide_beyond(int64_t count, float* numbers) {
+    for (int64_t i = count; i < ceil_div<int64_t>(count, kIndexPanel) * kIndexPanel; ++i) numbers[i] = -kInfinity<float>;
+  }
+
   bool visit_sample() {
     const int64_t stride = index().sample_panels * kIndexPanel;
     for (int64_t first = 0; first < block_.num_rows; first += kTileRows) {
@@ -150,7 +154,7 @@ class ScreenedForward : public Forward<T, float> {
       for (int64_t i = 0; i < in_tile; ++i) {
         const int64_t r = first + i, visible = visible_slots(r, true);
         float* scores = sample_ + i * stride;
-        for (int64_t slot = visible; slot < ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel; ++slot) scores[slot] = -kInfinity<float>;
+        hide_beyond(visible, scores);
         const int64_t panels = ceil_div<int64_t>(visible, kIndexPanel);
         if (adds()) add_to_sample(r, scores, visible);
         guess(r, scores, visible);
@@ -174,7 +178,7 @@ class ScreenedForward : public Forward<T, float> {
     int64_t eligible = visible;
     if (adds()) {
       eligible = copy_not_less(scores, ceil_div<int64_t>(visible, 16) * 16, -Types<float>::largest, added_);
-      for (int64_t i = eligible; i < ceil_div<int64_t>(eligible, kIndexPanel) * kIndexPanel; ++i) added_[i] = -kInfinity<float>;
+      hide_beyond(eligible, added_);
       scores = added_;
     }
     row.is_guess = rank < eligible && screen_.row(r).size > 0;
@@ -184,7 +188,7 @@ class ScreenedForward : public Forward<T, float> {
 
   void add_to_sample(int64_t r, float* scores, int64_t visible) {
     additive_part_.strided(rows_[r].head, rows_[r].query, 0, index().period, visible, added_);
-    for (int64_t i = visible; i < ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel; ++i) added_[i] = -kInfinity<float>;
+    hide_beyond(visible, added_);
     screen_.add_to_approximate(r, added_, ceil_div<int64_t>(visible, kIndexPanel) * kIndexPanel, scores);
   }
 
@@ -280,7 +284,6 @@ class ScreenedForward : public Forward<T, float> {
     return count;
   }
 
-
   static float lowest_finite(const float* scores, int64_t n) {
     __m512 low = _mm512_set1_ps(Types<float>::largest);
     for (int64_t i = 0; i < n; i += 16) {
@@ -337,8 +340,7 @@ class ScreenedForward : public Forward<T, float> {
     if (count == 0) return;
     name_keys(first_slot, count, is_sample);
     if (adds()) count = drop_hidden(r, count);
-    const T* keys = static_cast<const T*>(call_.key.data) + block_.batch * call_.key.stride[0] + block_.key_head * call_.key.stride[1];
-    screen_.score(r, keys, call_.key.stride[2], passed_, count, scores_);
+    screen_.score(r, keys_of_block(), call_.key.stride[2], passed_, count, scores_);
     Candidates<float>& found = rows_[r].found;
     for (int64_t i = 0; i < count; i += 16) {
       if (adds()) _mm512_storeu_ps(scores_ + i, _mm512_add_ps(_mm512_loadu_ps(scores_ + i), _mm512_loadu_ps(added_ + i)));
@@ -398,10 +400,8 @@ class ScreenedForward : public Forward<T, float> {
 template <class T>
 bool run_screened_forward(const AttentionForward& call, const Parallel& parallel) {
   const Sizes& s = call.sizes;
-  int64_t largest_k = 1;
-  for (int64_t h = 0; h < s.num_heads; ++h) largest_k = larger(largest_k, call.head_k.k[h]);
   const int64_t num_indexes = s.batch * s.num_key_heads;
-  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k, s.num_keys));
+  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k_of(call.head_k, s.num_heads), s.num_keys));
   struct State {
     const AttentionForward& call;
     KeyIndex* indexes;

@@ -52,7 +52,7 @@ template <class T, class A>
 bool forward_of(const AttentionForward& call, const Parallel& parallel) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
   if constexpr (sizeof(A) == 4)
-    if (screening_pays<A>(call)) return run_screened_forward<T>(call, parallel);
+    if (screening_pays(call)) return run_screened_forward<T>(call, parallel);
 #endif
   return run_forward<T, A>(call, parallel);
 }

@@ -1,6 +1,7 @@
-"""The kernels of every CPU target this processor can run."""
+"""The kernels of every CPU target this processor can run, and several numbers of threads."""
 
 import pytest
+import torch
 
 from topk_attention.backends import cpu
 
@@ -12,6 +13,22 @@ def cpu_target(request):
     """Run the test with the kernels of each target."""
     with cpu.forced_cpu_target(request.param):
         yield request.param
+
+
+@pytest.fixture
+def several_threads():
+    """Calls a function with one, two and three threads."""
+    before = torch.get_num_threads()
+
+    def run(function):
+        results = []
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(function())
+        return results
+
+    yield run
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

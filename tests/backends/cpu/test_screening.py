@@ -19,18 +19,12 @@ def test_screening_misses_no_key_whatever_misleads_it(family):
         assert differing == []
 
 
-def test_screened_rows_do_not_depend_on_the_number_of_threads():
+def test_screened_rows_do_not_depend_on_the_number_of_threads(several_threads):
     query, key, value = torch.randn(2, 4, 200, 64), torch.randn(2, 2, 2100, 64), torch.randn(2, 2, 2100, 64)
-    outputs = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            with cpu.forced_cpu_target(SCREENED):
-                outputs.append(topk_attention(query, key, value, k=40, is_causal=True, enable_gqa=True, backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*outputs)
+    options = {"k": 40, "is_causal": True, "enable_gqa": True, "backend": "cpu"}
+    with cpu.forced_cpu_target(SCREENED):
+        first, *others = several_threads(lambda: topk_attention(query, key, value, **options))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_gradients_and_completion_are_those_of_all_scores():

@@ -7,22 +7,6 @@ from comparison import Sizes, attention_inputs, output_and_gradients
 from topk_attention import RelativeBias, topk_attention
 
 
-@pytest.fixture
-def several_threads():
-    """Calls a function with one, two and three threads."""
-    before = torch.get_num_threads()
-
-    def run(function):
-        results = []
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
-            results.append(function())
-        return results
-
-    yield run
-    torch.set_num_threads(before)
-
-
 def assert_equal_bits(first, *others):
     for other in others:
         for position, (a, b) in enumerate(zip(first, other, strict=True)):

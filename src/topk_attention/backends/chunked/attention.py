@@ -182,10 +182,7 @@ def topk_attention_backward_op(
     """
     wanted = (query_wanted, key_wanted, value_wanted)
     inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p)
-    gradients, _ = completed_backward(
-        inputs,
-        *(wanted, bias_shape, relative_bias_shape, False, None, None, None),
-    )
+    gradients, _ = completed_backward(inputs, wanted, bias_shape, relative_bias_shape, False, None, None, None)
     return gradients._replace(key=gradients.key.to(key.dtype), value=gradients.value.to(value.dtype))
 
 

@@ -28,7 +28,7 @@ from ..files import notes_as_json, write_whole
 from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
-from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, evaluating
+from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, evaluating, started
 
 _FORMAT = "topk_attention/stand-ins/1"
 _DEFAULT_RANK = 64
@@ -248,7 +248,6 @@ def _sums(
 ) -> dict[str, _Sums]:
     """The sums of each layer, from passes of the model in full."""
     sums: dict[str, _Sums] = {}
-    running: list[list[str]] = []
     layers: dict[nn.Module, list[str]] = {}
     done = 0
 
@@ -256,7 +255,7 @@ def _sums(
         nonlocal done
         if not isinstance(call, FeedForwardCall):
             return
-        for path in running[-1]:
+        for path in layers.get(running[-1], []):
             if path not in sums:
                 sums[path] = _Sums(call.x.shape[1], call.w_out.shape[0], with_products=with_products)
             for x in call.x.split(_TOKENS_AT_A_TIME):
@@ -270,10 +269,7 @@ def _sums(
         stack.enter_context(converted(model, None, dict.fromkeys(given, ALL)))
         for path in given:
             layers.setdefault(model.get_submodule(path), []).append(path)
-        for layer in layers:
-            # Layers that share a network share its hooks: each hook asks which of them is running.
-            hook = layer.register_forward_pre_hook(lambda layer, *_: running.append(layers.get(layer, [])))
-            stack.callback(hook.remove)
+        running = stack.enter_context(started(layers))
         stack.enter_context(observed(observe))
         for batch in batches:
             model(**(batch if isinstance(batch, Mapping) else {"input_ids": batch}))

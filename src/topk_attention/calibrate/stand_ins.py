@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.activations import activate
 from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
 from ..convert.plan import AnyK
 from ..convert.search import feed_forward_sites
@@ -29,6 +28,7 @@ from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
 from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, evaluating, started
+from .statistics import neurons_of
 
 _FORMAT = "topk_attention/stand-ins/1"
 _DEFAULT_RANK = 64
@@ -278,20 +278,10 @@ def _sums(
 
 def _input_and_dropped(call: FeedForwardCall, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The inputs [T, D] and what the neurons outside the k best give [T, O], in the accumulation dtype."""
-    dtype = accumulation_dtype(x.dtype)
-
-    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    x = x.to(dtype)
-    hidden = ranked_by = linear(x, call.w_in, call.b_in)
-    if call.w_gate is None:
-        hidden = activate(hidden, call.activation)
-    else:
-        hidden = activate(linear(x, call.w_gate, call.b_gate), call.activation) * hidden
-        ranked_by = hidden.abs()
+    x = x.to(accumulation_dtype(x.dtype))
+    hidden, ranked_by = neurons_of(call, x)
     hidden = hidden.scatter(-1, ranked_by.topk(k, dim=-1).indices, 0)
-    return x, linear(hidden, call.w_out, None)
+    return x, F.linear(hidden, call.w_out.to(x.dtype))
 
 
 def _check_rank(rank: int) -> None:

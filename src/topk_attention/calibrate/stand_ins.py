@@ -187,13 +187,12 @@ def _fitted(path: str, of_layer: _Sums, rank: int) -> StandIn:
 class _Sums:
     """Sums over the tokens of one layer: of its input x [D], of what its dropped neurons give, d [O], and of products.
 
-    products  [D, O] or None where a constant is fitted
+    squares   [D, D], x x'; only with products
+    products  [D, O], x d'; not there where a constant is fitted
     """
 
     def __init__(self, model_size: int, output_size: int, *, with_products: bool) -> None:
         self.num_tokens = 0
-        self.model_size = model_size
-        self.output_size = output_size
         self.x = torch.zeros(model_size, dtype=torch.float64)
         self.dropped = torch.zeros(output_size, dtype=torch.float64)
         self.with_products = with_products
@@ -233,7 +232,7 @@ class _Sums:
         variances = covariance.diagonal()
         spread = variances.clamp(min=1e-12 * float(variances.amax()) + torch.finfo(torch.float64).tiny).sqrt()
         covariance, shared = covariance / torch.outer(spread, spread), shared / spread[:, None]
-        penalty = _PENALTY * torch.eye(self.model_size, dtype=torch.float64)
+        penalty = _PENALTY * torch.eye(len(mean_x), dtype=torch.float64)
         weight = torch.linalg.solve(covariance + penalty, shared)  # [D, O]
         # The directions of the output in which this varies most on the text.
         directions = torch.linalg.eigh(weight.T @ covariance @ weight).eigenvectors[:, -rank:]  # [O, R]

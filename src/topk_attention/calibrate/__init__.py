@@ -2,9 +2,10 @@
 
 from .allocation import LossIncrease, LostMass, MeanK
 from .calibration import AnyCompletion, Calibration, calibrate, completion_by_name, fit_completion
-from .stand_ins import StandIns, fit_stand_ins
+from .stand_ins import DEFAULT_RANK, StandIns, fit_stand_ins
 
 __all__ = [
+    "DEFAULT_RANK",
     "AnyCompletion",
     "Calibration",
     "LossIncrease",

@@ -31,7 +31,7 @@ from .calibration import Batch, Progress, check_unconverted, checked_batches, co
 from .statistics import neurons_of
 
 _FORMAT = "topk_attention/stand-ins/1"
-_DEFAULT_RANK = 64
+DEFAULT_RANK = 64
 # The penalty, in units of the variance of each input.
 _PENALTY = 0.3
 # Tokens whose neurons stand in memory at a time.
@@ -125,7 +125,7 @@ def fit_stand_ins(
     batches: Iterable[Batch],
     *,
     feed_forward_k: AnyK,
-    rank: int = _DEFAULT_RANK,
+    rank: int = DEFAULT_RANK,
     progress: Progress | None = None,
 ) -> StandIns:
     """Fit a stand-in for the neurons that each feed-forward layer does not keep, on text like that of later use.

@@ -212,15 +212,8 @@ def _completion_per_path(
     """The completion of each of the paths, with numbers for scales: a configuration and other devices take them."""
     if completion is None:
         return {}
-    entries = _entries("completion", completion, paths, obstacles)
-    if entries is None:
-        if not isinstance(completion, Completion):
-            raise TypeError(
-                "completion must be a Completion, a list with one for each attention layer, or a mapping from layer "
-                f"path, got {type(completion).__name__} {completion!r}"
-            )
-        entries = dict.fromkeys(paths, completion)
-    return {path: _with_numbers(path, entry) for path, entry in entries.items() if entry is not None}
+    entries = _added_per_path("completion", completion, Completion, "attention", paths, obstacles)
+    return {path: _with_numbers(path, entry) for path, entry in entries.items()}
 
 
 def _with_numbers(path: str, completion: Completion) -> Completion:
@@ -247,15 +240,8 @@ def _stand_in_per_path(
 ) -> dict[str, StandIn]:
     if stand_in is None:
         return {}
-    entries = _entries("stand_in", stand_in_beside(stand_in) or stand_in, paths, obstacles)
-    if entries is None:
-        if not isinstance(stand_in, StandIn):
-            raise TypeError(
-                "stand_in must be a StandIn, a list with one for each feed-forward layer, or a mapping from layer "
-                f"path, got {type(stand_in).__name__} {stand_in!r}"
-            )
-        entries = dict.fromkeys(paths, stand_in)
-    return {path: entry for path, entry in entries.items() if entry is not None}
+    wanted = stand_in_beside(stand_in) or stand_in
+    return _added_per_path("stand_in", wanted, StandIn, "feed-forward", paths, obstacles)
 
 
 def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: AnyStandIn | None) -> None:
@@ -281,6 +267,22 @@ def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: An
 def _some(paths: Sequence[str]) -> str:
     """Some of these paths, for a message."""
     return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more layers"
+
+
+def _added_per_path(
+    name: str, wanted: Any, kind: type[Any], layers: str, paths: Sequence[str], obstacles: Mapping[str, str]
+) -> dict[str, Any]:
+    """What these layers add, by path, of those that add something. One thing for all of them must be of the kind; the
+    entries of a list or mapping are looked at with the layer that they are for."""
+    entries = _entries(name, wanted, paths, obstacles)
+    if entries is None:
+        if not isinstance(wanted, kind):
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, a list with one for each {layers} layer, or a mapping from layer "
+                f"path, got {type(wanted).__name__} {wanted!r}"
+            )
+        entries = dict.fromkeys(paths, wanted)
+    return {path: entry for path, entry in entries.items() if entry is not None}
 
 
 def _entries(name: str, wanted: Any, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, Any] | None:

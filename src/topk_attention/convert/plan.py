@@ -79,7 +79,8 @@ def wanted_by_config(
             "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
         )
     prefix = prefix_of(model)
-    remembered = _with_prefix(stored.stand_in_rank, [site.path for site in feed_forward], prefix)
+    attention_paths, feed_forward_paths = [site.path for site in attention], [site.path for site in feed_forward]
+    remembered = _with_prefix(stored.stand_in_rank, feed_forward_paths, prefix)
     if stand_in is None and remembered:
         in_force = {site.path: site.stand_in for site in feed_forward}
         if lost := [path for path in remembered if in_force[path] is None]:
@@ -89,10 +90,9 @@ def wanted_by_config(
                 "convert without them"
             )
         stand_in = {path: in_force[path] for path in remembered}
-    attention_paths = [site.path for site in attention]
     return Wanted(
         _with_prefix(stored.attention_k, attention_paths, prefix) or None,
-        _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
+        _with_prefix(stored.feed_forward_k, feed_forward_paths, prefix) or None,
         backend or stored.attention_backend,
         backend or stored.feed_forward_backend,
         _with_prefix(stored.completion, attention_paths, prefix) or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,8 +21,17 @@ Where = Callable[[str, nn.Module], bool]
 EntryK = K | Sequence[int] | Tensor | None
 AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
 AnyCompletion = Completion | Sequence[Completion | None] | Mapping[str, Completion | None]
-AnyStandIn = StandIn | Sequence[StandIn | None] | Mapping[str, StandIn | None]
 _Stored = TypeVar("_Stored")
+
+
+class HoldsStandIns(Protocol):
+    """What `StandIns` are here: stand-ins by layer path, beside the k that each was fitted for."""
+
+    @property
+    def stand_in(self) -> Mapping[str, StandIn]: ...
+
+
+AnyStandIn = StandIn | Sequence[StandIn | None] | Mapping[str, StandIn | None] | HoldsStandIns
 
 
 @dataclass(frozen=True)

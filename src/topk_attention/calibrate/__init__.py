@@ -1,4 +1,4 @@
-"""Finds how large k must be, per layer and head, on a user's own text."""
+"""Finds how large k must be, per layer and head, on a user's own text, and fits what is added for what is left out."""
 
 from .allocation import LossIncrease, LostMass, MeanK
 from .calibration import AnyCompletion, Calibration, calibrate, completion_by_name, fit_completion

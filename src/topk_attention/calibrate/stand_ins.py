@@ -139,12 +139,12 @@ def fit_stand_ins(
     Returns `StandIns` with these k: `convert(model, feed_forward_k=fit_stand_ins(model, batches, feed_forward_k=384))`.
     Layers that keep every neuron get none.
 
-    The cost is a forward pass of the model in full, and for each layer a few products of its input size squared with
-    the number of tokens. For each layer the fit holds two matrices of its input and output size in float64. A rank
-    above 0 needs several tokens for each input of a layer: a few thousand for a small model.
+    The cost is a forward pass of the model in full and each network once more. A rank above 0 also costs, for each
+    layer, a few products of its input size squared with the number of tokens, and two matrices of its input and output
+    size in float64. It needs several tokens for each input of a layer: a few thousand for a small model.
 
     Raises:
-        TypeError: a batch or a k is of the wrong kind.
+        TypeError: a batch, a k or the rank is of the wrong kind.
         ValueError: there are no batches, a batch has no batch axis or is padded, the model was converted already, no
             layer leaves a neuron out, a k or the rank does not fit the model, or a layer meets numbers that are not
             finite.

@@ -102,7 +102,7 @@ def convert(
     Returns a report of what was replaced, what was skipped, and why.
 
     Raises:
-        TypeError: the model is of neither kind, or a k or a completion is of the wrong type.
+        TypeError: the model is of neither kind, or a k, a completion or a stand-in is of the wrong type.
         ValueError: nothing was replaced, a k is out of range, a list or mapping does not fit the model, or there is a
             completion without attention_k or a stand-in without feed_forward_k.
 

@@ -381,7 +381,6 @@ def measure(
     """
     check_unconverted(model)
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
-    paths: list[str] = []
     passed: set[tuple[int, str, str]] = set()
     losses: list[float] = []
 
@@ -391,9 +390,9 @@ def measure(
             progress("measuring", len(passed), 2 * len(batches) * len(layers))
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
-        path = paths[-1]
+        path = path_of.get(running[-1], "")
         if isinstance(call, AttentionCall):
-            see = partial(collector.see_attention, path, collector.sample(call, len(paths)))
+            see = partial(collector.see_attention, path, collector.sample(call, len(running)))
         else:
             see = partial(collector.see_feed_forward, path, call)
 
@@ -414,11 +413,8 @@ def measure(
         layers = {site.path: site.module for site in attention_sites(model) if site.obstacle is None}
         if with_feed_forward:
             layers |= {path: model.get_submodule(path) for path in neurons}
-        # Layers that share a network share its hooks: each hook asks which of them is running.
         path_of = {module: path for path, module in layers.items()}
-        for module in path_of:
-            hook = module.register_forward_pre_hook(lambda module, *_: paths.append(path_of.get(module, "")))
-            stack.callback(hook.remove)
+        running = stack.enter_context(started(path_of))
         stack.enter_context(observed(observe))
         for batch in batches:
             loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))
@@ -653,6 +649,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in training.items():
             module.training = was_training
+
+
+@contextmanager
+def started(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Within this context the list grows by each layer that starts: the last one is running.
+
+    Layers that share a network share its hooks, so that one of them may be there several times in a row, or another
+    one that is not among these.
+    """
+    modules: list[nn.Module] = []
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = layer.register_forward_pre_hook(lambda module, *_: modules.append(module))
+            stack.callback(hook.remove)
+        yield modules
 
 
 @contextmanager

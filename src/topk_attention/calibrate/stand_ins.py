@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.activations import activate
 from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
 from ..convert.plan import AnyK
 from ..convert.search import feed_forward_sites
@@ -28,10 +27,11 @@ from ..files import notes_as_json, write_whole
 from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
-from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, evaluating
+from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, evaluating, started
+from .statistics import neurons_of
 
 _FORMAT = "topk_attention/stand-ins/1"
-_DEFAULT_RANK = 64
+DEFAULT_RANK = 64
 # The penalty, in units of the variance of each input.
 _PENALTY = 0.3
 # Tokens whose neurons stand in memory at a time.
@@ -125,7 +125,7 @@ def fit_stand_ins(
     batches: Iterable[Batch],
     *,
     feed_forward_k: AnyK,
-    rank: int = _DEFAULT_RANK,
+    rank: int = DEFAULT_RANK,
     progress: Progress | None = None,
 ) -> StandIns:
     """Fit a stand-in for the neurons that each feed-forward layer does not keep, on text like that of later use.
@@ -139,12 +139,12 @@ def fit_stand_ins(
     Returns `StandIns` with these k: `convert(model, feed_forward_k=fit_stand_ins(model, batches, feed_forward_k=384))`.
     Layers that keep every neuron get none.
 
-    The cost is a forward pass of the model in full, and for each layer a few products of its input size squared with
-    the number of tokens. For each layer the fit holds two matrices of its input and output size in float64. A rank
-    above 0 needs several tokens for each input of a layer: a few thousand for a small model.
+    The cost is a forward pass of the model in full and each network once more. A rank above 0 also costs, for each
+    layer, a few products of its input size squared with the number of tokens, and two matrices of its input and output
+    size in float64. It needs several tokens for each input of a layer: a few thousand for a small model.
 
     Raises:
-        TypeError: a batch or a k is of the wrong kind.
+        TypeError: a batch, a k or the rank is of the wrong kind.
         ValueError: there are no batches, a batch has no batch axis or is padded, the model was converted already, no
             layer leaves a neuron out, a k or the rank does not fit the model, or a layer meets numbers that are not
             finite.
@@ -187,13 +187,12 @@ def _fitted(path: str, of_layer: _Sums, rank: int) -> StandIn:
 class _Sums:
     """Sums over the tokens of one layer: of its input x [D], of what its dropped neurons give, d [O], and of products.
 
-    products  [D, O] or None where a constant is fitted
+    squares   [D, D], x x'; only with products
+    products  [D, O], x d'; not there where a constant is fitted
     """
 
     def __init__(self, model_size: int, output_size: int, *, with_products: bool) -> None:
         self.num_tokens = 0
-        self.model_size = model_size
-        self.output_size = output_size
         self.x = torch.zeros(model_size, dtype=torch.float64)
         self.dropped = torch.zeros(output_size, dtype=torch.float64)
         self.with_products = with_products
@@ -233,7 +232,7 @@ class _Sums:
         variances = covariance.diagonal()
         spread = variances.clamp(min=1e-12 * float(variances.amax()) + torch.finfo(torch.float64).tiny).sqrt()
         covariance, shared = covariance / torch.outer(spread, spread), shared / spread[:, None]
-        penalty = _PENALTY * torch.eye(self.model_size, dtype=torch.float64)
+        penalty = _PENALTY * torch.eye(len(mean_x), dtype=torch.float64)
         weight = torch.linalg.solve(covariance + penalty, shared)  # [D, O]
         # The directions of the output in which this varies most on the text.
         directions = torch.linalg.eigh(weight.T @ covariance @ weight).eigenvectors[:, -rank:]  # [O, R]
@@ -248,7 +247,6 @@ def _sums(
 ) -> dict[str, _Sums]:
     """The sums of each layer, from passes of the model in full."""
     sums: dict[str, _Sums] = {}
-    running: list[list[str]] = []
     layers: dict[nn.Module, list[str]] = {}
     done = 0
 
@@ -256,7 +254,7 @@ def _sums(
         nonlocal done
         if not isinstance(call, FeedForwardCall):
             return
-        for path in running[-1]:
+        for path in layers.get(running[-1], []):
             if path not in sums:
                 sums[path] = _Sums(call.x.shape[1], call.w_out.shape[0], with_products=with_products)
             for x in call.x.split(_TOKENS_AT_A_TIME):
@@ -270,10 +268,7 @@ def _sums(
         stack.enter_context(converted(model, None, dict.fromkeys(given, ALL)))
         for path in given:
             layers.setdefault(model.get_submodule(path), []).append(path)
-        for layer in layers:
-            # Layers that share a network share its hooks: each hook asks which of them is running.
-            hook = layer.register_forward_pre_hook(lambda layer, *_: running.append(layers.get(layer, [])))
-            stack.callback(hook.remove)
+        running = stack.enter_context(started(layers))
         stack.enter_context(observed(observe))
         for batch in batches:
             model(**(batch if isinstance(batch, Mapping) else {"input_ids": batch}))
@@ -282,20 +277,10 @@ def _sums(
 
 def _input_and_dropped(call: FeedForwardCall, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The inputs [T, D] and what the neurons outside the k best give [T, O], in the accumulation dtype."""
-    dtype = accumulation_dtype(x.dtype)
-
-    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    x = x.to(dtype)
-    hidden = ranked_by = linear(x, call.w_in, call.b_in)
-    if call.w_gate is None:
-        hidden = activate(hidden, call.activation)
-    else:
-        hidden = activate(linear(x, call.w_gate, call.b_gate), call.activation) * hidden
-        ranked_by = hidden.abs()
+    x = x.to(accumulation_dtype(x.dtype))
+    hidden, ranked_by = neurons_of(call, x)
     hidden = hidden.scatter(-1, ranked_by.topk(k, dim=-1).indices, 0)
-    return x, linear(hidden, call.w_out, None)
+    return x, F.linear(hidden, call.w_out.to(x.dtype))
 
 
 def _check_rank(rank: int) -> None:

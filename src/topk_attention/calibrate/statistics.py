@@ -283,18 +283,26 @@ class Collector:
         step = max(1, call.x.shape[0] // self.queries_per_head)
         for tokens in torch.arange(0, call.x.shape[0], step, device=call.x.device).split(_ROWS_AT_A_TIME):
             x, grad = call.x[tokens], grad_output[tokens]
-            value = F.linear(x, call.w_in, call.b_in)
-            if call.w_gate is None:
-                hidden, ranked_by = activate(value, call.activation), value
-            else:
-                hidden = activate(F.linear(x, call.w_gate, call.b_gate), call.activation) * value
-                ranked_by = hidden.abs()
+            hidden, ranked_by = neurons_of(call, x)
             order = ranked_by.argsort(dim=1, descending=True)
             hidden = hidden.to(accumulation_dtype(hidden.dtype))  # a running sum in bfloat16 would stop growing
             effect = (hidden * (grad @ call.w_out)).gather(1, order).cumsum(1)
             mass = hidden.abs().gather(1, order).cumsum(1)
             lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
             curves.add(lost.unsqueeze(0), (effect[:, at] - effect[:, -1:]).unsqueeze(0), signed=self.signed)
+
+
+def neurons_of(call: FeedForwardCall, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What each neuron gives for inputs [T, D] of a call, and what it is ranked by: both [T, F], in the dtype of x."""
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    value = linear(call.w_in, call.b_in)
+    if call.w_gate is None:
+        return activate(value, call.activation), value
+    hidden = activate(linear(call.w_gate, call.b_gate), call.activation) * value
+    return hidden, hidden.abs()
 
 
 def _num_visible(sampled: SampledCall, places: Tensor) -> int:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate import AnyCompletion, LossIncrease, LostMass, MeanK, completion_by_name, fit_stand_ins
+from ..calibrate import (
+    DEFAULT_RANK,
+    AnyCompletion,
+    LossIncrease,
+    LostMass,
+    MeanK,
+    completion_by_name,
+    fit_stand_ins,
+)
 from ..calibrate import calibrate as measure
 from ..convert.search import feed_forward_sites
 from ..files import read_utf8
@@ -18,7 +26,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_TOKENS = 2048
 _DEFAULT_MEAN_K = 64.0
-_DEFAULT_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class CalibrationRequest:
 
     @property
     def rank(self) -> int:
-        return _DEFAULT_RANK if self.stand_in_rank is None else self.stand_in_rank
+        return DEFAULT_RANK if self.stand_in_rank is None else self.stand_in_rank
 
     @property
     def attention_completion(self) -> AnyCompletion:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +102,7 @@ def convert(
     Returns a report of what was replaced, what was skipped, and why.
 
     Raises:
-        TypeError: the model is of neither kind, or a k or a completion is of the wrong type.
+        TypeError: the model is of neither kind, or a k, a completion or a stand-in is of the wrong type.
         ValueError: nothing was replaced, a k is out of range, a list or mapping does not fit the model, or there is a
             completion without attention_k or a stand-in without feed_forward_k.
 
@@ -221,26 +221,18 @@ def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Want
         different_k = {entry.k for _, entry in plan.attention}
         remembered = replace(
             remembered,
-            attention_k=_k_by_path(plan.attention, prefix),
+            attention_k=_by_name(plan.attention, prefix, lambda entry: entry.k),
             attention_backend=wanted.attention_backend,
             every_attention_k=different_k.pop() if len(different_k) == 1 else None,
-            completion={
-                entry.path.removeprefix(f"{prefix}."): entry.completion
-                for _, entry in plan.attention
-                if entry.completion is not None
-            },
+            completion=_by_name(plan.attention, prefix, lambda entry: entry.completion),
             every_completion=_the_same([entry.completion for _, entry in plan.attention]),
         )
     if wanted.feed_forward_k is not None:
         remembered = replace(
             remembered,
-            feed_forward_k=_k_by_path(plan.feed_forward, prefix),
+            feed_forward_k=_by_name(plan.feed_forward, prefix, lambda entry: entry.k),
             feed_forward_backend=wanted.feed_forward_backend,
-            stand_in_rank={
-                entry.path.removeprefix(f"{prefix}."): entry.stand_in.rank
-                for _, entry in plan.feed_forward
-                if entry.stand_in is not None
-            },
+            stand_in_rank=_by_name(plan.feed_forward, prefix, lambda entry: entry.stand_in and entry.stand_in.rank),
         )
     for config in configs:
         setattr(config, CONFIG_ATTRIBUTE, remembered.to_json())
@@ -366,8 +358,11 @@ def _configs(config: Any, sites: Sequence[AttentionSite]) -> list[Any]:
     return list({id(part): part for part in (config, *parts)}.values())
 
 
-def _k_by_path(plan: Sequence[tuple[AttentionSite | FeedForwardSite, ReportEntry]], prefix: str) -> dict[str, Any]:
-    return {entry.path.removeprefix(f"{prefix}."): entry.k for _, entry in plan if entry.replaced}
+def _by_name(
+    plan: Sequence[tuple[AttentionSite | FeedForwardSite, ReportEntry]], prefix: str, of: Callable[[ReportEntry], Any]
+) -> dict[str, Any]:
+    """What a configuration holds of each layer that has it, by the layer's path without the base model's prefix."""
+    return {entry.path.removeprefix(f"{prefix}."): held for _, entry in plan if (held := of(entry)) is not None}
 
 
 def _describe(report: ConversionReport, model: nn.Module) -> str:

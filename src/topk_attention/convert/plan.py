@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,8 +21,17 @@ Where = Callable[[str, nn.Module], bool]
 EntryK = K | Sequence[int] | Tensor | None
 AnyK = K | Sequence[EntryK] | Tensor | Mapping[str, EntryK]
 AnyCompletion = Completion | Sequence[Completion | None] | Mapping[str, Completion | None]
-AnyStandIn = StandIn | Sequence[StandIn | None] | Mapping[str, StandIn | None]
 _Stored = TypeVar("_Stored")
+
+
+class HoldsStandIns(Protocol):
+    """What `StandIns` are here: stand-ins by layer path, beside the k that each was fitted for."""
+
+    @property
+    def stand_in(self) -> Mapping[str, StandIn]: ...
+
+
+AnyStandIn = StandIn | Sequence[StandIn | None] | Mapping[str, StandIn | None] | HoldsStandIns
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ def wanted_by_config(
             "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
         )
     prefix = prefix_of(model)
-    remembered = _with_prefix(stored.stand_in_rank, [site.path for site in feed_forward], prefix)
+    attention_paths, feed_forward_paths = [site.path for site in attention], [site.path for site in feed_forward]
+    remembered = _with_prefix(stored.stand_in_rank, feed_forward_paths, prefix)
     if stand_in is None and remembered:
         in_force = {site.path: site.stand_in for site in feed_forward}
         if lost := [path for path in remembered if in_force[path] is None]:
@@ -89,10 +99,9 @@ def wanted_by_config(
                 "convert without them"
             )
         stand_in = {path: in_force[path] for path in remembered}
-    attention_paths = [site.path for site in attention]
     return Wanted(
         _with_prefix(stored.attention_k, attention_paths, prefix) or None,
-        _with_prefix(stored.feed_forward_k, [site.path for site in feed_forward], prefix) or None,
+        _with_prefix(stored.feed_forward_k, feed_forward_paths, prefix) or None,
         backend or stored.attention_backend,
         backend or stored.feed_forward_backend,
         _with_prefix(stored.completion, attention_paths, prefix) or None,
@@ -212,15 +221,8 @@ def _completion_per_path(
     """The completion of each of the paths, with numbers for scales: a configuration and other devices take them."""
     if completion is None:
         return {}
-    entries = _entries("completion", completion, paths, obstacles)
-    if entries is None:
-        if not isinstance(completion, Completion):
-            raise TypeError(
-                "completion must be a Completion, a list with one for each attention layer, or a mapping from layer "
-                f"path, got {type(completion).__name__} {completion!r}"
-            )
-        entries = dict.fromkeys(paths, completion)
-    return {path: _with_numbers(path, entry) for path, entry in entries.items() if entry is not None}
+    entries = _added_per_path("completion", completion, Completion, "attention", paths, obstacles)
+    return {path: _with_numbers(path, entry) for path, entry in entries.items()}
 
 
 def _with_numbers(path: str, completion: Completion) -> Completion:
@@ -247,15 +249,8 @@ def _stand_in_per_path(
 ) -> dict[str, StandIn]:
     if stand_in is None:
         return {}
-    entries = _entries("stand_in", stand_in_beside(stand_in) or stand_in, paths, obstacles)
-    if entries is None:
-        if not isinstance(stand_in, StandIn):
-            raise TypeError(
-                "stand_in must be a StandIn, a list with one for each feed-forward layer, or a mapping from layer "
-                f"path, got {type(stand_in).__name__} {stand_in!r}"
-            )
-        entries = dict.fromkeys(paths, stand_in)
-    return {path: entry for path, entry in entries.items() if entry is not None}
+    wanted = stand_in_beside(stand_in) or stand_in
+    return _added_per_path("stand_in", wanted, StandIn, "feed-forward", paths, obstacles)
 
 
 def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: AnyStandIn | None) -> None:
@@ -281,6 +276,22 @@ def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: An
 def _some(paths: Sequence[str]) -> str:
     """Some of these paths, for a message."""
     return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more layers"
+
+
+def _added_per_path(
+    name: str, wanted: Any, kind: type[Any], layers: str, paths: Sequence[str], obstacles: Mapping[str, str]
+) -> dict[str, Any]:
+    """What these layers add, by path, of those that add something. One thing for all of them must be of the kind; the
+    entries of a list or mapping are looked at with the layer that they are for."""
+    entries = _entries(name, wanted, paths, obstacles)
+    if entries is None:
+        if not isinstance(wanted, kind):
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, a list with one for each {layers} layer, or a mapping from layer "
+                f"path, got {type(wanted).__name__} {wanted!r}"
+            )
+        entries = dict.fromkeys(paths, wanted)
+    return {path: entry for path, entry in entries.items() if entry is not None}
 
 
 def _entries(name: str, wanted: Any, paths: Sequence[str], obstacles: Mapping[str, str]) -> dict[str, Any] | None:

@@ -73,11 +73,11 @@ def topk_feed_forward(
     reference multiplies all rows by all weights, so NaN may spread in both places.)
 
     The backward pass needs x, the weights, and for each kept neuron an int32 index and a float pre-activation (two for
-    a gated layer); these are saved. Derivatives of the gradient and forward-mode derivatives exist
-    only for backend="reference".
+    a gated layer); these are saved. Derivatives of the gradient and forward-mode derivatives exist only for
+    backend="reference".
 
     Raises:
-        TypeError: k is of the wrong type.
+        TypeError: k or the stand-in is of the wrong type.
         ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
         NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.

@@ -7,14 +7,19 @@ PyTorch. Set TOPK_ATTENTION_KERNELS=required to make that an error, or =off to b
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 KERNELS = os.environ.get("TOPK_ATTENTION_KERNELS", "optional")
-X86_TARGETS = ["baseline", "avx2", "avx512", "avx512vnni"]
-TARGETS = {"x86_64": X86_TARGETS, "amd64": X86_TARGETS, "aarch64": ["neon"], "arm64": ["neon"]}
+X86_TARGETS = ["baseline", "avx2", "avxvnni", "avx512", "avx512vnni"]
+ARM_TARGETS = ["neon", "neondot"]
+TARGETS = {"x86_64": X86_TARGETS, "amd64": X86_TARGETS, "aarch64": ARM_TARGETS, "arm64": ARM_TARGETS}
+# Left out where the compiler does not know their flags: -mavxvnni needs g++ 11 or clang 12.
+OPTIONAL_TARGETS = ["avxvnni"]
 FLAGS = Path("csrc/flags")  # a file of compiler flags for all sources, and one for each target that needs more
 
 
@@ -22,6 +27,12 @@ class BuildKernels(build_ext):
     """Compiles each kernels/<target>.cpp with that target's flags."""
 
     def build_extension(self, ext: Extension) -> None:
+        for name in OPTIONAL_TARGETS:
+            source = f"csrc/kernels/{name}.cpp"
+            if source in ext.sources and not self.knows_flags(flags_of(name)):
+                print(f"topk_attention: no kernels for {name}, the compiler does not know its flags", file=sys.stderr)
+                ext.sources.remove(source)
+                ext.define_macros.append((f"TOPK_WITHOUT_{name.upper()}", None))
         compile_one = self.compiler._compile
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
@@ -30,6 +41,16 @@ class BuildKernels(build_ext):
 
         self.compiler._compile = compile_with_flags
         super().build_extension(ext)
+
+    def knows_flags(self, flags: list[str]) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "nothing.cpp"
+            source.touch()
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
 
 
 def targets() -> list[str]:

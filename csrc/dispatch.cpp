@@ -1,5 +1,13 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace topk {
 
 #if defined(__x86_64__)
@@ -9,6 +17,11 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+#if !defined(TOPK_WITHOUT_AVXVNNI)  // setup.py: the compiler is older than that
+namespace avxvnni {
+extern const Kernels kernels;
+}
+#endif
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -16,6 +29,9 @@ namespace baseline {
 extern const Kernels kernels;
 }
 #elif defined(__aarch64__)
+namespace neondot {
+extern const Kernels kernels;
+}
 namespace neon {
 extern const Kernels kernels;
 }
@@ -27,6 +43,37 @@ extern const Kernels kernels;
 
 namespace {
 
+#if defined(__x86_64__) && !defined(TOPK_WITHOUT_AVXVNNI)
+// What __builtin_cpu_supports has no name for in every compiler. Both work on the registers of AVX2, for which it does ask the
+// operating system.
+bool has_avxvnni_and_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29)) != 0;
+#if defined(TOPK_AVXVNNI_BY_AVX512)  // for tests: screen_vectors-inl.h encodes the instruction otherwise
+  return has_f16c && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#else
+  // Processors without this part of the leaf return zeros.
+  return has_f16c && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4)) != 0;
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// A target for AMX, with tiles of bytes or bfloat16 in place of add_products, would come first: LOG.md has what it could gain.
+// It needs CPUID and, on Linux, the kernel's leave to use the tiles (ARCH_REQ_XCOMP_PERM).
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> kernels;
 #if defined(__x86_64__)
@@ -39,9 +86,13 @@ std::vector<const Kernels*> runnable() {
   if (has_avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2"))
     kernels.push_back(&avx512vnni::kernels);
   if (has_avx512) kernels.push_back(&avx512::kernels);
+#if !defined(TOPK_WITHOUT_AVXVNNI)
+  if (has_avx2 && has_avxvnni_and_f16c()) kernels.push_back(&avxvnni::kernels);
+#endif
   if (has_avx2) kernels.push_back(&avx2::kernels);
   kernels.push_back(&baseline::kernels);
 #elif defined(__aarch64__)
+  if (has_dot_products()) kernels.push_back(&neondot::kernels);
   kernels.push_back(&neon::kernels);  // every 64-bit Arm processor has NEON
 #else
   kernels.push_back(&baseline::kernels);

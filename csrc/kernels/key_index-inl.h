@@ -1,20 +1,19 @@
 // The keys of one head as centred 8-bit integers, with which all scores are screened before few are computed (screen-inl.h
-// says how). Built once per call and key head, shared by threads, read only from then on. Only for x86 with VNNI.
+// says how). Built once per call and key head, shared by threads, read only from then on.
 //
-// c is a centre of the keys, s a scale. Key j of a panel is c + s K_j up to an error, K_j in -127..127, stored as K_j + 128.
+// c is a centre of the keys, s a scale. Key j of a panel is c + s K_j up to an error, K_j in -127..127, stored as
+// K_j + kKeyOffset.
 //
 // Slots: the sample comes first, every `period`-th key, then all other keys in their order. A panel is 32 slots.
-
-constexpr int kIndexPanel = 32;
 
 struct KeyIndex {
   int64_t num_keys, head_dim;
   int64_t period;         // keys 0, period, 2 * period ... are the sample
   int64_t num_sampled, sample_panels, num_panels;
   int64_t quads;          // head_dim / 4, rounded up: four dimensions are multiplied at once
-  float* centre;          // [quads * 4]
+  float* centre;          // [whole_vectors(head_dim)], zeros at the end
   float centre_norm;
-  uint8_t* keys;          // [num_panels, quads, 32, 4], K + 128
+  uint8_t* keys;          // [num_panels, quads, 32, 4], K + kKeyOffset
   float *scale, *inverse; // [num_panels], s and 1 / s
   float *error, *norm;    // [num_panels], the largest |error of j| / s, roundings of its float32 score with it, and |K_j|
   uint32_t* unscreened;   // [num_panels], a bit for each key that has no bound: not finite, or far larger than its panel
@@ -26,7 +25,7 @@ struct KeyIndex {
         num_panels(sample_panels + ceil_div<int64_t>(num_keys - num_sampled, kIndexPanel)), quads(ceil_div<int64_t>(head_dim, 4)) {}
 
   void take(Arena& arena) {
-    centre = arena.take<float>(quads * 4);
+    centre = arena.take<float>(whole_vectors(head_dim));
     keys = arena.take<uint8_t>(num_panels * panel_bytes());
     scale = arena.take<float>(num_panels);
     inverse = arena.take<float>(num_panels);
@@ -50,21 +49,6 @@ struct KeyIndex {
   }
 };
 
-inline __m512 load_widened(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-inline __m512 load_widened(const BFloat16* from, __mmask16 lanes) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-inline __m512 load_widened(const Float16* from, __mmask16 lanes) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from));
-}
-
-// The lanes of a vector that begins at element d of `dim`.
-inline __mmask16 lanes_left(int64_t d, int64_t dim) { return dim - d >= 16 ? 0xffff : __mmask16((1u << (dim - d)) - 1); }
-
-// A square root is needed a few times a panel; the instruction, as the library's function may not be there.
-inline float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
-
 // Numbers up to this size, and their squares' sums, stay far from the ends of float32.
 constexpr float kLargestScreened = 1e15f;
 
@@ -75,7 +59,7 @@ class KeyIndexBuilder {
 
   // False where there is no memory.
   bool build() {
-    width_ = ceil_div<int64_t>(x_.head_dim, 16) * 16;
+    width_ = whole_vectors(x_.head_dim);
     Arena arena;
     const bool has_memory = arena.allocate([&](Arena& arena) {
       centre_ = arena.take<float>(width_);
@@ -94,24 +78,23 @@ class KeyIndexBuilder {
  private:
   // What is not below the median of 32 numbers by more than half of them.
   static float median_of_panel(const float* numbers) {
-    const __m512 a = _mm512_loadu_ps(numbers), b = _mm512_loadu_ps(numbers + 16);
     float median = __builtin_inff();
     for (int i = 0; i < kIndexPanel; ++i) {
-      const __m512 x = _mm512_set1_ps(numbers[i]);
-      const int not_above = count_bits(_mm512_cmp_ps_mask(a, x, _CMP_LE_OQ)) + count_bits(_mm512_cmp_ps_mask(b, x, _CMP_LE_OQ));
+      int not_above = 0;
+      for (int v = 0; v < kPanelVectors; ++v) not_above += count_bits(not_less(broadcast(numbers[i]), load(numbers + v * kLanes<float>)));
       if (not_above >= kIndexPanel / 2) median = smaller(median, numbers[i]);
     }
     return median;
   }
 
   float largest_of(const T* key) const {
-    __m512 most = _mm512_setzero_ps(), broken = most;
-    for (int64_t d = 0; d < x_.head_dim; d += 16) {
-      const __m512 v = load_widened(key + d, lanes_left(d, x_.head_dim));
-      most = _mm512_max_ps(most, _mm512_abs_ps(v));
-      broken = _mm512_fmadd_ps(v, _mm512_setzero_ps(), broken);
+    FloatVector most = {}, broken = {};
+    for (int64_t d = 0; d < x_.head_dim; d += kLanes<float>) {
+      const FloatVector v = load_widened(key + d, x_.head_dim - d);
+      most = higher_of(most, absolute(v));
+      broken = multiply_add<float>(v, FloatVector{}, broken);
     }
-    return _mm512_cmp_ps_mask(broken, broken, _CMP_UNORD_Q) != 0 ? __builtin_inff() : _mm512_reduce_max_ps(most);
+    return nan_lanes(broken) != 0 ? __builtin_inff() : most_lane(most);
   }
 
   // The mean of keys that are not far larger than most. Any centre is right; a good one makes errors small.
@@ -125,15 +108,15 @@ class KeyIndexBuilder {
       const T* key = keys_ + j * stride_;
       if (!(largest_of(key) <= limit)) continue;
       ++count;
-      for (int64_t d = 0; d < x_.head_dim; d += 16)
-        _mm512_storeu_ps(centre_ + d, _mm512_add_ps(_mm512_loadu_ps(centre_ + d), load_widened(key + d, lanes_left(d, x_.head_dim))));
+      for (int64_t d = 0; d < x_.head_dim; d += kLanes<float>)
+        store<float>(centre_ + d, load(centre_ + d) + load_widened(key + d, x_.head_dim - d));
     }
     float norm = 0;
     for (int64_t d = 0; d < x_.head_dim; ++d) {
       centre_[d] /= float(larger<int64_t>(count, 1));
       norm += centre_[d] * centre_[d];
     }
-    for (int64_t d = 0; d < x_.quads * 4; ++d) x_.centre[d] = centre_[d];
+    for (int64_t d = 0; d < width_; ++d) x_.centre[d] = centre_[d];
     x_.centre_norm = square_root(norm) * 1.0001f;
   }
 
@@ -149,22 +132,22 @@ class KeyIndexBuilder {
         continue;
       }
       const T* key = keys_ + j * stride_;
-      __m512 most = _mm512_setzero_ps(), broken = most, high = most, squares = most;
-      for (int64_t d = 0; d < width_; d += 16) {
-        const __m512 v = load_widened(key + d, lanes_left(d, x_.head_dim)), r = _mm512_sub_ps(v, _mm512_loadu_ps(centre_ + d));
-        _mm512_storeu_ps(row + d, r);
-        broken = _mm512_fmadd_ps(v, _mm512_setzero_ps(), broken);
-        high = _mm512_max_ps(high, _mm512_abs_ps(v));
-        most = _mm512_max_ps(most, _mm512_abs_ps(r));
-        squares = _mm512_fmadd_ps(v, v, squares);
+      FloatVector most = {}, broken = {}, high = {}, squares = {};
+      for (int64_t d = 0; d < width_; d += kLanes<float>) {
+        const FloatVector v = load_widened(key + d, x_.head_dim - d), r = v - load(centre_ + d);
+        store<float>(row + d, r);
+        broken = multiply_add<float>(v, FloatVector{}, broken);
+        high = higher_of(high, absolute(v));
+        most = higher_of(most, absolute(r));
+        squares = multiply_add<float>(v, v, squares);
       }
-      const bool is_broken = _mm512_cmp_ps_mask(broken, broken, _CMP_UNORD_Q) != 0;
+      const bool is_broken = nan_lanes(broken) != 0;
       x_.has_broken = x_.has_broken || is_broken;
-      if (is_broken || !(_mm512_reduce_max_ps(high) < kLargestScreened)) {
+      if (is_broken || !(most_lane(high) < kLargestScreened)) {
         unscreened_ |= 1u << lane;
       } else {
-        sizes_[lane] = _mm512_reduce_max_ps(most);
-        norms_[lane] = square_root(_mm512_reduce_add_ps(squares)) * (1 + 1e-5f);
+        sizes_[lane] = most_lane(most);
+        norms_[lane] = square_root(sum_of_floats(squares)) * (1 + 1e-5f);
       }
     }
     // One key far above the rest of its panel would leave no digits for them.
@@ -185,28 +168,28 @@ class KeyIndexBuilder {
     for (int64_t lane = 0; lane < kIndexPanel; ++lane) {
       uint32_t* to = reinterpret_cast<uint32_t*>(x_.keys + p * x_.panel_bytes()) + lane;
       if ((unscreened_ >> lane & 1) != 0) {
-        for (int64_t d = 0; d < x_.quads; ++d) to[d * kIndexPanel] = 0x80808080u;
+        for (int64_t d = 0; d < x_.quads; ++d) to[d * kIndexPanel] = kOffsets;
         continue;
       }
       const float* row = rows_ + lane * width_;
-      __m512 errors = _mm512_setzero_ps(), squares = errors, numbers = errors;
-      for (int64_t d = 0; d < width_; d += 16) {
-        const __m512 r = _mm512_loadu_ps(row + d);
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(r, _mm512_set1_ps(inverse)));
-        const __m512 number = _mm512_cvtepi32_ps(rounded), e = _mm512_fnmadd_ps(number, _mm512_set1_ps(scale), r);
-        errors = _mm512_fmadd_ps(e, e, errors);
-        squares = _mm512_fmadd_ps(r, r, squares);
-        numbers = _mm512_fmadd_ps(number, number, numbers);
-        alignas(16) uint32_t quads[4];
-        _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm_add_epi8(_mm512_cvtepi32_epi8(rounded), _mm_set1_epi8(-128)));
-        for (int64_t i = 0; i < smaller<int64_t>(4, x_.quads - d / 4); ++i) to[(d / 4 + i) * kIndexPanel] = quads[i];
+      FloatVector errors = {}, squares = {}, numbers = {};
+      for (int64_t d = 0; d < width_; d += kLanes<float>) {
+        const FloatVector r = load(row + d);
+        const IntVector whole = rounded(r * inverse);
+        const FloatVector number = as_float(whole), e = r - number * scale;
+        errors = multiply_add<float>(e, e, errors);
+        squares = multiply_add<float>(r, r, squares);
+        numbers = multiply_add<float>(number, number, numbers);
+        uint32_t quads[kLanes<float> / 4];
+        store_bytes(reinterpret_cast<uint8_t*>(quads), whole + kKeyOffset);
+        for (int64_t i = 0; i < smaller<int64_t>(kLanes<float> / 4, x_.quads - d / 4); ++i) to[(d / 4 + i) * kIndexPanel] = quads[i];
       }
       // Roundings: of the centred key, of these sums, of a score as one chain of float32 products and sums.
-      const float error = square_root(_mm512_reduce_add_ps(errors)) * (1 + 1e-5f) +
-                          5e-7f * square_root(_mm512_reduce_add_ps(squares)) + 1e-7f * norms_[lane] +
+      const float error = square_root(sum_of_floats(errors)) * (1 + 1e-5f) +
+                          5e-7f * square_root(sum_of_floats(squares)) + 1e-7f * norms_[lane] +
                           float(x_.head_dim + 2) * 6e-8f * norms_[lane];
       most_error = larger(most_error, error / scale * (1 + 1e-5f) + 2e-3f);
-      most_norm = larger(most_norm, square_root(_mm512_reduce_add_ps(numbers)) * (1 + 1e-5f));
+      most_norm = larger(most_norm, square_root(sum_of_floats(numbers)) * (1 + 1e-5f));
     }
     x_.scale[p] = scale;
     x_.inverse[p] = inverse;
@@ -215,6 +198,8 @@ class KeyIndexBuilder {
     x_.unscreened[p] = unscreened_;
     x_.has_unscreened = x_.has_unscreened || unscreened_ != 0;
   }
+
+  static constexpr uint32_t kOffsets = kKeyOffset * 0x01010101u;  // of four zeros
 
   KeyIndex& x_;
   const T* keys_;

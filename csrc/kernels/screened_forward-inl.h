@@ -56,13 +56,13 @@ class ScreenedForward : public Forward<T, float> {
       screen_.take(arena, max_rows, s_.head_dim);
       sample_ = arena.take<float>(kTileRows * index.sample_panels * kIndexPanel);
       bits_ = arena.take<uint32_t>((chunk_slots / kIndexPanel + 1) * kTileRows);
-      starts_ = arena.take<int32_t>(chunk_slots / kIndexPanel * 16);
+      starts_ = arena.take<int32_t>(chunk_slots / kIndexPanel * kRowLanes);
       passed_ = arena.take<int32_t>(chunk_slots + 64);
       scores_ = arena.take<float>(chunk_slots + 64);
       if (adds()) {
         const int64_t keys_of_chunk = ceil_div(chunk_slots * index.period, index.period - 1) + kIndexPanel;
         added_ = arena.take<float>(larger(keys_of_chunk, chunk_slots + kIndexPanel));
-        most_added_ = arena.take<float>(chunk_slots / kIndexPanel * 16);
+        most_added_ = arena.take<float>(chunk_slots / kIndexPanel * kRowLanes);
       }
       order_ = arena.take<int64_t>(max_rows);
     });
@@ -177,7 +177,7 @@ class ScreenedForward : public Forward<T, float> {
     const int64_t rank = int64_t(expected + kSampleDeviations * __builtin_sqrt(expected * (1 - share)) + 2);
     int64_t eligible = visible;
     if (adds()) {
-      eligible = copy_not_less(scores, ceil_div<int64_t>(visible, 16) * 16, -Types<float>::largest, added_);
+      eligible = copy_not_less(scores, whole_vectors(visible), -Types<float>::largest, added_);
       hide_beyond(eligible, added_);
       scores = added_;
     }
@@ -209,7 +209,7 @@ class ScreenedForward : public Forward<T, float> {
     for (int64_t p = 0; p < count; ++p) {
       const int64_t from = (index().key_at(first_panel + p, 0) - first_key) / step;
       const int64_t to = (smaller(index().key_at(first_panel + p, kIndexPanel - 1) + 1, end_key) - first_key + step - 1) / step;
-      most_added_[16 * p + i] = largest_added(added + from, to - from);
+      most_added_[kRowLanes * p + i] = largest_added(added + from, to - from);
     }
   }
 
@@ -222,21 +222,24 @@ class ScreenedForward : public Forward<T, float> {
       if (!is_same)
         find_most_added_of_row(i, r, first_panel, count);
       else
-        for (int64_t p = 0; p < count; ++p) most_added_[16 * p + i] = most_added_[16 * p + i - 1];
+        for (int64_t p = 0; p < count; ++p) most_added_[kRowLanes * p + i] = most_added_[kRowLanes * p + i - 1];
     }
   }
 
   // NaN counts as the largest.
   static float largest_added(const float* added, int64_t count) {
-    __m512 most = _mm512_set1_ps(-kInfinity<float>);
-    __mmask16 broken = 0;
-    for (int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = lanes_left(i, count);
-      const __m512 x = _mm512_maskz_loadu_ps(lanes, added + i);
-      most = _mm512_mask_max_ps(most, lanes, most, x);
-      broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    FloatVector most = broadcast(-kInfinity<float>);
+    bool is_broken = false;
+    for (int64_t i = 0; i < count; i += kLanes<float>) {
+      // Towards the end from the last whole vector, some twice.
+      const int64_t from = count < kLanes<float> ? 0 : smaller<int64_t>(i, count - kLanes<float>);
+      FloatVector x = load_some(added + from, count);
+      if (count < kLanes<float>)
+        for (int64_t lane = count; lane < kLanes<float>; ++lane) x[lane] = -kInfinity<float>;
+      most = higher_of(most, x);
+      is_broken = is_broken || nan_lanes(x) != 0;
     }
-    return broken != 0 ? kInfinity<float> : _mm512_reduce_max_ps(most);
+    return is_broken ? kInfinity<float> : most_lane(most);
   }
 
   // A cut that `rank` of n scores, and few more, reach. Rows are much alike: few scores lie above a place that is a little below
@@ -260,37 +263,39 @@ class ScreenedForward : public Forward<T, float> {
   };
 
   static Spread spread_of(const float* scores, int64_t n) {
-    __m512 sum[2] = {}, squares[2] = {};
+    FloatVector sum[kPanelVectors] = {}, squares[kPanelVectors] = {};
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32)
-      for (int v = 0; v < 2; ++v) {
-        const __m512 x = _mm512_loadu_ps(scores + i + 16 * v);
-        sum[v] = _mm512_add_ps(sum[v], x);
-        squares[v] = _mm512_fmadd_ps(x, x, squares[v]);
+    for (; i + kIndexPanel <= n; i += kIndexPanel)
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const FloatVector x = load(scores + i + kLanes<float> * v);
+        sum[v] += x;
+        squares[v] = multiply_add<float>(x, x, squares[v]);
       }
-    const float count = float(larger<int64_t>(i, 1)), mean = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / count;
-    const float variance = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])) / count - mean * mean;
+    for (int v = 1; v < kPanelVectors; ++v) {
+      sum[0] += sum[v];
+      squares[0] += squares[v];
+    }
+    const float count = float(larger<int64_t>(i, 1)), mean = sum_of_floats(sum[0]) / count;
+    const float variance = sum_of_floats(squares[0]) / count - mean * mean;
     return {mean, square_root(larger(variance, 0.0f))};
   }
 
   static int64_t copy_not_less(const float* from, int64_t n, float low, float* to) {
     int64_t count = 0;
-    for (int64_t i = 0; i < n; i += 16) {
-      const __m512 v = _mm512_loadu_ps(from + i);
-      const __mmask16 lanes = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ);
-      _mm512_storeu_ps(to + count, _mm512_maskz_compress_ps(lanes, v));
-      count += count_bits(lanes);
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const FloatVector v = load(from + i);
+      count += keep_lanes(v, not_less(v, broadcast(low)), to + count);
     }
     return count;
   }
 
   static float lowest_finite(const float* scores, int64_t n) {
-    __m512 low = _mm512_set1_ps(Types<float>::largest);
-    for (int64_t i = 0; i < n; i += 16) {
-      const __m512 v = _mm512_loadu_ps(scores + i);
-      low = _mm512_mask_min_ps(low, _mm512_cmp_ps_mask(v, _mm512_set1_ps(-kInfinity<float>), _CMP_GT_OQ), low, v);
+    FloatVector low = broadcast(Types<float>::largest);
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const FloatVector v = load(scores + i);
+      low = v > -kInfinity<float> ? lower_of(low, v) : low;
     }
-    return _mm512_reduce_min_ps(low);
+    return least_lane(low);
   }
 
   // Screen panels [first_panel, last_panel), all of the sample or none, for the first `count` rows of order_ and take what
@@ -342,10 +347,10 @@ class ScreenedForward : public Forward<T, float> {
     if (adds()) count = drop_hidden(r, count);
     screen_.score(r, keys_of_block(), call_.key.stride[2], passed_, count, scores_);
     Candidates<float>& found = rows_[r].found;
-    for (int64_t i = 0; i < count; i += 16) {
-      if (adds()) _mm512_storeu_ps(scores_ + i, _mm512_add_ps(_mm512_loadu_ps(scores_ + i), _mm512_loadu_ps(added_ + i)));
+    for (int64_t i = 0; i < count; i += kLanes<float>) {
+      if (adds()) store<float>(scores_ + i, load(scores_ + i) + load(added_ + i));
       uint32_t lanes = not_less(load(scores_ + i), broadcast(found.threshold));
-      if (count - i < 16) lanes &= (1u << (count - i)) - 1;
+      if (count - i < kLanes<float>) lanes &= (1u << (count - i)) - 1;
       found.count += compact_lanes(scores_ + i, passed_ + i, lanes, found.scores + found.count, found.indices + found.count);
       if (found.count <= capacity_) continue;
       make_room(r);
@@ -373,14 +378,13 @@ class ScreenedForward : public Forward<T, float> {
   // Turn slots into keys.
   void name_keys(int64_t first_slot, int64_t count, bool is_sample) {
     const int64_t period = index().period;
-    const __m512i first = _mm512_set1_epi32(int32_t(first_slot));
-    const __m512 inverse = _mm512_set1_ps(1 / float(period - 1));
-    for (int64_t i = 0; i < count; i += 16) {
-      const __m512i slot = _mm512_add_epi32(_mm512_loadu_si512(passed_ + i), first);
-      const __m512 quotient = _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(slot), _mm512_set1_ps(0.5f)), inverse);
-      const __m512i before = _mm512_add_epi32(_mm512_cvttps_epi32(quotient), _mm512_set1_epi32(1));
-      const __m512i sampled = _mm512_mullo_epi32(slot, _mm512_set1_epi32(int32_t(period)));
-      _mm512_storeu_si512(passed_ + i, is_sample ? sampled : _mm512_add_epi32(slot, before));
+    const float inverse = 1 / float(period - 1);
+    for (int64_t i = 0; i < count; i += kLanes<float>) {
+      // Without a sign: lanes beyond `count` hold anything.
+      UnsignedVector& passed = *reinterpret_cast<UnsignedVector*>(passed_ + i);
+      const UnsignedVector slot = passed + uint32_t(first_slot);
+      const IntVector before = __builtin_convertvector((as_float((IntVector)slot) + 0.5f) * inverse, IntVector);
+      passed = is_sample ? slot * uint32_t(period) : slot + (UnsignedVector)before + 1;
     }
   }
 

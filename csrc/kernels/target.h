@@ -1,5 +1,5 @@
 // All kernels of one CPU target. Compiled once per target with TOPK_TARGET as the name of its namespace and that target's
-// compiler flags. Nothing in these files may use the standard library's templates: the linker could share such
+// compiler flags. TOPK_SCREENS is defined where the target multiplies bytes, so that attention screens keys. Nothing in these files may use the standard library's templates: the linker could share such
 // code, compiled for one target, with the rest of the process.
 #include <stddef.h>
 #include <stdint.h>
@@ -12,6 +12,8 @@
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../kernels.h"
@@ -29,7 +31,8 @@ namespace {
 #include "scores-inl.h"
 #include "rest-inl.h"
 #include "forward-inl.h"
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
+#if defined(TOPK_SCREENS)
+#include "screen_vectors-inl.h"
 #include "key_index-inl.h"
 #include "screen-inl.h"
 #include "screened_forward-inl.h"
@@ -50,7 +53,7 @@ namespace {
 
 template <class T, class A>
 bool forward_of(const AttentionForward& call, const Parallel& parallel) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
+#if defined(TOPK_SCREENS)
   if constexpr (sizeof(A) == 4)
     if (screening_pays(call)) return run_screened_forward<T>(call, parallel);
 #endif

@@ -4,7 +4,7 @@ import sys
 from typer.testing import CliRunner
 
 from topk_attention import __version__
-from topk_attention.backends import choose_backend
+from topk_attention.backends import choose_backend, cpu
 from topk_attention.cli import app
 
 runner = CliRunner()
@@ -19,6 +19,14 @@ def test_info_tells_versions_backends_and_the_registration():
     assert "chunked       runs here: plain PyTorch" in result.output
     assert f'"auto" uses {choose_backend("auto").name}: ' in result.output
     assert 'attn_implementation="topk"  is registered with transformers' in result.output
+
+
+def test_info_says_of_every_kind_of_kernels_whether_it_screens_keys(kernels):
+    for target in cpu.cpu_targets():
+        with cpu.forced_cpu_target(target):
+            output = runner.invoke(app, ["info"]).output
+        how = "screens keys by products of 8-bit integers" if target in cpu.SCREENING else "scores every key, as only"
+        assert f"kernels: {target} in use, which {how}" in output
 
 
 def test_version_is_the_packages():

@@ -44,9 +44,12 @@ def _kernels() -> str:
 
 def _scores(target: str) -> str:
     """How the attention of a CPU target finds the keys to keep, and why."""
-    if target == "avx512vnni":
+    if target in cpu.SCREENING:
         return "which screens keys by products of 8-bit integers and scores in float32 those that may be kept"
-    return "which scores every key, as only avx512vnni (AVX-512 with VNNI and VBMI2) screens them first"
+    return (
+        "which scores every key, as only avx512vnni (AVX-512 with VNNI and VBMI2), avxvnni (AVX-VNNI) and neondot "
+        "(NEON with dot products) screen them first"
+    )
 
 
 def _can_run(backend: str) -> str:

@@ -19,7 +19,7 @@ from topk_attention.backends import cpu
 
 NUM_KEYS = 4096
 # Keys of a panel in float64; twice as many in float32.
-PANELS = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "neon": 6, "baseline": 4}
+PANELS = {"avx512vnni": 16, "avx512": 16, "avxvnni": 8, "avx2": 8, "neondot": 6, "neon": 6, "baseline": 4}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 

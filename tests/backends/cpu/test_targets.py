@@ -113,5 +113,10 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
         pass
 
 
+def test_a_target_that_screens_keys_is_better_than_the_one_it_is_compared_with():
+    targets = cpu.cpu_targets()
+    assert all(targets.index(name) < targets.index(cpu.SCREENING[name]) for name in targets if name in cpu.SCREENING)
+
+
 def test_the_baseline_is_always_there():
     assert cpu.cpu_targets()[-1] in ("baseline", "neon")

@@ -1,8 +1,8 @@
 """Compiled kernels for CPU tensors (csrc/): scores and selection in one pass, a backward pass over kept keys alone."""
 
-from .library import cpu_target, cpu_targets, forced_cpu_target, problem
+from .library import SCREENING, cpu_target, cpu_targets, forced_cpu_target, problem
 
-__all__ = ["cpu_target", "cpu_targets", "forced_cpu_target", "problem"]
+__all__ = ["SCREENING", "cpu_target", "cpu_targets", "forced_cpu_target", "problem"]
 
 if problem() is None:
     from .attention import (

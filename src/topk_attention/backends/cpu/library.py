@@ -11,6 +11,9 @@ import torch
 _FOLDER = Path(__file__).parents[2]
 # What the operators are promised and promise, as in csrc/bindings.cpp: raised there and here where either changes.
 INTERFACE = 3
+# The targets that screen the keys of attention by 8-bit products, and those of the same vectors that score all keys.
+# Both give the same bits.
+SCREENING = {"avx512vnni": "avx512", "avxvnni": "avx2", "neondot": "neon"}
 
 
 def _load() -> str | None:
@@ -57,7 +60,8 @@ def cpu_target() -> str:
 def forced_cpu_target(name: str) -> Iterator[None]:
     """Run the kernels of one instruction set in the whole process: one of `cpu_targets()`.
 
-    "avx512vnni", "avx512", "avx2" and "baseline" on x86, "neon" on Arm. Only avx512vnni screens the keys of attention.
+    "avx512vnni", "avx512", "avxvnni", "avx2" and "baseline" on x86, "neondot" and "neon" on Arm. Only avx512vnni,
+    avxvnni and neondot screen the keys of attention.
 
     Raises:
         ValueError: this processor, or this build, has no such kernels.

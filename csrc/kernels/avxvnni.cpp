@@ -1,0 +1,4 @@
+#define TOPK_TARGET avxvnni
+#define TOPK_TARGET_NAME "avxvnni"
+#define TOPK_SCREENS
+#include "target.h"

@@ -9,7 +9,6 @@
 //   rounded                       to the nearest whole numbers
 //   load_widened                  `count` numbers of a row as float32, and zeros
 //   store_bytes                   each lane's lowest byte
-//   keep_lanes                    writes the lanes whose bit is set, one after another; returns how many. Writes a whole vector.
 //   append_set_bits               writes first + the number of each set bit; returns how many. Writes up to 16 beyond them.
 //   Sums                          a vector of sums of products, as the compiler keeps it in a register
 //   add_products                  adds Q.K for kRows rows and kPartKeys keys; query[d * kTileRows + r] holds four dimensions
@@ -60,11 +59,6 @@ inline FloatVector load_widened(const Float16* from, int64_t count) {
 
 inline void store_bytes(uint8_t* to, IntVector v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
-}
-
-inline int64_t keep_lanes(FloatVector v, uint32_t bits, float* to) {
-  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(__mmask16(bits), (__m512)v));
-  return count_bits(bits);
 }
 
 inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
@@ -198,14 +192,6 @@ inline void store_bytes(uint8_t* to, IntVector v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(_mm_shuffle_epi8(low, lowest), _mm_shuffle_epi8(high, lowest)));
 }
 
-inline int64_t keep_lanes(FloatVector v, uint32_t bits, float* to) {
-  // The numbers of the lanes that are kept, a byte for each. All processors with AVX-VNNI extract bits fast.
-  const uint64_t kept = _pext_u64(0x0706050403020100, _pdep_u64(bits, 0x0101010101010101) * 0xff);
-  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kept)));
-  _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)v, lanes));
-  return count_bits(bits);
-}
-
 inline IntVector load_bytes(const uint8_t* from) { return (IntVector)_mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
 inline IntVector add_dot(IntVector sums, IntVector keys, int32_t query) {
 #if defined(TOPK_AVXVNNI_BY_AVX512)
@@ -304,27 +290,6 @@ inline void store_bytes(uint8_t* to, IntVector v) {
   const uint16x4_t halves = vmovn_u32((uint32x4_t)v);
   const uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
   __builtin_memcpy(to, &bytes, 4);
-}
-
-struct LaneBytes {
-  uint8_t of[16][16];
-};
-
-// For each set of lanes, the bytes of those lanes one after another.
-constexpr LaneBytes bytes_of_lanes() {
-  LaneBytes bytes = {};
-  for (int set = 0; set < 16; ++set) {
-    int to = 0;
-    for (int lane = 0; lane < 4; ++lane)
-      for (int i = 0; (set >> lane & 1) != 0 && i < 4; ++i) bytes.of[set][to++] = uint8_t(4 * lane + i);
-  }
-  return bytes;
-}
-
-inline int64_t keep_lanes(FloatVector v, uint32_t bits, float* to) {
-  static constexpr LaneBytes kBytes = bytes_of_lanes();
-  vst1q_u8(reinterpret_cast<uint8_t*>(to), vqtbl1q_u8((uint8x16_t)v, vld1q_u8(kBytes.of[bits])));
-  return count_bits(bits);
 }
 
 // g++ 12 copies sums of type IntVector in every step.
@@ -429,6 +394,12 @@ inline FloatVector number_in(FloatVector words, int, float) { return words; }
 inline FloatVector number_in(FloatVector words, int i, BFloat16) {
   const IntVector bits = (IntVector)words;
   return (FloatVector)(i == 0 ? bits << 16 : bits & int32_t(0xffff0000));
+}
+
+// Writes the lanes whose bit is set, one after another; returns how many. Writes a whole vector.
+inline int64_t keep_lanes(FloatVector v, uint32_t bits, float* to) {
+  store<float>(to, gathered_lanes(v, bits));
+  return count_bits(bits);
 }
 
 #if !defined(__AVX512F__)

@@ -164,6 +164,39 @@ inline int64_t count_not_less(const A* values, int64_t n, A t) {
   return count;
 }
 
+#if defined(TOPK_SCREENS)
+// The lanes whose bit is set, one after another, and then anything.
+#if defined(__AVX512F__)
+inline FloatVector gathered_lanes(FloatVector v, uint32_t bits) { return (FloatVector)_mm512_maskz_compress_ps(__mmask16(bits), (__m512)v); }
+#elif defined(__AVX2__)
+inline FloatVector gathered_lanes(FloatVector v, uint32_t bits) {
+  // The numbers of these lanes, a byte for each. All processors with AVX-VNNI extract bits fast; not all with AVX2 alone do.
+  const uint64_t lanes = _pext_u64(0x0706050403020100, _pdep_u64(bits, 0x0101010101010101) * 0xff);
+  return (FloatVector)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(lanes))));
+}
+#else
+struct LaneBytes {
+  uint8_t of[16][16];
+};
+
+// For each set of lanes, the numbers of their bytes.
+constexpr LaneBytes bytes_of_lanes() {
+  LaneBytes bytes = {};
+  for (int set = 0; set < 16; ++set) {
+    int to = 0;
+    for (int byte = 0; byte < 16; ++byte)
+      if ((set >> byte / 4 & 1) != 0) bytes.of[set][to++] = uint8_t(byte);
+  }
+  return bytes;
+}
+
+inline FloatVector gathered_lanes(FloatVector v, uint32_t bits) {
+  static constexpr LaneBytes kBytes = bytes_of_lanes();
+  return (FloatVector)vqtbl1q_u8((uint8x16_t)v, vld1q_u8(kBytes.of[bits]));
+}
+#endif
+#endif
+
 // Write the lanes of v whose bit is set, and first_index + lane for each, one after another; returns how many. Writes a
 // whole vector of room whatever the count.
 inline int64_t append_lanes(const float* v, int32_t first_index, uint32_t bits, float* values, int32_t* indices) {
@@ -204,6 +237,13 @@ inline int64_t compact_lanes(const A* v, const int32_t* index, uint32_t bits, A*
     const __m512i kept = _mm512_maskz_compress_epi32(__mmask16(bits), _mm512_loadu_si512(index));
     _mm512_storeu_ps(values, _mm512_maskz_compress_ps(__mmask16(bits), _mm512_loadu_ps(v)));
     _mm512_storeu_si512(indices, kept);
+    return count_bits(bits);
+  }
+#elif defined(TOPK_SCREENS)
+  if constexpr (sizeof(A) == 4) {
+    const FloatVector kept = gathered_lanes(*reinterpret_cast<const FloatVector*>(index), bits);
+    store<float>(values, gathered_lanes(load(v), bits));
+    *reinterpret_cast<FloatVector*>(indices) = kept;
     return count_bits(bits);
   }
 #endif

@@ -95,7 +95,8 @@ inline __m256 half_of(const T* from, int64_t count) {
 
 template <class T, bool kWhole>
 inline __attribute__((always_inline)) __m512 two_pieces(const T* low, const T* high, int64_t count) {
-  return _mm512_insertf32x8(_mm512_castps256_ps512(half_of<T, kWhole>(low, count)), half_of<T, kWhole>(high, count), 1);
+  const __m256 first = half_of<T, kWhole>(low, count), second = half_of<T, kWhole>(high, count);  // clang's function is a macro
+  return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
 }
 
 // Transposes each block of 4 by 4 lanes of four rows.
@@ -237,7 +238,8 @@ struct KeyPieces {
 
   template <class T, bool kWhole>
   static __attribute__((always_inline)) __m256 two_keys(const T* low, const T* high, int64_t count) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(quarter_of<T, kWhole>(low, count)), quarter_of<T, kWhole>(high, count), 1);
+    const __m128 first = quarter_of<T, kWhole>(low, count), second = quarter_of<T, kWhole>(high, count);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1);
   }
 
   __attribute__((always_inline)) FloatVector word(int w) const { return (FloatVector)columns[w]; }

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import Completion, StandIn
@@ -271,7 +270,8 @@ def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: An
         raise ValueError(f"stand_in for {site.path} must hold numbers, got tensors on meta; load it first")
     if site.linear_out.weight.is_meta:
         raise ValueError(f"stand_in for {site.path} needs a network with weights, got one on meta; load it first")
-    dtype: torch.dtype = site.linear_out.weight.dtype
+    linear_out: Any = site.linear_out
+    dtype = linear_out.weight.dtype
     if too_large := [
         name for name, tensor in stand_in.to(dtype).tensors().items() if not bool(tensor.isfinite().all())
     ]:

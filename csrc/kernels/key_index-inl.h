@@ -42,6 +42,12 @@ struct KeyIndex {
   int64_t sampled_among(int64_t num_visible) const { return ceil_div(num_visible, period); }
   int64_t others_among(int64_t num_visible) const { return num_visible - sampled_among(num_visible); }
 
+  // The key of the sample before the first of panel p, where that comes right after it.
+  int64_t first_key_of(int64_t p) const {
+    const int64_t other = (p - sample_panels) * kIndexPanel;
+    return other + other / (period - 1);
+  }
+
   // The key in a slot of panel p, counted from that panel's first; not below num_keys where the slot is empty.
   int64_t key_at(int64_t p, int64_t lane) const {
     if (p < sample_panels) return (p * kIndexPanel + lane) * period;
@@ -114,6 +120,14 @@ class KeyIndexBuilder {
     return _mm512_cmp_ps_mask(broken, broken, _CMP_UNORD_Q) != 0 ? __builtin_inff() : _mm512_reduce_max_ps(most);
   }
 
+  // Is no element larger, or NaN.
+  bool is_within(const T* key, float limit) const {
+    __mmask16 within = 0xffff;
+    for (int64_t d = 0; d < x_.head_dim; d += 16)
+      within &= _mm512_cmp_ps_mask(_mm512_abs_ps(load_widened(key + d, lanes_left(d, x_.head_dim))), _mm512_set1_ps(limit), _CMP_LE_OQ);
+    return within == 0xffff;
+  }
+
   // The mean of keys that are not far larger than most. Any centre is right; a good one makes errors small.
   void find_centre() {
     float sizes[kIndexPanel];
@@ -123,7 +137,7 @@ class KeyIndexBuilder {
     int64_t count = 0;
     for (int64_t j = 0; j < x_.num_keys; ++j) {
       const T* key = keys_ + j * stride_;
-      if (!(largest_of(key) <= limit)) continue;
+      if (!is_within(key, limit)) continue;
       ++count;
       for (int64_t d = 0; d < x_.head_dim; d += 16)
         _mm512_storeu_ps(centre_ + d, _mm512_add_ps(_mm512_loadu_ps(centre_ + d), load_widened(key + d, lanes_left(d, x_.head_dim))));

@@ -32,17 +32,17 @@ inline __attribute__((always_inline)) void add_products(const int32_t* query, co
   }
 }
 
-// bits[r] gets a bit for each key whose sum is not negative.
+// bits[r * stride] gets a bit for each key whose sum is not negative.
 template <int kRows>
 __attribute__((noinline)) void screen_rows(const int32_t* query, const uint8_t* keys, int64_t quads, const int32_t* start,
-                                           uint32_t* bits) {
+                                           uint32_t* bits, int64_t stride) {
   ScreenSums sums[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = (ScreenSums)_mm512_set1_epi32(start[r]);
   add_products<kRows>(query, keys, quads, sums);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
-    bits[r] = ~_mm512_kunpackw(_mm512_movepi32_mask((__m512i)sums[r][1]), _mm512_movepi32_mask((__m512i)sums[r][0]));
+    bits[r * stride] = ~_mm512_kunpackw(_mm512_movepi32_mask((__m512i)sums[r][1]), _mm512_movepi32_mask((__m512i)sums[r][0]));
 }
 
 // scores[r * stride + lane] = scale * the sum: a score less q.c, in units of t.
@@ -62,13 +62,13 @@ __attribute__((noinline)) void approximate_rows(const int32_t* query, const uint
 }
 
 inline void screen_tile(int64_t num_rows, const int32_t* query, const uint8_t* keys, int64_t quads, const int32_t* start,
-                        uint32_t* bits) {
+                        uint32_t* bits, int64_t stride) {
   if (num_rows == 1)
-    screen_rows<1>(query, keys, quads, start, bits);
+    screen_rows<1>(query, keys, quads, start, bits, stride);
   else if (num_rows <= 4)
-    screen_rows<4>(query, keys, quads, start, bits);
+    screen_rows<4>(query, keys, quads, start, bits, stride);
   else
-    screen_rows<kTileRows>(query, keys, quads, start, bits);
+    screen_rows<kTileRows>(query, keys, quads, start, bits, stride);
 }
 
 inline void approximate_tile(int64_t num_rows, const int32_t* query, const uint8_t* keys, int64_t quads, const int32_t* start,
@@ -78,6 +78,9 @@ inline void approximate_tile(int64_t num_rows, const int32_t* query, const uint8
   else
     approximate_rows<kTileRows>(query, keys, quads, start, scale, scores, stride);
 }
+
+// The lowest bits of `bits`, in their order, in the places that are set in `places`.
+inline uint64_t deposit_bits(uint64_t bits, uint64_t places) { return _pdep_u64(bits, places); }
 
 // Writes first + the number of each set bit; returns how many. Writes up to 16 numbers beyond them.
 inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
@@ -315,30 +318,39 @@ class Screen {
     }
   }
 
-  // The keys of `count` panels that may reach the thresholds of the tile's rows: bits[p * kTileRows + r] has one for each.
+  // The keys of `count` panels that may reach the thresholds of the tile's rows: bits[r * stride + p] has one for each.
   // `most_added` is null or holds, for each panel and 16 rows, the most that is added to a score. `starts` has room for as many
   // numbers. They are computed for all panels first, as a tile would wait for its own.
-  void screen(int64_t first_panel, int64_t count, const float* most_added, int32_t* starts, uint32_t* bits) const {
+  void screen(int64_t first_panel, int64_t count, const float* most_added, int32_t* starts, uint32_t* bits,
+              int64_t stride) const {
     for (int64_t p = 0; p < count; ++p) {
       __m512 thresholds = _mm512_load_ps(thresholds_);
       if (most_added != nullptr) thresholds = less_added(thresholds, _mm512_load_ps(most_added + 16 * p));
       _mm512_store_si512(starts + 16 * p, start_of(first_panel + p, thresholds));
     }
     for (int64_t p = 0; p < count; ++p)
-      screen_tile(num_rows_, tile_, index_->panel(first_panel + p), quads_, starts + 16 * p, bits + p * kTileRows);
+      screen_tile(num_rows_, tile_, index_->panel(first_panel + p), quads_, starts + 16 * p, bits + p, stride);
     for (int64_t p = 0; index_->has_unscreened && p < count; ++p)
-      for (int64_t i = 0; i < num_rows_; ++i) bits[p * kTileRows + i] |= index_->unscreened[first_panel + p];
+      for (int64_t i = 0; i < num_rows_; ++i) bits[i * stride + p] |= index_->unscreened[first_panel + p];
   }
 
-  // The same for scores that approximate() gave row r and panel p.
-  uint32_t screen_approximate(int64_t r, int64_t p, const float* scores) const {
+  // The same for scores that approximate() gave row r, whose panels are the first `count` of the index: a word of bits for each.
+  // `limits` has room for 15 numbers more.
+  void screen_approximate(int64_t r, int64_t count, const float* scores, float* limits, uint32_t* bits) const {
     const ScreenedRow& row = rows_[r];
-    const float bound = row.threshold * index_->inverse[p] - row.size * index_->error[p] - row.error * index_->norm[p];
-    const float limit = (bound - 3) * index_->scale[p];
-    const __m512 least = _mm512_set1_ps(limit - 1e-6f * (limit < 0 ? -limit : limit));
-    const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), least, _CMP_NLT_UQ);
-    const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + 16), least, _CMP_NLT_UQ);
-    return low | high << 16 | index_->unscreened[p];
+    for (int64_t p = 0; p < count; p += 16) {
+      __m512 bound = _mm512_mul_ps(_mm512_set1_ps(row.threshold), _mm512_loadu_ps(index_->inverse + p));
+      bound = _mm512_fnmadd_ps(_mm512_set1_ps(row.size), _mm512_loadu_ps(index_->error + p), bound);
+      bound = _mm512_fnmadd_ps(_mm512_set1_ps(row.error), _mm512_loadu_ps(index_->norm + p), bound);
+      const __m512 limit = _mm512_mul_ps(_mm512_sub_ps(bound, _mm512_set1_ps(3)), _mm512_loadu_ps(index_->scale + p));
+      _mm512_storeu_ps(limits + p, _mm512_fnmadd_ps(_mm512_set1_ps(1e-6f), _mm512_abs_ps(limit), limit));
+    }
+    for (int64_t p = 0; p < count; ++p, scores += kIndexPanel) {
+      const __m512 least = _mm512_set1_ps(limits[p]);
+      const __mmask16 low = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), least, _CMP_NLT_UQ);
+      const __mmask16 high = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + 16), least, _CMP_NLT_UQ);
+      bits[p] = _mm512_kunpackw(high, low) | index_->unscreened[p];
+    }
   }
 
   // scores[i] = row r . key indices[i]. Writes up to 16 scores beyond them, and as many indices.

@@ -94,7 +94,8 @@ class Forward {
   struct Row {
     int64_t head, query, k;
     int64_t visible;  // keys before this one are not in the row's future
-    bool is_guess, is_done;
+    int64_t number;   // in the block
+    bool is_guess;
     Candidates<A> found;
   };
 
@@ -106,25 +107,26 @@ class Forward {
     visit_sample(num_sampled);
     visit(num_panels - num_sampled);
     if (call_.rest.active) prepare_rest();
-    bool again = false;
+    // Rows that found too few keys move together, so that they share tiles.
+    int64_t num_left = 0;
     for (int64_t r = 0; r < block_.num_rows; ++r) {
-      Row& row = rows_[r];
-      row.is_done = !row.is_guess || row.found.count >= row.k;
-      if (row.is_done)
+      const Row& row = rows_[r];
+      if (!row.is_guess || row.found.count >= row.k)
         finish(r);
       else
-        again = true;
+        rows_[num_left++] = row;
     }
-    if (!again) return;
-    for (int64_t r = 0; r < block_.num_rows; ++r) {
-      Row& row = rows_[r];
-      thresholds_[r] = row.is_done ? kInfinity<A> : -Types<A>::largest;
-      row.found = {row.found.scores, row.found.indices, 0, 0, thresholds_[r]};
+    if (num_left == 0) return;
+    block_.num_rows = num_left;
+    for (int64_t r = 0; r < num_left; ++r) {
+      Candidates<A>& found = rows_[r].found;
+      thresholds_[r] = -Types<A>::largest;
+      found = {found.scores, found.indices, 0, 0, thresholds_[r]};
     }
+    pack_queries();
     for (int64_t p = 0; p < num_panels; ++p) panels_[p] = int32_t(p);
     visit(num_panels);
-    for (int64_t r = 0; r < block_.num_rows; ++r)
-      if (!rows_[r].is_done) finish(r);
+    for (int64_t r = 0; r < num_left; ++r) finish(r);
   }
 
   void start(const RowBlock& block) {
@@ -139,7 +141,8 @@ class Forward {
       row.k = call_.head_k.k[row.head];
       row.visible = num_not_in_future(s_, call_.is_causal, row.query);
       most_visible_ = larger(most_visible_, row.visible);
-      row.is_guess = row.is_done = false;
+      row.number = r;
+      row.is_guess = false;
       thresholds_[r] = -Types<A>::largest;  // -inf, a hidden key, never reaches it
       row.found = {candidate_scores_ + r * slots_, candidate_indices_ + r * slots_, 0, 0, thresholds_[r]};
     }
@@ -392,8 +395,8 @@ class Forward {
     weighted_sum_of_rows<T, A>(values, call_.value.stride[2], found.indices, weights_, count, s_.value_dim, sums_,
                                spare_row_);
     if (rest.count > 0) {
-      add_multiple<A>(share * (1 - rest.mean_product), seen_.seen(r).values, sums_, s_.value_dim);
-      add_multiple<A>(share, seen_.seen(r).result, sums_, s_.value_dim);
+      add_multiple<A>(share * (1 - rest.mean_product), seen_.seen(row.number).values, sums_, s_.value_dim);
+      add_multiple<A>(share, seen_.seen(row.number).result, sums_, s_.value_dim);
     }
     T* output = static_cast<T*>(call_.output) + block_.batch * call_.output_stride[0] +
                 row.head * call_.output_stride[1] + row.query * call_.output_stride[2];
@@ -423,7 +426,7 @@ class Forward {
   // Needs the kept candidates; `sum` is that of exp(score - highest). Sets kept_products_ to their query . key.
   RestEntry weigh_rest(int64_t r, A highest, A sum) {
     const Row& row = rows_[r];
-    const auto& seen = seen_.seen(r);
+    const auto& seen = seen_.seen(row.number);
     const int64_t number = (block_.batch * s_.num_heads + row.head) * s_.num_queries + row.query, kept = row.found.count;
     const A* scores = row.found.scores;
     int64_t cut = 0;
@@ -431,7 +434,7 @@ class Forward {
     const int64_t count = seen.count - kept;
     A mass = 0, mean_product = 0;
     if (count > 0 && kept > 0) {
-      const A* query = seen_.row(r);
+      const A* query = seen_.row(row.number);
       A product_sum = score_sum;
       kept_products_ = scores;
       if (seen_.adds_to_scores()) {  // the scores are not the products alone

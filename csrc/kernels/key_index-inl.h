@@ -41,6 +41,12 @@ struct KeyIndex {
   int64_t sampled_among(int64_t num_visible) const { return ceil_div(num_visible, period); }
   int64_t others_among(int64_t num_visible) const { return num_visible - sampled_among(num_visible); }
 
+  // The key of the sample before the first of panel p, where that comes right after it.
+  int64_t first_key_of(int64_t p) const {
+    const int64_t other = (p - sample_panels) * kIndexPanel;
+    return other + other / (period - 1);
+  }
+
   // The key in a slot of panel p, counted from that panel's first; not below num_keys where the slot is empty.
   int64_t key_at(int64_t p, int64_t lane) const {
     if (p < sample_panels) return (p * kIndexPanel + lane) * period;
@@ -97,6 +103,14 @@ class KeyIndexBuilder {
     return nan_lanes(broken) != 0 ? __builtin_inff() : most_lane(most);
   }
 
+  // Is every element smaller, and none NaN.
+  bool is_below(const T* key, float limit) const {
+    uint32_t others = 0;
+    for (int64_t d = 0; d < x_.head_dim; d += kLanes<float>)
+      others |= not_less(absolute(load_widened(key + d, x_.head_dim - d)), broadcast(limit));
+    return others == 0;
+  }
+
   // The mean of keys that are not far larger than most. Any centre is right; a good one makes errors small.
   void find_centre() {
     float sizes[kIndexPanel];
@@ -106,7 +120,7 @@ class KeyIndexBuilder {
     int64_t count = 0;
     for (int64_t j = 0; j < x_.num_keys; ++j) {
       const T* key = keys_ + j * stride_;
-      if (!(largest_of(key) <= limit)) continue;
+      if (!is_below(key, limit)) continue;
       ++count;
       for (int64_t d = 0; d < x_.head_dim; d += kLanes<float>)
         store<float>(centre_ + d, load(centre_ + d) + load_widened(key + d, x_.head_dim - d));

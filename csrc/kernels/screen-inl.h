@@ -11,10 +11,10 @@
 // T of a row that takes every key.
 constexpr float kTakesAll = -Types<float>::largest;
 
-// bits[r] gets a bit for each of the 32 keys of a panel whose sum, beyond start[r], is not negative.
+// bits[r * stride] gets a bit for each of the 32 keys of a panel whose sum, beyond start[r], is not negative.
 template <int kRows>
 __attribute__((noinline)) void screen_rows(const int32_t* query, const uint8_t* keys, int64_t quads, const int32_t* start,
-                                           uint32_t* bits) {
+                                           uint32_t* bits, int64_t stride) {
   PassedBits<kRows> passed;
 #pragma GCC unroll 4
   for (int part = 0; part < kPanelParts; ++part) {
@@ -24,7 +24,7 @@ __attribute__((noinline)) void screen_rows(const int32_t* query, const uint8_t* 
     add_products<kRows>(query, keys + part * 4 * kPartKeys, quads, sums);
     passed.add(part, sums);
   }
-  passed.store(bits);
+  passed.store(bits, stride);
 }
 
 // scores[r * stride + lane] = scale * the sum: a score less q.c, in units of t.
@@ -47,13 +47,13 @@ __attribute__((noinline)) void approximate_rows(const int32_t* query, const uint
 }
 
 inline void screen_tile(int64_t num_rows, const int32_t* query, const uint8_t* keys, int64_t quads, const int32_t* start,
-                        uint32_t* bits) {
+                        uint32_t* bits, int64_t stride) {
   if (num_rows == 1)
-    screen_rows<1>(query, keys, quads, start, bits);
+    screen_rows<1>(query, keys, quads, start, bits, stride);
   else if (num_rows <= 4)
-    screen_rows<4>(query, keys, quads, start, bits);
+    screen_rows<4>(query, keys, quads, start, bits, stride);
   else
-    screen_rows<kTileRows>(query, keys, quads, start, bits);
+    screen_rows<kTileRows>(query, keys, quads, start, bits, stride);
 }
 
 inline void approximate_tile(int64_t num_rows, const int32_t* query, const uint8_t* keys, int64_t quads, const int32_t* start,
@@ -237,10 +237,11 @@ class Screen {
     }
   }
 
-  // The keys of `count` panels that may reach the thresholds of the tile's rows: bits[p * kTileRows + r] has one for each.
+  // The keys of `count` panels that may reach the thresholds of the tile's rows: bits[r * stride + p] has one for each.
   // `most_added` is null or holds, for each panel and kRowLanes rows, the most that is added to a score. `starts` has room for as
   // many numbers. They are computed for all panels first, as a tile would wait for its own.
-  void screen(int64_t first_panel, int64_t count, const float* most_added, int32_t* starts, uint32_t* bits) const {
+  void screen(int64_t first_panel, int64_t count, const float* most_added, int32_t* starts, uint32_t* bits,
+              int64_t stride) const {
     for (int64_t p = 0; p < count; ++p)
       for (int i = 0; i < kRowLanes; i += kLanes<float>) {
         FloatVector thresholds = load(thresholds_ + i);
@@ -248,20 +249,23 @@ class Screen {
         *reinterpret_cast<IntVector*>(starts + kRowLanes * p + i) = start_of(first_panel + p, i, thresholds);
       }
     for (int64_t p = 0; p < count; ++p)
-      screen_tile(num_rows_, tile_, index_->panel(first_panel + p), quads_, starts + kRowLanes * p, bits + p * kTileRows);
+      screen_tile(num_rows_, tile_, index_->panel(first_panel + p), quads_, starts + kRowLanes * p, bits + p, stride);
     for (int64_t p = 0; index_->has_unscreened && p < count; ++p)
-      for (int64_t i = 0; i < num_rows_; ++i) bits[p * kTileRows + i] |= index_->unscreened[first_panel + p];
+      for (int64_t i = 0; i < num_rows_; ++i) bits[i * stride + p] |= index_->unscreened[first_panel + p];
   }
 
-  // The same for scores that approximate() gave row r and panel p.
-  uint32_t screen_approximate(int64_t r, int64_t p, const float* scores) const {
+  // The same for scores that approximate() gave row r, whose panels are the first `count` of the index: a word of bits for each.
+  // `limits` has room for a vector more.
+  void screen_approximate(int64_t r, int64_t count, const float* scores, float* limits, uint32_t* bits) const {
     const ScreenedRow& row = rows_[r];
-    const float bound = row.threshold * index_->inverse[p] - row.size * index_->error[p] - row.error * index_->norm[p];
-    const float limit = (bound - 3) * index_->scale[p];
-    const FloatVector least = broadcast(limit - 1e-6f * (limit < 0 ? -limit : limit));
-    uint32_t bits = index_->unscreened[p];
-    for (int v = 0; v < kPanelVectors; ++v) bits |= not_less(load(scores + v * kLanes<float>), least) << (v * kLanes<float>);
-    return bits;
+    for (int64_t p = 0; p < count; p += kLanes<float>) {
+      FloatVector bound = load(index_->inverse + p) * row.threshold;
+      bound = bound - load(index_->error + p) * row.size;
+      bound = bound - load(index_->norm + p) * row.error;
+      const FloatVector limit = (bound - 3.0f) * load(index_->scale + p);
+      store<float>(limits + p, limit - absolute(limit) * 1e-6f);
+    }
+    for (int64_t p = 0; p < count; ++p, scores += kIndexPanel) bits[p] = panel_not_less(scores, limits[p]) | index_->unscreened[p];
   }
 
   // scores[i] = row r . key indices[i]. Writes less than a vector of scores beyond them, and as many indices.

@@ -330,7 +330,7 @@ class PassedBits {
  public:
   // A byte of each row, of its eight keys.
   __attribute__((always_inline)) void add(int part, const Sums (&sums)[kRows][2]) {
-    static_assert(kRows <= 8 && kTileRows == 8, "eight rows are stored");
+    static_assert(kRows <= 8, "a byte for each row fits half a vector");
     const uint8x16_t bits = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     uint8x16_t two_rows[4] = {};
 #pragma GCC unroll 4
@@ -344,8 +344,12 @@ class PassedBits {
     bytes_.val[part] = vget_low_u8(vpaddq_u8(sum, sum));
   }
 
-  // Writes those of all rows of a tile.
-  void store(uint32_t* bits) const { vst4_u8(reinterpret_cast<uint8_t*>(bits), bytes_); }
+  // bits[r * stride] gets those of row r.
+  void store(uint32_t* bits, int64_t stride) const {
+    uint32_t words[8];
+    vst4_u8(reinterpret_cast<uint8_t*>(words), bytes_);
+    for (int r = 0; r < kRows; ++r) bits[r * stride] = words[r];
+  }
 
  private:
   static int16x8_t high_parts(const Sums* sums) {
@@ -398,6 +402,28 @@ inline FloatVector number_in(FloatVector words, int i, BFloat16) {
   return (FloatVector)(i == 0 ? bits << 16 : bits & int32_t(0xffff0000));
 }
 
+// One bit for each number of a panel that is not below t.
+inline uint32_t panel_not_less(const float* numbers, float t) {
+  uint32_t bits = 0;
+#pragma GCC unroll 8
+  for (int v = 0; v < kPanelVectors; ++v) bits |= not_less(load(numbers + v * kLanes<float>), broadcast(t)) << (v * kLanes<float>);
+  return bits;
+}
+
+// A bit of the sample and period - 1 of the others in turn, `count` times; `sampled` has a bit in each place of the sample's.
+inline uint64_t interleaved_bits(uint64_t sample, uint64_t others, uint64_t sampled, int64_t period, int64_t count) {
+#if defined(__BMI2__)
+  (void)period, (void)count;
+  return _pdep_u64(sample, sampled) | _pdep_u64(others, ~sampled);
+#else
+  (void)sampled;
+  const uint64_t before_next = (uint64_t(1) << (period - 1)) - 1;
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= ((sample >> i & 1) | (others >> i * (period - 1) & before_next) << 1) << i * period;
+  return bits;
+#endif
+}
+
 // Writes the lanes whose bit is set, one after another; returns how many. Writes a whole vector.
 inline int64_t keep_lanes(FloatVector v, uint32_t bits, float* to) {
   store<float>(to, gathered_lanes(v, bits));
@@ -446,9 +472,10 @@ class PassedBits {
     for (int r = 0; r < kRows; ++r) bits_[r] = (part == 0 ? 0 : bits_[r]) | not_negative(sums[r]) << (part * kPartKeys % 32);
   }
 
-  __attribute__((always_inline)) void store(uint32_t* bits) const {
+  // bits[r * stride] gets those of row r.
+  __attribute__((always_inline)) void store(uint32_t* bits, int64_t stride) const {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) bits[r] = bits_[r];
+    for (int r = 0; r < kRows; ++r) bits[r * stride] = bits_[r];
   }
 
  private:

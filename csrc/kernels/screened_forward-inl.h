@@ -3,13 +3,17 @@
 //   1. Approximate scores of a sample, every period-th key, give each row a guessed threshold.
 //   2. All other keys are screened against it. Those that may reach it are scored in float32 and stored if they do.
 //   3. A row of which fewer than k keys reached the guess is screened again with a lower one.
-// Where a sixth of the keys pass, as with keys that are all alike, the block is given up and all its keys are scored.
+// Where a fifth of the keys pass, as with keys that are all alike, the block is given up and all its keys are scored.
 
 // Fewer rows of a key head do not repay its index; nor does screening where k is this share of the keys.
 constexpr int64_t kFewestScreenedRows = 64, kFewestScreenedKeys = 1024, kKeysPerKept = 8;
 constexpr int64_t kMostScreenedKeys = 1 << 21;  // indices of slots and their halves are exact in float32
 constexpr int64_t kIndexBytes = 512 << 10;      // of the index that one chunk of panels takes from the second-level cache
-constexpr double kSampleDeviations = 2.5;       // how far above its expectation the guess takes a rank in the sample
+constexpr int64_t kLargestPeriod = 57;          // no longer than a word of bits
+// How far above its expectation the guess takes a rank in the sample, in standard deviations: less where a row that has to be
+// screened again costs little.
+constexpr double kSampleDeviations = 2, kShortDeviations = 1.5;
+constexpr int64_t kShortRow = 4096;
 
 inline bool screening_pays(const AttentionForward& call) {
   const Sizes& s = call.sizes;
@@ -18,12 +22,21 @@ inline bool screening_pays(const AttentionForward& call) {
          largest_k_of(call.head_k, s.num_heads) * kKeysPerKept <= s.num_keys;
 }
 
+// Bits of passed keys are listed a word at a time, which begins with a key of the sample: a whole number of periods, of which eight
+// bytes hold the keys of the sample, and the others, from any bit of the first byte on.
+inline int64_t keys_of_word(int64_t period) {
+  int64_t keys = 63 / period * period;
+  while (keys - keys / period > 57) keys -= period;
+  return keys;
+}
+
 // The distance between keys of the sample. A large sample takes time, a small one guesses low and lets more keys pass. Odd, as
 // keys often come in rows of an even number.
 inline int64_t sample_period(int64_t k, int64_t num_keys) {
   int64_t best = 3;
   double least = 0;
-  for (int64_t period = 3; period <= 65; period += 2) {
+  for (int64_t period = 3; period <= kLargestPeriod; period += 2) {
+    if (keys_of_word(period) < 48) continue;  // too many words
     // Thousandths of the time of a row, fitted to measurements.
     const double passed = kSampleDeviations * __builtin_sqrt(double(k * period)) + 2.0 * double(period);
     const double time = 0.4 * double(num_keys) / double(period) + 18 * passed;
@@ -50,15 +63,20 @@ class ScreenedForward : public Forward<T, float> {
 
   ScreenedForward(const AttentionForward& call, int64_t max_rows, const Shared* shared) : Base(call, max_rows), shared_(*shared) {
     const KeyIndex& index = shared->indexes[0];
-    chunk_panels_ = smaller(larger<int64_t>(kIndexBytes / index.panel_bytes() / 2 * 2, 2), index.num_panels);
-    const int64_t chunk_slots = larger(chunk_panels_, index.sample_panels) * kIndexPanel;
+    chunk_panels_ = whole_periods(kIndexBytes / index.panel_bytes(), index.period);
+    word_keys_ = keys_of_word(index.period);
+    for (int64_t bit = 0; bit < word_keys_; bit += index.period) sampled_ |= uint64_t(1) << bit;
+    const int64_t chunk_slots = larger(smaller(chunk_panels_, index.num_panels), index.sample_panels) * kIndexPanel;
     arena_.allocate([&](Arena& arena) {
       screen_.take(arena, max_rows, s_.head_dim);
       sample_ = arena.take<float>(kTileRows * index.sample_panels * kIndexPanel);
-      bits_ = arena.take<uint32_t>((chunk_slots / kIndexPanel + 1) * kTileRows);
+      bits_stride_ = chunk_slots / kIndexPanel + 2;  // eight bytes are read at a time
+      bits_ = arena.take<uint32_t>(kTileRows * bits_stride_);
+      sample_stride_ = index.sample_panels + 2;
+      sample_bits_ = arena.take<uint32_t>(max_rows * sample_stride_);
       starts_ = arena.take<int32_t>(chunk_slots / kIndexPanel * kRowLanes);
-      passed_ = arena.take<int32_t>(chunk_slots + 64);
-      scores_ = arena.take<float>(chunk_slots + 64);
+      passed_ = arena.take<int32_t>(2 * chunk_slots + 128);
+      scores_ = arena.take<float>(2 * chunk_slots + 128);
       if (adds()) {
         const int64_t keys_of_chunk = ceil_div(chunk_slots * index.period, index.period - 1) + kIndexPanel;
         added_ = arena.take<float>(larger(keys_of_chunk, chunk_slots + kIndexPanel));
@@ -86,15 +104,14 @@ class ScreenedForward : public Forward<T, float> {
       screen_.set_query(r, query_row(r), float(call_.scale));
       order_[r] = r;
     }
-    if (!visit_sample() || !visit(block_.num_rows, index().sample_panels, index().num_panels)) return false;
+    if (!visit_sample() || !visit(block_.num_rows)) return false;
     if (call_.rest.active) prepare_rest();
     int64_t left = finish_found(block_.num_rows);
     if (left > block_.num_rows / 4) return false;
     for (int64_t tries = 0; left > 0; ++tries) {
       for (int64_t i = 0; i < left; ++i) lower_guess(order_[i], tries == 3);
-      visit(left, 0, index().sample_panels, false);
-      for (int64_t i = 0; i < left; ++i) rows_[order_[i]].found.second_run = rows_[order_[i]].found.count;
-      visit(left, index().sample_panels, index().num_panels, false);
+      screen_sample(left);
+      visit(left, false);
       left = finish_found(left);
     }
     return true;
@@ -131,11 +148,6 @@ class ScreenedForward : public Forward<T, float> {
     screen_.set_threshold(r, score);
   }
 
-  // How many of a run of slots, the sample's or the others', row r sees.
-  int64_t visible_slots(int64_t r, bool is_sample) const {
-    return is_sample ? index().sampled_among(rows_[r].visible) : index().others_among(rows_[r].visible);
-  }
-
   bool adds() const { return additive_part_.any(); }
 
   // Fill the last panel of `count` numbers with -inf.
@@ -149,32 +161,35 @@ class ScreenedForward : public Forward<T, float> {
       const int64_t in_tile = smaller<int64_t>(kTileRows, block_.num_rows - first);
       screen_.set_tile(order_ + first, in_tile);
       int64_t most = 0;
-      for (int64_t i = 0; i < in_tile; ++i) most = larger(most, visible_slots(first + i, true));
+      for (int64_t i = 0; i < in_tile; ++i) most = larger(most, index().sampled_among(rows_[first + i].visible));
       for (int64_t p = 0; p * kIndexPanel < most; ++p) screen_.approximate(p, sample_ + p * kIndexPanel, stride);
       for (int64_t i = 0; i < in_tile; ++i) {
-        const int64_t r = first + i, visible = visible_slots(r, true);
+        const int64_t r = first + i, visible = index().sampled_among(rows_[r].visible);
         float* scores = sample_ + i * stride;
         hide_beyond(visible, scores);
         const int64_t panels = ceil_div<int64_t>(visible, kIndexPanel);
         if (adds()) add_to_sample(r, scores, visible);
         guess(r, scores, visible);
-        for (int64_t p = 0; p < panels; ++p) bits_[p] = screen_.screen_approximate(r, p, scores + p * kIndexPanel);
-        take(r, 0, list_passed(bits_, 1, visible), true);
-        rows_[r].found.second_run = rows_[r].found.count;
+        uint32_t* bits = sample_bits_ + r * sample_stride_;
+        screen_.screen_approximate(r, panels, scores, scores_, bits);
+        for (int64_t p = 0; p < panels; ++p) num_passed_ += count_bits(bits[p]);
+        num_screened_ += visible;
       }
       if (too_many_pass()) return false;
     }
+    num_passed_ = num_screened_ = 0;  // the sample counts again with the other keys
     return true;
   }
 
   // Scoring a key that passed takes three times as long as scoring one of many.
-  bool too_many_pass() const { return num_passed_ > num_screened_ / 6 + kTileRows * largest_k_; }
+  bool too_many_pass() const { return num_passed_ > num_screened_ / 5 + kTileRows * largest_k_; }
 
   // Set the threshold to a score that, judging by the sample, a few more than k keys reach.
   void guess(int64_t r, const float* scores, int64_t visible) {
     Row& row = rows_[r];
     const double share = visible == 0 ? 1 : double(visible) / double(row.visible), expected = double(row.k) * share;
-    const int64_t rank = int64_t(expected + kSampleDeviations * __builtin_sqrt(expected * (1 - share)) + 2);
+    const double deviations = row.visible <= kShortRow ? kShortDeviations : kSampleDeviations;
+    const int64_t rank = int64_t(expected + deviations * __builtin_sqrt(expected * (1 - share)) + 2);
     int64_t eligible = visible;
     if (adds()) {
       eligible = copy_not_less(scores, whole_vectors(visible), -Types<float>::largest, added_);
@@ -242,30 +257,53 @@ class ScreenedForward : public Forward<T, float> {
     return is_broken ? kInfinity<float> : most_lane(most);
   }
 
-  // A cut that `rank` of n scores, and few more, reach. Rows are much alike: few scores lie above a place that is a little below
-  // where the row before was cut, in deviations from the mean.
-  float cut_sample(const float* scores, int64_t n, int64_t rank) {
-    const int64_t padded = ceil_div<int64_t>(n, kIndexPanel) * kIndexPanel, most = rank + rank / 8;
-    const Spread spread = spread_of(scores, n);
-    const float low = spread.mean + (deviations_ - 0.3f) * spread.deviation;
-    const int64_t count = copy_not_less(scores, padded, low, scores_);
-    Cut<float> cut;
-    if (count >= rank && low > -Types<float>::largest)
-      cut = find_cut(scores_, count, rank, most, low, count);
-    else
-      cut = find_cut(scores, padded, rank, most, lowest_finite(scores, padded), n);
-    if (spread.deviation > 0) deviations_ = smaller(larger((cut.at - spread.mean) / spread.deviation, -8.0f), 8.0f);
-    return cut.at;
-  }
-
   struct Spread {
     float mean, deviation;
   };
 
+  // A cut that `rank` of n scores, and few more, reach. Rows are much alike: tried first is the place where rows before were cut,
+  // in deviations from the mean, then the places where the cut would be if the number of scores that reach it fell as there.
+  float cut_sample(const float* scores, int64_t n, int64_t rank) {
+    const int64_t padded = ceil_div<int64_t>(n, kIndexPanel) * kIndexPanel, most = rank + rank / 8;
+    const Spread spread = spread_of(scores, n);
+    float at = spread.mean + deviations_ * spread.deviation, low = -Types<float>::largest;
+    for (int tries = 0; tries < 3 && at > -Types<float>::largest && at < Types<float>::largest; ++tries) {
+      const int64_t count = count_reaching(at, scores, padded);
+      if (count >= rank && count <= most) {
+        remember(at, spread);
+        return at;
+      }
+      if (count > most) low = larger(low, at);
+      // A little less than a Gaussian's, as most scores have longer tails.
+      const float ratio = float(larger<int64_t>(count, 1)) / (float(rank) + 0.5f * float(most - rank));
+      const float logarithm = 2 * (ratio - 1) / (ratio + 1), fall = larger(deviations_, 0.5f) + 0.25f;
+      at += logarithm / fall * spread.deviation;
+    }
+    if (low == -Types<float>::largest) low = lowest_finite(scores, padded);
+    const int64_t count = copy_not_less(scores, padded, low, scores_);
+    const Cut<float> cut = find_cut(scores_, count, rank, most, low, count);
+    remember(cut.at, spread);
+    return cut.at;
+  }
+
+  void remember(float cut, const Spread& spread) {
+    if (!(spread.deviation > 0)) return;
+    const float deviations = smaller(larger((cut - spread.mean) / spread.deviation, -8.0f), 8.0f);
+    deviations_ += 0.25f * (deviations - deviations_);
+  }
+
+  static int64_t count_reaching(float at, const float* scores, int64_t padded) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < padded; i += kIndexPanel) count += count_bits(panel_not_less(scores + i, at));
+    return count;
+  }
+
+  // Of about 256 scores, whole panels here and there.
   static Spread spread_of(const float* scores, int64_t n) {
+    const int64_t step = larger<int64_t>(n / 256, 1) * kIndexPanel;
     FloatVector sum[kPanelVectors] = {}, squares[kPanelVectors] = {};
-    int64_t i = 0;
-    for (; i + kIndexPanel <= n; i += kIndexPanel)
+    int64_t count = 0;
+    for (int64_t i = 0; i + kIndexPanel <= n; i += step, count += kIndexPanel)
       for (int v = 0; v < kPanelVectors; ++v) {
         const FloatVector x = load(scores + i + kLanes<float> * v);
         sum[v] += x;
@@ -275,8 +313,8 @@ class ScreenedForward : public Forward<T, float> {
       sum[0] += sum[v];
       squares[0] += squares[v];
     }
-    const float count = float(larger<int64_t>(i, 1)), mean = sum_of_floats(sum[0]) / count;
-    const float variance = sum_of_floats(squares[0]) / count - mean * mean;
+    const float share = 1 / float(larger<int64_t>(count, 1)), mean = sum_of_floats(sum[0]) * share;
+    const float variance = sum_of_floats(squares[0]) * share - mean * mean;
     return {mean, square_root(larger(variance, 0.0f))};
   }
 
@@ -298,27 +336,40 @@ class ScreenedForward : public Forward<T, float> {
     return least_lane(low);
   }
 
-  // Screen panels [first_panel, last_panel), all of the sample or none, for the first `count` rows of order_ and take what
-  // passes. Returns false, where it may give up, when too many pass.
-  bool visit(int64_t count, int64_t first_panel, int64_t last_panel, bool may_give_up = true) {
-    const bool is_sample = first_panel < index().sample_panels;
-    for (int64_t chunk = first_panel; chunk < last_panel; chunk += chunk_panels_) {
-      const int64_t first_slot = (chunk - first_panel) * kIndexPanel;
-      const int64_t end_slot = (smaller(chunk + chunk_panels_, last_panel) - first_panel) * kIndexPanel;
+  // Screen the sample again for the first `count` rows of order_.
+  void screen_sample(int64_t count) {
+    const int64_t panels = index().sample_panels;
+    for (int64_t first = 0; first < count; first += kTileRows) {
+      const int64_t in_tile = smaller<int64_t>(kTileRows, count - first);
+      screen_.set_tile(order_ + first, in_tile);
+      if (adds()) find_most_added(first, in_tile, 0, panels);
+      screen_.screen(0, panels, adds() ? most_added_ : nullptr, starts_, bits_, bits_stride_);
+      for (int64_t i = 0; i < in_tile; ++i)
+        __builtin_memcpy(sample_bits_ + order_[first + i] * sample_stride_, bits_ + i * bits_stride_, size_t(panels) * sizeof(uint32_t));
+    }
+  }
+
+  // Screen all keys but the sample's, for the first `count` rows of order_, and take what passes, the sample's too. Returns
+  // false, where it may give up, when too many pass.
+  bool visit(int64_t count, bool may_give_up = true) {
+    const int64_t last_panel = index().num_panels;
+    for (int64_t chunk = index().sample_panels, end; chunk < last_panel; chunk = end) {
+      end = smaller(chunk + chunk_panels_, last_panel);
+      const int64_t first_key = index().first_key_of(chunk);
+      const int64_t end_key = end == last_panel ? s_.num_keys : index().first_key_of(end);
       for (int64_t first = 0; first < count; first += kTileRows) {
         const int64_t in_tile = smaller<int64_t>(kTileRows, count - first);
         int64_t most = 0;
-        for (int64_t i = 0; i < in_tile; ++i) most = larger(most, visible_slots(order_[first + i], is_sample));
-        most = smaller(most, end_slot);
-        if (most <= first_slot) continue;
+        for (int64_t i = 0; i < in_tile; ++i) most = larger(most, rows_[order_[first + i]].visible);
+        most = smaller(most, end_key);
+        if (most <= first_key) continue;
         screen_.set_tile(order_ + first, in_tile);
-        const int64_t panels = ceil_div<int64_t>(most - first_slot, kIndexPanel);
-        if (adds()) find_most_added(first, in_tile, chunk, panels);
-        screen_.screen(chunk, panels, adds() ? most_added_ : nullptr, starts_, bits_);
+        const int64_t panels = ceil_div<int64_t>(index().others_among(most) - index().others_among(first_key), kIndexPanel);
+        if (adds() && panels > 0) find_most_added(first, in_tile, chunk, panels);
+        screen_.screen(chunk, panels, adds() ? most_added_ : nullptr, starts_, bits_, bits_stride_);
         for (int64_t i = 0; i < in_tile; ++i) {
-          const int64_t r = order_[first + i], visible = smaller(visible_slots(r, is_sample), end_slot) - first_slot;
-          if (visible <= 0) continue;
-          take(r, first_slot, list_passed(bits_ + i, kTileRows, visible), is_sample);
+          const int64_t r = order_[first + i];
+          take(r, list_passed(sample_bits_ + r * sample_stride_, bits_ + i * bits_stride_, first_key, smaller(rows_[r].visible, end_key)));
         }
         if (may_give_up && too_many_pass()) return false;
       }
@@ -326,24 +377,38 @@ class ScreenedForward : public Forward<T, float> {
     return true;
   }
 
-  // Fill passed_ with the numbers of the bits that are set among the first `visible`; bits of a panel lie `stride` apart.
-  int64_t list_passed(const uint32_t* bits, int64_t stride, int64_t visible) {
-    int64_t count = 0, slot = 0;
-    for (; slot + 64 <= visible; slot += 64, bits += 2 * stride)
-      count += append_set_bits(bits[0] | uint64_t(bits[stride]) << 32, int32_t(slot), passed_ + count);
-    if (slot < visible) {
-      const uint64_t both = bits[0] | (visible - slot > 32 ? uint64_t(bits[stride]) << 32 : 0);
-      count += append_set_bits(both & ((uint64_t(1) << (visible - slot)) - 1), int32_t(slot), passed_ + count);
+  // About as many panels, so that after them comes a key of the sample.
+  static int64_t whole_periods(int64_t panels, int64_t period) {
+    int64_t unit = 1;
+    while (unit * kIndexPanel % (period - 1) != 0) ++unit;
+    return larger(panels / unit, int64_t(1)) * unit;
+  }
+
+  // Bits first, first + 1 ... of an array of bits, 57 at least.
+  static uint64_t bits_from(const uint32_t* bits, int64_t first) {
+    uint64_t word;
+    __builtin_memcpy(&word, reinterpret_cast<const char*>(bits) + first / 8, sizeof(word));
+    return word >> (first % 8);
+  }
+
+  // Fill passed_ with the keys of the bits that are set, ascending, from first_key on and below end_key. The first is the
+  // sample's, with the first bit of `sample`; `others` begins with the key after it.
+  int64_t list_passed(const uint32_t* sample, const uint32_t* others, int64_t first_key, int64_t end_key) {
+    const int64_t in_sample = word_keys_ / index().period, in_others = word_keys_ - in_sample;
+    int64_t sampled = first_key / index().period, other = 0, count = 0;
+    for (int64_t key = first_key; key < end_key; key += word_keys_, sampled += in_sample, other += in_others) {
+      uint64_t bits = interleaved_bits(bits_from(sample, sampled), bits_from(others, other), sampled_, index().period, in_sample);
+      bits &= (uint64_t(1) << smaller(word_keys_, end_key - key)) - 1;
+      count += append_set_bits(bits, int32_t(key), passed_ + count);
     }
     num_passed_ += count;
-    num_screened_ += visible;
+    num_screened_ += larger<int64_t>(end_key - first_key, 0);
     return count;
   }
 
-  // Score the keys in the slots first_slot + passed_[0 .. count) and store what reaches the threshold.
-  void take(int64_t r, int64_t first_slot, int64_t count, bool is_sample) {
+  // Score the keys passed_[0 .. count) and store what reaches the threshold.
+  void take(int64_t r, int64_t count) {
     if (count == 0) return;
-    name_keys(first_slot, count, is_sample);
     if (adds()) count = drop_hidden(r, count);
     screen_.score(r, keys_of_block(), call_.key.stride[2], passed_, count, scores_);
     Candidates<float>& found = rows_[r].found;
@@ -375,19 +440,6 @@ class ScreenedForward : public Forward<T, float> {
     return to;
   }
 
-  // Turn slots into keys.
-  void name_keys(int64_t first_slot, int64_t count, bool is_sample) {
-    const int64_t period = index().period;
-    const float inverse = 1 / float(period - 1);
-    for (int64_t i = 0; i < count; i += kLanes<float>) {
-      // Without a sign: lanes beyond `count` hold anything.
-      UnsignedVector& passed = *reinterpret_cast<UnsignedVector*>(passed_ + i);
-      const UnsignedVector slot = passed + uint32_t(first_slot);
-      const IntVector before = __builtin_convertvector((as_float((IntVector)slot) + 0.5f) * inverse, IntVector);
-      passed = is_sample ? slot * uint32_t(period) : slot + (UnsignedVector)before + 1;
-    }
-  }
-
   const Shared& shared_;
   Screen<T> screen_;
   Arena arena_;
@@ -395,7 +447,9 @@ class ScreenedForward : public Forward<T, float> {
   float deviations_ = 2;
   float *added_ = nullptr, *most_added_ = nullptr;
   float *sample_ = nullptr, *scores_ = nullptr;
-  uint32_t* bits_ = nullptr;
+  int64_t bits_stride_ = 0, sample_stride_ = 0, word_keys_ = 0;
+  uint64_t sampled_ = 0;  // bits of a word of keys that begins with one of the sample
+  uint32_t *bits_ = nullptr, *sample_bits_ = nullptr;  // of a tile's rows, of all rows
   int32_t *starts_ = nullptr, *passed_ = nullptr;
   int64_t* order_ = nullptr;
 };
@@ -405,7 +459,9 @@ template <class T>
 bool run_screened_forward(const AttentionForward& call, const Parallel& parallel) {
   const Sizes& s = call.sizes;
   const int64_t num_indexes = s.batch * s.num_key_heads;
-  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k_of(call.head_k, s.num_heads), s.num_keys));
+  // What a row sees on average under causality.
+  const int64_t keys_of_row = s.num_keys - (call.is_causal ? smaller(s.num_queries, s.num_keys) / 2 : 0);
+  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k_of(call.head_k, s.num_heads), keys_of_row));
   struct State {
     const AttentionForward& call;
     KeyIndex* indexes;

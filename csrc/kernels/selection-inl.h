@@ -164,8 +164,9 @@ void keep_not_less(Candidates<A>& row, A at) {
 // of them. NaN counts as the best of all and becomes inf. With k or fewer candidates all are kept.
 template <class A>
 __attribute__((noinline)) void keep_best(Candidates<A>& row, int64_t k, A* spare_scores, int32_t* spare_indices) {
-  for (int64_t i = 0; i < row.count; ++i) {
-    if (row.scores[i] != row.scores[i]) row.scores[i] = kInfinity<A>;
+  if (count_not_less(row.scores, row.count, kInfinity<A>) > 0) {  // seldom
+    for (int64_t i = 0; i < row.count; ++i)
+      if (row.scores[i] != row.scores[i]) row.scores[i] = kInfinity<A>;
   }
   if (row.count > k) {
     const Cut<A> cut = find_cut(row.scores, row.count, k, k, row.threshold, row.count);

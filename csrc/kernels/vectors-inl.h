@@ -139,6 +139,12 @@ inline uint32_t not_less(DoubleVector a, DoubleVector b) {
   return uint32_t(_mm_movemask_pd(_mm_cmpnlt_pd((__m128d)a, (__m128d)b)));
 }
 #else
+#if defined(__aarch64__)
+inline uint32_t not_less(FloatVector a, FloatVector b) {
+  const uint32x4_t lanes = {1, 2, 4, 8};
+  return vaddvq_u32(vbicq_u32(lanes, vcltq_f32((float32x4_t)a, (float32x4_t)b)));
+}
+#endif
 template <class V>
 inline uint32_t not_less(V a, V b) {
   uint32_t bits = 0;

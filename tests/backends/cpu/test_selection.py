@@ -14,7 +14,7 @@ from large_calls import (
     integers,
     select,
 )
-from topk_attention import topk_attention
+from topk_attention import Completion, topk_attention
 from topk_attention.backends import cpu
 
 NUM_KEYS = 4096
@@ -92,6 +92,17 @@ def test_misleading_scores_have_the_gradients_of_the_reference(cpu_target, patte
     query[..., 1] = 0
     for k in (300, NUM_KEYS // 2 + 1):
         assert_equals_the_reference(query, key, value, k=k, scale=1.0)
+
+
+@pytest.mark.parametrize("completion", [None, Completion()], ids=["kept alone", "completed"])
+def test_rows_done_again_among_others_get_their_own_output(cpu_target, completion):
+    """In every third row the sample is worst and enough keys are found, in the others it is best and too few are."""
+    pattern = PATTERNS["the sample is best"](PANELS[cpu_target])
+    key = torch.stack([pattern, torch.randn(NUM_KEYS)], dim=-1)[None, None]
+    query, value = torch.ones(1, 1, 40, 2), torch.randn(1, 1, NUM_KEYS, 3)
+    query[:, :, 1::3, 0] = -1
+    query[..., 1] = torch.randn(40) / 8
+    assert_equals_the_reference(query, key, value, k=300, scale=1.0, completion=completion)
 
 
 @pytest.mark.parametrize("num_queries", [600, 1100])

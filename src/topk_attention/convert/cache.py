@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..storage import StoredCache
+from ..storage.folder import Progress
 from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
 from .growing_rows import GrowingRows, fit_together, grows_in_place
 from .settings import NAME, remembered_settings
+from .stored_layers import stored_in
 
 _WATCHED = "_topk_attention_grows_caches"
 
@@ -118,6 +122,9 @@ def topk_cache() -> Any:
 
         config  the configuration of the model: its sliding-window, linear and other layers get the cache layers that
                 `DynamicCache(config=config)` would give them; without it every layer grows
+        storage a folder for files that hold the keys and values of the layers that grow; it needs `config`. A new or
+                empty folder begins a cache, one with a cache of this model continues it
+        progress  progress(name of the work, steps done, steps in all) while a folder is read through
 
         It takes the place of a `DynamicCache` wherever that is used: `model(..., past_key_values=cache)`, `generate`,
         beams, assisted and prompt-lookup decoding, a chat that keeps its cache, `copy.deepcopy`, pickle. Tokens are the
@@ -127,8 +134,16 @@ def topk_cache() -> Any:
         contents while the cache grows, but not when it is cropped and then grows again: clone what must outlast that.
         Where gradients are enabled, and in compiled code, rows are joined anew for each token, as in a DynamicCache.
 
+        With storage a context may be larger than memory: a step reads the rows that it chooses, and what the system has
+        memory for stays in memory. The disk holds what `cache.storage.commit()` counted, which is also called every 256
+        tokens or 30 seconds, by `cache.storage.close()`, and when the process ends by itself; after a crash the folder
+        holds the tokens of the last one. The batch stays as it is: beams are refused. Nothing may require a gradient.
+        Whether the weights are those that made the cache is not checked.
+
         Raises:
-            ValueError: offloading is asked for.
+            OSError: a file cannot be written; the cache holds the tokens of before this forward pass.
+            RuntimeError: the folder is in use, or the system is Windows.
+            ValueError: offloading is asked for, or the folder holds something else, or what it holds is not whole.
 
         >>> from transformers import LlamaConfig
         >>> cache = TopKCache(config=LlamaConfig(num_hidden_layers=2))
@@ -140,6 +155,8 @@ def topk_cache() -> Any:
         __qualname__ = "TopKCache"
 
         layer_class_to_replicate: Any
+        # The files; None where keys and values lie in memory.
+        storage: StoredCache | None = None
 
         def __init__(
             self,
@@ -147,6 +164,8 @@ def topk_cache() -> Any:
             config: Any = None,
             offloading: bool = False,
             offload_only_non_sliding: bool = False,
+            storage: str | Path | None = None,
+            progress: Progress | None = None,
         ) -> None:
             del offload_only_non_sliding
             if offloading:
@@ -157,6 +176,10 @@ def topk_cache() -> Any:
                 )
             super().__init__(ddp_cache_data, config=config)
             self._let_layers_grow()
+            if storage is not None:
+                if ddp_cache_data is not None:
+                    raise ValueError("ddp_cache_data must be None with storage, whose folder says what the cache holds")
+                self.storage = stored_in(storage, self.layers, growing_layer(), config, progress)
 
         def _let_layers_grow(self) -> None:
             """Turn the plain growing layers, and no others, into such that grow in place."""

@@ -134,7 +134,7 @@ class StoredCache:
         if length > self.num_tokens:
             raise RuntimeError(
                 f"the last forward pass was interrupted: layer {layer} holds {length} tokens, others {self.num_tokens};"
-                " call drop_unfinished_pass(), then repeat the pass"
+                " call drop_unfinished_pass() of the cache's storage, then repeat the pass"
             )
         try:
             if length == max(self._lengths.values()):

@@ -20,6 +20,7 @@ from ..operators import (
 )
 
 _FORWARD = "topk_attention::cpu_attention_forward"
+_INDEXED = "topk_attention::cpu_attention_forward_indexed"
 _BACKWARD = "topk_attention::cpu_attention_backward"
 forward_op = torch.ops.topk_attention.cpu_attention_forward.default
 backward_op = torch.ops.topk_attention.cpu_attention_backward.default
@@ -105,8 +106,22 @@ def send_rest(
     )
 
 
+@torch.library.register_fake("topk_attention::cpu_index_keys")
+def _(key, start, panels, numbers, unscreened, centre):
+    return None
+
+
+@torch.library.register_fake(_INDEXED)
+def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection, *_):
+    return _empty_forward(query, value, head_k, save_selection)
+
+
 @torch.library.register_fake(_FORWARD)
 def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection):
+    return _empty_forward(query, value, head_k, save_selection)
+
+
+def _empty_forward(query, value, head_k, save_selection):
     num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
     return (
         empty_output(query, value),

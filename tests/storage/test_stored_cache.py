@@ -408,6 +408,42 @@ def test_what_was_stored_is_committed_every_so_many_tokens_or_seconds(tmp_path):
         assert counted() == 8
 
 
+def advice(path):
+    """What the system knows of how a file's map is read, as words of /proc/self/smaps."""
+    of_file = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("VmFlags:") and of_file:
+            return line.split()[1:]
+        if "-" in line.split()[0]:
+            of_file = line.endswith(str(path))
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell how maps are read")
+def test_a_layer_that_is_read_here_and_there_is_not_read_ahead(tmp_path):
+    with opened(tmp_path) as cache:
+        write(cache, 10, 4)
+        cache.expect_random_reads(0, True)
+        assert "rr" in advice(tmp_path / "layer-0000.rows")
+        assert "rr" not in advice(tmp_path / "layer-0001.rows")
+        capacity = cache._rows[0].capacity
+        write(cache, 20, capacity)
+        assert cache._rows[0].capacity > capacity
+        assert "rr" in advice(tmp_path / "layer-0000.rows")  # the map that has grown too
+        cache.expect_random_reads(0, False)
+        assert "rr" not in advice(tmp_path / "layer-0000.rows")
+
+
+def test_dropped_pages_are_read_again_as_they_were(tmp_path):
+    with opened(tmp_path) as cache:
+        write(cache, 10, 4)
+        cache.drop_pages()
+        assert_holds(cache, (10, 4))
+        write(cache, 20, 1)
+        cache.drop_pages()
+        assert_holds(cache, (10, 4), (20, 1))
+
+
 # What is refused
 
 

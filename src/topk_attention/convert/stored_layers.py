@@ -62,7 +62,7 @@ def stored_in(
     for index in growing_ones:
         layer = layers[index]
         layer.__class__ = stored_layer()
-        layer._stored, layer._index = stored, index
+        layer._stored, layer._number = stored, index
         if stored.num_tokens:
             layer.lazy_initialization(layer.keys, layer.values)
     return stored
@@ -79,7 +79,7 @@ def stored_layer() -> Any:
         __qualname__ = "StoredLayer"
 
         _stored: StoredCache
-        _index: int
+        _number: int
         # The views that were handed out last: sums hang on them.
         _views: tuple[Tensor, Tensor] | None = None
 
@@ -92,8 +92,8 @@ def stored_layer() -> Any:
             return self._current(1)
 
         def _current(self, which: int) -> Tensor | None:
-            if self._views is None or self._views[0].shape[-2] != self._stored.length(self._index):
-                self._views = self._stored.tensors(self._index)
+            if self._views is None or self._views[0].shape[-2] != self._stored.length(self._number):
+                self._views = self._stored.tensors(self._number)
             return None if self._views is None else self._views[which]
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -103,13 +103,13 @@ def stored_layer() -> Any:
         @torch.compiler.disable
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             before = known_sums(self.keys, self.values)
-            self._views = self._stored.append(self._index, key_states, value_states)
+            self._views = self._stored.append(self._number, key_states, value_states)
             self.lazy_initialization(key_states, value_states)
             pass_sums_on(*self._views, before)
             return self._views
 
         def get_seq_length(self) -> int:
-            return self._stored.length(self._index)
+            return self._stored.length(self._number)
 
         def crop(self, tokens_to_remove: int) -> None:
             if tokens_to_remove > 0:  # which is refused
@@ -120,7 +120,7 @@ def stored_layer() -> Any:
             self._crop_to(0)
 
         def _crop_to(self, length: int) -> None:
-            self._stored.crop(self._index, length)
+            self._stored.crop(self._number, length)
             self._views = None
 
         def reorder_cache(self, beam_idx: Tensor) -> None:

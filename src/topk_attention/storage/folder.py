@@ -152,8 +152,6 @@ class StoredCache:
                 raise self._full(error, num_new) from error
             raise
         self._lengths[layer] = rows.length
-        # A few tokens read a few rows of those before; many read nearly all.
-        rows.expect_random_reads(num_new <= 16)
         return rows.key, rows.value
 
     def _begin_pass(self, length: int) -> None:
@@ -217,6 +215,20 @@ class StoredCache:
                 yield layer, stop
                 if progress is not None:
                     progress("Reading the stored cache", number * self._committed + stop, total)
+
+    def expect_random_reads(self, layer: int, random: bool) -> None:
+        """Say how rows of a layer are read next: here and there, or, as at the start, from first to last."""
+        if layer in self._rows:
+            self._rows[layer].expect_random_reads(random)
+
+    def drop_pages(self) -> None:
+        """Have the system give back the memory in which it keeps pages of the files; on Linux only.
+
+        It would do so by itself where memory gets scarce. What is read next comes from the disk.
+        """
+        self._check_usable()
+        for rows in self._rows.values():
+            rows.drop_pages()
 
     def close(self) -> None:
         """Commit, give back the space that is not used, and let others write. Tensors stay readable."""

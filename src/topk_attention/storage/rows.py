@@ -116,7 +116,7 @@ class StoredRows:
         self.path, self.form, self.length = path, form, length
         self._file = file
         self._most = length  # the most rows that were ever handed out: the file is never cut below them
-        self._random = True
+        self._random = False
         self._map()
 
     @staticmethod
@@ -219,9 +219,10 @@ class StoredRows:
         self.length = length
 
     def expect_random_reads(self, random: bool) -> None:
-        """Say how rows are read next: here and there, or all of them from first to last.
+        """Say how rows are read next: here and there, or, as at the start, from first to last.
 
-        Where one is read here and there, the system would read megabytes around each of them ahead.
+        The system reads ahead, on some disks megabytes: of rows here and there that would be nearly all for nothing.
+        Without it, a pass over all rows would wait for every single page.
         """
         if random != self._random:
             self._random = random
@@ -242,21 +243,17 @@ class StoredRows:
         Raises:
             ValueError: they are not.
         """
-        self.expect_random_reads(False)
         expected = -(-length // CHECKED_ROWS)
         if len(checksums) != expected:
             raise ValueError(f"{self.path} must have {expected} checksums for {length} rows, got {len(checksums)}")
-        try:
-            for (stop, checksum), written in zip(self._each_checksum(length, 0), checksums, strict=True):
-                if checksum != written:
-                    raise ValueError(
-                        f"{self.path} must hold what was written for tokens {(stop - 1) // CHECKED_ROWS * CHECKED_ROWS}"
-                        f" to {stop - 1} (checksum {written}), got other numbers (checksum {checksum}); put the whole "
-                        "file back, or give an empty folder"
-                    )
-                yield stop
-        finally:
-            self.expect_random_reads(True)
+        for (stop, checksum), written in zip(self._each_checksum(length, 0), checksums, strict=True):
+            if checksum != written:
+                raise ValueError(
+                    f"{self.path} must hold what was written for tokens {(stop - 1) // CHECKED_ROWS * CHECKED_ROWS} to "
+                    f"{stop - 1} (checksum {written}), got other numbers (checksum {checksum}); put the whole file "
+                    "back, or give an empty folder"
+                )
+            yield stop
 
     def _each_checksum(self, length: int, first: int) -> Iterator[tuple[int, int]]:
         row_bytes = self.form.row_bytes
@@ -266,6 +263,16 @@ class StoredRows:
             for piece in read_at(self._file, HEADER_BYTES + start * row_bytes, HEADER_BYTES + stop * row_bytes):
                 checksum = zlib.crc32(piece, checksum)
             yield stop, checksum
+
+    def drop_pages(self) -> None:
+        """Have the system give back the memory in which it keeps pages of the file; on Linux only.
+
+        What is read next comes from the disk.
+        """
+        self.flush()
+        if hasattr(os, "posix_fadvise"):
+            self._pages.madvise(mmap.MADV_DONTNEED)  # pages that a process has mapped are not given back
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
         """Have the disk hold what was written.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.cpu.key_index import MOST_ROWS
 from ..storage import StoredCache
 from ..storage.folder import Progress
+from .cached_index import CachedIndex
 from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
 
 # Of the configuration, what decides whether cached states can be those of the model. Weights it does not tell.
@@ -62,7 +64,7 @@ def stored_in(
     for index in growing_ones:
         layer = layers[index]
         layer.__class__ = stored_layer()
-        layer._stored, layer._number = stored, index
+        layer._stored, layer._number, layer._index = stored, index, CachedIndex()
         if stored.num_tokens:
             layer.lazy_initialization(layer.keys, layer.values)
     return stored
@@ -82,6 +84,7 @@ def stored_layer() -> Any:
         _number: int
         # The views that were handed out last: sums hang on them.
         _views: tuple[Tensor, Tensor] | None = None
+        _index: CachedIndex
 
         @property
         def keys(self) -> Tensor | None:
@@ -93,7 +96,9 @@ def stored_layer() -> Any:
 
         def _current(self, which: int) -> Tensor | None:
             if self._views is None or self._views[0].shape[-2] != self._stored.length(self._number):
-                self._views = self._stored.tensors(self._number)
+                before, self._views = self._views, self._stored.tensors(self._number)
+                if before is not None and self._views is not None:  # rows were taken away, here or in the storage
+                    self._index.go_on_with(self._views[0], self._index.is_of(before[0]))
             return None if self._views is None else self._views[which]
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -102,10 +107,13 @@ def stored_layer() -> Any:
 
         @torch.compiler.disable
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            before = known_sums(self.keys, self.values)
+            before, keys_are_indexed = known_sums(self.keys, self.values), self._index.is_of(self.keys)
             self._views = self._stored.append(self._number, key_states, value_states)
             self.lazy_initialization(key_states, value_states)
             pass_sums_on(*self._views, before)
+            self._index.go_on_with(self._views[0], keys_are_indexed)
+            # More queries than use an index read all keys, and so does the call that makes one.
+            self._stored.expect_random_reads(self._number, self._index.is_made and key_states.shape[-2] <= MOST_ROWS)
             return self._views
 
         def get_seq_length(self) -> int:
@@ -121,7 +129,6 @@ def stored_layer() -> Any:
 
         def _crop_to(self, length: int) -> None:
             self._stored.crop(self._number, length)
-            self._views = None
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             self._check_order("beam_idx", beam_idx)

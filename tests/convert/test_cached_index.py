@@ -21,7 +21,6 @@ OPTIONS = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture
 def hashed(monkeypatch):
-    monkeypatch.setattr(cached_index, "_OPERATORS_COMPUTE", True)
     monkeypatch.setattr(cached_index, "LEAST_KEYS", 1)
     return use_hashes(monkeypatch)
 

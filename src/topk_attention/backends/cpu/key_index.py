@@ -38,7 +38,7 @@ def new_panels(batch_size: int, num_heads: int, head_dim: int, room: int) -> Key
         panels=torch.empty(batch_size, num_heads, num_panels, panel_bytes, dtype=torch.uint8),
         numbers=torch.empty(batch_size, num_heads, num_panels, 4),
         unscreened=torch.empty(batch_size, num_heads, num_panels, dtype=torch.int32),
-        centre=torch.empty(batch_size, num_heads, head_dim + -head_dim % 4 + 1),
+        centre=torch.empty(batch_size, num_heads, head_dim + -head_dim % 4),
     )
 
 

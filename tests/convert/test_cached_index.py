@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from convert_models import FAMILIES, inputs_of, tiny_llama
+from exact_generation import compared_with_all_scores
 from hashed_index import use_hashes
 from topk_attention import Completion, TopKCache, convert
 from topk_attention.backends import cpu
@@ -21,7 +22,6 @@ OPTIONS = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture
 def hashed(monkeypatch):
-    monkeypatch.setattr(cached_index, "_OPERATORS_COMPUTE", True)
     monkeypatch.setattr(cached_index, "LEAST_KEYS", 1)
     return use_hashes(monkeypatch)
 
@@ -196,3 +196,15 @@ def test_gradients_do_without(tokens, hashed):
     model = converted()
     decode(model, tokens[:, :12], TopKCache(config=model.config)).sum().backward()
     assert hashed.used == len(hashed.read) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_kernels_choose_the_same_keys_with_it_at_each_of_a_hundred_tokens(num_beams, dtype, tokens, monkeypatch):
+    monkeypatch.setattr(cached_index, "LEAST_KEYS", 1)
+    model, mask = converted(hidden_size=64).to(dtype), torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with compared_with_all_scores() as compared:
+        model.generate(tokens, **OPTIONS, num_beams=num_beams, attention_mask=mask)
+    assert compared.differ == 0
+    assert compared.calls == 2 * 99

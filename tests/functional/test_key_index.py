@@ -11,7 +11,12 @@ from hashed_index import use_hashes
 from topk_attention import Completion, KeyIndex, topk_attention
 from topk_attention.backends import cpu
 
-needs_kernels = pytest.mark.skipif(cpu.problem() is not None, reason=f"no compiled kernels: {cpu.problem()}")
+
+@pytest.fixture(params=cpu.cpu_targets())
+def target(request):
+    """The kernels themselves, of one instruction set after the other."""
+    with cpu.forced_cpu_target(request.param):
+        yield
 
 
 @pytest.fixture
@@ -330,3 +335,44 @@ def test_what_does_not_fit_is_refused_with_the_way_out(hashed):
         with pytest.raises(ValueError, match=rf"{method} is for keys with a batch axis"):
             getattr(KeyIndex(key[0]), method)(argument)
     check(hashed, query, key, value, index)
+
+
+def pieces(num_keys):
+    """Odd lengths up to this one."""
+    return [length for length in (1, 7, 40, 41, 64, 97, 200, 201, 333) if length < num_keys] + [num_keys]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [3, 16, 64])
+def test_the_kernels_give_the_same_bits_with_an_index_that_grew_in_pieces(head_dim, dtype, target):
+    query, key, value = inputs(num_keys=500, rows=2, dtype=dtype, head_dim=head_dim)
+    index = KeyIndex(key[:, :, :0])
+    for length in (*pieces(500), 333, 32, 65):
+        if length < index.length:
+            index.crop(length)
+        index.append(key[:, :, :length])
+        given = attend(query, key[:, :, :length], value[:, :, :length], index, k=9, return_selection=True)
+        wanted = attend(query, key[:, :, :length], value[:, :, :length], None, k=9, return_selection=True)
+        assert torch.equal(given[0], wanted[0])
+        assert all(map(torch.equal, given[1], wanted[1]))
+
+
+def test_the_kernels_follow_beams_and_copies(target):
+    query, key, value = inputs(num_keys=300)
+    index, order = KeyIndex(key), torch.tensor([2, 0, 2, 1])
+    twin = index.copy()
+    index.reorder(order)
+    more = torch.cat([key[order], key[order][:, :, :70]], dim=2)
+    index.append(more)
+    values = torch.cat([value[order], value[order][:, :, :70]], dim=2)
+    assert torch.equal(attend(query[order], more, values, index), attend(query[order], more, values, None))
+    assert torch.equal(attend(query, key, value, twin), attend(query, key, value, None))
+
+
+def test_the_kernels_find_keys_that_changed_where_no_version_tells(target):
+    with torch.inference_mode():
+        query, key, value = (x.clone() for x in inputs(num_keys=300))
+        index = KeyIndex(key)
+        key.mul_(-3)
+        with pytest.raises(RuntimeError, match="key_index is not of these keys"):
+            attend(query, key, value, index)

@@ -62,9 +62,10 @@ def use_hashes(monkeypatch: pytest.MonkeyPatch) -> HashedIndex:
             torch.zeros(batch_size, num_heads, room // 32, 256, dtype=torch.uint8),
             torch.zeros(batch_size, num_heads, room // 32, 4),
             torch.zeros(batch_size, num_heads, room // 32, dtype=torch.int32),
-            torch.ones(batch_size, num_heads, head_dim + 1),
+            torch.ones(batch_size, num_heads, head_dim),
         )
 
+    monkeypatch.setattr(key_index, "OPERATORS_COMPUTE", True)
     monkeypatch.setattr(key_index, "new_panels", new_panels)
     monkeypatch.setattr(key_index, "index_keys", hashed.index_keys)
     monkeypatch.setitem(cpu.attention.__globals__, "indexed_op", hashed.forward)

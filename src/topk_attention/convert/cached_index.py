@@ -16,9 +16,6 @@ from ..backends.operators import is_transformed
 from ..functional import KeyIndex
 from ..functional.key_index import is_of
 
-# Until the operators compute.
-_OPERATORS_COMPUTE = False
-
 _INDEX = "_topk_attention_index"
 # Below this a call reads the keys themselves as fast.
 LEAST_KEYS = 1024
@@ -75,7 +72,7 @@ def index_of_cached(query: Tensor, key: Tensor, k: int | tuple[int, ...] | None,
     key    [B, G, M, D]
     """
     cached: CachedIndex | None = getattr(key, _INDEX, None)
-    if not _OPERATORS_COMPUTE or cached is None or k is None or is_transformed() or backend not in ("auto", "cpu"):
+    if cached is None or k is None or is_transformed() or backend not in ("auto", "cpu"):
         return None
     rows, num_keys = query.shape[1] // key.shape[1] * query.shape[2], key.shape[2]
     if rows > MOST_ROWS or num_keys < LEAST_KEYS or (k if isinstance(k, int) else min(k)) >= num_keys:

@@ -41,6 +41,7 @@ class KeyIndex:
         ValueError: key has fewer than three axes or another dtype.
 
     >>> import torch
+    >>> from topk_attention import topk_attention
     >>> key, value = torch.randn(2, 1, 8, 5000, 64)
     >>> index = KeyIndex(key)
     >>> query = torch.randn(1, 32, 1, 64)

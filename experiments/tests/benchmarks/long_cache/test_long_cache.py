@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from topk_attention import KeyIndex
+from topk_attention.backends.cpu.key_index import index_obstacle
 from topk_attention.storage import StoredCache
 from topk_experiments.benchmarks.long_cache import LongCacheBenchmark, measure, report, run_long_cache
 from topk_experiments.benchmarks.long_cache.measure import Point, measure_point
@@ -18,10 +18,8 @@ SMALL = {"layers": 2, "heads": 4, "key_heads": 2, "head_dim": 16, "k": 8, "steps
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Points are measured here, without their limits."""
-    try:
-        KeyIndex(torch.randn(1, 1, 64, 16))
-    except RuntimeError as error:
-        pytest.skip(f"kernels without kept indexes: {error}")
+    if obstacle := index_obstacle(torch.randn(1, 1, 64, 16)):
+        pytest.skip(obstacle)
     monkeypatch.setattr(measure, "start_point", lambda _: None)
     monkeypatch.setattr(
         steps, "run_in_fresh_process", lambda _, request, **how: measure_point(request, how["on_message"])
@@ -95,6 +93,13 @@ def test_files_that_were_begun_are_continued(tmp_path, in_this_process):
 def test_a_wrong_answer_is_an_error(tmp_path, in_this_process, monkeypatch):
     monkeypatch.setattr(measure, "_dense", lambda query, key, value, k: value[0].double())
     with pytest.raises(AssertionError, match="layer 0, head 0 is off from a dense computation"):
+        measure_point(request_of(tmp_path / "files"), lambda _: None)
+
+
+def test_keys_without_an_index_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "start_point", lambda _: None)
+    monkeypatch.setattr(measure, "index_obstacle", lambda _: "no kernels")
+    with pytest.raises(RuntimeError, match="keys must have an index here, got none: no kernels"):
         measure_point(request_of(tmp_path / "files"), lambda _: None)
 
 

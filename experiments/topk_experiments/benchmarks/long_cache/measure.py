@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topk_attention import KeyIndex, topk_attention
+from topk_attention.backends.cpu.key_index import index_obstacle
 from topk_attention.storage import StoredCache
 
 from ...runs.process import Send
@@ -160,7 +161,10 @@ class _Run:
         for layer, stop in cache.check():
             if stop == cache.num_tokens:
                 self._say(f"indexing layer {layer + 1} of {self.point.layers}")
-                indexes[layer] = KeyIndex(_tensors(cache, layer)[0])
+                key = _tensors(cache, layer)[0]
+                if obstacle := index_obstacle(key):
+                    raise RuntimeError(f"keys must have an index here, got none: {obstacle}")
+                indexes[layer] = KeyIndex(key)
                 cache.expect_random_reads(layer, True)
         return indexes
 

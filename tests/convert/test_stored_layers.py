@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib
 import os
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from convert_models import FAMILIES, HEADS, inputs_of, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from topk_attention import Completion, TopKCache, convert
+from topk_attention.backends.cpu.key_index import index_obstacle
+from topk_attention.convert.cached_index import LEAST_KEYS
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1, "eos_token_id": None}
 
@@ -81,6 +84,43 @@ def test_other_ways_to_generate_give_the_tokens_of_a_cache_in_memory(tmp_path, w
     torch.manual_seed(1)
     cache = TopKCache(config=model.config, storage=tmp_path)
     assert torch.equal(model.generate(ids, **options, past_key_values=cache), expected)
+    cache.storage.close()
+
+
+@pytest.mark.skipif(index_obstacle(torch.ones(1)) is not None, reason=str(index_obstacle(torch.ones(1))))
+def test_tokens_of_a_long_context_are_found_in_an_index_and_read_from_the_file_at_once(tmp_path, monkeypatch):
+    seen = []
+    attention = importlib.import_module("topk_attention.backends.cpu.attention")
+    real = attention.indexed_op
+
+    def indexed_op(*inputs):
+        seen.append(inputs[-2:])
+        return real(*inputs)
+
+    monkeypatch.setattr(attention, "indexed_op", indexed_op)
+    model = converted(max_position_embeddings=2048)
+    ids = torch.randint(0, 90, (1, LEAST_KEYS + 10))
+    expected = model.generate(ids, **OPTIONS, past_key_values=DynamicCache(config=model.config))
+    assert not seen
+    cache = TopKCache(config=model.config, storage=tmp_path)
+    assert torch.equal(model.generate(ids, **OPTIONS, past_key_values=cache), expected)
+    num_steps = OPTIONS["max_new_tokens"] - 1
+    assert seen == [(LEAST_KEYS + 10 + step, True) for step in range(1, 1 + num_steps) for _ in range(2)]
+    made = [layer._index._index for layer in cache.layers]
+    # Rows that are taken away leave the index of the others; a folder that is opened anew is indexed anew.
+    cache.storage.crop(0, LEAST_KEYS + 5)
+    cache.storage.crop(1, LEAST_KEYS + 5)
+    del seen[:]
+    with torch.no_grad():
+        after = model(ids[:, :1], past_key_values=cache).logits
+    assert [layer._index._index for layer in cache.layers] == made
+    cache.storage.crop(0, LEAST_KEYS + 5)
+    cache.storage.crop(1, LEAST_KEYS + 5)
+    cache.storage.close()
+    cache = TopKCache(config=model.config, storage=tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, after)
+    assert seen == 4 * [(LEAST_KEYS + 6, True)]
     cache.storage.close()
 
 

@@ -128,6 +128,7 @@ class AttentionCall:
     rest_lift      0 to 1: how far the score of these keys, their mean, is raised towards the smallest kept one
     sums           over all keys, where the caller has them; only with mass_scale
     key_index      of all keys, where the caller has kept one; what a backend makes of it changes no result
+    keys_in_files  whether key and value lie in files that are mapped into memory; likewise
     """
 
     query: Tensor
@@ -147,6 +148,7 @@ class AttentionCall:
     rest_lift: float = 0.0
     sums: KeySums | None = None
     key_index: KeyPanels | None = None
+    keys_in_files: bool = False
 
     def is_full_attention(self) -> bool:
         """Whether every head keeps all keys that its queries see, so that nothing is selected."""

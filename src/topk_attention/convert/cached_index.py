@@ -22,9 +22,13 @@ LEAST_KEYS = 1024
 
 
 class CachedIndex:
-    """The index of one layer's keys. There is none until a call asks for it."""
+    """The index of one layer's keys. There is none until a call asks for it.
 
-    def __init__(self) -> None:
+    keys_in_files  as `KeyIndex` has it
+    """
+
+    def __init__(self, keys_in_files: bool = False) -> None:
+        self._keys_in_files = keys_in_files
         self._index: KeyIndex | None = None
         self._version: int | None = None
 
@@ -59,7 +63,7 @@ class CachedIndex:
         if not self.is_of(key):
             self.go_on_with(key, False)
         if self._index is None:
-            self._index = KeyIndex(key)
+            self._index = KeyIndex(key, keys_in_files=self._keys_in_files)
         elif not is_of(self._index, key):
             self._index.append(key)
         return self._index

@@ -64,7 +64,7 @@ def stored_in(
     for index in growing_ones:
         layer = layers[index]
         layer.__class__ = stored_layer()
-        layer._stored, layer._number, layer._index = stored, index, CachedIndex()
+        layer._stored, layer._number, layer._index = stored, index, CachedIndex(True)
         if stored.num_tokens:
             layer.lazy_initialization(layer.keys, layer.values)
     return stored

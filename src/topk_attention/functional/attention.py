@@ -203,6 +203,7 @@ def topk_attention(
         rest_lift=0.0 if completion is None else completion.lift,
         sums=_check_sums(key_sums, completion, key, value),
         key_index=panels,
+        keys_in_files=panels is not None and key_index is not None and key_index.keys_in_files,
     )
     output, indices, weights = _run(call, backend)
     if call.mass_scale is not None and not call.is_completed() and needs_gradient(call.mass_scale):

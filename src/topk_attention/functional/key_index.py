@@ -23,6 +23,8 @@ class KeyIndex:
     without the index to the last bit.
 
     key  [..., G, M, D]  the keys, as `topk_attention` takes them
+    keys_in_files        whether key lies in a file that is mapped into memory, as in a cache with storage. Rows that a
+                         query may choose are then asked for all at once, not one after the other (on Linux)
 
     An index belongs to the tensor that it was made of and is refused with any other, or once that has changed in place.
     After keys were appended, removed or reordered, do the same with the index and hand it the new tensor:
@@ -49,8 +51,9 @@ class KeyIndex:
     torch.Size([1, 32, 1, 64])
     """
 
-    def __init__(self, key: Tensor) -> None:
+    def __init__(self, key: Tensor, *, keys_in_files: bool = False) -> None:
         _check_key(key)
+        self.keys_in_files = keys_in_files
         self._length = 0
         self._centred_length = 0
         self._panels: KeyPanels | None = None

@@ -164,7 +164,7 @@ class _Run:
                 key = _tensors(cache, layer)[0]
                 if obstacle := index_obstacle(key):
                     raise RuntimeError(f"keys must have an index here, got none: {obstacle}")
-                indexes[layer] = KeyIndex(key)
+                indexes[layer] = KeyIndex(key, keys_in_files=True)
                 cache.expect_random_reads(layer, True)
         return indexes
 

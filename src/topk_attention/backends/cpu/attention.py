@@ -38,13 +38,13 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
         call = replace(call, relative_bias=call.relative_bias.to(accumulation_dtype(call.query.dtype)))
     if is_indexed(call):
         assert call.key_index is not None
-        return run_topk_attention(call, _indexed_forward(call.key_index, call.key.shape[2]), padded_entries)
+        return run_topk_attention(call, _indexed_forward(call.key_index, call), padded_entries)
     return run_topk_attention(call, forward_op, padded_entries)
 
 
-def _indexed_forward(index: KeyPanels, num_keys: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _indexed_forward(index: KeyPanels, call: AttentionCall) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`forward_op` that finds its keys in an index of all of them."""
-    return lambda *inputs: indexed_op(*inputs, *index, num_keys)
+    return lambda *inputs: indexed_op(*inputs, *index, call.key.shape[2], call.keys_in_files)
 
 
 def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:

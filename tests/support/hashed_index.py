@@ -37,7 +37,7 @@ class HashedIndex:
         self.read.append((start, key.shape[2]))
 
     def forward(self, *inputs):
-        *plain, panels, numbers, unscreened, centre, num_indexed = inputs
+        *plain, panels, numbers, unscreened, centre, num_indexed, _ = inputs
         key = plain[1]
         assert num_indexed == key.shape[2]
         assert not centre.any()

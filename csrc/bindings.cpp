@@ -271,7 +271,7 @@ ForwardTensors run_attention_forward(
   }
   bool is_stale = false;
   check_memory(kernels().attention.forward_indexed(
-      {call, index_of(*index, key, num_indexed), num_indexed, reads_ahead, &is_stale}, parallel()));
+      {call, index_of(*index, key, num_indexed), num_indexed, &is_stale, reads_ahead}, parallel()));
   STD_TORCH_CHECK(!is_stale, "key_index is not of these keys: a score lies outside the bounds that the index gives it; build it "
                   "anew where keys are written over");
   return {output, indices, weights, mass, cuts};

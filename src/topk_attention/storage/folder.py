@@ -73,7 +73,7 @@ class StoredCache:
             raise RuntimeError(
                 "storage needs Linux or macOS, whose files can be locked and mapped; leave storage out here"
             )
-        self.folder, self.about = Path(folder), about
+        self.folder, self.about = Path(folder), json.loads(json.dumps(about))  # as the manifest gives it
         self.commit_tokens, self.commit_seconds = commit_tokens, commit_seconds
         self._process = os.getpid()
         self._rows: dict[int, StoredRows] = {}
@@ -124,19 +124,19 @@ class StoredCache:
             ValueError: they do not fit those that are stored.
         """
         self._check_usable()
-        form, length, num_new = RowFormat.of(key, value), self.length(layer), key.shape[2]
-        rows = self._rows.get(layer)
-        if rows is not None and form != rows.form:
-            raise ValueError(
-                f"the cache in {self.folder} holds {rows.form} of layer {layer}, got {form}; give an empty folder for "
-                "another batch, model or dtype"
-            )
+        length, rows, num_new = self.length(layer), self._rows.get(layer), key.shape[-2] if key.dim() > 1 else 0
         if length > self.num_tokens:
             raise RuntimeError(
                 f"the last forward pass was interrupted: layer {layer} holds {length} tokens, others {self.num_tokens};"
                 " call drop_unfinished_pass() of the cache's storage, then repeat the pass"
             )
         try:
+            form = RowFormat.of(key, value)
+            if rows is not None and form != rows.form:
+                raise ValueError(
+                    f"the cache in {self.folder} holds {rows.form} of layer {layer}, got {form}; give an empty folder "
+                    "for another batch, model or dtype"
+                )
             if length == max(self._lengths.values()):
                 self._begin_pass(length + num_new)
             if length < self._committed:

@@ -7,6 +7,7 @@ D + E numbers are not more), not two. The header never changes; how many rows co
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -338,12 +339,16 @@ def _allocate(file: int, old_size: int, size: int) -> None:
     """Lengthen a file by space that the disk really has, or leave it as it is."""
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, old_size, size - old_size)
-            return
-        # macOS: no promise, but a disk that is full already is noticed here; each write may still say so.
+            try:
+                return os.posix_fallocate(file, old_size, size - old_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise
+        # macOS, and file systems that reserve nothing: no promise, but a disk that is full already is noticed here.
+        # Each write may still say so.
         disk = os.fstatvfs(file)
         if size - old_size > disk.f_bavail * disk.f_frsize:
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(file, size)
     except OSError:
         os.ftruncate(file, old_size)

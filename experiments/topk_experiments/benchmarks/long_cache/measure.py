@@ -121,6 +121,7 @@ class _Run:
                 "anonymous_bytes": 1024 * _number_in(_STATUS, "RssAnon:"),
                 "mapped_bytes": 1024 * _number_in(_STATUS, "RssFile:"),
             }
+            self.indexes.clear()  # of 1,000,000 tokens they take 10 GiB, and a layer that is made anew 4
             checked = self._check(cache)
             full = self._full_attention(cache)
         finally:

@@ -149,6 +149,7 @@ struct IndexedForward {
   KeptIndex index;
   int64_t num_indexed;
   bool* is_stale;         // set where a key's score is not what the index says: it is of other keys
+  bool reads_ahead = false;  // ask the system for all rows that a query scores before the first is read: they lie in a file
 };
 
 // All kernels allocate scratch memory per thread and return false if there is not enough memory.

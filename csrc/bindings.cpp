@@ -222,7 +222,7 @@ ForwardTensors run_attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
     std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
     double scale, double dropout_p, bool save_selection, RestTensors* rest, const IndexTensors* index = nullptr,
-    int64_t num_indexed = 0) {
+    int64_t num_indexed = 0, bool reads_ahead = false) {
   query = with_whole_rows(query);
   key = with_whole_rows(key);
   value = with_whole_rows(value);
@@ -270,7 +270,8 @@ ForwardTensors run_attention_forward(
     return {output, indices, weights, mass, cuts};
   }
   bool is_stale = false;
-  check_memory(kernels().attention.forward_indexed({call, index_of(*index, key, num_indexed), num_indexed, &is_stale}, parallel()));
+  check_memory(kernels().attention.forward_indexed(
+      {call, index_of(*index, key, num_indexed), num_indexed, &is_stale, reads_ahead}, parallel()));
   STD_TORCH_CHECK(!is_stale, "key_index is not of these keys: a score lies outside the bounds that the index gives it; build it "
                   "anew where keys are written over");
   return {output, indices, weights, mass, cuts};
@@ -289,10 +290,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_indexed(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
     std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
     double scale, double dropout_p, bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre,
-    int64_t num_indexed) {
+    int64_t num_indexed, bool reads_ahead) {
   const IndexTensors index = {panels, numbers, unscreened, centre};
   const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal,
-                                                      scale, dropout_p, save_selection, nullptr, &index, num_indexed);
+                                                      scale, dropout_p, save_selection, nullptr, &index, num_indexed, reads_ahead);
   return {result.output, result.indices, result.weights};
 }
 
@@ -553,8 +554,8 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
 // than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
-// indexes of keys.
-int64_t kernel_interface() { return 4; }
+// indexes of keys. 5: cpu_attention_forward_indexed reads ahead.
+int64_t kernel_interface() { return 5; }
 
 // Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {
@@ -583,8 +584,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def(
       "cpu_attention_forward_indexed(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
       "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
-      "bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre, SymInt num_indexed) "
-      "-> (Tensor, Tensor, Tensor)");
+      "bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre, SymInt num_indexed, "
+      "bool reads_ahead=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
       "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "

@@ -3,6 +3,10 @@
 // code, compiled for one target, with the rest of the process.
 #include <stddef.h>
 #include <stdint.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 // GCC 12 takes the undefined vectors that its own header passes to masked instructions for mistakes of ours.
 #pragma GCC diagnostic push

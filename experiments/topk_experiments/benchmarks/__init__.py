@@ -7,6 +7,7 @@ attention/       the operation alone, one layer, and chunk sizes
 feed_forward/    the same for feed-forward layers
 model/           one training step of a whole model
 error/           how far the output is from full attention, at equal time and memory
+long_cache/      a token over a context in files
 figures.py       the figures of Gupta et al. 2021, in sizes for two cores
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import attention, error, feed_forward, model
+from . import attention, error, feed_forward, long_cache, model
 
 
 def redraw(results: Path) -> list[Path]:
@@ -28,4 +29,9 @@ def redraw(results: Path) -> list[Path]:
     for operation, name in ((attention, "attention-kernel"), (feed_forward, "feed-forward-kernel")):
         for sweep in ("table", "layers", *operation.ROUNDS.sweeps):
             written += operation.ROUNDS.report(results / name, sweep)
-    return [*written, *model.redraw(results), *error.report(results / "attention-error")]
+    return [
+        *written,
+        *model.redraw(results),
+        *error.report(results / "attention-error"),
+        *long_cache.report(results / "long-cache"),
+    ]

@@ -19,6 +19,8 @@ from ..benchmarks.attention.layers import works_of_layers
 from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
 from ..benchmarks.feed_forward import works as feed_forward_works
 from ..benchmarks.figures import run_figures
+from ..benchmarks.long_cache import LongCacheBenchmark, run_long_cache
+from ..benchmarks.long_cache.measure import Point as LongCachePoint
 from ..benchmarks.model import ModelBenchmark
 from ..benchmarks.model import Point as ModelPoint
 from ..benchmarks.rounds import PointBenchmark, RoundBenchmark, Setting, run_and_show_points, run_and_show_rounds
@@ -268,6 +270,32 @@ def error(how: Json, limits: Json) -> None:
     benchmark = ErrorBenchmark(limits=Limits(**limits), **how)
     _say_if_full(itertools.product(benchmark.ks, benchmark.lengths))
     run_error_benchmark(benchmark, new_console())
+
+
+@benchmark.command()
+@taking(
+    LongCacheBenchmark,
+    Limits,
+    (LongCachePoint, "k", "layers", "heads", "key_heads", "head_dim", "dtype", "steps", "threads", "seed"),
+    time_s=7200.0,
+    threads=_AS_MANY,
+)
+def long_cache(
+    how: Json,
+    limits: Json,
+    point: Json,
+    tokens: Annotated[Sequence[int], "Cached tokens. 1,000,000 in the default shape take 30.5 GiB of disk."] = (
+        100_000,
+    ),
+) -> None:
+    """A token over a context that may be larger than memory: keys and values in files, an index of keys in memory.
+
+    A stack of attention layers in the shape of a model of 1B parameters, without the rest of it. Files are written
+    first (interrupted, the same command continues) and taken away at the end. Answers are checked. With --memory-limit
+    the process can have no more memory than that, without the pages of files, which the system lends. On Linux.
+    """
+    points = [LongCachePoint(tokens=number, **point) for number in sorted(set(tokens))]
+    run_long_cache(LongCacheBenchmark(points=points, limits=Limits(**limits), **how), new_console())
 
 
 @benchmark.command()

@@ -120,6 +120,18 @@ SECTIONS = (
         "Tensors in, output and gradients out, in alternation with PyTorch's attention and Performer.",
     ),
     Section(
+        "decode",
+        "One token at a time: the attention operation",
+        None,
+        "One query against a long cache of keys, beside PyTorch's two forms and the time of reading the keys.",
+    ),
+    Section(
+        "generation",
+        "One token at a time: a whole model",
+        None,
+        "SmolLM2-135M after a long prompt, beside transformers' caches and llama.cpp.",
+    ),
+    Section(
         "feed-forward-kernel",
         "The feed-forward operation alone",
         None,

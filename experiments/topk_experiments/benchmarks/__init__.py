@@ -6,6 +6,8 @@ rounds.py        what is missing on file is measured, by one of two protocols
 attention/       the operation alone, one layer, and chunk sizes
 feed_forward/    the same for feed-forward layers
 model/           one training step of a whole model
+decode/          one query against a long cache, as when a token is generated
+generation/      whole models that generate, beside other caches and llama.cpp
 error/           how far the output is from full attention, at equal time and memory
 figures.py       the figures of Gupta et al. 2021, in sizes for two cores
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import attention, error, feed_forward, model
+from . import attention, decode, error, feed_forward, generation, model
 
 
 def redraw(results: Path) -> list[Path]:
@@ -28,4 +30,5 @@ def redraw(results: Path) -> list[Path]:
     for operation, name in ((attention, "attention-kernel"), (feed_forward, "feed-forward-kernel")):
         for sweep in ("table", "layers", *operation.ROUNDS.sweeps):
             written += operation.ROUNDS.report(results / name, sweep)
+    written += [*decode.report(results / "decode"), *generation.report(results / "generation")]
     return [*written, *model.redraw(results), *error.report(results / "attention-error")]

@@ -219,7 +219,7 @@ def test_a_copied_cache_decodes_on_by_itself(copied, tokens, asked):
 
 
 def test_float32_sums_stay_exact_over_many_tokens():
-    layer = cached_sums._keeping_layer()()
+    layer = cached_sums.sum_keeping_layer()()
     # Keys far from 0: in float32 the rounding errors of one addition a token would add up.
     keys, values = torch.rand(2, 1, 1, 3000, 4, generator=torch.Generator().manual_seed(0)) + 100
     for j in range(3000):

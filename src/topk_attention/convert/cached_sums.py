@@ -68,7 +68,7 @@ def sums_of_cached(key: Tensor, value: Tensor, completion: Completion, shown: Te
 
     shown  [B|1, M] bool, the keys to sum; all by default
     """
-    known = None if torch.compiler.is_compiling() else _known(key, value)
+    known = None if torch.compiler.is_compiling() else known_sums(key, value)
     if known is None:
         return None
     return known.over_all(key, completion, None if shown is None else shown.expand(key.shape[0], -1))
@@ -107,7 +107,7 @@ def _prepare_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     held = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     if torch.compiler.is_compiling() or held is None or index is None:
         return
-    keeping = _keeping_layer()
+    keeping = sum_keeping_layer()
     for part in (getattr(held, "self_attention_cache", held), getattr(held, "cross_attention_cache", None)):
         layers = getattr(part, "layers", ())
         if index < len(layers) and type(layers[index]) is keeping.__base__:
@@ -115,7 +115,8 @@ def _prepare_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 @cache
-def _keeping_layer() -> type:
+def sum_keeping_layer() -> Any:
+    """The class of cache layers that keep sums."""
     from transformers.cache_utils import DynamicLayer
 
     class SumKeepingLayer(DynamicLayer):
@@ -127,25 +128,25 @@ def _keeping_layer() -> type:
         def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if torch.compiler.is_compiling():
                 return super().update(*args, **kwargs)
-            before = _known(self.keys, self.values)
+            before = known_sums(self.keys, self.values)
             super().update(*args, **kwargs)
-            _hang(self.keys, self.values, before)
+            pass_sums_on(self.keys, self.values, before)
             return self.keys, self.values
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
-            before = _known(self.keys, self.values)
+            before = known_sums(self.keys, self.values)
             super().reorder_cache(beam_idx)
-            _hang(self.keys, self.values, before, lambda x: x.index_select(0, beam_idx.to(x.device)))
+            pass_sums_on(self.keys, self.values, before, lambda x: x.index_select(0, beam_idx.to(x.device)))
 
         def batch_repeat_interleave(self, repeats: int) -> None:
-            before = _known(self.keys, self.values)
+            before = known_sums(self.keys, self.values)
             super().batch_repeat_interleave(repeats)
-            _hang(self.keys, self.values, before, lambda x: x.repeat_interleave(repeats, dim=0))
+            pass_sums_on(self.keys, self.values, before, lambda x: x.repeat_interleave(repeats, dim=0))
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            before = _known(self.keys, self.values)
+            before = known_sums(self.keys, self.values)
             super().batch_select_indices(indices)
-            _hang(self.keys, self.values, before, lambda x: x[indices, ...])
+            pass_sums_on(self.keys, self.values, before, lambda x: x[indices, ...])
 
     return SumKeepingLayer
 
@@ -153,18 +154,19 @@ def _keeping_layer() -> type:
 def __getattr__(name: str) -> Any:
     # So that a cache can be pickled, although its class is made only when transformers is there.
     if name == "SumKeepingLayer":
-        return _keeping_layer()
+        return sum_keeping_layer()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _known(key: Tensor | None, value: Tensor | None) -> _Known | None:
+def known_sums(key: Tensor | None, value: Tensor | None) -> _Known | None:
+    """What is known of the sums over these, None if they are not from a cache that keeps sums."""
     known = getattr(key, _SUMS, None)
     if known is None or key is None or value is None or known.value is not value:
         return None
     return known if known.versions == (_version(key), _version(value)) else None
 
 
-def _hang(
+def pass_sums_on(
     key: Tensor | None,
     value: Tensor | None,
     before: _Known | None,

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from .attention_function import topk_attention_forward
 from .by_name import watch
+from .cache import grow_caches_of_converted_models
 from .masks import compact_mask
 from .settings import NAME
 
@@ -23,11 +24,13 @@ def register() -> None:
     With one of the two alone padding or causality would be lost.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+    from transformers.generation.utils import GenerationMixin
     from transformers.modeling_utils import PreTrainedModel
 
     AttentionInterface.register(NAME, topk_attention_forward)
     AttentionMaskInterface.register(NAME, compact_mask)
     watch(PreTrainedModel, PreTrainedConfig)
+    grow_caches_of_converted_models(GenerationMixin)
 
 
 def register_when_transformers_is_imported() -> None:

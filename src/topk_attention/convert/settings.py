@@ -144,9 +144,15 @@ def set_layer_settings(module: nn.Module, settings: LayerSettings | None) -> Non
         delattr(module, _LAYER_ATTRIBUTE)
 
 
+def remembered_settings(module: nn.Module) -> LayerSettings | None:
+    """The settings that a layer has found already; None for others."""
+    settings: LayerSettings | None = getattr(module, _LAYER_ATTRIBUTE, None)
+    return settings
+
+
 def left_alone(module: nn.Module) -> str | None:
     """The attention implementation of a layer that `convert` could not convert and left as it was; None for others."""
-    settings = getattr(module, _LAYER_ATTRIBUTE, None)
+    settings = remembered_settings(module)
     return None if settings is None else settings.left_alone
 
 
@@ -161,7 +167,7 @@ def layer_settings(module: nn.Module) -> LayerSettings:
             the environment variable holds.
         ValueError: the environment variable holds no k.
     """
-    settings = getattr(module, _LAYER_ATTRIBUTE, None)
+    settings = remembered_settings(module)
     if settings is None:
         settings = _settings_of_the_name_alone(getattr(module, "config", None))
         set_layer_settings(module, settings)

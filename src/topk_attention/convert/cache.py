@@ -1,0 +1,222 @@
+"""`TopKCache`: transformers' cache with keys and values that grow in place.
+
+DynamicCache joins all cached keys and values with the new ones in each layer for each token. That copies the whole
+context once a token. Here the new rows are written behind the others, and attention is handed a view.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
+from .growing_rows import GrowingRows, fit_together, grows_in_place
+from .settings import NAME, remembered_settings
+
+_WATCHED = "_topk_attention_grows_caches"
+
+
+@cache
+def growing_layer() -> Any:
+    """The class of layers that grow in place. Like all classes of a cache it exists once transformers is there."""
+
+    base: Any = sum_keeping_layer()
+
+    class GrowingLayer(base):
+        """A DynamicLayer that writes new rows behind those it has.
+
+        `keys` and `values` are views. Whoever puts other tensors there is believed: the next rows follow those. Where
+        the memory must not change (gradients, compiled code), rows are joined as in a DynamicLayer.
+        """
+
+        __qualname__ = "GrowingLayer"
+
+        keys: Any
+        values: Any
+        # Memory of the keys and of the values.
+        _memory: tuple[GrowingRows, GrowingRows] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not (
+                grows_in_place(key_states, value_states)
+                and fit_together(self.keys, key_states)
+                and fit_together(self.values, value_states)
+            ):
+                self._memory = None
+                return super().update(key_states, value_states, *args, **kwargs)
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            before = known_sums(self.keys, self.values)
+            memory = self._own_memory()
+            if memory and memory[0].have_room(self.keys, key_states) and memory[1].have_room(self.values, value_states):
+                keys, values = memory
+                self.keys, self.values = keys.append(self.keys, key_states), values.append(self.values, value_states)
+            else:
+                keys, all_keys = GrowingRows.beginning_with(self.keys, key_states)
+                values, all_values = GrowingRows.beginning_with(self.values, value_states)
+                self.keys, self.values, self._memory = all_keys, all_values, (keys, values)
+            pass_sums_on(self.keys, self.values, before)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            memory = self._own_memory() if grows_in_place(self.keys, self.values) else None
+            if memory is None:
+                super().reorder_cache(beam_idx)
+                self._memory = None
+                return
+            before = known_sums(self.keys, self.values)
+            keys, all_keys = memory[0].reordered(self.keys, beam_idx)
+            values, all_values = memory[1].reordered(self.values, beam_idx)
+            self.keys, self.values, self._memory = all_keys, all_values, (keys, values)
+            pass_sums_on(self.keys, self.values, before, lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._memory = None
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._memory = None
+
+        def reset(self) -> None:
+            super().reset()
+            self._memory = None
+
+        def _own_memory(self) -> tuple[GrowingRows, GrowingRows] | None:
+            """The memory of this layer, if `keys` and `values` are what lies in it."""
+            memory = self._memory
+            return memory if memory and memory[0].hold(self.keys) and memory[1].hold(self.values) else None
+
+        def __getstate__(self) -> dict[str, Any]:
+            """What copies and pickles hold: the rows alone, in memory of their own."""
+            state = {name: value for name, value in vars(self).items() if name != "_memory"}
+            return state | {name: x.clone() for name in ("keys", "values") if (x := state[name]) is not None}
+
+    return GrowingLayer
+
+
+@cache
+def topk_cache() -> Any:
+    """The class `TopKCache`.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    try:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+    except ImportError as error:
+        raise ImportError(
+            "TopKCache is a cache of transformers, which is not installed; pip install topk-attention[hf]"
+        ) from error
+
+    class TopKCache(DynamicCache):
+        """A key-value cache of transformers whose layers grow in place.
+
+        config  the configuration of the model: its sliding-window, linear and other layers get the cache layers that
+                `DynamicCache(config=config)` would give them; without it every layer grows
+
+        It takes the place of a `DynamicCache` wherever that is used: `model(..., past_key_values=cache)`, `generate`,
+        beams, assisted and prompt-lookup decoding, a chat that keeps its cache, `copy.deepcopy`, pickle. Tokens are the
+        same. A converted model takes one by default in `generate`.
+
+        `layer.keys` and `layer.values` are views of memory that has room for up to a quarter more rows. They keep their
+        contents while the cache grows, but not when it is cropped and then grows again: clone what must outlast that.
+        Where gradients are enabled, and in compiled code, rows are joined anew for each token, as in a DynamicCache.
+
+        Raises:
+            ValueError: offloading is asked for.
+
+        >>> from transformers import LlamaConfig
+        >>> cache = TopKCache(config=LlamaConfig(num_hidden_layers=2))
+        >>> keys, values = cache.update(torch.randn(1, 8, 10, 64), torch.randn(1, 8, 10, 64), layer_idx=0)
+        >>> cache.get_seq_length()
+        10
+        """
+
+        __qualname__ = "TopKCache"
+
+        layer_class_to_replicate: Any
+
+        def __init__(
+            self,
+            ddp_cache_data: Iterable[tuple[Tensor | None, ...]] | None = None,
+            config: Any = None,
+            offloading: bool = False,
+            offload_only_non_sliding: bool = False,
+        ) -> None:
+            del offload_only_non_sliding
+            if offloading:
+                raise ValueError(
+                    "offloading must be False: a TopKCache grows where the model computes; use "
+                    "transformers.DynamicCache(config=config, offloading=True), or "
+                    'generate(..., cache_implementation="offloaded")'
+                )
+            super().__init__(ddp_cache_data, config=config)
+            self._let_layers_grow()
+
+        def _let_layers_grow(self) -> None:
+            """Turn the plain growing layers, and no others, into such that grow in place."""
+            growing = growing_layer()
+            for layer in self.layers:
+                if type(layer) is DynamicLayer:
+                    layer.__class__ = growing
+            if self.layer_class_to_replicate is DynamicLayer:
+                self.layer_class_to_replicate = growing
+
+    return TopKCache
+
+
+def __getattr__(name: str) -> Any:
+    # So that a cache can be pickled, although its classes are made only when transformers is there.
+    if name == "GrowingLayer":
+        return growing_layer()
+    if name == "TopKCache":
+        return topk_cache()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def grow_caches_of_converted_models(generation_mixin: Any) -> None:
+    """Let `generate` begin with a TopKCache where it would begin with a DynamicCache and attention is top-k.
+
+    generation_mixin  transformers' GenerationMixin
+
+    A cache that the caller hands over, or names by cache_implementation=, stays what it is.
+    """
+    if _WATCHED in vars(generation_mixin):
+        return
+    setattr(generation_mixin, _WATCHED, True)
+    original = generation_mixin._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        was_given = model_kwargs.get("past_key_values") is not None
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        if not was_given and generation_config.cache_implementation is None and _attends_topk(self):
+            made = model_kwargs.get("past_key_values")
+            _let_grow(getattr(made, "self_attention_cache", made))
+        return result
+
+    generation_mixin._prepare_cache_for_generation = _prepare_cache_for_generation
+
+
+def _let_grow(made: Any) -> None:
+    """Turn the empty cache that generate has just made, if it is a plain DynamicCache, into a TopKCache."""
+    topk = topk_cache()
+    if type(made) is topk.__base__ and not made.offloading:
+        made.__class__ = topk
+        made._let_layers_grow()
+
+
+def _attends_topk(model: nn.Module) -> bool:
+    """Whether a layer of this model, or some layer that has yet to find its k, keeps some keys alone."""
+    config: Any = getattr(model, "config", None)
+    if config is None or config.get_text_config(decoder=True)._attn_implementation != NAME:
+        return False
+    known = [settings for module in model.modules() if (settings := remembered_settings(module)) is not None]
+    return not known or any(settings.k is not None for settings in known)

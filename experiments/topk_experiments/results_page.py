@@ -16,6 +16,7 @@ from . import benchmarks
 from .language_model import report as language_model
 from .lra import table as lra
 from .pretrained import calibration_report, demo_report, stand_ins_report, transcription_report
+from .pretrained.demo_parts import report as demonstration
 from .qa import report as qa
 from .results_conclusions import conclusions
 from .runs.files import read_utf8
@@ -29,6 +30,7 @@ TITLE = "Top-k attention: when it helps, and the paper's figures beside what a u
 REDRAWS = (
     benchmarks.redraw,
     demo_report.redraw,
+    demonstration.redraw,
     calibration_report.redraw,
     stand_ins_report.redraw,
     transcription_report.redraw,
@@ -112,6 +114,12 @@ SECTIONS = (
         "others.",
     ),
     Section("whisper", "Speech recognition", None, "What Whisper hears with a part of the keys."),
+    Section(
+        "demonstration",
+        "The demo: what top-k attention gives and costs",
+        None,
+        "SmolLM2-135M and the operations, each against full attention in turns, and perplexity against k.",
+    ),
     Section("demo", "A pretrained model as it is", None, "Perplexity, time and memory of SmolLM2-135M against k."),
     Section(
         "attention-kernel",

@@ -25,8 +25,6 @@ _PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq
 
 def why_no_cache(kind: str) -> str | None:
     """Why there is no cache of this kind here; None where there is one."""
-    if kind == "topk":
-        return None if hasattr(topk_attention, "TopKCache") else "this version of topk_attention has no TopKCache"
     if kind in _PACKAGES:
         module, package = _PACKAGES[kind]
         try:
@@ -55,7 +53,7 @@ def new_cache(kind: str, model: Any, length: int) -> Any:
         case "static":
             return StaticCache(config=model.config, max_cache_len=length)
         case "topk":
-            return topk_attention.TopKCache(config=model.config)  # type: ignore[attr-defined, unused-ignore]
+            return topk_attention.TopKCache(config=model.config)
     return QuantizedCache(kind, model.config)
 
 

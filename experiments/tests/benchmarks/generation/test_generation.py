@@ -10,7 +10,7 @@ from topk_experiments.benchmarks.generation.benchmark import GenerationBenchmark
 from topk_experiments.benchmarks.generation.methods import METHODS, Method, why_not
 from topk_experiments.benchmarks.generation.report import SCHEMA, summaries
 from topk_experiments.cli import app
-from topk_experiments.models.generation import greedy, new_cache, num_equal, read, why_no_cache
+from topk_experiments.models.generation import greedy, new_cache, num_equal, read
 from topk_experiments.models.pretrained import find_model, load_model_to_run
 from topk_experiments.runs.checks import CheckFailedError
 from topk_experiments.runs.records import read_json_lines
@@ -25,7 +25,7 @@ def model(tiny_model):
     return load_model_to_run(find_model(str(tiny_model)))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("dynamic", "static", "topk") if why_no_cache(kind) is None])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "topk"])
 def test_greedy_tokens_are_those_of_generate(model, kind):
     expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=9, do_sample=False, eos_token_id=None)
     assert greedy(model, PROMPT, new_cache(kind, model, 90), 9) == expected[0, len(PROMPT) :].tolist()
@@ -39,9 +39,10 @@ def test_reading_in_parts_gives_the_logits_of_reading_at_once(model):
 
 
 def test_a_cache_that_is_not_there_is_named(model, monkeypatch):
-    monkeypatch.delattr(topk_attention, "TopKCache", raising=False)
-    with pytest.raises(ValueError, match="cache 'topk' is not there: this version of topk_attention has no TopKCache"):
-        new_cache("topk", model, 8)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_not("hqq", None) == "the package hqq is not installed"
+    with pytest.raises(ValueError, match="cache 'quanto' is not there: the package optimum-quanto is not installed"):
+        new_cache("quanto", model, 8)
     with pytest.raises(ValueError, match="cache must be among dynamic, static, quanto, hqq, fp8, topk, got 'paged'"):
         new_cache("paged", model, 8)
 

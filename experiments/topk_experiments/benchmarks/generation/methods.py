@@ -36,6 +36,7 @@ METHODS = {
     "sdpa-bfloat16": Method("SDPA, bfloat16", "bfloat16"),
     "static": Method("SDPA, static cache", cache="static", is_exact=True),
     "static-bfloat16": Method("SDPA, static cache, bfloat16", "bfloat16", "static"),
+    "sdpa-topk-cache": Method("SDPA, TopKCache", cache="topk", is_exact=True),
     "quanto": Method("SDPA, 4-bit cache (quanto)", cache="quanto"),
     "hqq": Method("SDPA, 4-bit cache (HQQ)", cache="hqq"),
     "fp8": Method("SDPA, 8-bit cache (fp8)", cache="fp8"),

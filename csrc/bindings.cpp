@@ -218,6 +218,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   return {result.output, result.indices, result.weights};
 }
 
+// Bytes of one panel of a kept index.
+int64_t index_panel_bytes(int64_t head_dim) { return (head_dim + 3) / 4 * 128; }
+
+void index_keys(Tensor, int64_t, Tensor, Tensor, Tensor, Tensor) {
+  STD_TORCH_CHECK(false, "kept indexes of keys are not there yet");
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward_indexed(
+    Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
+    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
+    double scale, double dropout_p, bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre,
+    int64_t num_indexed) {
+  STD_TORCH_CHECK(false, "kept indexes of keys are not there yet");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
     std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
@@ -474,8 +489,9 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 }
 
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
-// than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed.
-int64_t kernel_interface() { return 3; }
+// than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
+// indexes of keys.
+int64_t kernel_interface() { return 4; }
 
 // Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {
@@ -498,6 +514,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
       "cpu_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
       "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
       "bool save_selection) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_index_keys(Tensor key, SymInt start, Tensor(a!) panels, Tensor(b!) numbers, Tensor(c!) unscreened, "
+      "Tensor(d!) centre) -> ()");
+  m.def(
+      "cpu_attention_forward_indexed(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
+      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
+      "bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre, SymInt num_indexed) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
       "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
@@ -529,6 +553,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def("cpu_sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) -> Tensor");
   m.def("cpu_dot_neurons(Tensor rows, Tensor table, Tensor neurons) -> Tensor");
   m.def("cpu_add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor(a!) sums, Tensor(b!)? bias) -> ()");
+  m.def("cpu_index_panel_bytes(int head_dim) -> int");
   m.def("kernel_interface() -> int");
   m.def("cpu_targets() -> str");
   m.def("force_cpu_target(str target) -> ()");
@@ -536,6 +561,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
   m.impl("cpu_attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("cpu_index_keys", TORCH_BOX(&index_keys));
+  m.impl("cpu_attention_forward_indexed", TORCH_BOX(&attention_forward_indexed));
   m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));
   m.impl("cpu_completed_attention_forward", TORCH_BOX(&completed_attention_forward));
   m.impl("cpu_completed_attention_backward", TORCH_BOX(&completed_attention_backward));
@@ -548,6 +575,7 @@ STABLE_TORCH_LIBRARY_IMPL(topk_attention, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(topk_attention, CompositeExplicitAutograd, m) {
+  m.impl("cpu_index_panel_bytes", TORCH_BOX(&index_panel_bytes));
   m.impl("kernel_interface", TORCH_BOX(&kernel_interface));
   m.impl("cpu_targets", TORCH_BOX(&cpu_targets));
   m.impl("force_cpu_target", TORCH_BOX(&force_cpu_target));

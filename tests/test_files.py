@@ -33,6 +33,15 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["runs"]
 
 
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "runs").write_text("notes")
+    with pytest.raises(
+        NotADirectoryError, match=r"k.json cannot be written because .*runs is a file; give a path in a"
+    ):
+        write_whole(tmp_path / "runs" / "first" / "k.json", "{}")
+    assert (tmp_path / "runs").read_text() == "notes"
+
+
 def test_a_calibration_with_notes_that_json_cannot_hold_writes_nothing(tmp_path):
     path = tmp_path / "folder" / "k.json"
     with pytest.raises(ValueError, match=r"about must hold what JSON can: words, .* Tensor is not JSON serializable"):

@@ -36,6 +36,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"a file cannot be written in place of the folder {path}; name a file in it")
+    if (in_the_way := next((folder for folder in path.parents if folder.exists()), path.parent)).is_file():
+        raise NotADirectoryError(f"{path} cannot be written because {in_the_way} is a file; give a path in a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

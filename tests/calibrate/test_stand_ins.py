@@ -262,6 +262,15 @@ def test_layers_that_share_a_network_get_a_stand_in_each(batches, shared):
     assert [entry.path for entry in convert(model, feed_forward_k=stand_ins).replaced] == PATHS
 
 
+def test_layers_that_no_batch_runs_are_named(batches):
+    model = tiny_llama()
+    model.config.num_hidden_layers = 1
+    with pytest.raises(
+        ValueError, match=r"batches must run a layer that leaves neurons out, got none of model.layers.1"
+    ):
+        fit_stand_ins(model, batches, feed_forward_k={PATHS[1]: K}, rank=0)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_layer_whose_numbers_are_not_finite_is_named(batches, rank):
     model = tiny_llama()

@@ -153,6 +153,28 @@ def test_they_go_where_the_model_goes(tokens):
     model(input_ids=tokens, decoder_input_ids=tokens)
 
 
+def test_numbers_that_the_networks_dtype_cannot_hold_are_refused_and_nothing_changes(tokens):
+    model = tiny_llama().half()
+    stand_ins = stand_ins_of(model)
+    bias, *others = stand_ins.stand_in[LLAMA_PATHS[1]].tensors().values()
+    stand_ins.stand_in[LLAMA_PATHS[1]] = StandIn(bias + 1e6, *others)
+    expected = output_of(model, {"input_ids": tokens})
+    words = (
+        r"stand_in for model.layers.1.mlp must fit the network's torch.float16, got numbers in bias that are infinite"
+    )
+    with pytest.raises(ValueError, match=words):
+        convert(model, feed_forward_k=stand_ins)
+    torch.testing.assert_close(output_of(model, {"input_ids": tokens}), expected)
+
+
+def test_stand_ins_without_a_k_say_that_they_give_none():
+    model = tiny_llama()
+    with pytest.raises(
+        ValueError, match=r"nothing to convert: .*; stand_in= adds to layers that have a feed_forward_k"
+    ):
+        convert(model, stand_in=stand_ins_of(model))
+
+
 def test_weights_whose_last_layer_stays_in_float32_get_one_in_float32(tokens):
     model = tiny_t5().bfloat16()
     for block in (*model.encoder.block, *model.decoder.block):

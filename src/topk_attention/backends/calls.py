@@ -43,6 +43,23 @@ class KeySums(NamedTuple):
         return KeySums(*(mine + further for mine, further in zip(self, others, strict=True)))
 
 
+class KeyPanels(NamedTuple):
+    """A kept index of keys as the compiled kernels read it: 8-bit integers in panels of 32 keys, P of them.
+
+    The panels behind the last indexed key are room for more.
+
+    panels      [B, G, P, panel bytes] uint8
+    numbers     [B, G, P, 4]  float32: scale, its inverse, error and norm of each panel
+    unscreened  [B, G, P] int32: a bit for each key that has no bound
+    centre      [B, G, ...]  float32: the mean that is taken from the keys
+    """
+
+    panels: Tensor
+    numbers: Tensor
+    unscreened: Tensor
+    centre: Tensor
+
+
 class RestInputs(NamedTuple):
     """What a backend reads to complete top-k attention: sums over the keys that each query sees, kept or not.
 
@@ -110,6 +127,7 @@ class AttentionCall:
                    leaves these keys out
     rest_lift      0 to 1: how far the score of these keys, their mean, is raised towards the smallest kept one
     sums           over all keys, where the caller has them; only with mass_scale
+    key_index      of all keys, where the caller has kept one; what a backend makes of it changes no result
     """
 
     query: Tensor
@@ -128,6 +146,7 @@ class AttentionCall:
     mass_scale: Tensor | None = None
     rest_lift: float = 0.0
     sums: KeySums | None = None
+    key_index: KeyPanels | None = None
 
     def is_full_attention(self) -> bool:
         """Whether every head keeps all keys that its queries see, so that nothing is selected."""

@@ -20,6 +20,7 @@ from .operators import (
     TopKBackwardInputs,
     TopKInputs,
     empty_attention_gradients,
+    is_transformed,
     needs_gradient,
     refuse_second_derivatives,
     require_selection,
@@ -39,8 +40,8 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     sums = call.sums if call.sums is not None else (None, None, None)
     save_selection = call.return_selection or needs_gradient(*call.differentiable())
     # An operator written in Python takes 0.1 ms a call. It is needed for gradients, compiled code and torch.func alone.
-    is_transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    run: Callable[..., tuple[Tensor, ...]] = completed_attention_op if save_selection or is_transformed else _forward
+    needs_operator = save_selection or is_transformed()
+    run: Callable[..., tuple[Tensor, ...]] = completed_attention_op if needs_operator else _forward
     output, indices, weights, *_ = run(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale),
         *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),

@@ -159,6 +159,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether this runs while code is compiled or under a transform of torch.func, where a tensor is a placeholder."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def save_topk_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """setup_context of operators that take `TopKInputs`."""
     call = TopKInputs(*inputs[: len(TopKInputs._fields)])

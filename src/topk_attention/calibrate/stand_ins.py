@@ -167,6 +167,11 @@ def fit_stand_ins(
         if rank > (most := min(sites[path].sizes)):
             raise ValueError(f"rank must be at most {most}, the smaller of the sizes of {path}, got {rank}")
     sums = _sums(model, batches, given, with_products=rank > 0, progress=progress)
+    if not sums:
+        raise ValueError(
+            f"batches must run a layer that leaves neurons out, got none of {', '.join(given)} run in {len(batches)} "
+            "batches; give inputs that the model passes through them, or feed_forward_k for layers that run"
+        )
     for path, of_layer in sums.items():
         of_layer.check_finite(path)
     about = {"tokens": max(of_layer.num_tokens for of_layer in sums.values()), "rank": rank}

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .cached_index import CachedIndex
 from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
 from .growing_rows import GrowingRows, fit_together, grows_in_place
 from .settings import NAME, remembered_settings
@@ -39,6 +40,8 @@ def growing_layer() -> Any:
         values: Any
         # Memory of the keys and of the values.
         _memory: tuple[GrowingRows, GrowingRows] | None = None
+        # Of the keys, while the memory is this layer's own.
+        _index: CachedIndex | None = None
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not (
@@ -46,11 +49,13 @@ def growing_layer() -> Any:
                 and fit_together(self.keys, key_states)
                 and fit_together(self.values, value_states)
             ):
-                self._memory = None
+                self._forget_memory()
                 return super().update(key_states, value_states, *args, **kwargs)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             before = known_sums(self.keys, self.values)
+            index = self._index or CachedIndex()
+            keys_are_indexed = index.is_of(self.keys)
             memory = self._own_memory()
             if memory and memory[0].have_room(self.keys, key_states) and memory[1].have_room(self.values, value_states):
                 keys, values = memory
@@ -60,31 +65,48 @@ def growing_layer() -> Any:
                 values, all_values = GrowingRows.beginning_with(self.values, value_states)
                 self.keys, self.values, self._memory = all_keys, all_values, (keys, values)
             pass_sums_on(self.keys, self.values, before)
+            index.go_on_with(self.keys, keys_are_indexed)
+            self._index = index
             return self.keys, self.values
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             memory = self._own_memory() if grows_in_place(self.keys, self.values) else None
             if memory is None:
                 super().reorder_cache(beam_idx)
-                self._memory = None
+                self._forget_memory()
                 return
             before = known_sums(self.keys, self.values)
+            index = self._index or CachedIndex()
+            keys_are_indexed = index.is_of(self.keys)
             keys, all_keys = memory[0].reordered(self.keys, beam_idx)
             values, all_values = memory[1].reordered(self.values, beam_idx)
             self.keys, self.values, self._memory = all_keys, all_values, (keys, values)
             pass_sums_on(self.keys, self.values, before, lambda x: x.index_select(0, beam_idx.to(x.device)))
+            if keys_are_indexed:
+                index.reorder(beam_idx)
+            index.go_on_with(self.keys, keys_are_indexed)
+            self._index = index
+
+        def crop(self, tokens_to_remove: int) -> None:
+            index = self._index if self._index is not None and self._index.is_of(self.keys) else None
+            super().crop(tokens_to_remove)
+            if index is not None:
+                index.go_on_with(self.keys, True)
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            self._memory = None
+            self._forget_memory()
 
         def batch_select_indices(self, indices: Tensor) -> None:
             super().batch_select_indices(indices)
-            self._memory = None
+            self._forget_memory()
 
         def reset(self) -> None:
             super().reset()
-            self._memory = None
+            self._forget_memory()
+
+        def _forget_memory(self) -> None:
+            self._memory = self._index = None
 
         def _own_memory(self) -> tuple[GrowingRows, GrowingRows] | None:
             """The memory of this layer, if `keys` and `values` are what lies in it."""
@@ -93,7 +115,7 @@ def growing_layer() -> Any:
 
         def __getstate__(self) -> dict[str, Any]:
             """What copies and pickles hold: the rows alone, in memory of their own."""
-            state = {name: value for name, value in vars(self).items() if name != "_memory"}
+            state = {name: value for name, value in vars(self).items() if name not in ("_memory", "_index")}
             return state | {name: x.clone() for name in ("keys", "values") if (x := state[name]) is not None}
 
     return GrowingLayer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.operators import is_transformed
+
 # Room for a quarter more: each row is then copied four times on average, however many tokens follow. Pages that nothing
 # has been written to take no memory.
 _GROWTH = 4
@@ -76,8 +78,7 @@ def grows_in_place(*new: Tensor) -> bool:
     """
     return (
         not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
         and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in new)
     )
 

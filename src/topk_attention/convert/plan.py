@@ -86,6 +86,11 @@ def wanted_by_config(
     if stored is None:
         raise ValueError(
             "nothing to convert: pass attention_k= or feed_forward_k= (the model's configuration holds neither)"
+            + (
+                "; stand_in= adds to layers that have a feed_forward_k and gives them none"
+                if stand_in is not None
+                else ""
+            )
         )
     prefix = prefix_of(model)
     attention_paths, feed_forward_paths = [site.path for site in attention], [site.path for site in feed_forward]
@@ -265,6 +270,15 @@ def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: An
         raise ValueError(f"stand_in for {site.path} must hold numbers, got tensors on meta; load it first")
     if site.linear_out.weight.is_meta:
         raise ValueError(f"stand_in for {site.path} needs a network with weights, got one on meta; load it first")
+    linear_out: Any = site.linear_out
+    dtype = linear_out.weight.dtype
+    if too_large := [
+        name for name, tensor in stand_in.to(dtype).tensors().items() if not bool(tensor.isfinite().all())
+    ]:
+        raise ValueError(
+            f"stand_in for {site.path} must fit the network's {dtype}, got numbers in {' and '.join(too_large)} that "
+            "are infinite there; load the model in bfloat16 or float32"
+        )
     fitted_k = given.get(site.path) if stand_in_beside(given) is not None and isinstance(given, Mapping) else None
     if fitted_k is not None and fitted_k != k:
         raise ValueError(

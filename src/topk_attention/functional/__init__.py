@@ -5,12 +5,14 @@ from .attention import Selection, topk_attention
 from .bias import ALiBi, BucketedBias, RelativeBias
 from .completion import Completion
 from .feed_forward import topk_feed_forward
+from .key_index import KeyIndex
 from .stand_in import StandIn
 
 __all__ = [
     "ALiBi",
     "BucketedBias",
     "Completion",
+    "KeyIndex",
     "KeySums",
     "RelativeBias",
     "Selection",

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..backends.autocast import autocast_off, in_autocast_dtype
-from ..backends.calls import AttentionCall, KeySums, accumulation_dtype
+from ..backends.calls import AttentionCall, KeyPanels, KeySums, accumulation_dtype
 from ..backends.dropout import draw_seed
-from ..backends.operators import needs_gradient
+from ..backends.operators import is_transformed, needs_gradient
 from .bias import Bias
 from .checks import (
     as_k,
@@ -26,6 +26,7 @@ from .checks import (
     shape_of,
 )
 from .completion import Completion
+from .key_index import KeyIndex
 from .observation import notify_observer
 
 _BIAS_TYPES = Bias.__args__
@@ -61,6 +62,7 @@ def topk_attention(
     query_chunk_size: int | None = ...,
     completion: Completion | None = ...,
     key_sums: KeySums | None = ...,
+    key_index: KeyIndex | None = ...,
     return_selection: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -82,6 +84,7 @@ def topk_attention(
     query_chunk_size: int | None = ...,
     completion: Completion | None = ...,
     key_sums: KeySums | None = ...,
+    key_index: KeyIndex | None = ...,
     return_selection: Literal[True],
 ) -> tuple[Tensor, Selection]: ...
 
@@ -102,6 +105,7 @@ def topk_attention(
     query_chunk_size: int | None = None,
     completion: Completion | None = None,
     key_sums: KeySums | None = None,
+    key_index: KeyIndex | None = None,
     return_selection: bool = False,
 ) -> Tensor | tuple[Tensor, Selection]:
     """Let each query attend only to its k best-scoring keys (Gupta et al. 2021, section 2).
@@ -132,6 +136,8 @@ def topk_attention(
     key_sums    sums over all keys, `Completion.sums(key, value)`, where the caller has kept them; they spare completion
                 a pass over all keys and values where a call has one query, or no is_causal; get no gradient. With a
                 boolean attn_mask [B, 1, 1, M] they are over the keys that it shows.
+    key_index   a `KeyIndex` of key that the caller has kept; calls with few queries then read few keys, with the same
+                output to the last bit. It must be of this very tensor. Calls that cannot use it do without.
     return_selection  also return which keys were kept
 
     Returns [B, H, N, E] in the dtype of query; with return_selection a pair of that and a `Selection`.
@@ -169,6 +175,7 @@ def topk_attention(
     torch.Size([2, 8, 128, 64])
     """
     check_context_parallel()
+    panels = _check_index(key_index, key)
     query, key, value = in_autocast_dtype(query), in_autocast_dtype(key), in_autocast_dtype(value)
     _check_shapes(query, key, value, enable_gqa)
     *batch, num_heads, num_queries, head_dim = query.shape
@@ -195,6 +202,7 @@ def topk_attention(
         mass_scale=_check_completion(completion, num_heads, query),
         rest_lift=0.0 if completion is None else completion.lift,
         sums=_check_sums(key_sums, completion, key, value),
+        key_index=panels,
     )
     output, indices, weights = _run(call, backend)
     if call.mass_scale is not None and not call.is_completed() and needs_gradient(call.mass_scale):
@@ -308,6 +316,19 @@ def _check_sums(sums: KeySums | None, completion: Completion | None, key: Tensor
             total if is_canonical else total.reshape(math.prod(leading[:-1]), *total.shape[len(leading) - 1 :])
         )
     return KeySums(*checked)
+
+
+def _check_index(key_index: KeyIndex | None, key: Tensor) -> KeyPanels | None:
+    if key_index is None:
+        return None
+    if not isinstance(key_index, KeyIndex):
+        raise TypeError(f"key_index must be a KeyIndex or None, got {type(key_index).__name__}")
+    if is_transformed():
+        return None
+    check_floating("key", key)
+    key_index.check_is_of(key)
+    # Under autocast attention reads rounded keys.
+    return key_index.panels() if in_autocast_dtype(key) is key else None
 
 
 def _with_one_batch_axis(tensor: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
+from ..calls import AttentionCall, KeyPanels, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
 from ..operators import (
     AttentionGradients,
     TopKBackwardInputs,
@@ -18,10 +18,13 @@ from ..operators import (
     run_topk_attention,
     save_topk_attention,
 )
+from .key_index import is_indexed
 
 _FORWARD = "topk_attention::cpu_attention_forward"
+_INDEXED = "topk_attention::cpu_attention_forward_indexed"
 _BACKWARD = "topk_attention::cpu_attention_backward"
 forward_op = torch.ops.topk_attention.cpu_attention_forward.default
+indexed_op = torch.ops.topk_attention.cpu_attention_forward_indexed.default
 backward_op = torch.ops.topk_attention.cpu_attention_backward.default
 
 
@@ -33,7 +36,15 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """
     if call.relative_bias is not None:
         call = replace(call, relative_bias=call.relative_bias.to(accumulation_dtype(call.query.dtype)))
+    if is_indexed(call):
+        assert call.key_index is not None
+        return run_topk_attention(call, _indexed_forward(call.key_index, call.key.shape[2]), padded_entries)
     return run_topk_attention(call, forward_op, padded_entries)
+
+
+def _indexed_forward(index: KeyPanels, num_keys: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`forward_op` that finds its keys in an index of all of them."""
+    return lambda *inputs: indexed_op(*inputs, *index, num_keys)
 
 
 def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
@@ -105,8 +116,22 @@ def send_rest(
     )
 
 
+@torch.library.register_fake("topk_attention::cpu_index_keys")
+def _(key, start, panels, numbers, unscreened, centre):
+    return None
+
+
+@torch.library.register_fake(_INDEXED)
+def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection, *_):
+    return _empty_forward(query, value, head_k, save_selection)
+
+
 @torch.library.register_fake(_FORWARD)
 def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection):
+    return _empty_forward(query, value, head_k, save_selection)
+
+
+def _empty_forward(query, value, head_k, save_selection):
     num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
     return (
         empty_output(query, value),

@@ -4,16 +4,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import topk_attention
 from topk_experiments.benchmarks.decode import report
-from topk_experiments.benchmarks.decode.measure import check, new_call, new_tensors, why_not
-from topk_experiments.benchmarks.decode.works import METHODS, WITH_INDEX, Work
+from topk_experiments.benchmarks.decode.measure import check, new_call, new_tensors
+from topk_experiments.benchmarks.decode.works import METHODS, Work
 from topk_experiments.cli import app
 from topk_experiments.runs.checks import CheckFailedError
 from topk_experiments.runs.records import read_json_lines
 
 runner = CliRunner()
-THERE = [name for name in METHODS if why_not(name) is None]
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -21,27 +19,20 @@ def work(request):
     return Work(6, 2, 16, 301, k=7, dtype=request.param)
 
 
-@pytest.mark.parametrize("method", THERE)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_passes_the_check(method, work, kernels):
     tensors = new_tensors(work)
     with torch.no_grad():
         assert check(method, new_call(method, work, tensors)(), work, tensors) < 0.02
 
 
-@pytest.mark.parametrize("method", THERE)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_check_refuses_another_number_of_keys(method, work):
     tensors = new_tensors(work)
     other = Work(**work.as_record() | {"k": 4})
     output = new_call("topk" if method.startswith("sdpa") else method, other, tensors)()
     with pytest.raises(CheckFailedError, match="the output differs from the float64 reference by"):
         check(method, output, work, tensors)
-
-
-def test_an_index_that_this_version_lacks_is_named(monkeypatch):
-    monkeypatch.delattr(topk_attention, "KeyIndex", raising=False)
-    for method in WITH_INDEX:
-        assert why_not(method) == "this version of topk_attention has no KeyIndex"
-    assert why_not("topk") is None
 
 
 @pytest.fixture
@@ -71,7 +62,7 @@ def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(
     assert read_json_lines(tmp_path / "out" / "decode.jsonl") == records
 
 
-def test_a_method_that_is_not_there_has_a_row_and_a_note(tmp_path):
+def test_a_method_that_ran_out_of_memory_has_a_row_and_a_note(tmp_path):
     median = {"median_s": 1e-3, "fastest_s": 1e-3, "slowest_s": 2e-3}
     record = {
         "schema": "topk_attention/decode/1",
@@ -81,7 +72,7 @@ def test_a_method_that_is_not_there_has_a_row_and_a_note(tmp_path):
             "sdpa": median | {"outcome": "finished", "median_s": 8e-3},
             "sdpa-rows": median | {"outcome": "finished", "median_s": 4e-3},
             "topk": median | {"outcome": "finished"},
-            "topk-index": {"outcome": "not there", "message": "no KeyIndex"},
+            "topk-index": {"outcome": "out of memory", "message": "cannot allocate memory"},
         },
         "floor": median | {"median_s": 5e-4},
         "environment": {"cpu": "a", "torch": "2", "date": "2026-11-30", "commit": None, "num_cpus": 2},
@@ -89,8 +80,8 @@ def test_a_method_that_is_not_there_has_a_row_and_a_note(tmp_path):
     (tmp_path / "decode.jsonl").write_text(json.dumps(record))
     table = report(tmp_path)[0].read_text()
     assert "| top-k | 1.00 | 1.00 to 2.00 | 2.00 | 8.0 | 4.0 |" in table
-    assert "| top-k, kept index | not there |" in table
-    assert "top-k, kept index: not there (no KeyIndex)." in table
+    assert "| top-k, kept index | out of memory |" in table
+    assert "top-k, kept index: out of memory (cannot allocate memory)." in table
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import topk_attention
+from topk_attention import KeyIndex
 from topk_attention import topk_attention as attend
 
 from ...runs.checks import NEAR_TIE, CheckFailedError
@@ -17,7 +17,7 @@ from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.steps import start_point
 from ...runs.turns import TOLERANCES, take_turns
-from .works import METHODS, WITH_INDEX, Work
+from .works import METHODS, Work
 
 Call = Callable[[], Tensor]
 _MODE = "forward"
@@ -25,7 +25,7 @@ _FLOOR = ("", _MODE)
 
 
 def time_methods(request: Json, send: Send) -> Json:
-    """Check every method of the request that is there, then time them, and one reading of all keys, in turns.
+    """Check every method of the request, then time them, and one reading of all keys, in turns.
 
     Returns for each method its outcome with median, fastest and slowest, and the same of the reading.
     """
@@ -37,9 +37,6 @@ def time_methods(request: Json, send: Send) -> Json:
     send({"doing": "checking the answers"})
     with torch.no_grad():
         for name in request["methods"]:
-            if (reason := why_not(name)) is not None:
-                outcomes[name] = {"outcome": "not there", "message": reason}
-                continue
             call = new_call(name, work, tensors)
             outcomes[name] = {"outcome": "finished", "largest_error_in_check": check(name, call(), work, tensors)}
             turns[name, _MODE] = call
@@ -63,13 +60,6 @@ def time_methods(request: Json, send: Send) -> Json:
     }
 
 
-def why_not(method: str) -> str | None:
-    """Why a method cannot take its turn here; None where it can."""
-    if method in WITH_INDEX and not hasattr(topk_attention, "KeyIndex"):
-        return "this version of topk_attention has no KeyIndex"
-    return None
-
-
 def new_tensors(work: Work) -> tuple[Tensor, Tensor, Tensor]:
     """Random query [1, H, 1, D] and key and value [1, G, M, D]."""
     dtype = getattr(torch, work.dtype)
@@ -90,7 +80,7 @@ def new_call(method: str, work: Work, tensors: tuple[Tensor, Tensor, Tensor]) ->
             return lambda: F.scaled_dot_product_attention(rows, key, value).view(query.shape)
         case "topk":
             return lambda: attend(query, key, value, **options)
-    index = topk_attention.KeyIndex(key)  # type: ignore[attr-defined, unused-ignore]
+    index = KeyIndex(key)
     options["key_index"] = index
 
     def step() -> Tensor:

@@ -19,7 +19,6 @@ METHODS = {
     "topk-index-append": "top-k, kept index, one key added",
 }
 OURS = tuple(name for name in METHODS if name.startswith("topk"))
-WITH_INDEX = tuple(name for name in METHODS if name.startswith("topk-index"))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import topk_attention
-from topk_attention import RelativeBias
+from topk_attention import KeyIndex, RelativeBias
 from topk_attention import topk_attention as attend
 
 from ...runs.checks import CheckFailedError
@@ -71,9 +70,7 @@ def decoding(num_keys: int, k: int, backend: str) -> Operation:
     with torch.no_grad():
         key, value = (torch.randn(1, _DECODE_KEY_HEADS, num_keys, _DECODE_HEAD_DIM) for _ in range(2))
         query = torch.randn(1, _DECODE_HEADS, 1, _DECODE_HEAD_DIM)
-    options: dict[str, Any] = {"k": k, "enable_gqa": True, "backend": backend}
-    if hasattr(topk_attention, "KeyIndex"):
-        options["key_index"] = topk_attention.KeyIndex(key)
+    options: dict[str, Any] = {"k": k, "enable_gqa": True, "backend": backend, "key_index": KeyIndex(key)}
     rows = query.view(1, _DECODE_KEY_HEADS, -1, _DECODE_HEAD_DIM)
     return Operation(
         f"decoding, {num_keys:,} keys",

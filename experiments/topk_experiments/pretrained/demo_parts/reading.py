@@ -1,6 +1,6 @@
-"""A model reads a long document and answers a question about it: in full, and with top-k attention, completed.
+"""A model reads a long document and answers a question about it: in full, with top-k attention, and completed.
 
-Both share their weights and keep their caches side by side, so that their tokens take turns.
+All share their weights and keep their caches side by side, so that their tokens take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ...runs.process import Send
 from ...runs.records import Json
 from ...runs.timing import Stopwatch
 
-FULL, TOPK = "full", "topk"
+FULL, TOPK, COMPLETED = "full", "topk", "completed"
+IN_WORDS = {FULL: "in full", TOPK: "with top-k", COMPLETED: "with top-k, completed"}
 # A token after so few is timed too: there is nothing to leave out.
 SHORT = 64
 _SHORT_TOKENS = 12
@@ -48,10 +49,11 @@ def measure(request: Json, send: Send) -> Json:
     torch.manual_seed(request["seed"])
     source = ModelSource(**request["model"])
     full = load_model_to_run(source)
-    topk = sharing_weights(full)
-    convert(topk, attention_k=request["k"], completion=Completion(), backend=request["backend"])
-    models = {FULL: full, TOPK: topk}
-    kinds = {FULL: "dynamic", TOPK: "topk"}
+    models = {FULL: full, TOPK: sharing_weights(full), COMPLETED: sharing_weights(full)}
+    for name, completion in ((TOPK, None), (COMPLETED, Completion())):
+        convert(models[name], attention_k=request["k"], completion=completion, backend=request["backend"])
+    # Each with the cache that `generate` takes by itself.
+    kinds = {FULL: "dynamic", TOPK: "topk", COMPLETED: "topk"}
     result: Json = {name: {} for name in models}
     send({"doing": f"tokens after {SHORT}"})
     short = {name: Reader(model, new_cache(kinds[name], model, SHORT + 99)) for name, model in models.items()}
@@ -59,7 +61,7 @@ def measure(request: Json, send: Send) -> Json:
         result[name]["short_token_s"] = statistics.median(of_short)
     readers, first, busy = {}, {}, []
     for name, model in models.items():
-        send({"doing": f"reading {len(request['document']):,} tokens, {'in full' if name == FULL else 'with top-k'}"})
+        send({"doing": f"reading {len(request['document']):,} tokens, {IN_WORDS[name]}"})
         with PeakMeter() as meter, Stopwatch() as stopwatch:
             readers[name] = Reader(model, new_cache(kinds[name], model, len(request["document"]) + 999))
             first[name] = read(model, request["document"], readers[name].cache)
@@ -69,7 +71,7 @@ def measure(request: Json, send: Send) -> Json:
     found = {name: _following(readers[name], first[name], request["following"]) for name in readers}
     for name, (perplexity, _) in found.items():
         result[name]["perplexity"] = perplexity
-    agree = (found[FULL][1] == found[TOPK][1]).double().mean().item()
+        result[name]["agreement"] = (found[name][1] == found[FULL][1]).double().mean().item()
     send({"doing": "answering"})
     tokens, times = _alternate(readers, request["question"], request["answer_tokens"])
     tokenizer = load_tokenizer(source)
@@ -80,7 +82,7 @@ def measure(request: Json, send: Send) -> Json:
             "slowest_token_s": max(times[name]),
             "answer": _text(tokenizer, tokens[name], full.generation_config.eos_token_id),
         }
-    return result | {"agreement": agree, "other_cores": max((one for one in busy if one is not None), default=None)}
+    return result | {"other_cores": max((one for one in busy if one is not None), default=None)}
 
 
 def sharing_weights(model: Any) -> Any:

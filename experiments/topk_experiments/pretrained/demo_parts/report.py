@@ -60,12 +60,16 @@ def comparisons(record: Json) -> list[Comparison]:
     parts, config = record["parts"], record["config"]
     found = []
     if "reading" in parts:
-        full, topk = parts["reading"]["full"], parts["reading"]["topk"]
-        peaks = (full["prefill_peak_mib"], topk["prefill_peak_mib"])
-        name = f"reading {config['num_tokens']:,} tokens"
-        found.append(Comparison(name, full["prefill_s"], topk["prefill_s"], *peaks))
-        found.append(Comparison(f"a token after {config['num_tokens']:,}", full["token_s"], topk["token_s"]))
-        found.append(Comparison("a token after 64", full["short_token_s"], topk["short_token_s"]))
+        full, length = parts["reading"]["full"], f"{config['num_tokens']:,}"
+        for what, prefill, field in (
+            (f"reading {length} tokens", True, "prefill_s"),
+            (f"a token after {length}", False, "token_s"),
+            ("a token after 64", False, "short_token_s"),
+        ):
+            for name, suffix in (("topk", ""), ("completed", ", completed")):
+                ours = parts["reading"][name]
+                peaks = (full["prefill_peak_mib"], ours["prefill_peak_mib"]) if prefill else (None, None)
+                found.append(Comparison(what + suffix, full[field], ours[field], *peaks))
     for one in parts.get("operations", {}).get("operations", ()):
         theirs, ours = one["theirs"], one["ours"]
         found.append(
@@ -92,13 +96,13 @@ def in_words(part: str, record: Json) -> str:
     faster = [f"{name} {one.times_faster:.1f} times as fast" for name, one in by_name.items()]
     match part:
         case "reading":
-            full, topk = of["full"], of["topk"]
-            return (
-                f"Reading: full {full['prefill_s']:.1f} s, then {1 / full['token_s']:.1f} tokens/s; top-k "
-                f"{topk['prefill_s']:.1f} s, then {1 / topk['token_s']:.1f} tokens/s. Of the text that follows the "
-                f"same next token in {100 * of['agreement']:.0f} %, perplexity {full['perplexity']:.2f} and "
-                f"{topk['perplexity']:.2f}."
-            )
+            shown = [
+                f"{label} {of[name]['prefill_s']:.1f} s, then {1 / of[name]['token_s']:.1f} tokens/s, perplexity of "
+                f"what follows {of[name]['perplexity']:.2f}"
+                + ("" if name == "full" else f", same next token in {100 * of[name]['agreement']:.0f} %")
+                for name, label in (("full", "full"), ("topk", "top-k"), ("completed", "completed"))
+            ]
+            return f"Reading and answering: {'; '.join(shown)}."
         case "operations":
             return f"Operations against PyTorch's best: {'; '.join(faster).replace('operation ', '')}."
         case "quality":
@@ -183,7 +187,7 @@ def html_page(record: Json) -> str:
     return page(
         f"{model['name']} with top-k attention, in {counted(len(parts), 'part')}",
         f"<p>{escape(model['name'])} ({escape(model['revision'])}, {escape(config['dtype'])}, no training before) with "
-        f"full attention and with {config['k']} keys per query, the others completed, on {escape(text['source'])}, and "
+        f"full attention and with {config['k']} keys per query, alone and completed, on {escape(text['source'])}, and "
         "the operations alone against PyTorch's.</p>",
         drawn("Times faster than full attention, and perplexity against k", draw(record)),
         f"<ul>\n{points}</ul>",
@@ -201,18 +205,18 @@ def _answers(record: Json) -> list[str]:
     of = record["parts"].get("reading")
     if of is None:
         return []
-    rows = [["", "full attention", f"k = {record['config']['k']}, completed"]]
+    k = record["config"]["k"]
+    rows = [["", "full attention", f"k = {k}", f"k = {k}, completed"]]
     for label, field, form in (
         ("reading the document [s]", "prefill_s", "{:.1f}"),
         ("a token of the answer [ms]", "token_s", "{:.1f}"),
         ("perplexity of the text that follows", "perplexity", "{:.2f}"),
+        ("same next token as in full [%]", "agreement", "{:.0f}"),
         ("answer", "answer", "{}"),
     ):
-        factor = 1e3 if field == "token_s" else 1
-        rows.append([label, *(form.format(of[name][field] * factor) for name in ("full", "topk"))])
-    question = escape(record["config"]["question"])
-    agree = f"Of the text that follows, both find the same token most likely in {100 * of['agreement']:.0f} %."
-    return [f"<h2>{question}</h2>", table(rows).replace('class="numbers"', ""), f"<p>{agree}</p>"]
+        factor = {"token_s": 1e3, "agreement": 100}.get(field, 1)
+        rows.append([label, *(form.format(of[name][field] * factor) for name in ("full", "topk", "completed"))])
+    return [f"<h2>{escape(record['config']['question'])}</h2>", table(rows).replace(' class="numbers"', "")]
 
 
 def draw(record: Json) -> Any:

@@ -15,7 +15,7 @@ from topk_attention.environment import environment
 from . import benchmarks
 from .language_model import report as language_model
 from .lra import table as lra
-from .pretrained import calibration_report, demo_report, stand_ins_report, transcription_report
+from .pretrained import calibration_report, demo_report, passkey_report, stand_ins_report, transcription_report
 from .pretrained.demo_parts import report as demonstration
 from .qa import report as qa
 from .results_conclusions import conclusions
@@ -33,6 +33,7 @@ REDRAWS = (
     demonstration.redraw,
     calibration_report.redraw,
     stand_ins_report.redraw,
+    passkey_report.redraw,
     transcription_report.redraw,
     language_model.redraw,
     lra.redraw,
@@ -112,6 +113,12 @@ SECTIONS = (
         None,
         "Perplexity with a part of the neurons, and with what a constant or a linear function of low rank adds for the "
         "others.",
+    ),
+    Section(
+        "passkey",
+        "A passkey in a long text",
+        None,
+        "Five digits hidden at ten depths of 7,500 tokens: found with full attention, with few keys, and completed.",
     ),
     Section("whisper", "Speech recognition", None, "What Whisper hears with a part of the keys."),
     Section(

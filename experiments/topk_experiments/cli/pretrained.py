@@ -16,6 +16,7 @@ from .options import (
     Seed,
     Text,
     Threads,
+    at_least,
     errors_in_words,
     integers,
     names,
@@ -262,6 +263,51 @@ def stand_ins(
                 evaluate_tokens=evaluate_tokens,
                 k=integers("k", k),
                 ranks=integers("rank", rank, least=0),
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
+def passkey(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the whole prompt.")] = 7500,
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "64,32",
+    completed_k: CompletedK = "32",
+    depths: Annotated[
+        int, typer.Option(help="Places of the passkey, evenly from the beginning on.", callback=at_least(1))
+    ] = 10,
+    out: Out = Path("results/passkey"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again.")] = False,
+) -> None:
+    """Hide a passkey at several depths of a long text; which does a model find in full, with few keys, and completed?
+
+    About ten minutes on two cores. Appends to passkey.jsonl and writes passkey.md. To continue an interrupted run,
+    repeat the command: it asks for what is missing.
+    """
+    with errors_in_words(f"finished answers are in {out / 'passkey.jsonl'}"):
+        from topk_experiments.pretrained.passkey import PasskeyConfig, run_passkey
+
+        run_passkey(
+            PasskeyConfig(
+                model=model,
+                text=text,
+                num_tokens=tokens,
+                k=integers("k", k, may_be_empty=True),
+                completed_k=integers("completed-k", completed_k, may_be_empty=True),
+                depths=depths,
                 out=out,
                 seed=seed,
                 threads=threads,

@@ -31,7 +31,7 @@ from ..models.text import Text, first_tokens, read_text
 from ..runs.checks import check_at_least, check_ks
 from ..runs.ledger import Ledger, is_finished, made_when
 from ..runs.process import Send, failures_named, run_in_fresh_process
-from ..runs.progress import line_printer
+from ..runs.progress import Say, line_printer
 from ..runs.records import Json
 from ..runs.timing import Stopwatch
 from ..show.console import print_table
@@ -133,24 +133,9 @@ def run_passkey(config: PasskeyConfig, console: Console) -> list[Json]:
                 "backend": choose_backend(config.backend).name,
             }
 
-            def write(
-                message: Json,
-                points: dict[int, Json] = points,
-                found: dict[int, Json] = found,
-                name: str = str(setting),
-            ) -> None:
-                depth = message.pop("depth")
-                record = ledger.new_record({"point": points[depth]}) | {"outcome": "finished"} | message
-                ledger.append(record)
-                found[depth] = record
-                outcome = "found" if record["found"] else "not found"
-                say(f"{name}, depth {depth / config.depths:.0%}: {outcome}, {record['elapsed_s']:.1f} s")
-
-            with (
-                console.status(f"{setting}: {len(missing)} of {config.depths} depths ..."),
-                failures_named(str(setting)),
-            ):
-                run_in_fresh_process(f"{__name__}:ask", request, on_message=write)
+            of_setting = _Answers(str(setting), points, found, ledger, say)
+            with console.status(f"{setting}: {len(missing)} depths to go ..."), failures_named(str(setting)):
+                run_in_fresh_process(f"{__name__}:ask", request, on_message=of_setting.write)
         else:
             say(f"{setting}: {made_when(found[0])}")
         records += [found[depth] for depth in range(config.depths)]
@@ -159,6 +144,28 @@ def run_passkey(config: PasskeyConfig, console: Console) -> list[Json]:
     for path in (ledger.path, *report(config.out)):
         say(f"Written: {path}")
     return records
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Of one setting, as they come: depth -> point, and depth -> record."""
+
+    name: str
+    points: dict[int, Json]
+    found: dict[int, Json]
+    ledger: Ledger
+    say: Say
+
+    def write(self, message: Json) -> None:
+        depth = message.pop("depth")
+        record = self.ledger.new_record({"point": self.points[depth]}) | {"outcome": "finished"} | message
+        self.ledger.append(record)
+        self.found[depth] = record
+        outcome = "found" if record["found"] else "not found"
+        where = f"depth {depth / len(self.points):.0%}"
+        self.say(
+            f"{self.name}, {where}: {outcome} (probability {record['probability']:.2f}), {record['elapsed_s']:.1f} s"
+        )
 
 
 def ask(request: Json, send: Send) -> Json:

@@ -17,7 +17,7 @@ _SHARED = ("depths", "num_tokens", "model", "text")
 
 @reads(f"{NAME}.jsonl")
 def report(out: Path) -> list[Path]:
-    """Write `passkey.md` of the records on file in a folder that share their settings with the last; returns its path."""
+    """Write `passkey.md` of the records in a folder that share their settings with the last; returns its path."""
     records = newest(on_file(out / f"{NAME}.jsonl", SCHEMA), lambda record: json.dumps(record["point"], sort_keys=True))
     if not records:
         return []
@@ -57,10 +57,10 @@ def as_markdown(records: Sequence[Json]) -> str:
     point, here = records[-1]["point"], records[-1]["environment"]
     headings, *rows = table_rows(records)
     lines = [
-        f"{point['model'][0]} looks for a passkey of five digits in {point['num_tokens']:,} tokens of {point['text'][0]}; "
-        "columns: how deep it is hidden. Yes: each digit is the most likely token; in parentheses the probability of all. "
-        f"{here['cpu']}, {counted(point['threads'], 'thread')}, float32, PyTorch {here['torch']}, "
-        f"{days_and_commits(records)}. The text before the passkey is read once for all depths.",
+        f"{point['model'][0]} looks for a passkey of five digits in {point['num_tokens']:,} tokens of "
+        f"{point['text'][0]}; columns: how deep it is hidden. Yes: each digit is the most likely token; in parentheses "
+        f"the probability of all. {here['cpu']}, {counted(point['threads'], 'thread')}, float32, PyTorch "
+        f"{here['torch']}, {days_and_commits(records)}. The text before the passkey is read once for all depths.",
         "",
         *("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)),
     ]

@@ -134,8 +134,8 @@ def run_demo(config: DemoConfig, console: Console) -> Json:
     print_table(console, "Times faster than full attention", headings, rows)
     for sentence in summary(record):
         say(f"- {sentence}")
-    for label, path in zip(("Record", "Picture", "Page"), (config.record, *written), strict=True):
-        say(f"{label + ':':<8} {path}")
+    for path in (config.record, *written):
+        say(f"Written: {path}")
     return record
 
 

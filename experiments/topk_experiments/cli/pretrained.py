@@ -56,7 +56,8 @@ def demo(
         ),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="With --perplexity, times that every setting runs, in turns: 3.")
+        int | None,
+        typer.Option(help="With --perplexity, times that every setting runs, in turns: 3.", callback=at_least(1)),
     ] = None,
     out: Annotated[
         Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from ...runs.checks import CheckFailedError
 from ...runs.memory import PeakMeter, available_mib
 from ...runs.process import Send
 from ...runs.records import Json
-from ...runs.turns import TOLERANCES, take_turns
+from ...runs.steps import Times
+from ...runs.timing import Stopwatch
+from ...runs.turns import TOLERANCES
 
 _HEADS, _HEAD_DIM, _DROPOUT = 4, 64, 0.1
 # Of decoding: the shape of Llama 3 8B.
@@ -24,6 +27,8 @@ _DECODE_HEADS, _DECODE_KEY_HEADS, _DECODE_HEAD_DIM = 32, 8, 128
 # PyTorch's dropout holds about this many matrices of all weights at its peak.
 _MATRICES = 5
 _CHECK_LENGTH = 300
+# A turn takes at least this long. Rounds that take long are fewer.
+_TURN_S, _LONG_S, _FEWEST_ROUNDS = 0.02, 4.0, 2
 Call = Callable[[], Tensor]
 
 
@@ -128,16 +133,16 @@ def check(k: int, backend: str) -> None:
 
 def _measured(operation: Operation, rounds: int) -> Json:
     forms = {f"theirs {name}": call for name, call in operation.theirs.items()} | {"ours": operation.ours}
-    peaks = {}
-    for name, call in forms.items():
-        with PeakMeter() as meter:
+    peaks, once = {}, {}
+    for name, call in forms.items():  # also the warm-up
+        with PeakMeter() as meter, Stopwatch() as stopwatch:
             call()
-        peaks[name] = meter.read().peak_mib
-    turns: dict[tuple[str, str], Callable[[], object]] = {(name, ""): call for name, call in forms.items()}
-    times, failures = take_turns(turns, {"repetitions": rounds, "enough_s": 60.0}, lambda _: None)
-    if failures:
-        raise MemoryError("; ".join(failures.values()))
-    records = {name: times[name, ""].as_record() for name in forms}
+        peaks[name], once[name] = meter.read().peak_mib, stopwatch.elapsed_s
+    times = {name: Times("cpu", calls=math.ceil(_TURN_S / once[name])) for name in forms}
+    for _ in range(rounds if sum(once.values()) < _LONG_S else min(rounds, _FEWEST_ROUNDS)):
+        for name, call in forms.items():
+            times[name].take(call)
+    records = {name: of.as_record() for name, of in times.items()}
     best = min(
         (name for name in forms if name != "ours"),
         key=lambda name: records[name]["elapsed_s"],

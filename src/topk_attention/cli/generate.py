@@ -53,10 +53,6 @@ class GenerationRequest:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("give one of --prompt and --prompt-file, got both")
-        if self.prompt is None and self.prompt_file is None and not self.chat:
-            raise ValueError("prompt is missing: give --prompt, --prompt-file or --chat")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
@@ -65,6 +61,12 @@ class GenerationRequest:
             )
         if self.completed and self.attention_k in (None, "all"):
             raise ValueError("completed needs an --attention-k: with every key kept there is nothing to complete")
+
+        self.k()
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("give one of --prompt and --prompt-file, got both")
+        if self.prompt is None and self.prompt_file is None and not self.chat:
+            raise ValueError("prompt is missing: give --prompt, --prompt-file or --chat")
 
     def k(self) -> K:
         """What `convert` takes as attention_k.

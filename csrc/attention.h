@@ -124,9 +124,37 @@ struct SendRest {
   void *grad_key, *grad_value;          // added to unless null: A [B, G, M, D] and [B, G, M, E], contiguous
 };
 
+// An index of keys that is kept from call to call: 8-bit integers in panels of 32 keys, kernels/kept_index-inl.h says what each
+// number means. P panels are there; strides count elements, the other axes are contiguous.
+struct KeptIndex {
+  uint8_t* panels;        // [B, G, P, D / 4 rounded up, 32, 4]
+  float* numbers;         // [B, G, P, 4]
+  int32_t* unscreened;    // [B, G, P]
+  float* centre;          // [B, G, D rounded up to a multiple of 4]
+  int64_t panel_stride[2], number_stride[2], unscreened_stride[2], centre_stride[2];
+};
+
+// Write the panels from the one that holds key `start` on; with start = 0 also the centre, which is only read otherwise.
+struct IndexKeys {
+  int64_t batch, num_heads, num_keys, head_dim, start;
+  DType dtype;
+  View key;               // [B, G, M, D] of T; the last axis is contiguous
+  KeptIndex index;
+};
+
+// The forward pass with an index of the keys, which it only reads. Keys from num_indexed on are not in it.
+struct IndexedForward {
+  AttentionForward forward;
+  KeptIndex index;
+  int64_t num_indexed;
+  bool* is_stale;         // set where a key's score is not what the index says: it is of other keys
+};
+
 // All kernels allocate scratch memory per thread and return false if there is not enough memory.
 struct AttentionKernels {
   bool (*forward)(const AttentionForward& call, const Parallel& parallel);
+  bool (*index_keys)(const IndexKeys& call, const Parallel& parallel);
+  bool (*forward_indexed)(const IndexedForward& call, const Parallel& parallel);
   bool (*backward)(const AttentionBackward& call, const Parallel& parallel);
   bool (*sum_keys)(const SumKeys& call, const Parallel& parallel);
   bool (*send_rest)(const SendRest& call, const Parallel& parallel);

@@ -97,6 +97,9 @@ Tensor zeros(const std::vector<int64_t>& size, ScalarType dtype) {
   return torch::stable::zero_(tensor);
 }
 
+// Keys of a panel of a kept index.
+constexpr int64_t kIndexPanel = 32;
+
 void check_memory(bool ok) { STD_TORCH_CHECK(ok, "the top-k kernels found no memory for their scratch space"); }
 
 // The tensors and options of RestInputs in backends/calls.py.
@@ -157,12 +160,69 @@ struct ForwardTensors {
   Tensor output, indices, weights, mass, cuts;
 };
 
+// Bytes of one panel of a kept index.
+int64_t index_panel_bytes(int64_t head_dim) { return (head_dim + 3) / 4 * 4 * kIndexPanel; }
+
+// The tensors of a kept index: topk::KeptIndex. They may be parts of larger ones along their first two axes.
+struct IndexTensors {
+  Tensor panels, numbers, unscreened, centre;
+};
+
+topk::KeptIndex index_of(const IndexTensors& tensors, const Tensor& key, int64_t num_indexed) {
+  const int64_t batch = key.size(0), heads = key.size(1), head_dim = key.size(3), num_panels = tensors.panels.size(2);
+  const auto check = [&](const Tensor& tensor, const char* name, ScalarType dtype, const std::vector<int64_t>& size) {
+    bool fits = tensor.scalar_type() == dtype && tensor.dim() == int64_t(size.size());
+    for (int64_t axis = 0; fits && axis < tensor.dim(); ++axis) fits = tensor.size(axis) == size[axis];
+    int64_t inner = 1;
+    for (int64_t axis = tensor.dim() - 1; fits && axis > 1; inner *= size[axis--])
+      fits = size[axis] <= 1 || tensor.stride(axis) == inner;
+    STD_TORCH_CHECK(fits, name, " does not have the shape, dtype or layout of an index of these keys");
+  };
+  STD_TORCH_CHECK(tensors.panels.dim() == 4, "panels does not have the shape of an index of these keys");
+  check(tensors.panels, "panels", ScalarType::Byte, {batch, heads, num_panels, index_panel_bytes(head_dim)});
+  check(tensors.numbers, "numbers", ScalarType::Float, {batch, heads, num_panels, 4});
+  check(tensors.unscreened, "unscreened", ScalarType::Int, {batch, heads, num_panels});
+  check(tensors.centre, "centre", ScalarType::Float, {batch, heads, (head_dim + 3) / 4 * 4});
+  STD_TORCH_CHECK(num_indexed >= 0 && num_indexed <= num_panels * kIndexPanel, "an index of ", num_panels, " panels holds ",
+                  num_panels * kIndexPanel, " keys, not ", num_indexed);
+  topk::KeptIndex index;
+  index.panels = static_cast<uint8_t*>(tensors.panels.mutable_data_ptr());
+  index.numbers = static_cast<float*>(tensors.numbers.mutable_data_ptr());
+  index.unscreened = static_cast<int32_t*>(tensors.unscreened.mutable_data_ptr());
+  index.centre = static_cast<float*>(tensors.centre.mutable_data_ptr());
+  for (int64_t axis = 0; axis < 2; ++axis) {
+    index.panel_stride[axis] = tensors.panels.stride(axis);
+    index.number_stride[axis] = tensors.numbers.stride(axis);
+    index.unscreened_stride[axis] = tensors.unscreened.stride(axis);
+    index.centre_stride[axis] = tensors.centre.stride(axis);
+  }
+  return index;
+}
+
+// Writes the panels of an index from the one that holds key `start` on; with start = 0 also its centre.
+void index_keys(Tensor key, int64_t start, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre) {
+  key = with_whole_rows(key);
+  topk::IndexKeys call = {};
+  call.batch = key.size(0);
+  call.num_heads = key.size(1);
+  call.num_keys = key.size(2);
+  call.head_dim = key.size(3);
+  call.start = start;
+  STD_TORCH_CHECK(start >= 0 && start <= call.num_keys, "start must be one of ", call.num_keys, " keys, got ", start);
+  STD_TORCH_CHECK(key.scalar_type() != ScalarType::Double, "float64 keys have no index");
+  call.dtype = dtype_of(key);
+  call.key = view_of(key);
+  call.index = index_of({panels, numbers, unscreened, centre}, key, call.num_keys);
+  if (call.batch * call.num_heads * call.num_keys > 0) check_memory(kernels().attention.index_keys(call, parallel()));
+}
+
 // Output [B, H, N, E] (laid out as [B, N, H, E]) and all entries, indices int32 and weights, which are empty unless asked
 // for: see topk::HeadK for their order. With a rest also its weight at a scale of 1 and the slot of the smallest score.
 ForwardTensors run_attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
     std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
-    double scale, double dropout_p, bool save_selection, RestTensors* rest) {
+    double scale, double dropout_p, bool save_selection, RestTensors* rest, const IndexTensors* index = nullptr,
+    int64_t num_indexed = 0) {
   query = with_whole_rows(query);
   key = with_whole_rows(key);
   value = with_whole_rows(value);
@@ -205,7 +265,14 @@ ForwardTensors run_attention_forward(
     call.mass = mass.mutable_data_ptr();
     call.cuts = static_cast<int32_t*>(cuts.mutable_data_ptr());
   }
-  check_memory(kernels().attention.forward(call, parallel()));
+  if (index == nullptr) {
+    check_memory(kernels().attention.forward(call, parallel()));
+    return {output, indices, weights, mass, cuts};
+  }
+  bool is_stale = false;
+  check_memory(kernels().attention.forward_indexed({call, index_of(*index, key, num_indexed), num_indexed, &is_stale}, parallel()));
+  STD_TORCH_CHECK(!is_stale, "key_index is not of these keys: a score lies outside the bounds that the index gives it; build it "
+                  "anew where keys are written over");
   return {output, indices, weights, mass, cuts};
 }
 
@@ -218,19 +285,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   return {result.output, result.indices, result.weights};
 }
 
-// Bytes of one panel of a kept index.
-int64_t index_panel_bytes(int64_t head_dim) { return (head_dim + 3) / 4 * 128; }
-
-void index_keys(Tensor, int64_t, Tensor, Tensor, Tensor, Tensor) {
-  STD_TORCH_CHECK(false, "kept indexes of keys are not there yet");
-}
-
 std::tuple<Tensor, Tensor, Tensor> attention_forward_indexed(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
     std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
     double scale, double dropout_p, bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre,
     int64_t num_indexed) {
-  STD_TORCH_CHECK(false, "kept indexes of keys are not there yet");
+  const IndexTensors index = {panels, numbers, unscreened, centre};
+  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal,
+                                                      scale, dropout_p, save_selection, nullptr, &index, num_indexed);
+  return {result.output, result.indices, result.weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_forward(

@@ -20,7 +20,7 @@ inline const A* widened(const T* row, int64_t dim, A* spare) {
 
 // One step of a transposition: lanes whose index has the bit `half` change places with those of the partner vector.
 template <class A, int half>
-inline void exchange(Vector<A>* rows) {
+inline __attribute__((always_inline)) void exchange(Vector<A>* rows) {
   typename Types<A>::Ints low = {}, high = {};
   for (int lane = 0; lane < kLanes<A>; ++lane) {
     low[lane] = (lane & half) != 0 ? kLanes<A> + lane - half : lane;
@@ -36,7 +36,7 @@ inline void exchange(Vector<A>* rows) {
 }
 
 template <class A>
-inline void transpose(Vector<A>* rows) {
+inline __attribute__((always_inline)) void transpose(Vector<A>* rows) {
   exchange<A, 1>(rows);
   if constexpr (kLanes<A> > 2) exchange<A, 2>(rows);
   if constexpr (kLanes<A> > 4) exchange<A, 4>(rows);

@@ -29,6 +29,9 @@ namespace {
 #include "scores-inl.h"
 #include "rest-inl.h"
 #include "forward-inl.h"
+#include "few_rows-inl.h"
+#include "kept_index-inl.h"
+#include "indexed_rows-inl.h"
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
 #include "key_index-inl.h"
 #include "screen-inl.h"
@@ -50,6 +53,7 @@ namespace {
 
 template <class T, class A>
 bool forward_of(const AttentionForward& call, const Parallel& parallel) {
+  if (has_few_rows(call.sizes)) return run_few_rows<T, A>(call, parallel);
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
   if constexpr (sizeof(A) == 4)
     if (screening_pays(call)) return run_screened_forward<T>(call, parallel);
@@ -58,6 +62,32 @@ bool forward_of(const AttentionForward& call, const Parallel& parallel) {
 }
 
 bool forward(const AttentionForward& call, const Parallel& parallel) { FOR_DTYPE(forward_of) }
+
+template <class T, class A>
+bool index_keys_of(const IndexKeys& call, const Parallel& parallel) {
+  if constexpr (sizeof(A) == 4) return run_index_keys<T>(call, parallel);
+  return false;
+}
+
+bool index_keys(const IndexKeys& call, const Parallel& parallel) { FOR_DTYPE(index_keys_of) }
+
+// An index is for few rows of a key head. Others take less time without it.
+template <class T, class A>
+bool indexed_forward_of(const IndexedForward& call, const Parallel& parallel) {
+  if constexpr (sizeof(A) == 4)
+    if (has_few_rows(call.forward.sizes)) return run_indexed_rows<T>(call, parallel);
+  return forward_of<T, A>(call.forward, parallel);
+}
+
+bool forward_indexed(const IndexedForward& indexed, const Parallel& parallel) {
+  const AttentionForward& call = indexed.forward;
+  switch (call.dtype) {
+    case DType::float32: return indexed_forward_of<float, float>(indexed, parallel);
+    case DType::bfloat16: return indexed_forward_of<BFloat16, float>(indexed, parallel);
+    case DType::float16: return indexed_forward_of<Float16, float>(indexed, parallel);
+    default: return forward(call, parallel);
+  }
+}
 
 template <class T, class A>
 bool backward_of(const AttentionBackward& call, const Parallel& parallel) {
@@ -79,7 +109,7 @@ bool sum_tokens(const SumTokens& call, const Parallel& parallel) { FOR_DTYPE(run
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {TOPK_TARGET_NAME, {forward, backward, sum_keys, send_rest}, {choose_neurons, sum_neurons, dot_neurons, sum_tokens}};
+const Kernels kernels = {TOPK_TARGET_NAME, {forward, index_keys, forward_indexed, backward, sum_keys, send_rest}, {choose_neurons, sum_neurons, dot_neurons, sum_tokens}};
 
 }  // namespace TOPK_TARGET
 }  // namespace topk

@@ -1,6 +1,6 @@
 """Generation with an index kept beside the cache chooses, at every step, the keys that it chooses without.
 
-python tests/support/exact_generation.py [TOKENS]    SmolLM2 reads 2,000 tokens and generates TOKENS, 1,000 by default,
+python tests/support/exact_generation.py [TOKENS]    SmolLM2 reads 2,100 tokens and generates TOKENS, 1,000 by default,
                                                      greedily and with 2 beams, in float32 and bfloat16
 """
 
@@ -18,7 +18,7 @@ import torch
 
 import topk_attention
 
-_PROMPT = 2000
+_PROMPT = 2100
 _K = 64
 
 

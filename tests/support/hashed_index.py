@@ -65,7 +65,6 @@ def use_hashes(monkeypatch: pytest.MonkeyPatch) -> HashedIndex:
             torch.ones(batch_size, num_heads, head_dim),
         )
 
-    monkeypatch.setattr(key_index, "OPERATORS_COMPUTE", True)
     monkeypatch.setattr(key_index, "new_panels", new_panels)
     monkeypatch.setattr(key_index, "index_keys", hashed.index_keys)
     monkeypatch.setitem(cpu.attention.__globals__, "indexed_op", hashed.forward)

@@ -61,7 +61,6 @@ class GenerationRequest:
             )
         if self.completed and self.attention_k in (None, "all"):
             raise ValueError("completed needs an --attention-k: with every key kept there is nothing to complete")
-
         self.k()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give one of --prompt and --prompt-file, got both")

@@ -17,8 +17,8 @@ from ..functional import KeyIndex
 from ..functional.key_index import is_of
 
 _INDEX = "_topk_attention_index"
-# Below this a call reads the keys themselves as fast.
-LEAST_KEYS = 1024
+# Below this a call reads the keys themselves as fast as their index: new keys of each head take some microseconds.
+LEAST_KEYS = 2048
 
 
 class CachedIndex:

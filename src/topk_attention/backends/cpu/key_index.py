@@ -15,14 +15,11 @@ from . import library
 PANEL_ROWS = 32
 # More queries that share a key head are faster in blocks, for which the kernels index keys themselves.
 MOST_ROWS = 16
-OPERATORS_COMPUTE = False  # until they do
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def index_obstacle(key: Tensor) -> str | None:
     """Why keys like these cannot be indexed here, None where they can."""
-    if not OPERATORS_COMPUTE:
-        return "the operators do not compute yet"
     if key.device.type != "cpu":
         return f"an index is for CPU tensors, not {key.device.type}"
     if key.dtype not in _DTYPES:

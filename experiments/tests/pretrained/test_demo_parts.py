@@ -141,14 +141,14 @@ def test_the_comparisons_are_of_every_time_that_was_measured(record):
         "a token after 7,900, completed": 2.0,
         "a token after 64": pytest.approx(5 / 6),
         "a token after 64, completed": 1.0,
-        "operation dropout": 20.0,
+        "attention alone, dropout": 20.0,
         "fine-tuning step of 4 layers with dropout, 2,048 tokens": 4.0,
     }
 
 
 def test_the_summary_says_where_it_does_not_help(record):
     words = "\n".join(summary(record))
-    assert "operation dropout 20.0" in words
+    assert "attention alone, dropout 20.0" in words
     assert "No help: a token after 64 (0.83 times as fast), a token after 64, completed (1.00 times as fast)." in words
     assert "No memory saved: reading 7,900 tokens (100 against 100 MiB)" in words
     assert "one k, completed: +2.0 % at k = 16, +0.0 % at k = 64." in words

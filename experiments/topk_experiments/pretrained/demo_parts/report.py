@@ -23,6 +23,9 @@ _CURVES = {
     "calibrated": ("calibrated k, mean over heads", "calibrated"),
     "completed": ("one k, completed", "topk-completed"),
 }
+_ANSWERS = (
+    "A model as small as the default one often answers wrongly in full too: compare the answers with one another."
+)
 
 
 class Comparison(NamedTuple):
@@ -74,7 +77,7 @@ def comparisons(record: Json) -> list[Comparison]:
         theirs, ours = one["theirs"], one["ours"]
         found.append(
             Comparison(
-                f"operation {one['name']}",
+                f"attention alone, {one['name']}",
                 theirs["median_s"],
                 ours["median_s"],
                 theirs["peak_mib"],
@@ -104,7 +107,7 @@ def in_words(part: str, record: Json) -> str:
             ]
             return f"Reading and answering: {'; '.join(shown)}."
         case "operations":
-            return f"Operations against PyTorch's best: {'; '.join(faster).replace('operation ', '')}."
+            return f"Operations against PyTorch's best: {'; '.join(faster).replace('attention alone, ', '')}."
         case "quality":
             shown = [
                 f"{_CURVES[name][0]} {', '.join(f'{value:.2f} (k = {k})' for k, value in values.items())}"
@@ -216,7 +219,11 @@ def _answers(record: Json) -> list[str]:
     ):
         factor = {"token_s": 1e3, "agreement": 100}.get(field, 1)
         rows.append([label, *(form.format(of[name][field] * factor) for name in ("full", "topk", "completed"))])
-    return [f"<h2>{escape(record['config']['question'])}</h2>", table(rows).replace(' class="numbers"', "")]
+    return [
+        f"<h2>{escape(record['config']['question'])}</h2>",
+        table(rows).replace(' class="numbers"', ""),
+        f"<p>{_ANSWERS}</p>",
+    ]
 
 
 def draw(record: Json) -> Any:
@@ -226,7 +233,8 @@ def draw(record: Json) -> Any:
     found = comparisons(record)
     if found:
         ratios = [one.times_faster for one in found]
-        colours = [STYLES["topk"].colour if ratio >= _NO_FASTER else QUOTED for ratio in ratios]
+        styles = [STYLES["topk-completed" if one.name.endswith("completed") else "topk"] for one in found]
+        colours = [style.colour if ratio >= _NO_FASTER else QUOTED for style, ratio in zip(styles, ratios, strict=True)]
         drawn_bars = bars.barh([fill(one.name, _WIDTH) for one in found], ratios, color=colours, height=0.7)
         bars.bar_label(drawn_bars, [f"{ratio:.1f}" for ratio in ratios], padding=3, fontsize=8)
         bars.set_xscale("log")

@@ -77,13 +77,13 @@ class DemoConfig:
     num_keys: int = 32768
     length: int = 8192
     rounds: int = 3
-    read_tokens: int = 2048
+    read_tokens: int = 1536
     ks: tuple[int, ...] = (16, 64)
-    calibrate_tokens: int = 1024
+    calibrate_tokens: int = 768
     train_tokens: int = 2048
     loss_tokens: int = 128
     train_steps: int = 5
-    layers: int = 4
+    layers: int = 3
 
     def __post_init__(self) -> None:
         check_count("k", self.k)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .cached_index import CachedIndex
 from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
 from .growing_rows import GrowingRows, fit_together, grows_in_place
+from .position_bias import CACHE_NAMES
 from .settings import NAME, remembered_settings
 
 _WATCHED = "_topk_attention_grows_caches"
@@ -217,10 +218,10 @@ def grow_caches_of_converted_models(generation_mixin: Any) -> None:
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        was_given = model_kwargs.get("past_key_values") is not None
+        was_given = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
         if not was_given and generation_config.cache_implementation is None and _attends_topk(self):
-            made = model_kwargs.get("past_key_values")
+            made = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
             _let_grow(getattr(made, "self_attention_cache", made))
         return result
 

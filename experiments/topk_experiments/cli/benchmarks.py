@@ -288,8 +288,8 @@ def decode(how: Json, limits: Json) -> None:
 def generation(how: Json, limits: Json) -> None:
     """A model generates after a long prompt: top-k beside transformers' caches and llama.cpp, in one run.
 
-    Seconds to read the prompt, milliseconds a token after it and after a few tokens, peak memory, and how many tokens
-    agree with full attention's. llama.cpp needs pip install --no-deps -r requirements-generation.txt. A method that is
+    Seconds to read the prompt, milliseconds a token after it and after a few tokens, peak memory, and at how many
+    places the next token is full attention's. llama.cpp needs pip install --no-deps -r requirements-generation.txt. A method that is
     not there is named with the reason. Points are appended to generation.jsonl; interrupted, the same command continues
     with those that are missing.
     """

@@ -89,7 +89,14 @@ def test_llama_cpp_must_read_the_same_prompt():
         measure._check_llama(Llama("two other"), request)
 
 
-def test_llama_cpp_generates_after_a_prompt_as_transformers_does_after_a_few_tokens():
+def test_reading_on_predicts_what_one_pass_over_the_text_predicts(model):
+    request = {"prompt": PROMPT[:50], "following": PROMPT[50:60], "point": {"short_length": 9, "num_tokens": 10}}
+    reader = lambda: measure._reader(model, METHODS["sdpa"], 90)  # noqa: E731
+    result = measure._measure(reader, request, lambda _: None)
+    assert result["tokens"] == model(input_ids=torch.tensor([PROMPT[:59]])).logits[0, 49:].argmax(-1).tolist()
+
+
+def test_llama_cpp_reads_on_after_a_prompt():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     source = find_model(None)
     assert why_not("llama-f16", source.gguf_file) is None
@@ -103,7 +110,8 @@ def test_llama_cpp_generates_after_a_prompt_as_transformers_does_after_a_few_tok
         "seed": 0,
     }
     prompt = [504, 3575, 282, 4649, 314]  # "The capital of France is"
-    request = {"point": point, "prompt": prompt, "prompt_text": "The capital of France is", "model": vars(source)}
+    request = {"point": point, "prompt": prompt, "following": [7042, 30], "model": vars(source)}
+    request |= {"prompt_text": "The capital of France is"}
     result = measure.measure_point(request, lambda _: None)
     assert result["tokens"][0] == 7042  # " Paris"
     assert result["prefill_s"] > 0 < result["token_s"]
@@ -136,7 +144,7 @@ def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(
     assert str(tmp_path) not in (tmp_path / "out" / "generation.jsonl").read_text()
     assert (tmp_path / "out" / "generation.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "generation.md").read_text()
-    assert "**tiny-llama generates 4 tokens after a prompt of 80**" in table
+    assert "**tiny-llama: a prompt of 80 tokens, then 4 one by one**" in table
     assert "llama.cpp, f16 cache: not there (llama.cpp reads GGUF files, and this model is none)." in table
     again = runner.invoke(app, arguments)
     assert again.output.count("on file, of ") == 3
@@ -146,7 +154,10 @@ def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lengths", "510"], "error: lengths must be at most 508, the longest input of tiny-llama less the tokens"),
+        (
+            ["--lengths", "510"],
+            "error: lengths must be at most 508, the longest input of tiny-llama less the tokens after",
+        ),
         (["--lengths", "16"], "error: lengths must be above short-length, 16, got 16"),
         (["--methods", "vllm"], "error: methods must be among sdpa, sdpa-bfloat16"),
         (["--methods", "sdpa,sdpa"], "error: methods must not hold a method twice, got sdpa, sdpa"),
@@ -189,7 +200,7 @@ def record(method, number, token_s, tokens, **changes):
 
 def test_the_report_takes_medians_over_rounds_and_counts_equal_tokens(tmp_path):
     records = [record("sdpa", number, seconds, [5, 6, 7]) for number, seconds in enumerate((0.1, 0.2, 0.12), 1)]
-    records += [record("topk", number, 0.03, [5, 6, 8]) for number in (1, 2, 3)]
+    records += [record("topk", number, 0.03, [4, 6, 7]) for number in (1, 2, 3)]
     records.append(record("hqq", 1, 0.1, [], outcome="not there", message="the package hqq is not installed"))
     full, few = summaries(records)
     assert full["token_s"] == 0.12

@@ -1,7 +1,7 @@
 """Whole models that generate after a long prompt: this library beside transformers' caches and llama.cpp.
 
 methods.py    who generates, and which of them are there
-measure.py    one method at one length, in a process of its own: the check, reading the prompt, token after token
+measure.py    one method at one length, in a process of its own: the check, reading the prompt, then token after token
 llama.py      the same by llama.cpp
 benchmark.py  which points are missing; every round measures each method once
 report.py     table and picture from the records

@@ -56,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationBenchmark(Benchmark):
-    """What to generate after which prompts.
+    """What is read after which prompts.
 
     >>> GenerationBenchmark(lengths=[60])
     Traceback (most recent call last):
@@ -71,7 +71,7 @@ class GenerationBenchmark(Benchmark):
     methods: Annotated[Sequence[str], f"Among {', '.join(METHODS)}."] = tuple(METHODS)
     k: Annotated[int, "Keys kept per query (topk)."] = 64
     repetitions: Annotated[int, "Rounds, each of which runs every method once in a fresh process."] = 3
-    tokens: Annotated[int, "Tokens generated."] = 32
+    tokens: Annotated[int, "Tokens read after the prompt, one by one as in generation."] = 32
     short_length: Annotated[int, "Tokens of the short prompt, after which a token costs little attention."] = 64
     out: Annotated[Path, "Folder for the results."] = Path("results/generation")
     threads: Threads = 2
@@ -120,17 +120,18 @@ def run_generation_benchmark(benchmark: GenerationBenchmark, console: Console) -
     loadable = unpacked(source, benchmark.out / "work" / "model", tell)
     tokenizer = load_tokenizer(loadable)
     _check_length(benchmark, loadable)
-    prompt = first_tokens(text, tokenizer, max(benchmark.lengths))[0].tolist()
+    text_ids = first_tokens(text, tokenizer, max(benchmark.lengths) + benchmark.tokens)[0].tolist()
     ledger, limits = benchmark.ledger(NAME, SCHEMA, __name__), benchmark.limits
 
     def run(point: Point, send: Send) -> Json:
         if (reason := why_not(point.method, source.gguf_file)) is not None:
             return {"outcome": "not there", "message": reason}
         llama = METHODS[point.method].is_llama
-        ids = prompt[: point.length]
+        ids = text_ids[: point.length]
         request = {
             "point": asdict(point) | {"k": point.k or 0},
             "prompt": ids,
+            "following": text_ids[point.length :][: point.num_tokens],
             "prompt_text": tokenizer.decode(ids, clean_up_tokenization_spaces=False),
             "model": vars(source if llama else loadable),
             "memory_limit_gib": limits.memory_gib,
@@ -160,5 +161,5 @@ def _check_length(benchmark: GenerationBenchmark, source: ModelSource) -> None:
     if limit is not None and longest > limit:
         raise ValueError(
             f"lengths must be at most {limit - benchmark.tokens}, the longest input of {source.name} less the "
-            f"tokens generated, got {max(benchmark.lengths)}"
+            f"tokens after it, got {max(benchmark.lengths)}"
         )

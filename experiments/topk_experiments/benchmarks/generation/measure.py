@@ -29,10 +29,13 @@ Read = Callable[[Sequence[int]], int]
 
 
 def measure_point(request: Json, send: Send) -> Json:
-    """Check a method, then let it read a prompt and generate, and the same after the prompt's first few tokens.
+    """Check a method, then let it read a prompt and further tokens one by one, and the same after a short prompt.
+
+    The further tokens are those that follow in the text, so that every method has the same before it when it says which
+    comes next.
 
     request  point: method, num_tokens, short_length, k, backend and threads
-             prompt: token ids
+             prompt, following: token ids
              model: as `ModelSource`
              prompt_text: what llama.cpp must understand the prompt as
 
@@ -51,14 +54,14 @@ def measure_point(request: Json, send: Send) -> Json:
         with PeakMeter() as meter:
             llama = LlamaModel(packed, length, method.cache, point["threads"])
             result["check"] = _check_llama(llama, request)
-            result |= _measure(lambda: _fresh(llama), prompt, point, send)
+            result |= _measure(lambda: _fresh(llama), request, send)
         result["llama_cpp_python"] = llama.version
     else:
         model = load_model_to_run(source, dtype=method.dtype)
         send({"doing": "checking the answer"})
         result["check"] = check(model, method, prompt, point)
         with PeakMeter() as meter:
-            result |= _measure(lambda: _reader(model, method, length), prompt, point, send)
+            result |= _measure(lambda: _reader(model, method, length), request, send)
     return result | meter.read().as_record()
 
 
@@ -122,13 +125,14 @@ def _reader(model: Any, method: Method, length: int) -> Read:
     return lambda token_ids: int(read(model, token_ids, cache).argmax())
 
 
-def _measure(new_reader: Callable[[], Read], prompt: Sequence[int], point: Json, send: Send) -> Json:
-    """Read and generate after the first few tokens of the prompt, which also warms up, then after all of it."""
-    send({"doing": f"tokens after {point['short_length']}"})
-    _, _, short = _generate(new_reader(), prompt[: point["short_length"]], point["num_tokens"])
+def _measure(new_reader: Callable[[], Read], request: Json, send: Send) -> Json:
+    """Read on after the first few tokens of the prompt, which also warms up, then after all of it."""
+    point, prompt, following = request["point"], request["prompt"], request["following"]
+    start = point["short_length"]
+    send({"doing": f"tokens after {start}"})
+    _, _, short = _read_on(new_reader(), prompt[:start], (prompt[start:] + following)[: len(following)])
     send({"doing": "reading the prompt"})
-    prefill, tokens, long = _generate(new_reader(), prompt, point["num_tokens"])
-    others = [cores for cores in (prefill.other_cores,) if cores is not None]
+    prefill, tokens, long = _read_on(new_reader(), prompt, following)
     return {
         "prefill_s": prefill.elapsed_s,
         "token_s": statistics.median(long),
@@ -136,17 +140,19 @@ def _measure(new_reader: Callable[[], Read], prompt: Sequence[int], point: Json,
         "slowest_token_s": max(long),
         "short_token_s": statistics.median(short),
         "tokens": tokens,
-        "other_cores": max(others, default=None),
+        "other_cores": prefill.other_cores,
     }
 
 
-def _generate(read_tokens: Read, prompt: Sequence[int], num_tokens: int) -> tuple[Stopwatch, list[int], list[float]]:
-    """Greedy tokens after a prompt; the time of reading it, and of each token after the first."""
+def _read_on(
+    read_tokens: Read, prompt: Sequence[int], following: Sequence[int]
+) -> tuple[Stopwatch, list[int], list[float]]:
+    """What is most likely after a prompt and after each token that follows; the times of reading these."""
     with Stopwatch() as prefill:
         tokens = [read_tokens(prompt)]
     times = []
-    while len(tokens) <= num_tokens:
+    for token in following:
         with Stopwatch() as stopwatch:
-            tokens.append(read_tokens(tokens[-1:]))
+            tokens.append(read_tokens([token]))
         times.append(stopwatch.elapsed_s)
     return prefill, tokens[:-1], times

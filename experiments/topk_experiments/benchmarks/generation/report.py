@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...models.generation import num_equal
 from ...runs.ledger import is_finished, newest, on_file
 from ...runs.records import Json, reads, write_whole
 from ...show.plots import STYLES, new_figure, save
@@ -54,8 +53,8 @@ def summaries(records: Sequence[Json]) -> list[Json]:
     """One entry for each length and method with finished rounds: medians over the rounds, in the order of the table.
 
     Beside them: length, method, k, rounds, `attention_s`, by how much a token takes longer after the whole prompt than
-    after a few tokens, and `equal_tokens`, with how many of the tokens of full attention in float32 its own begin; None
-    where these were not generated.
+    after a few tokens, and `equal_tokens`, at how many places it finds the same token most likely as full attention in
+    float32; None where that was not measured.
     """
     rounds: dict[tuple[int, int, int], list[Json]] = {}
     for record in filter(is_finished, records):
@@ -70,9 +69,13 @@ def summaries(records: Sequence[Json]) -> list[Json]:
         summary["attention_s"] = summary["token_s"] - summary["short_token_s"]
         summary["range_s"] = [edge(record["token_s"] for record in of) for edge in (min, max)]
         right = reference.get(length)
-        summary["equal_tokens"] = None if right is None else min(num_equal(one["tokens"], right) for one in of)
+        summary["equal_tokens"] = None if right is None else min(_num_equal(one["tokens"], right) for one in of)
         found.append(summary)
     return found
+
+
+def _num_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
+    return sum(one == other for one, other in zip(tokens, others, strict=True))
 
 
 def label(method: str, k: int | None) -> str:
@@ -94,14 +97,15 @@ def _page(records: Sequence[Json]) -> Page:
     notes = [
         "Prompt: the time of reading it. Token: the time of a token after it, median of rounds (fastest to slowest); "
         "every round runs each method once, in a fresh process. Attention: by how much that is longer than a token "
-        "after the short prompt. Peak: above the loaded model; llama.cpp's includes its weights. As in full: with how "
-        "many of the greedy tokens of SDPA in float32 the method's begin. All read the same token ids. llama.cpp "
-        "computes with the packed weights (4 bits), the others with their unpacked copy.",
+        "after the short prompt. Peak: above the loaded model; llama.cpp's includes its weights. As in full: at how "
+        "many places the same next token is the most likely as with SDPA in float32. All read the same token ids, after "
+        "the prompt those that follow in the text, one by one. llama.cpp computes with the packed weights (4 bits), the "
+        "others with their unpacked copy.",
         *_missing(records),
         *busy_notes(records),
     ]
     return Page(
-        f"{point['model'][0]} generates {point['num_tokens']} tokens after a prompt of {point['length']:,}",
+        f"{point['model'][0]}: a prompt of {point['length']:,} tokens, then {point['num_tokens']} one by one",
         headings,
         [_row(summary) for summary in summaries(records)],
         notes,

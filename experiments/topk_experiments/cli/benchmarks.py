@@ -289,9 +289,9 @@ def generation(how: Json, limits: Json) -> None:
     """A model generates after a long prompt: top-k beside transformers' caches and llama.cpp, in one run.
 
     Seconds to read the prompt, milliseconds a token after it and after a few tokens, peak memory, and at how many
-    places the next token is full attention's. llama.cpp needs pip install --no-deps -r requirements-generation.txt. A method that is
-    not there is named with the reason. Points are appended to generation.jsonl; interrupted, the same command continues
-    with those that are missing.
+    places the next token is full attention's. llama.cpp needs pip install --no-deps -r requirements-generation.txt. A
+    method that is not there is named with the reason. Points are appended to generation.jsonl; interrupted, the same
+    command continues with those that are missing.
     """
     benchmark = GenerationBenchmark(limits=Limits(**limits), **how)
     _say_if_full((benchmark.k, length) for length in benchmark.lengths)

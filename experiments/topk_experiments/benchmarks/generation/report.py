@@ -98,9 +98,9 @@ def _page(records: Sequence[Json]) -> Page:
         "Prompt: the time of reading it. Token: the time of a token after it, median of rounds (fastest to slowest); "
         "every round runs each method once, in a fresh process. Attention: by how much that is longer than a token "
         "after the short prompt. Peak: above the loaded model; llama.cpp's includes its weights. As in full: at how "
-        "many places the same next token is the most likely as with SDPA in float32. All read the same token ids, after "
-        "the prompt those that follow in the text, one by one. llama.cpp computes with the packed weights (4 bits), the "
-        "others with their unpacked copy.",
+        "many places the same next token is the most likely as with SDPA in float32. All read the same token ids, "
+        "after the prompt those that follow in the text, one by one. llama.cpp computes with the packed weights (4 "
+        "bits), the others with their unpacked copy.",
         *_missing(records),
         *busy_notes(records),
     ]

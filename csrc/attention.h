@@ -78,6 +78,7 @@ struct AttentionForward {
   Rest rest;
   void* mass;                      // written where there is a rest: A [B, H, N], its weight at a scale of 1
   int32_t* cuts;                   // and the slot of the smallest kept score; of equal ones the last
+  bool as_many_rows;               // few rows of a key head are worked on as many are, with the same bits: for tests
 };
 
 struct AttentionBackward {

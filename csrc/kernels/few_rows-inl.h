@@ -151,27 +151,21 @@ __attribute__((noinline)) bool score_keys(int64_t num_rows, const A* query, cons
   return sum == sum;
 }
 
-template <int n>
-struct Count {
-  static constexpr int count = n;
-};
-
 template <class T, class A>
-void score_few(int64_t num_rows, const A* query, const T* const* keys, bool follow, int64_t dim, A* scores,
-               int64_t stride) {
-  const auto score = [&](auto rows) {
-    return score_keys<T, A, rows.count, false>(num_rows, query, keys, follow, dim, scores, stride);
-  };
+void score_few(int64_t num_rows, const A* query, const T* const* keys, bool follow, int64_t dim, A* scores, int64_t stride) {
+  // Up to 4 rows take the time of one: a sum waits for each addition.
   constexpr int kMiddle = kTileRows > 8 ? 8 : kTileRows;
   bool is_finite;
-  switch (num_rows) {
-    case 1: is_finite = score(Count<1>()); break;
-    case 2: is_finite = score(Count<2>()); break;
-    case 3: is_finite = score(Count<3>()); break;
-    case 4: is_finite = score(Count<4>()); break;
-    default: is_finite = num_rows <= kMiddle ? score(Count<kMiddle>()) : score(Count<kTileRows>());
-  }
-  if (!is_finite) score_keys<T, A, kTileRows, true>(num_rows, query, keys, false, dim, scores, stride);
+  if (num_rows == 1)
+    is_finite = score_keys<T, A, 1, false>(1, query, keys, follow, dim, scores, stride);
+  else if (num_rows <= 4)
+    is_finite = score_keys<T, A, 4, false>(num_rows, query, keys, follow, dim, scores, stride);
+  else if (num_rows <= kMiddle)
+    is_finite = score_keys<T, A, kMiddle, false>(num_rows, query, keys, follow, dim, scores, stride);
+  else
+    is_finite = score_keys<T, A, kTileRows, false>(num_rows, query, keys, follow, dim, scores, stride);
+  for (int64_t r = 0; !is_finite && r < num_rows; ++r)
+    score_keys<T, A, 1, true>(1, query + r, keys, false, dim, scores + r * stride, stride);
 }
 
 // The scores of the rows of one key head. Memory is shared by the threads that work on the head.

@@ -154,6 +154,7 @@ class IndexedRows : public FewRows<T, float> {
       centre_ = arena.take<float>(width_);
       errors_ = arena.take<float>(tiles * kTileRows);
       passed_ = arena.take<int32_t>(s_.num_keys + 2 * kKeptPanel);
+      chosen_ = arena.take<int32_t>(s_.num_keys + 2 * kKeptPanel);
       bounds_ = arena.take<float>(s_.num_keys + 2 * kKeptPanel);
       scores_ = arena.take<float>(s_.num_keys + 2 * kKeptPanel);
     });
@@ -261,9 +262,11 @@ class IndexedRows : public FewRows<T, float> {
 
   void bound_block(const RowScores<float>& to, int64_t b) {
     constexpr int64_t kPanels = kBlockKeys<float> / kKeptPanel;
-    for (int64_t p = b * kPanels; p < (b + 1) * kPanels && p * kKeptPanel < smaller(s_.num_keys, index_.num_keys); ++p) {
+    for (int64_t p = b * kPanels; p < (b + 1) * kPanels; ++p) {
+      const bool is_indexed = p * kKeptPanel < smaller(s_.num_keys, index_.num_keys);
       for (int64_t r = 0; r < block_.num_rows; ++r)
-        errors_[r] = to.errors[r * (to.stride / kKeptPanel) + p] = queries_[r].has_bound ? error_of(r, p) : 0;
+        errors_[r] = to.errors[r * (to.stride / kKeptPanel) + p] = is_indexed && queries_[r].has_bound ? error_of(r, p) : 0;
+      if (!is_indexed) continue;
       for (int64_t tile = 0; tile < num_tiles(); ++tile)
         bound_few(rows_of(tile), numbers_ + tile * kTileRows * quads_, index_.panels + p * kept_panel_bytes(s_.head_dim), quads_,
                   base_ + tile * kTileRows, index_.numbers[4 * p], errors_ + tile * kTileRows,
@@ -347,38 +350,91 @@ class IndexedRows : public FewRows<T, float> {
     }
   }
 
+  // Scores what may be among the k best of all that passed: first the k keys with the best lower bounds, then those of the others
+  // whose upper bound reaches the worst of these scores. It lies above the cut, as keys are seldom as far off as they may be.
   void score_passed(int64_t r, const RowScores<float>& row) {
-    const T* const keys = keys_of_block();
-    const float* const query = query_of(r / kTileRows) + r % kTileRows;
-    const int64_t stride = call_.key.stride[2], num_passed = num_passed_;
-    constexpr int64_t kAhead = 2 * kLanes<float>;
-    const auto read_ahead = [&](int64_t first) {
-      for (int64_t i = first; i < smaller(first + kLanes<float>, num_passed); ++i) prefetch_row(keys + passed_[i] * stride, s_.head_dim);
-    };
-    for (int64_t i = 0; i < kAhead; i += kLanes<float>) read_ahead(i);
-    for (int64_t first = 0; first < num_passed; first += kLanes<float>) {
-      read_ahead(first + kAhead);
-      const T* rows[kLanes<float>];
-      for (int64_t i = 0; i < kLanes<float>; ++i) rows[i] = keys + passed_[smaller(first + i, num_passed - 1)] * stride;
-      score_few<T, float>(1, query, rows, false, s_.head_dim, scores_ + first, 0);
+    const int64_t k = rows_[r].k;
+    num_chosen_ = 0;
+    float cut = -kInfinity<float>;
+    if (num_passed_ > k) {
+      for (int64_t i = num_passed_; i % kLanes<float> != 0; ++i) bounds_[i] = -kInfinity<float>;
+      cut = cut_of(bounds_, ceil_div<int64_t>(num_passed_, kLanes<float>) * kLanes<float>, k);
+    }
+    for (int64_t i = 0; i < num_passed_; ++i)
+      if (bounds_[i] >= cut) chosen_[num_chosen_++] = int32_t(i);
+    score_chosen(r);
+    if (num_chosen_ < num_passed_) {
+      const float least = least_of_chosen(r);
+      num_chosen_ = 0;
+      for (int64_t i = 0; i < num_passed_; ++i) {
+        if (bounds_[i] >= cut) continue;
+        const int32_t key = passed_[i];
+        if (bounds_[i] + 2 * row.errors[key / kKeptPanel] >= least || is_unscreened(key))
+          chosen_[num_chosen_++] = int32_t(i);
+        else
+          passed_[i] = -1;
+      }
+      score_chosen(r);
     }
     store_found(r, row);
   }
 
+  // A number that k of the chosen keys reach, in the units of bounds; a little less, as it is rounded. -inf where fewer have a bound.
+  float least_of_chosen(int64_t r) const {
+    const IndexedQuery& query = queries_[r];
+    if (num_chosen_ < rows_[r].k) return -kInfinity<float>;
+    double least = kInfinity<double>;
+    for (int64_t i = 0; i < num_chosen_; ++i) {
+      const float score = scores_[chosen_[i]] + added_to(r, passed_[chosen_[i]]);
+      if (!(score > -Types<float>::largest && score < Types<float>::largest)) return -kInfinity<float>;
+      least = smaller(least, double(score));
+    }
+    const double inverse = 1 / double(query.unit), size = least < 0 ? -least : least;
+    const double in_units = (least - query.centre - 1e-6 * size - 1e-9 * query.centre_size) * inverse;
+    return in_units > -1e38 && in_units < 1e38 ? float(in_units - 1e-6 * (in_units < 0 ? -in_units : in_units)) : -kInfinity<float>;
+  }
+
+  float added_to(int64_t r, int64_t key) const {
+    if (!additive_part_.any()) return 0;
+    float added;
+    additive_part_.strided(rows_[r].head, rows_[r].query, key, 1, 1, &added);
+    return added;
+  }
+
+  bool is_unscreened(int64_t key) const {
+    return has_unscreened_ && (unscreened_of(key / kKeptPanel) >> key % kKeptPanel & 1) != 0;
+  }
+
+  void score_chosen(int64_t r) {
+    const T* const keys = keys_of_block();
+    const float* const query = query_of(r / kTileRows) + r % kTileRows;
+    const int64_t stride = call_.key.stride[2];
+    constexpr int64_t kAhead = 2 * kLanes<float>;
+    const auto read_ahead = [&](int64_t first) {
+      for (int64_t i = first; i < smaller(first + kLanes<float>, num_chosen_); ++i)
+        prefetch_row(keys + passed_[chosen_[i]] * stride, s_.head_dim);
+    };
+    for (int64_t i = 0; i < kAhead; i += kLanes<float>) read_ahead(i);
+    for (int64_t first = 0; first < num_chosen_; first += kLanes<float>) {
+      read_ahead(first + kAhead);
+      const T* rows[kLanes<float>];
+      float scores[kLanes<float>];
+      for (int64_t i = 0; i < kLanes<float>; ++i) rows[i] = keys + passed_[chosen_[smaller(first + i, num_chosen_ - 1)]] * stride;
+      score_few<T, float>(1, query, rows, false, s_.head_dim, scores, 0);
+      for (int64_t i = 0; i < smaller<int64_t>(kLanes<float>, num_chosen_ - first); ++i) scores_[chosen_[first + i]] = scores[i];
+    }
+  }
+
   void store_found(int64_t r, const RowScores<float>& row) {
-    const float* const own = additive_part_.any() ? additive_part_.row(rows_[r].head, rows_[r].query) : nullptr;
     int64_t count = 0;
     float lowest = Types<float>::largest;
     bool is_right = true;
     for (int64_t i = 0; i < num_passed_; ++i) {
       const int32_t key = passed_[i];
-      float added = 0;
-      if (own != nullptr)
-        added = own[key];
-      else if (additive_part_.any())
-        additive_part_.strided(rows_[r].head, rows_[r].query, key, 1, 1, &added);
+      if (key < 0) continue;
+      const float added = added_to(r, key);
       if (added == -kInfinity<float>) continue;
-      is_right = is_right && is_within(r, key, scores_[i], added, bounds_[i], row.errors[key / kKeptPanel]);
+      is_right = is_right && (is_unscreened(key) || is_within(r, scores_[i], added, bounds_[i], row.errors[key / kKeptPanel]));
       const float score = additive_part_.any() ? scores_[i] + added : scores_[i];
       if (score < -Types<float>::largest) continue;
       lowest = score < lowest ? score : lowest;
@@ -396,10 +452,9 @@ class IndexedRows : public FewRows<T, float> {
     }
   }
 
-  // Whether a key's score lies between its bounds, as far as it has any. If not, the index is of other keys.
-  bool is_within(int64_t r, int64_t key, float score, float added, float bound, float error) const {
+  // Whether a key's score lies between its bounds. If not, the index is of other keys.
+  bool is_within(int64_t r, float score, float added, float bound, float error) const {
     const IndexedQuery& query = queries_[r];
-    if (has_unscreened_ && (unscreened_of(key / kKeptPanel) >> key % kKeptPanel & 1) != 0) return true;
     const double inverse = 1 / double(query.unit), more = double(added) * inverse;
     if (!(more > -1e37 && more < 1e37)) return true;  // nothing else counts beside it
     const double exact = (double(score) - query.centre) * inverse + more, above = exact - double(bound);
@@ -411,10 +466,10 @@ class IndexedRows : public FewRows<T, float> {
   const Shared& shared_;
   Arena arena_;
   KeptKeys index_ = {};
-  int64_t quads_ = 0, width_ = 0, num_passed_ = 0;
+  int64_t quads_ = 0, width_ = 0, num_passed_ = 0, num_chosen_ = 0;
   bool has_unscreened_ = false;
   Quad* numbers_ = nullptr;
-  int32_t *base_ = nullptr, *passed_ = nullptr;
+  int32_t *base_ = nullptr, *passed_ = nullptr, *chosen_ = nullptr;
   IndexedQuery* queries_ = nullptr;
   float *query_ = nullptr, *centre_ = nullptr, *errors_ = nullptr, *bounds_ = nullptr, *scores_ = nullptr;
 };

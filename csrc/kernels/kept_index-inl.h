@@ -8,6 +8,7 @@
 // with the panel's largest |error of j| / s and |K_j|. So each key's score lies between two numbers that cost no float32 key.
 
 constexpr int kKeptPanel = 32;
+constexpr int64_t kLargestKeptDim = 4096;  // sums of products with more dimensions would leave the exact numbers of 32 bits
 
 // The index of one key head.
 struct KeptKeys {
@@ -28,9 +29,11 @@ inline FloatVector size_of(FloatVector x) { return (FloatVector)((IntVector)x & 
 inline FloatVector larger_lanes(FloatVector a, FloatVector b) { return a < b ? b : a; }
 
 inline float largest_lane(FloatVector x) {
-  float largest = x[0];
-  for (int lane = 1; lane < kLanes<float>; ++lane) largest = larger<float>(largest, x[lane]);
-  return largest;
+  float lanes[kLanes<float>];
+  store<float>(lanes, x);
+  for (int half = kLanes<float> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
+  return lanes[0];
 }
 
 inline bool has_nan(FloatVector x) {
@@ -44,6 +47,8 @@ inline FloatVector whole(FloatVector x, IntVector& bits) {
   bits = (IntVector)shifted - 0x4b400000;
   return shifted - magic;
 }
+
+typedef uint8_t ByteVector __attribute__((vector_size(kLanes<float>)));
 
 // Builds the panels of one key head from the one that holds key `start` on.
 template <class T>
@@ -95,15 +100,22 @@ class KeptIndexBuilder {
   // Numbers up to this size, and their squares' sums, stay far from the ends of float32.
   static constexpr float kLargestKept = 1e15f;
 
-  // A number that is not below half of these.
-  static float median(const float* numbers, int64_t count) {
+  // The least of the first `count` of a panel's numbers that is not below half of them. Overwrites the others.
+  static float median(float* numbers, int64_t count) {
+    for (int64_t i = count; i < kKeptPanel; ++i) numbers[i] = kInfinity<float>;
     float least = kInfinity<float>;
     for (int64_t i = 0; i < count; ++i) {
-      int64_t not_above = 0;
-      for (int64_t j = 0; j < count; ++j) not_above += numbers[j] <= numbers[i];
+      const int64_t not_above = kKeptPanel - count_above(numbers, numbers[i]);
       if (2 * not_above >= count) least = smaller(least, numbers[i]);
     }
     return least;
+  }
+
+  static int64_t count_above(const float* numbers, float x) {
+    int64_t count = 0;
+    for (int i = 0; i < kKeptPanel; i += kLanes<float>)
+      count += kLanes<float> - count_bits(not_less(broadcast(x), load(numbers + i)));
+    return count;
   }
 
   // Key j in key_, widened; zeros beyond its elements, which the last ones of key_ are from the start.
@@ -178,7 +190,9 @@ class KeptIndexBuilder {
         errors = multiply_add<float>(e, e, errors);
         squares = multiply_add<float>(r, r, squares);
         numbers = multiply_add<float>(number, number, numbers);
-        for (int i = 0; i < kLanes<float> && d + i < quads_ * 4; ++i) to[(d + i) / 4 * kKeptPanel * 4 + (d + i) % 4] = uint8_t(bits[i] + 128);
+        const ByteVector bytes = __builtin_convertvector(bits + 128, ByteVector);
+        for (int i = 0; i < kLanes<float> && d + i < quads_ * 4; i += 4)
+          __builtin_memcpy(to + (d + i) * kKeptPanel, reinterpret_cast<const uint8_t*>(&bytes) + i, 4);
       }
       // Roundings: of the centred key, of these sums, of a score as one chain of float32 products and sums.
       const float error = root(sum_of_lanes<float>(errors)) * rounded_up() + 5e-7f * root(sum_of_lanes<float>(squares)) +

@@ -53,7 +53,7 @@ namespace {
 
 template <class T, class A>
 bool forward_of(const AttentionForward& call, const Parallel& parallel) {
-  if (has_few_rows(call.sizes)) return run_few_rows<T, A>(call, parallel);
+  if (!call.as_many_rows && has_few_rows(call.sizes)) return run_few_rows<T, A>(call, parallel);
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
   if constexpr (sizeof(A) == 4)
     if (screening_pays(call)) return run_screened_forward<T>(call, parallel);
@@ -75,7 +75,7 @@ bool index_keys(const IndexKeys& call, const Parallel& parallel) { FOR_DTYPE(ind
 template <class T, class A>
 bool indexed_forward_of(const IndexedForward& call, const Parallel& parallel) {
   if constexpr (sizeof(A) == 4)
-    if (has_few_rows(call.forward.sizes)) return run_indexed_rows<T>(call, parallel);
+    if (has_few_rows(call.forward.sizes) && call.forward.sizes.head_dim <= kLargestKeptDim) return run_indexed_rows<T>(call, parallel);
   return forward_of<T, A>(call.forward, parallel);
 }
 

@@ -116,6 +116,66 @@ topk::AttentionForward forward_call(const Case& c, const HeadKArrays& head_k, Ar
   return call;
 }
 
+void expect_same_entries(const char* how, const Result& one, const Result& other) {
+  if (one.indices != other.indices) complain("%s: other keys are kept", how);
+  const auto same = [](const Array& a, const Array& b) {
+    for (int64_t n = 0; n < int64_t(a.bytes.size()); n += int64_t(bytes_of(a.dtype))) {
+      const double x = read(a.dtype, &a.bytes[n]), y = read(b.dtype, &b.bytes[n]);
+      if (!(x == y || (std::isnan(x) && std::isnan(y)))) return false;
+    }
+    return true;
+  };
+  if (!same(one.weights, other.weights)) complain("%s: weights differ", how);
+  const Shape& shape = one.output.shape;
+  for (int64_t n = 0; n < shape[0] * shape[1] * shape[2] * shape[3]; ++n) {
+    const int64_t e = n % shape[3], i = n / shape[3] % shape[2], h = n / shape[3] / shape[2] % shape[1], b = n / shape[3] / shape[2] / shape[1];
+    const double x = one.output.get(b, h, i, e), y = other.output.get(b, h, i, e);
+    if (x == y || (std::isnan(x) && std::isnan(y))) continue;
+    complain("%s: output[%d, %d, %d, %d] differs", how, int(b), int(h), int(i), int(e));
+    return;
+  }
+}
+
+// Builds an index in two pieces, the second of which begins within a panel, and runs the call with it. Returns whether the index
+// is taken for one of other keys.
+bool forward_with_index(const Case& c, const Array& indexed_key, const topk::AttentionForward& call) {
+  const topk::Sizes& s = c.sizes;
+  const int64_t heads = s.batch * s.num_key_heads, quads = (s.head_dim + 3) / 4, panels = (s.num_keys + 31) / 32;
+  std::vector<uint8_t> bytes(heads * panels * quads * 128);
+  std::vector<float> numbers(heads * panels * 4), centre(heads * quads * 4);
+  std::vector<int32_t> unscreened(heads * panels);
+  topk::IndexKeys build = {};
+  build.batch = s.batch;
+  build.num_heads = s.num_key_heads;
+  build.head_dim = s.head_dim;
+  build.dtype = c.dtype;
+  build.key = indexed_key.view();
+  build.index = {bytes.data(), numbers.data(), unscreened.data(), centre.data(), {}, {}, {}, {}};
+  const int64_t sizes[] = {panels * quads * 128, panels * 4, panels, quads * 4};
+  int64_t* const strides[] = {build.index.panel_stride, build.index.number_stride, build.index.unscreened_stride,
+                              build.index.centre_stride};
+  for (int i = 0; i < 4; ++i) {
+    strides[i][0] = s.num_key_heads * sizes[i];
+    strides[i][1] = sizes[i];
+  }
+  const int64_t first = s.num_keys * 2 / 3;
+  for (int64_t start : {int64_t(0), first}) {
+    if (start > 0 && first == 0) continue;
+    build.start = start;
+    build.num_keys = start == 0 && first > 0 ? first : s.num_keys;
+    if (!kernels->attention.index_keys(build, parallel())) complain("no memory for an index");
+  }
+  bool is_stale = false;
+  if (!kernels->attention.forward_indexed({call, build.index, s.num_keys, &is_stale}, parallel())) complain("no memory with an index");
+  return is_stale;
+}
+
+void expect_no_change_by_an_index(const Case& c, const topk::AttentionForward& call, Result& other, const Result& r) {
+  other.output.fill([](int64_t, int64_t, int64_t, int64_t) { return 77.0; });
+  if (forward_with_index(c, c.key, call)) complain("an index of these keys is taken for one of others");
+  expect_same_entries("with an index", other, r);
+}
+
 void forward(const Case& c, Result& r, RestArrays* rest = nullptr) {
   const topk::Sizes& s = c.sizes;
   const HeadKArrays head_k(c);
@@ -132,6 +192,17 @@ void forward(const Case& c, Result& r, RestArrays* rest = nullptr) {
     call.cuts = rest->cuts.data();
   }
   r.ok = kernels->attention.forward(call, parallel()) && r.ok;
+  if (s.num_heads / s.num_key_heads * s.num_queries > 16 || !r.ok) return;
+  // Few rows have two more ways, which change no bit.
+  Result other = r;
+  call.output = other.output.data();
+  call.indices = other.indices.data();
+  call.weights = other.weights.data();
+  call.as_many_rows = true;
+  if (!kernels->attention.forward(call, parallel())) complain("no memory for many rows");
+  expect_same_entries("as many rows", other, r);
+  call.as_many_rows = false;
+  if (rest == nullptr && c.dtype != DType::float64) expect_no_change_by_an_index(c, call, other, r);
 }
 
 // The bits of `wanted` stand for the gradients of query, key, value, bias and relative_bias.
@@ -672,7 +743,8 @@ void the_number_of_threads_changes_no_bit() {
                       {{4, 4, 4, 9, 60, 16, 16}, 20},       // each has heads of its own
                       {{1, 6, 2, 40, 600, 64, 64}, 200},
                       {{1, 2, 1, 150, 900, 16, 8}, 800},      // several chunks
-                      {{1, 4, 2, 80, 1100, 20, 8}, 15}};    // keys are screened where that is possible
+                      {{1, 4, 2, 80, 1100, 20, 8}, 15},     // keys are screened where that is possible
+                      {{1, 4, 2, 2, 3300, 20, 8}, 15}};     // few rows: threads share the keys of each head
   for (const Size& size : all)
     for (DType dtype : {DType::float32, DType::float64, DType::bfloat16})
       for (bool more : {false, true}) {
@@ -793,6 +865,22 @@ void screened_keys_are_those_of_all_scores() {
         same("weights", results[0].weights, results[1].weights);
         same("output", results[0].output, results[1].output);
       }
+}
+
+void an_index_of_other_keys_is_found() {
+  for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+    context = name_of(dtype);
+    Case c = make_case({1, 2, 1, 3, 700, 20, 4}, 9, dtype);
+    const Array other = Array(dtype, c.key.shape).fill(any_element);
+    c.key.fill(any_element);
+    const HeadKArrays head_k(c);
+    Array output(dtype, c.grad_output.shape);
+    const topk::AttentionForward call = forward_call(c, head_k, output);
+    on_every_target([&] {
+      if (!forward_with_index(c, other, call)) complain("an index of other keys is taken for one of these");
+      if (forward_with_index(c, c.key, call)) complain("an index of these keys is taken for one of others");
+    });
+  }
 }
 
 void gradients_not_wanted_change_no_bit_of_others() {
@@ -1026,6 +1114,7 @@ const std::vector<Claim> attention_claims = {
     CLAIM(keys_that_many_rows_keep_get_all_their_gradients),
     CLAIM(gradients_of_more_rows_than_a_chunk_are_right),
     CLAIM(screened_keys_are_those_of_all_scores),
+    CLAIM(an_index_of_other_keys_is_found),
     CLAIM(gradients_not_wanted_change_no_bit_of_others),
     CLAIM(entries_need_not_be_saved),
     CLAIM(the_rest_enters_the_softmax_and_its_values_get_their_gradients),

@@ -417,6 +417,15 @@ def test_layers_are_those_of_a_dynamic_cache_but_for_the_plain_growing_ones():
             assert (type(layer) is GrowingLayer) == growing
 
 
+def test_layers_of_hybrid_models_stay_as_they_are():
+    config = tiny_llama(num_hidden_layers=5).config
+    config.layer_types = ["full_attention", "sliding_attention", "linear_attention", "hybrid", "indexed_attention"]
+    config.sliding_window = 7
+    plain = [type(layer) for layer in DynamicCache(config=config).layers]
+    assert [type(layer) for layer in TopKCache(config=config).layers] == [GrowingLayer, *plain[1:]]
+    assert len(set(plain)) == 5
+
+
 def test_sums_for_completion_are_kept_beside_it(tokens, monkeypatch):
     function = importlib.import_module("topk_attention.convert.attention_function")
     real, given = function.sums_of_cached, []

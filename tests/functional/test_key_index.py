@@ -342,6 +342,12 @@ def pieces(num_keys):
     return [length for length in (1, 7, 40, 41, 64, 97, 200, 201, 333) if length < num_keys] + [num_keys]
 
 
+def test_an_index_takes_a_byte_for_each_number_and_one_more_for_each_key(target):
+    _, key, _ = inputs(num_keys=3200, head_dim=64)
+    num_keys = 3 * 2 * 3200
+    assert 64 * num_keys < KeyIndex(key).nbytes <= 1.25 * 65 * num_keys
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [3, 16, 64])
 def test_the_kernels_give_the_same_bits_with_an_index_that_grew_in_pieces(head_dim, dtype, target):

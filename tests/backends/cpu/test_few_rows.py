@@ -1,4 +1,4 @@
-"""Few rows of a key head are worked on another way than many: keys are read as they lie. Every row has the same bits."""
+"""Few rows of a key head are worked on another way than many: keys are read as they lie. Each has the same bits."""
 
 import pytest
 import torch

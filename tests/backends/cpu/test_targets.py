@@ -38,7 +38,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(cpu_target, is_causal,
 @NUM_KEYS
 @DTYPES
 def test_of_many_ties_the_keys_of_the_reference_are_kept(cpu_target, dtype, num_keys):
-    inputs = integer_inputs(1, 2, 2, 13, num_keys, 6, 1, dtype)
+    inputs = integer_inputs(1, 2, 2, 19, num_keys, 6, 1, dtype)
     for k in ks_of(num_keys):
         assert_keeps_what_the_reference_keeps(*inputs, k=k, scale=0.25)
         assert_keeps_what_the_reference_keeps(*inputs, k=k, scale=0.25, is_causal=True)

@@ -1,6 +1,6 @@
 """A kept index of keys: their 8-bit integers, from which few rows find their best keys without reading all of K.
 
-What it holds the kernels know: csrc/kernels/key_index-inl.h.
+What it holds the kernels know: csrc/kernels/kept_index-inl.h.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..operators import needs_gradient
 from . import library
 
 PANEL_ROWS = 32
-# More queries that share a key head are faster in blocks, for which the kernels index keys themselves.
+# More queries that share a key head are faster in blocks, for which the kernels screen keys themselves.
 MOST_ROWS = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

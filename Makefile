@@ -9,7 +9,7 @@ DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
 .PHONY: help install demo test check format lint types docs check-native check-exact check-generation bench bench-full \
-	bench-attention bench-feed-forward bench-model report clean
+	bench-attention bench-feed-forward bench-model bench-generation report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml setup.py experiments/pyproject.toml constraints.txt req
 	@touch $@
 	@echo "Installed into $(VENV)"
 
-demo: install ## read a text with SmolLM2-135M in full and with several k, alone and completed; writes build/demo/
+demo: install ## what top-k gives and costs: a long document, the operations, perplexity, fine-tuning; writes build/demo/
 	@echo "Running the demo (about four minutes on two cores)"
 	@$(BIN)/topk-experiments demo $(DEMO_ARGUMENTS)
 
@@ -90,6 +90,13 @@ bench-feed-forward: install ## the feed-forward operation alone
 
 bench-model: install ## one training step of a whole model
 	$(BIN)/topk-experiments benchmark model $(BENCH_ARGUMENTS)
+
+# llama.cpp is compiled once, for eight minutes of one core; generation takes some forty minutes on two.
+bench-generation: install ## one token at a time: the operation, a whole model beside llama.cpp, a passkey in a long text
+	$(PIP) --no-deps --requirement requirements-generation.txt
+	$(BIN)/topk-experiments benchmark decode
+	$(BIN)/topk-experiments benchmark generation $(BENCH_ARGUMENTS)
+	$(BIN)/topk-experiments passkey
 
 clean: ## remove .venv, build/ and the compiled kernels
 	rm -rf $(VENV) build src/topk_attention/_kernels*.so

@@ -27,6 +27,13 @@ def markdown(command_line: str) -> str:
         lines += ["| Option | Default | Meaning |", "| --- | --- | --- |"]
     for option in options:
         flags = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
-        default = "required" if option.required else "" if option.default in (None, False) else f"{option.default:,}"
+        default = "required" if option.required else _in_words(option.default)
         lines.append(f"| {flags} | {default} | {(option.help or '').replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
+
+
+def _in_words(default: object) -> str:
+    """A default in the table; nothing for options that do nothing by default."""
+    if default is None or default is False:
+        return ""
+    return f"{default:,}" if isinstance(default, int | float) else str(default)

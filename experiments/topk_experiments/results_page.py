@@ -15,7 +15,8 @@ from topk_attention.environment import environment
 from . import benchmarks
 from .language_model import report as language_model
 from .lra import table as lra
-from .pretrained import calibration_report, demo_report, stand_ins_report, transcription_report
+from .pretrained import calibration_report, demo_report, passkey_report, stand_ins_report, transcription_report
+from .pretrained.demo_parts import report as demonstration
 from .qa import report as qa
 from .results_conclusions import conclusions
 from .runs.files import read_utf8
@@ -29,8 +30,10 @@ TITLE = "Top-k attention: when it helps, and the paper's figures beside what a u
 REDRAWS = (
     benchmarks.redraw,
     demo_report.redraw,
+    demonstration.redraw,
     calibration_report.redraw,
     stand_ins_report.redraw,
+    passkey_report.redraw,
     transcription_report.redraw,
     language_model.redraw,
     lra.redraw,
@@ -111,13 +114,37 @@ SECTIONS = (
         "Perplexity with a part of the neurons, and with what a constant or a linear function of low rank adds for the "
         "others.",
     ),
+    Section(
+        "passkey",
+        "A passkey in a long text",
+        None,
+        "Five digits hidden at ten depths of 7,500 tokens: found with full attention, with few keys, and completed.",
+    ),
     Section("whisper", "Speech recognition", None, "What Whisper hears with a part of the keys."),
+    Section(
+        "demonstration",
+        "The demo: what top-k attention gives and costs",
+        None,
+        "SmolLM2-135M and the operations, each against full attention in turns, and perplexity against k.",
+    ),
     Section("demo", "A pretrained model as it is", None, "Perplexity, time and memory of SmolLM2-135M against k."),
     Section(
         "attention-kernel",
         "The attention operation alone",
         None,
         "Tensors in, output and gradients out, in alternation with PyTorch's attention and Performer.",
+    ),
+    Section(
+        "decode",
+        "One token at a time: the attention operation",
+        None,
+        "One query against a long cache of keys, beside PyTorch's two forms and the time of reading the keys.",
+    ),
+    Section(
+        "generation",
+        "One token at a time: a whole model",
+        None,
+        "SmolLM2-135M after a long prompt, beside transformers' caches and llama.cpp.",
     ),
     Section(
         "feed-forward-kernel",

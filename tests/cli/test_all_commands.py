@@ -11,7 +11,7 @@ from topk_experiments.cli import app as experiments
 
 COMMANDS = [*commands_of(product), *commands_of(experiments)]
 # Options with the path of something that is only read. Any other path is written.
-READ = {"--text", "--evaluate-text", "--audio", "--weights"}
+READ = {"--text", "--evaluate-text", "--audio", "--weights", "--prompt-file"}
 READ_BY = {("lra", "evaluate"): {"--out"}}
 # Numbers that may be 0.
 FROM_ZERO = {"--seed", "--start", "--evaluate-start", "--shots", "--stand-in-rank", "--warm-up-steps"}

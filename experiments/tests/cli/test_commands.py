@@ -34,7 +34,18 @@ _WITH_INTERRUPTS = (
 
 @pytest.fixture
 def demo_arguments(tiny_model, text_file, tmp_path):
-    arguments = ["demo", "--model", tiny_model, "--text", text_file, "--out", tmp_path / "out", "--threads", 1]
+    arguments = [
+        "demo",
+        "--perplexity",
+        "--model",
+        tiny_model,
+        "--text",
+        text_file,
+        "--out",
+        tmp_path / "out",
+        "--threads",
+        1,
+    ]
     arguments += ["--tokens", 96, "--k", "4,96", "--completed-k", "4", "--rounds", 2]
     return [str(argument) for argument in arguments]
 
@@ -108,7 +119,7 @@ def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_
         process.kill()
     assert process.returncode == 130, output
     assert f"interrupted; finished runs are in {record_path}" in output
-    assert "to continue: topk-experiments demo --model" in output
+    assert "to continue: topk-experiments demo --perplexity --model" in output
     finished = json.loads(record_path.read_text())["runs"]
     assert [run["k"] for run in finished] == [None]
 

@@ -6,6 +6,8 @@ rounds.py        what is missing on file is measured, by one of two protocols
 attention/       the operation alone, one layer, and chunk sizes
 feed_forward/    the same for feed-forward layers
 model/           one training step of a whole model
+decode/          one query against a long cache, as when a token is generated
+generation/      whole models that generate, beside other caches and llama.cpp
 error/           how far the output is from full attention, at equal time and memory
 long_cache/      a token over a context in files
 figures.py       the figures of Gupta et al. 2021, in sizes for two cores
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import attention, error, feed_forward, long_cache, model
+from . import attention, decode, error, feed_forward, generation, long_cache, model
 
 
 def redraw(results: Path) -> list[Path]:
@@ -31,6 +33,8 @@ def redraw(results: Path) -> list[Path]:
             written += operation.ROUNDS.report(results / name, sweep)
     return [
         *written,
+        *decode.report(results / "decode"),
+        *generation.report(results / "generation"),
         *model.redraw(results),
         *error.report(results / "attention-error"),
         *long_cache.report(results / "long-cache"),

@@ -16,9 +16,11 @@ from topk_attention.functional.words import full_attention_note
 from .. import benchmarks
 from ..benchmarks.attention import works as attention_works
 from ..benchmarks.attention.layers import works_of_layers
+from ..benchmarks.decode import DecodeBenchmark
 from ..benchmarks.error import ErrorBenchmark, run_error_benchmark
 from ..benchmarks.feed_forward import works as feed_forward_works
 from ..benchmarks.figures import run_figures
+from ..benchmarks.generation import GenerationBenchmark
 from ..benchmarks.long_cache import LongCacheBenchmark, run_long_cache
 from ..benchmarks.long_cache.measure import Point as LongCachePoint
 from ..benchmarks.model import ModelBenchmark
@@ -270,6 +272,32 @@ def error(how: Json, limits: Json) -> None:
     benchmark = ErrorBenchmark(limits=Limits(**limits), **how)
     _say_if_full(itertools.product(benchmark.ks, benchmark.lengths))
     run_error_benchmark(benchmark, new_console())
+
+
+@benchmark.command()
+@taking(DecodeBenchmark, Limits, threads=_AS_MANY)
+def decode(how: Json, limits: Json) -> None:
+    """One query against a long cache of keys, the operation alone: top-k, with and without a kept index, and PyTorch.
+
+    Every answer is checked against float64 first; then the methods take turns. Works are appended to decode.jsonl;
+    interrupted, the same command continues with those that are missing.
+    """
+    benchmarks.decode.run_and_show(DecodeBenchmark(limits=Limits(**limits), **how), new_console())
+
+
+@benchmark.command()
+@taking(GenerationBenchmark, Limits, threads=_AS_MANY)
+def generation(how: Json, limits: Json) -> None:
+    """A model generates after a long prompt: top-k beside transformers' caches and llama.cpp, in one run.
+
+    Seconds to read the prompt, milliseconds a token after it and after a few tokens, peak memory, and at how many
+    places the next token is full attention's. llama.cpp needs pip install --no-deps -r requirements-generation.txt. A
+    method that is not there is named with the reason. Points are appended to generation.jsonl; interrupted, the same
+    command continues with those that are missing.
+    """
+    benchmark = GenerationBenchmark(limits=Limits(**limits), **how)
+    _say_if_full((benchmark.k, length) for length in benchmark.lengths)
+    benchmarks.generation.run_and_show(benchmark, new_console())
 
 
 @benchmark.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..runs.records import Json
 from .application import app
 from .options import (
     Backend,
@@ -15,6 +16,7 @@ from .options import (
     Seed,
     Text,
     Threads,
+    at_least,
     errors_in_words,
     integers,
     names,
@@ -31,47 +33,75 @@ def demo(
         typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
     ] = None,
     text: Text = None,
-    tokens: Annotated[int, typer.Option(help="Length of the window.")] = 4096,
-    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "64",
-    completed_k: Annotated[
-        str,
+    question: Annotated[
+        str | None, typer.Option(help="Asked about the text. Default: one about the default text, or what it is about.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the document, 7,900; with --perplexity of the window, 4,096.")
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option(help="Keys kept per query, 64; with --perplexity several, separated by commas.")
+    ] = None,
+    perplexity: Annotated[
+        bool,
         typer.Option(
-            help="Keys kept per query where attention is completed: the other keys enter the softmax as one entry. "
-            'Separated by commas; "" leaves these runs out.'
+            "--perplexity", help="Instead: a table of perplexity, time and memory of reading with several k, in rounds."
         ),
-    ] = "16,64",
-    rounds: Annotated[int, typer.Option(help="Times that every setting runs, in turns.")] = 3,
-    out: Out = Path("build/demo"),
+    ] = False,
+    completed_k: Annotated[
+        str | None,
+        typer.Option(
+            help="With --perplexity, keys kept per query where attention is completed: the other keys enter the "
+            'softmax as one entry. Default: 16,64; "" leaves these runs out.'
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="With --perplexity, times that every setting runs, in turns: 3.", callback=at_least(1)),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results: build/demo, with --perplexity build/demo-perplexity.", callback=written_folder
+        ),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     backend: Backend = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make all runs again.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything again.")] = False,
 ) -> None:
-    """Read a text with full attention and with several k, alone and completed; compare perplexity, time and memory.
+    """What top-k attention gives, what it costs and where it does not help, in four parts of under four minutes in all.
 
-    The settings take turns, round after round, so that noise does not decide which one looks faster. The defaults take
-    about four minutes on two cores. Writes demo.json, demo.png and demo.html. To continue an interrupted demo, repeat
-    the command: it makes the runs that are missing.
+    A model answers from a long document, in full and with top-k side by side; the operations against PyTorch's;
+    perplexity against k; fine-tuning with dropout. Full attention and top-k take turns. Writes demo.json, demo.png and
+    demo.html. To continue an interrupted demo, repeat the command: it runs the parts that are missing.
     """
-    with errors_in_words(f"finished runs are in {out / 'demo.json'}"):
-        from topk_experiments.pretrained.demo import DemoConfig, run_demo
+    folder = out or Path("build/demo-perplexity" if perplexity else "build/demo")
+    with errors_in_words(f"finished runs are in {folder / 'demo.json'}"):
+        shared: Json = {"model": model, "text": text, "out": folder, "seed": seed, "threads": threads}
+        shared |= {"backend": backend, "fresh": fresh}
+        shared |= {} if tokens is None else {"num_tokens": tokens}
+        if perplexity:
+            if question is not None:
+                raise ValueError("question cannot go with --perplexity, which asks none; leave one of them out")
+            from topk_experiments.pretrained import demo as perplexity_demo
 
-        run_demo(
-            DemoConfig(
-                model=model,
-                text=text,
-                num_tokens=tokens,
-                k=integers("k", k),
-                completed_k=integers("completed-k", completed_k, may_be_empty=True),
-                rounds=rounds,
-                out=out,
-                seed=seed,
-                threads=threads,
-                backend=backend,
-                fresh=fresh,
-            ),
-            new_console(),
-        )
+            how: Json = {} if k is None else {"k": integers("k", k)}
+            if completed_k is not None:
+                how["completed_k"] = integers("completed-k", completed_k, may_be_empty=True)
+            how |= {} if rounds is None else {"rounds": rounds}
+            perplexity_demo.run_demo(perplexity_demo.DemoConfig(**shared, **how), new_console())
+            return
+        for name, value in (("completed-k", completed_k), ("rounds", rounds)):
+            if value is not None:
+                raise ValueError(f"{name} goes with --perplexity; give that too, or leave it out")
+        from topk_experiments.pretrained.demo_parts import DemoConfig, run_demo
+
+        kept = [] if k is None else integers("k", k)
+        if len(kept) > 1:
+            raise ValueError(f"k must be one number, got {k}; several go with --perplexity")
+        shared |= {"question": question} | ({"k": kept[0]} if kept else {})
+        run_demo(DemoConfig(**shared), new_console())
 
 
 @app.command()
@@ -234,6 +264,51 @@ def stand_ins(
                 evaluate_tokens=evaluate_tokens,
                 k=integers("k", k),
                 ranks=integers("rank", rank, least=0),
+                out=out,
+                seed=seed,
+                threads=threads,
+                backend=backend,
+                fresh=fresh,
+            ),
+            new_console(),
+        )
+
+
+@app.command()
+def passkey(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+    ] = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the whole prompt.")] = 7500,
+    k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "64,32",
+    completed_k: CompletedK = "32",
+    depths: Annotated[
+        int, typer.Option(help="Places of the passkey, evenly from the beginning on.", callback=at_least(1))
+    ] = 10,
+    out: Out = Path("results/passkey"),
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again.")] = False,
+) -> None:
+    """Hide a passkey at several depths of a long text; which does a model find in full, with few keys, and completed?
+
+    About ten minutes on two cores. Appends to passkey.jsonl and writes passkey.md. To continue an interrupted run,
+    repeat the command: it asks for what is missing.
+    """
+    with errors_in_words(f"finished answers are in {out / 'passkey.jsonl'}"):
+        from topk_experiments.pretrained.passkey import PasskeyConfig, run_passkey
+
+        run_passkey(
+            PasskeyConfig(
+                model=model,
+                text=text,
+                num_tokens=tokens,
+                k=integers("k", k, may_be_empty=True),
+                completed_k=integers("completed-k", completed_k, may_be_empty=True),
+                depths=depths,
                 out=out,
                 seed=seed,
                 threads=threads,

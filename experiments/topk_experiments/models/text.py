@@ -149,7 +149,7 @@ def _base_model(model: Any) -> nn.Module:
 
 @contextmanager
 def _reporting(model: Any, progress: Progress | None) -> Iterator[None]:
-    layers = _layers(model) if progress is not None else None
+    layers = layers_of(model) if progress is not None else None
     if progress is None or layers is None:
         yield
         return
@@ -166,7 +166,7 @@ def _reporting(model: Any, progress: Progress | None) -> Iterator[None]:
             handle.remove()
 
 
-def _layers(model: Any) -> nn.ModuleList | None:
+def layers_of(model: Any) -> nn.ModuleList | None:
     """The list of a model's layers, found by its length: its name differs between families."""
     num_layers = getattr(model.config, "num_hidden_layers", None)
     for module in model.modules():

@@ -20,7 +20,7 @@ from .steps import Times, measure_step, start_point
 MODES = ("forward", "forward_backward")
 # Of a difference from the truth, as a fraction of its tensor's largest entry. In bfloat16, with 8 bits, PyTorch's own
 # attention was off by 0.008.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _FEWEST_ROUNDS = 3
 # Calls of a turn together take at least this long: a single one of a millisecond would be mostly noise.
 _TURN_S = 0.02
@@ -117,7 +117,7 @@ def check(operation: Operation, name: str, work: Any, seed: int = 0) -> float | 
     largest = 0.0
     for tensor, right, result, scale in zip(names, expected, found, scales, strict=False):
         error = (result - right).abs().max().item() / (max(scale, least) or 1.0)
-        if not error <= _TOLERANCES[tensors[0].dtype]:
+        if not error <= TOLERANCES[tensors[0].dtype]:
             raise CheckFailedError(
                 f"{name}, {small}: the {tensor} differs from the float64 reference by {error:.1e} of its largest entry"
             )

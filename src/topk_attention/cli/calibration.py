@@ -19,6 +19,7 @@ from ..calibrate import calibrate as measure
 from ..convert.search import feed_forward_sites
 from ..files import read_utf8
 from ..functional.words import full_attention_note
+from .models import load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,18 +124,18 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     options: dict[str, Any] = {} if request.gguf_file is None else {"gguf_file": request.gguf_file}
-    config = _load(AutoConfig, request.model, **options)
+    config = load(AutoConfig, request.model, **options)
     length = _window_length(request, config)
     if isinstance(request.target, MeanK) and request.target.mean_k > length:
         raise ValueError(
             f"mean-k must be at most {length}, the tokens of a window, where it is full attention, got "
             f"{request.target.mean_k:g}; give a smaller one, or more --tokens"
         )
-    tokenizer = _load(AutoTokenizer, request.model, **options)
+    tokenizer = load(AutoTokenizer, request.model, **options)
     batches = _windows(tokenizer, content, length, request)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    model = _load(loader, request.model, dtype=torch.float32, **options).eval()
+    model = load(loader, request.model, dtype=torch.float32, **options).eval()
     _check_neurons(request, model)
     with console.status("") as status:
         calibration = measure(
@@ -196,17 +197,6 @@ def _check_neurons(request: CalibrationRequest, model: Any) -> None:
 
 def _of_stand_ins(request: CalibrationRequest) -> str:
     return f"Written: {request.stand_ins}, for convert(model, feed_forward_k=StandIns.load(FILE))"
-
-
-def _load(loader: Any, model: str, **options: Any) -> Any:
-    """What `from_pretrained` returns; its errors in one line."""
-    try:
-        return loader.from_pretrained(model, **options)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # damaged files raise whatever their reader does
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{model} does not load as a transformers model: {first_line}") from error
 
 
 def _window_length(request: CalibrationRequest, config: Any) -> int:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import Threads, errors_in_words, new_console, written_file
+from .options import (
+    Backend,
+    Seed,
+    Threads,
+    at_least,
+    errors_in_words,
+    new_console,
+    next_message,
+    note_on_stderr,
+    write_at_once,
+    written_file,
+)
 
 
 @app.command()
@@ -88,6 +99,64 @@ def calibrate(
             ),
             new_console(),
         )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of a causal transformers model.")],
+    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 text file that the model continues.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text itself, in place of a file.")] = None,
+    attention_k: Annotated[
+        str | None,
+        typer.Option(
+            help='Keys kept per query: a number, "all", or the file of a calibration. Default: full attention.'
+        ),
+    ] = None,
+    completed: Annotated[
+        bool, typer.Option("--completed", help="Let the keys that are not kept enter each softmax as one more.")
+    ] = False,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the model's folder.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="A conversation: messages from standard input, line by line, until /exit or its end. A prompt is the "
+            "first message.",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", callback=at_least(1))] = 256,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample at this temperature. Default: the most likely token each time.")
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+) -> None:
+    """Continue a text, or talk, with top-k attention; the text goes to standard output as it comes.
+
+    Tokens a second of the prompt and of the answer, and peak memory, go to standard error. Between the messages of a
+    conversation the cache stays, so that only what is new is read.
+    """
+    with errors_in_words():
+        from .generate import GenerationRequest, run_generation
+
+        request = GenerationRequest(
+            model=model,
+            prompt=prompt,
+            prompt_file=prompt_file,
+            attention_k=attention_k,
+            completed=completed,
+            gguf_file=gguf_file,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            temperature=temperature,
+            seed=seed,
+            threads=threads,
+            backend=backend,
+        )
+        run_generation(request, write_at_once, note_on_stderr, next_message)
 
 
 @app.command(

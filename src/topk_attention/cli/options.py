@@ -81,6 +81,26 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=120)  # a file has no width; 80 would cut tables
 
 
+def write_at_once(text: str) -> None:
+    """Write to standard output without waiting for the end of a line."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note_on_stderr(line: str) -> None:
+    """A line beside the output."""
+    typer.echo(line, err=True)
+
+
+def next_message() -> str | None:
+    """The next line that the user writes; None at the end of the input, or for /exit."""
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return None if not line or line.strip() == "/exit" else line.rstrip("\n")
+
+
 def integers(name: str, listed: str, *, may_be_empty: bool = False, least: int = 1, bits: int = 31) -> list[int]:
     """The whole numbers of a comma-separated list; `name` is the option's, for an error.
 

@@ -6,7 +6,7 @@
 //   lower_of, higher_of           lane by lane, for numbers; of NaN any result
 //   absolute, nan_lanes           the second with one bit per lane
 //   least_lane, most_lane, sum_of_floats, sum_of_ints
-//   rounded                       to the nearest whole numbers
+//   rounded, square_root          the first to the nearest whole numbers, the second of one number
 //   load_widened                  `count` numbers of a row as float32, and zeros
 //   store_bytes                   each lane's lowest byte
 //   append_set_bits               writes first + the number of each set bit; returns how many. Writes up to 16 beyond them.
@@ -20,8 +20,6 @@ constexpr int kIndexPanel = 32;                                    // keys of a 
 constexpr int kPartKeys = 2 * kLanes<float>;                       // keys that are multiplied at once
 constexpr int kPanelParts = kIndexPanel / kPartKeys, kPanelVectors = 2 * kPanelParts;
 constexpr int kRowLanes = (kTileRows + kLanes<float> - 1) / kLanes<float> * kLanes<float>;  // the rows of a tile in whole vectors
-
-typedef uint32_t UnsignedVector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 
 inline int64_t whole_vectors(int64_t count) { return ceil_div<int64_t>(count, kLanes<float>) * kLanes<float>; }
 

@@ -182,7 +182,7 @@ class Screen {
     row.base = -kKeyOffset * sum_of_ints(sum);
     row.size = norm * inverse * (1 + 1e-4f);
     row.error = (square_root(sum_of_floats(errors)) * (1 + 1e-4f) + 1e-6f * norm) * inverse * (1 + 1e-4f);
-    row.centre = sum_of_lanes<double>(centre);
+    row.centre = sum_of_doubles(centre);
   }
 
   // The score that row r has where its sum times the scale, as approximate() gives it, is x; a little lower, so that keys

@@ -5,8 +5,8 @@
 //   kKeyOffset                    added to the numbers of stored keys: the x86 instruction takes one factor without a sign
 //   lower_of, higher_of           lane by lane, for numbers; of NaN any result
 //   absolute, nan_lanes           the second with one bit per lane
-//   least_lane, most_lane, sum_of_floats, sum_of_ints
-//   rounded                       to the nearest whole numbers
+//   least_lane, most_lane, sum_of_floats, sum_of_doubles, sum_of_ints
+//   rounded, square_root          the first to the nearest whole numbers, the second of one number
 //   load_widened                  `count` numbers of a row as float32, and zeros
 //   store_bytes                   each lane's lowest byte
 //   append_set_bits               writes first + the number of each set bit; returns how many. Writes up to 16 beyond them.
@@ -20,8 +20,6 @@ constexpr int kIndexPanel = 32;                                    // keys of a 
 constexpr int kPartKeys = 2 * kLanes<float>;                       // keys that are multiplied at once
 constexpr int kPanelParts = kIndexPanel / kPartKeys, kPanelVectors = 2 * kPanelParts;
 constexpr int kRowLanes = (kTileRows + kLanes<float> - 1) / kLanes<float> * kLanes<float>;  // the rows of a tile in whole vectors
-
-typedef uint32_t UnsignedVector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 
 inline int64_t whole_vectors(int64_t count) { return ceil_div<int64_t>(count, kLanes<float>) * kLanes<float>; }
 
@@ -42,6 +40,7 @@ inline uint32_t nan_lanes(FloatVector v) { return _mm512_cmp_ps_mask((__m512)v, 
 inline float least_lane(FloatVector v) { return _mm512_reduce_min_ps((__m512)v); }
 inline float most_lane(FloatVector v) { return _mm512_reduce_max_ps((__m512)v); }
 inline float sum_of_floats(FloatVector v) { return _mm512_reduce_add_ps((__m512)v); }
+inline double sum_of_doubles(DoubleVector v) { return _mm512_reduce_add_pd((__m512d)v); }
 inline int32_t sum_of_ints(IntVector v) { return _mm512_reduce_add_epi32((__m512i)v); }
 inline IntVector rounded(FloatVector v) { return (IntVector)_mm512_cvtps_epi32((__m512)v); }
 inline float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
@@ -167,6 +166,10 @@ inline float sum_of_floats(FloatVector v) {
   const __m128 four = _mm_add_ps(low_half(v), high_half(v)), two = _mm_add_ps(four, swap_pairs(four));
   return _mm_cvtss_f32(_mm_add_ss(two, swap_lanes(two)));
 }
+inline double sum_of_doubles(DoubleVector v) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
 inline int32_t sum_of_ints(IntVector v) {
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
@@ -270,6 +273,7 @@ inline uint32_t nan_lanes(FloatVector v) { return lanes_set((IntVector)(v != v))
 inline float least_lane(FloatVector v) { return vminvq_f32((float32x4_t)v); }
 inline float most_lane(FloatVector v) { return vmaxvq_f32((float32x4_t)v); }
 inline float sum_of_floats(FloatVector v) { return vaddvq_f32((float32x4_t)v); }
+inline double sum_of_doubles(DoubleVector v) { return vaddvq_f64((float64x2_t)v); }
 inline int32_t sum_of_ints(IntVector v) { return vaddvq_s32((int32x4_t)v); }
 inline IntVector rounded(FloatVector v) { return (IntVector)vcvtnq_s32_f32((float32x4_t)v); }
 inline float square_root(float x) { return vget_lane_f32(vsqrt_f32(vdup_n_f32(x)), 0); }

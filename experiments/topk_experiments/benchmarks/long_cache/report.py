@@ -81,5 +81,6 @@ def _note(record: Json) -> str:
         f"later half of {point['steps']} tokens. Checked in layers {checked['layers']}: the same bits as the operation "
         f"on tensors in memory without an index; heads {checked['heads']} within {checked['largest_error']:.1g} of a "
         f"dense computation in float64. A page of 4 KiB for each key that a head keeps would be "
-        f"{record['reckoned_read_bytes'] / 2**20:,.0f} MiB a token; about as many again are scored and not kept."
+        f"{record['reckoned_read_bytes'] / 2**20:,.0f} MiB a token; keys that are scored and not kept "
+        "come on top, pages that lie in memory already do not count."
     )

@@ -362,7 +362,12 @@ class IndexedRows : public FewRows<T, float> {
     }
     for (int64_t i = 0; i < num_passed_; ++i)
       if (bounds_[i] >= cut) chosen_[num_chosen_++] = int32_t(i);
+    // Most of these keys are kept, so their values will be wanted.
+    const T* const values = static_cast<const T*>(call_.value.data) + block_.batch * call_.value.stride[0] +
+                            block_.key_head * call_.value.stride[1];
     score_chosen(r);
+    for (int64_t i = 0; i < smaller(num_chosen_, kMostValuesAhead); ++i)
+      read_row_ahead(values + passed_[chosen_[i]] * call_.value.stride[2], s_.value_dim);
     if (num_chosen_ < num_passed_) {
       const float least = least_of_chosen(r);
       num_chosen_ = 0;
@@ -377,6 +382,13 @@ class IndexedRows : public FewRows<T, float> {
       score_chosen(r);
     }
     store_found(r, row);
+  }
+
+  static constexpr int64_t kMostValuesAhead = 512;  // more would push one another out of the second-level cache
+
+  static void read_row_ahead(const T* row, int64_t dim) {
+    for (int64_t byte = 0; byte < dim * int64_t(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
   }
 
   // A number that k of the chosen keys reach, in the units of bounds; a little less, as it is rounded. -inf where fewer have a bound.
@@ -410,12 +422,12 @@ class IndexedRows : public FewRows<T, float> {
     const float* const query = query_of(r / kTileRows) + r % kTileRows;
     const int64_t stride = call_.key.stride[2];
     if (shared_.call.reads_ahead) read_chosen_ahead(keys, stride);
-    constexpr int64_t kAhead = 2 * kLanes<float>;
-    const auto read_ahead = [&](int64_t first) {
-      for (int64_t i = first; i < smaller(first + kLanes<float>, num_chosen_); ++i)
-        prefetch_row(keys + passed_[chosen_[i]] * stride, s_.head_dim);
+    // Far ahead: each of these rows is waited for alone otherwise.
+    constexpr int64_t kAhead = 8 * kLanes<float>;
+    int64_t ahead = 0;
+    const auto read_ahead = [&](int64_t end) {
+      for (; ahead < smaller(end, num_chosen_); ++ahead) read_row_ahead(keys + passed_[chosen_[ahead]] * stride, s_.head_dim);
     };
-    for (int64_t i = 0; i < kAhead; i += kLanes<float>) read_ahead(i);
     for (int64_t first = 0; first < num_chosen_; first += kLanes<float>) {
       read_ahead(first + kAhead);
       const T* rows[kLanes<float>];

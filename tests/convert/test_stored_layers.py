@@ -6,6 +6,7 @@ import copy
 import errno
 import importlib
 import os
+import pickle
 
 import pytest
 import torch
@@ -218,6 +219,8 @@ def test_what_would_copy_all_rows_is_refused(tmp_path, change, words):
         change(cache)
     with pytest.raises(TypeError, match="cannot be copied or pickled"):
         copy.deepcopy(cache)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        pickle.dumps(cache)
     assert cache.get_seq_length() == 6
     cache.storage.close()
 
@@ -241,6 +244,8 @@ def test_the_folder_of_another_model_is_refused(tmp_path):
 def test_storage_that_cannot_be_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(ValueError, match="storage needs config"):
         TopKCache(storage=tmp_path / "new")
+    with pytest.raises(ValueError, match='storage must name a folder, got ""'):
+        TopKCache(config=tiny_llama().config, storage="")
     with pytest.raises(ValueError, match="storage needs a model with layers that attend to all tokens, got DynamicSl"):
         TopKCache(config=tiny_mistral(sliding_window=4).config, storage=tmp_path / "new")
     state = torch.randn(1, HEADS, 3, 8)

@@ -40,6 +40,8 @@ def stored_in(
     """
     if config is None:
         raise ValueError("storage needs config, the configuration of the model; give TopKCache(config=model.config)")
+    if not str(folder):  # would be the current folder
+        raise ValueError('storage must name a folder, got ""; give the path of an empty or a new one')
     growing_ones = [index for index, layer in enumerate(layers) if type(layer) is growing]
     others = {type(layer).__name__ for layer in layers if type(layer) is not growing} - {"DummyLayer"}
     if not growing_ones:
@@ -155,3 +157,10 @@ def stored_layer() -> Any:
             raise ValueError("a cache with storage cannot be offloaded: its keys and values lie in files already")
 
     return StoredLayer
+
+
+def __getattr__(name: str) -> Any:
+    # So that whoever pickles a cache is told why that cannot be, not that this class is not found.
+    if name == "StoredLayer":
+        return stored_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(OSError, match=r"storage must be a folder that can be written.*Read-only file system"):
-        opened(tmp_path)
+        opened(tmp_path / "new")
 
 
 def test_a_folder_serves_one_cache_at_a_time(tmp_path):
@@ -454,6 +454,24 @@ def test_dropped_pages_are_read_again_as_they_were(tmp_path):
         assert_holds(cache, (10, 4), (20, 1))
 
 
+def test_a_process_commits_all_its_caches_also_where_one_of_them_cannot_be(tmp_path):
+    code = f"""
+        import shutil, sys
+        sys.path[:0] = {[str(Path(__file__).parent), *sys.path]}
+        from test_stored_cache import opened, write
+        caches = [opened(f"{tmp_path}/{{number}}") for number in range(6)]
+        for cache in caches:
+            write(cache, 10, 4)
+        for number in range(0, 6, 2):
+            shutil.rmtree(f"{tmp_path}/{{number}}")
+    """
+    came = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert "FileNotFoundError" in came.stderr
+    for number in range(1, 6, 2):
+        with opened(tmp_path / str(number)) as cache:
+            assert_holds(cache, (10, 4))
+
+
 # What is refused
 
 
@@ -468,6 +486,21 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"must be empty or hold a cache, got other files \(thesis.txt\)"):
         opened(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", ["a lock of somebody else", "12\nlines", "7" * 99])
+def test_a_foreign_file_that_is_named_as_the_lock_is_left_alone(tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    with pytest.raises(ValueError, match=r"must be empty or hold a cache, got other files \(lock\)"):
+        opened(tmp_path)
+    assert (tmp_path / "lock").read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", "123\n"])
+def test_the_lock_of_a_process_that_was_killed_before_it_wrote_more_is_taken_over(tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    opened(tmp_path).close()
 
 
 def test_the_cache_of_another_model_is_refused(tmp_path):

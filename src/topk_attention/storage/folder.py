@@ -10,10 +10,11 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ LOCK = "lock"
 _KIND = "topk_attention/stored-cache/"
 _FORMAT = _KIND + "1"
 _PARTIAL = f".{MANIFEST}.partial"
+_LOCK_CONTENT = re.compile(rb"(\d+\n)?")  # the process that holds it, or held it last
 # Called with (name of the current work, steps done, steps in all).
 Progress = Callable[[str, int, int], None]
 _open_caches: WeakSet[StoredCache] = WeakSet()
@@ -279,12 +281,6 @@ class StoredCache:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            others = sorted(entry.name for entry in self.folder.iterdir() if entry.name not in (LOCK, _PARTIAL))
-            if others:
-                raise ValueError(
-                    f"storage {self.folder} must be empty or hold a cache, got other files ({', '.join(others[:3])}); "
-                    "give an empty or a new folder"
-                ) from None
             self._id = uuid4().hex
             self._write_manifest(0, {})
             return
@@ -370,15 +366,32 @@ def _manifest(path: Path, content: bytes) -> dict[str, Any]:
     return inner
 
 
+def _check_not_foreign(folder: Path) -> None:
+    """Raise where a folder without a manifest holds files that no cache has made; one may be named as the lock is."""
+    if (folder / MANIFEST).exists():
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK, _PARTIAL))
+    lock = folder / LOCK
+    if lock.exists() and not (lock.is_file() and _LOCK_CONTENT.fullmatch(lock.read_bytes()[:30])):
+        others.append(LOCK)
+    if others:
+        raise ValueError(
+            f"storage {folder} must be empty or hold a cache, got other files ({', '.join(others[:3])}); give an empty "
+            "or a new folder"
+        )
+
+
 def _locked(folder: Path) -> int:
     """The open lock of a folder, which is made if it is not there.
 
     Raises:
         OSError: the folder cannot be written.
         RuntimeError: another cache holds the lock.
+        ValueError: the folder holds other files; nothing is written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_not_foreign(folder)
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         message = f"storage must be a folder that can be written, got {folder} ({error.strerror}); give another one"
@@ -409,5 +422,6 @@ def _byte_order() -> str:
 
 @atexit.register
 def _close_all() -> None:
-    for cache in list(_open_caches):
-        cache.close()
+    with ExitStack() as closing:  # one that cannot commit must not keep the others from it
+        for cache in list(_open_caches):
+            closing.callback(cache.close)

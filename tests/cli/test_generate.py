@@ -1,6 +1,9 @@
 """`topk-attention generate`: what it writes, what it reads again in a conversation, and what it refuses."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +131,27 @@ def test_samples_depend_on_the_seed_alone(generate):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_the_file_of_a_model_asks_for_does_not_keep_its_text_from_coming(generate, folder, tmp_path, asked):
+    copied = Path(shutil.copytree(folder, tmp_path / "model"))
+    (copied / "generation_config.json").write_text(json.dumps(asked))
+    options = ("--chat", "--attention-k", 3)
+    result = generate(*options, "--model", copied, messages="keeps the\nquery that\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == generate(*options, messages="keeps the\nquery that\n").stdout
+    assert "full attention" not in result.stderr
+
+
 def test_weights_may_be_of_lower_precision(generate):
     result = generate("--prompt", PROMPT, "--dtype", "bfloat16", "--attention-k", 3)
     assert result.exit_code == 0, result.output
@@ -143,6 +167,11 @@ def test_weights_may_be_of_lower_precision(generate):
         (["--prompt-file", "/no/such/file"], "/no/such/file"),
         (["--prompt", "a", "--attention-k", "0"], "error: attention-k must be at least 1 and below 2^31, got 0"),
         (["--prompt", "a", "--attention-k", "k.json"], 'error: attention-k must be a number, "all" or the file of a'),
+        (["--prompt", "a", "--attention-k", ""], "calibration, got '': no such file"),
+        (["--prompt", "a", "--attention-k", "."], "calibration, got '.': this is a folder"),
+        (["--prompt", "a", "--attention-k", "²"], "calibration, got '²': no such file"),
+        (["--prompt", "a", "--attention-k", "++3"], "calibration, got '++3': no such file"),
+        (["--prompt", "a", "--backend", "chunked"], "error: backend 'chunked' needs an --attention-k"),
         (["--prompt", "a", "--completed"], "error: completed needs an --attention-k: with every key kept there is"),
         (["--prompt", "a", "--dtype", "int8"], "error: dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["--prompt", "a", "--temperature", "0"], "error: temperature must be above 0 and finite, got 0; leave it out"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,14 @@ from ..functional.words import full_attention_note
 from .models import load
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The file of a model may ask `generate` for what one text that is written as it comes, over a given cache, cannot have.
+_ONE_TEXT: Mapping[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+    "cache_implementation": None,
+}
 Say = Callable[[str], None]
 K = int | Literal["all"] | Calibration | None
 
@@ -61,6 +70,10 @@ class GenerationRequest:
             )
         if self.completed and self.attention_k in (None, "all"):
             raise ValueError("completed needs an --attention-k: with every key kept there is nothing to complete")
+        if self.backend != "auto" and self.attention_k is None:
+            raise ValueError(
+                f"backend {self.backend!r} needs an --attention-k: the model as it is has its own attention"
+            )
         self.k()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give one of --prompt and --prompt-file, got both")
@@ -77,12 +90,13 @@ class GenerationRequest:
         given = self.attention_k
         if given is None or given == "all":
             return given  # type: ignore[return-value]
-        if given.lstrip("+-").isdigit():
+        if re.fullmatch(r"[+-]?[0-9]+", given):
             check_count("attention-k", int(given))
             return int(given)
-        if not Path(given).exists():
+        if not Path(given).is_file():
+            reason = "this is a folder" if given and Path(given).is_dir() else "no such file"
             raise ValueError(
-                f'attention-k must be a number, "all" or the file of a calibration, got {given!r}: no such file'
+                f'attention-k must be a number, "all" or the file of a calibration, got {given!r}: {reason}'
             )
         return Calibration.load(given)
 
@@ -130,6 +144,8 @@ def run_generation(request: GenerationRequest, write: Say, note: Say, ask: Calla
     with contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext():
         model = load(AutoModelForCausalLM, request.model, dtype=getattr(torch, request.dtype), **options)
     model.eval().requires_grad_(False)
+    for name, needed in _ONE_TEXT.items():
+        setattr(model.generation_config, name, needed)
     if k is not None:
         brings_its_own = isinstance(k, Calibration) and k.completion
         completion = Completion() if request.completed and not brings_its_own else None
@@ -204,6 +220,7 @@ class _Speaker:
                 max_new_tokens=request.max_new_tokens,
                 pad_token_id=end,
                 streamer=streamer,
+                tokenizer=self._tokenizer,  # for a model that stops at certain words
                 **how,
             )[0].tolist()
         self._write("\n")

@@ -301,15 +301,14 @@ class IndexedRows : public FewRows<T, float> {
     const FloatVector hidden = broadcast(-kInfinity<float>), infinity = broadcast(kInfinity<float>), limit = broadcast(3e38f);
     FloatVector most = {};
     for (int i = 0; i < kKeptPanel; i += kLanes<float>) {
-      // Far below all others is not hidden: masks are made of the lowest numbers too.
-      FloatVector more = load(added + i) * inverse;
-      more = more < -limit ? -limit : more;
-      const FloatVector size = size_of(more);
+      // What is hidden, or as good as hidden, lies below all others by more than is rounded away: it must not loosen their bounds.
+      const FloatVector more = load(added + i) * inverse, size = more < -limit ? FloatVector{} : size_of(more);
       most = larger_lanes(most, size < infinity ? size : FloatVector{});
     }
     const float rounding = 2e-6f * largest_lane(most);
     for (int i = 0; i < kKeptPanel; i += kLanes<float>) {
       const FloatVector raw = load(added + i);
+      // Far below all others is not hidden: masks are made of the lowest numbers too.
       FloatVector more = raw * inverse;
       more = more < -limit ? -limit : more;
       const FloatVector sum = load(bounds + i) + more - rounding, lowest = sum < -limit ? -limit : sum;

@@ -156,3 +156,21 @@ def test_calls_that_no_index_serves_are_right_all_the_same(cpu_target):
 def test_an_index_takes_one_byte_a_number_and_20_a_panel():
     assert [operators.cpu_index_panel_bytes(dim) for dim in (1, 4, 5, 64)] == [128, 128, 256, 2048]
     assert cpu.problem() is None
+
+
+@pytest.mark.parametrize("hiding", [-torch.inf, torch.finfo(torch.float32).min, None], ids=["inf", "lowest", "bool"])
+def test_hidden_keys_among_others_do_not_make_the_others_be_read(cpu_target, hiding):
+    """Keys that cannot be among the best are spoiled after they were indexed: reading one of them would show."""
+    query, value = torch.ones(1, 2, 1, 16), torch.randn(1, 2, 640, 8)
+    key = torch.randn(1, 2, 640, 16) * 0.1
+    key[:, :, ::32] += 1  # one of each panel
+    index = built(key)
+    mask = torch.ones(1, 1, 1, 640, dtype=torch.bool)
+    mask[..., 5::16] = False  # two of each panel, none of the best
+    if hiding is not None:
+        mask = torch.where(mask, 0.0, hiding)
+    inputs = inputs_of(query, key, value, 10, attn_mask=mask)
+    expected = operators.cpu_attention_forward(*inputs)
+    spoiled = torch.arange(640) % 32 != 0
+    key[:, :, spoiled] = torch.nan
+    assert_same_bits(operators.cpu_attention_forward_indexed(*inputs, *index.tensors, 640), expected)

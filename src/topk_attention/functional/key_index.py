@@ -27,6 +27,8 @@ class KeyIndex:
                          query may choose are then asked for all at once, not one after the other (on Linux)
 
     An index belongs to the tensor that it was made of and is refused with any other, or once that has changed in place.
+    Changes that leave a tensor's version as it was (through `.data` or NumPy, of tensors of inference mode) are noticed
+    only in keys that a query reads: build a new index after them.
     After keys were appended, removed or reordered, do the same with the index and hand it the new tensor:
 
     - `append(key)` where `key` begins with the keys that are indexed; only the new ones are read, and up to 31 before

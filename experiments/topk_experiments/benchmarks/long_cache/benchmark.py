@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from topk_attention.files import check_writable
+
 from ...runs.checks import check_at_least
 from ...runs.process import Send
 from ...runs.progress import say
@@ -49,10 +51,13 @@ def run_long_cache(benchmark: LongCacheBenchmark, console: Console) -> list[Json
     """Measure every point that is not on file yet, append each to `long-cache.jsonl` when it finishes, and show them.
 
     Raises:
+        OSError: the folder for the files cannot be written.
         WorkerError: an answer is wrong, a disk is full, or a process died; the files of keys and values stay, and the
             same command continues them.
     """
     limits, ledger = benchmark.limits, benchmark.ledger(NAME, SCHEMA, __name__)
+    if benchmark.folder is not None:
+        check_writable("folder", benchmark.folder, is_folder=True)
     files = benchmark.folder or benchmark.out / "work"
 
     def run(point: Point, on_message: Send) -> Json:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # Tokens that it reads at a time, its own default.
 _BATCH = 512
+# Bytes of the longest token that is expected.
+_LONGEST_TOKEN = 1024
 
 
 class LlamaModel:
@@ -55,4 +58,14 @@ class LlamaModel:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, as this model understands them."""
-        return str(self._llama.detokenize(list(token_ids)).decode("utf-8", "replace"))
+        import llama_cpp
+
+        # The package's own detokenize (0.3.36) leaves out tokens of more than 32 bytes, such as a deep indentation.
+        buffer = ctypes.create_string_buffer(_LONGEST_TOKEN)
+        pieces = []
+        for token in token_ids:
+            size = llama_cpp.llama_token_to_piece(self._llama._model.vocab, token, buffer, _LONGEST_TOKEN, 0, False)
+            if size < 0:
+                raise ValueError(f"token {token} has {-size} bytes, more than {_LONGEST_TOKEN}")
+            pieces.append(buffer.raw[:size])
+        return b"".join(pieces).decode("utf-8", "replace")

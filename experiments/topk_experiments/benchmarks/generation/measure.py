@@ -111,7 +111,8 @@ def _check_llama(llama: LlamaModel, request: Json) -> Json:
     text = llama.text_of(request["prompt"])
     if text != request["prompt_text"]:
         agree = num_equal(text.encode(), request["prompt_text"].encode())
-        raise CheckFailedError(f"llama.cpp reads another prompt from byte {agree} on: {text[agree : agree + 40]!r}")
+        rest = text.encode()[agree : agree + 40].decode("utf-8", "replace")
+        raise CheckFailedError(f"llama.cpp reads another prompt from byte {agree} on: {rest!r}")
     return {"prompt_text": "equal"}
 
 

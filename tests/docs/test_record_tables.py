@@ -64,6 +64,19 @@ def test_the_speeds_on_real_queries_in_the_readme_are_those_of_the_records():
     assert words in README.replace("\n", " ")
 
 
+def test_the_speeds_of_a_decoding_step_in_the_readme_are_those_of_the_records():
+    ratios = {}
+    for record in record_tables._lines("decode/decode.jsonl"):
+        work, methods = record["request"]["work"], record["methods"]
+        if work["num_keys"] == 32768:
+            times = {name: of["median_s"] for name, of in methods.items()}
+            best = min(times["sdpa"], times["sdpa-rows"])
+            ratios[work["dtype"]] = best / times["topk-index"], times["sdpa"] / times["topk-index"]
+    (best, gqa), (best_half, gqa_half) = ratios["float32"], ratios["bfloat16"]
+    assert f"**{best:.0f} and {best_half:.0f} times as fast**" in README
+    assert f"{gqa:.0f} and {gqa_half:.0f} times as its `enable_gqa`" in README
+
+
 def test_the_feed_forward_numbers_of_the_readme_are_the_extremes_of_the_large_works():
     header, rows = record_tables.TABLES["feed-forward-speed"]()
     both = list(header).index("forward + backward")

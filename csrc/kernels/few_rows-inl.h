@@ -302,18 +302,9 @@ class FewRows : public Forward<T, A> {
 
   // A number that k of the n scores reach, and few more; -largest where no more than k are above -inf.
   static A cut_of(const A* scores, int64_t n, int64_t k) {
-    int64_t eligible = 0;
-    Vector<A> lowest = broadcast(Types<A>::largest);
-    const Vector<A> hidden = broadcast(-kInfinity<A>), finite = broadcast(-Types<A>::largest);
-    for (int64_t i = 0; i < n; i += kLanes<A>) {
-      const Vector<A> v = load(scores + i);
-      eligible += count_bits(not_less(v, finite));
-      lowest = v > hidden && v < lowest ? v : lowest;
-    }
-    if (eligible <= k) return -Types<A>::largest;
-    A low = lowest[0];
-    for (int lane = 1; lane < kLanes<A>; ++lane) low = smaller<A>(low, lowest[lane]);
-    return find_cut(scores, n, k, k + k / 8, low, eligible).at;
+    const Eligible<A> eligible = eligible_among(scores, n);
+    if (eligible.count <= k) return -Types<A>::largest;
+    return find_cut(scores, n, k, k + k / 8, eligible.lowest, eligible.count).at;
   }
 
   A added_[kBlockKeys<A>];

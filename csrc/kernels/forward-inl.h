@@ -257,28 +257,20 @@ class Forward {
   // keys that the row sees, exactly k reach it.
   void guess_threshold(int64_t r, const A* scores, int64_t num_sampled) {
     Row& row = rows_[r];
-    int64_t seen = 0, eligible = 0;
+    int64_t seen = 0;
     for (int64_t p = 0; p < num_sampled; ++p)
       seen += smaller<int64_t>(kPanel<A>, larger<int64_t>(0, row.visible - int64_t(sampled_[p]) * kPanel<A>));
     if (seen == 0) return;
     const int64_t n = num_sampled * kPanel<A>;
-    Vector<A> lowest = broadcast(Types<A>::largest);
-    const Vector<A> hidden = broadcast(-kInfinity<A>), finite = broadcast(-Types<A>::largest);
-    for (int64_t i = 0; i < n; i += kLanes<A>) {
-      const Vector<A> v = load(scores + i);
-      eligible += count_bits(not_less(v, finite));
-      lowest = v > hidden && v < lowest ? v : lowest;
-    }
-    A low = lowest[0];
-    for (int lane = 1; lane < kLanes<A>; ++lane) low = smaller<A>(low, lowest[lane]);
+    const Eligible<A> eligible = eligible_among(scores, n);
     int64_t rank = row.k, most = row.k;
     if (seen < row.visible) {
       const double expected = double(row.k) * double(seen) / double(row.visible);
       rank = int64_t(expected + 3.3 * __builtin_sqrt(expected) + 2);
       most = rank + rank / 8;
     }
-    if (eligible <= rank) return;
-    thresholds_[r] = row.found.threshold = find_cut(scores, n, rank, most, low, eligible).at;
+    if (eligible.count <= rank) return;
+    thresholds_[r] = row.found.threshold = find_cut(scores, n, rank, most, eligible.lowest, eligible.count).at;
     row.is_guess = seen < row.visible;
   }
 

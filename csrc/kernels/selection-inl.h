@@ -53,6 +53,28 @@ struct Cut {
   int64_t count;  // how many are not below it; more than `most` only if too many scores are equal to `at`
 };
 
+template <class A>
+struct Eligible {
+  int64_t count;  // not below the lowest finite number
+  A lowest;       // of those above -inf
+};
+
+// What a cut of n scores, whole vectors without NaN, begins with.
+template <class A>
+Eligible<A> eligible_among(const A* scores, int64_t n) {
+  int64_t count = 0;
+  Vector<A> lowest = broadcast(Types<A>::largest);
+  const Vector<A> hidden = broadcast(-kInfinity<A>), finite = broadcast(-Types<A>::largest);
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Vector<A> v = load(scores + i);
+    count += count_bits(not_less(v, finite));
+    lowest = v > hidden && v < lowest ? v : lowest;
+  }
+  A low = lowest[0];
+  for (int lane = 1; lane < kLanes<A>; ++lane) low = smaller<A>(low, lowest[lane]);
+  return {count, low};
+}
+
 // Find a cut that between k and `most` of n scores (no NaN) reach. `low` is a cut that at least k reach.
 template <class A>
 Cut<A> find_cut(const A* scores, int64_t n, int64_t k, int64_t most, A low, int64_t count_at_low) {

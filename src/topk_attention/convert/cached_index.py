@@ -14,6 +14,7 @@ from ..backends.autocast import in_autocast_dtype
 from ..backends.cpu.key_index import MOST_ROWS, index_obstacle
 from ..backends.operators import is_transformed
 from ..functional import KeyIndex
+from ..functional.checks import version_of
 from ..functional.key_index import is_of
 
 _INDEX = "_topk_attention_index"
@@ -39,7 +40,7 @@ class CachedIndex:
 
     def is_of(self, key: Tensor | None) -> bool:
         """Whether the layer has put this tensor there and nobody has changed it in place."""
-        return getattr(key, _INDEX, None) is self and key is not None and self._version == _version(key)
+        return getattr(key, _INDEX, None) is self and key is not None and self._version == version_of(key)
 
     def go_on_with(self, key: Tensor, begins_with_these: bool) -> None:
         """Be that of another key tensor.
@@ -50,7 +51,7 @@ class CachedIndex:
             self._index = None
         elif self._index is not None and self._index.length > key.shape[-2]:
             self._index.crop(key.shape[-2])
-        self._version = _version(key)
+        self._version = version_of(key)
         setattr(key, _INDEX, self)
 
     def reorder(self, batch_indices: Tensor) -> None:
@@ -84,7 +85,3 @@ def index_of_cached(query: Tensor, key: Tensor, k: int | tuple[int, ...] | None,
     if (torch.is_grad_enabled() and query.requires_grad) or in_autocast_dtype(key) is not key:
         return None
     return cached.over_all(key) if index_obstacle(key) is None else None
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

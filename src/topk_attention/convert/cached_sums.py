@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..backends.autocast import in_autocast_dtype
 from ..backends.calls import accumulation_dtype
 from ..functional import Completion, KeySums
+from ..functional.checks import version_of
 from .position_bias import CACHE_NAMES
 
 _SUMS = "_topk_attention_sums"
@@ -163,7 +164,7 @@ def known_sums(key: Tensor | None, value: Tensor | None) -> _Known | None:
     known = getattr(key, _SUMS, None)
     if known is None or key is None or value is None or known.value is not value:
         return None
-    return known if known.versions == (_version(key), _version(value)) else None
+    return known if known.versions == (version_of(key), version_of(value)) else None
 
 
 def pass_sums_on(
@@ -175,15 +176,11 @@ def pass_sums_on(
     """Note what is known: the sums over the keys with which these begin, their batch rows changed as the keys' were."""
     if key is None or value is None or key.shape[:-1] != value.shape[:-1]:
         return
-    known = _Known(value, (_version(key), _version(value)), None, 0)
+    known = _Known(value, (version_of(key), version_of(value)), None, 0)
     if before is not None and before.sums is not None:
         known.sums, known.num_keys = _each(before.sums, change), before.num_keys
         known.shown = None if before.shown is None else change(before.shown)
     setattr(key, _SUMS, known)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _each(sums: KeySums, change: Callable[[Tensor], Tensor]) -> KeySums:

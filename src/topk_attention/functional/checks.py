@@ -20,6 +20,11 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None in inference mode, where PyTorch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def check_floating(name: str, tensor: Tensor | None) -> None:
     """Raise unless this is a tensor of a dtype that the operations take."""
     if not isinstance(tensor, Tensor):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.calls import KeyPanels
 from ..backends.cpu import key_index as kernels
-from .checks import check_count, check_floating, shape_of
+from .checks import check_count, check_floating, shape_of, version_of
 
 # Room for a quarter more keys, as caches grow.
 _GROWTH = 4
@@ -100,7 +100,7 @@ class KeyIndex:
             self._index(key.detach())
         self._length = num_keys
         self._of = key.detach()
-        self._version = _version(key)
+        self._version = version_of(key)
 
     def crop(self, length: int) -> None:
         """Keep the first `length` keys alone; `append(key)` then says which tensor holds them.
@@ -166,7 +166,7 @@ class KeyIndex:
                 f"key_index is of another tensor: {shape_of(of)} {of.dtype}, and key is {shape_of(key)} {key.dtype}; "
                 "where key holds the indexed keys first call key_index.append(key), otherwise build a new KeyIndex(key)"
             )
-        if self._version != _version(key):
+        if self._version != version_of(key):
             raise ValueError(
                 "key_index is out of date: key has changed in place since it was indexed; if only keys behind the "
                 f"first {self._length} are new call key_index.append(key), otherwise build a new KeyIndex(key)"
@@ -214,7 +214,7 @@ class KeyIndex:
 def is_of(index: KeyIndex, key: Tensor) -> bool:
     """Whether the index is of this tensor, unchanged."""
     of = index._of
-    return of is not None and _is_same(of, key) and index._version == _version(key)
+    return of is not None and _is_same(of, key) and index._version == version_of(key)
 
 
 def _is_same(of: Tensor, key: Tensor) -> bool:
@@ -231,10 +231,6 @@ def _check_key(key: Tensor) -> None:
     check_floating("key", key)
     if key.ndim < 3:
         raise ValueError(f"key must have shape [..., heads, length, size], got {shape_of(key)}")
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _text(shape: list[int | str] | list[int]) -> str:

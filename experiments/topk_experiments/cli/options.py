@@ -32,6 +32,7 @@ from topk_attention.cli.options import (
 
 __all__ = [
     "Backend",
+    "CausalModel",
     "CompletedK",
     "EvaluateEvery",
     "Heads",
@@ -61,6 +62,10 @@ __all__ = [
 ]
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=written_folder)]
+CausalModel = Annotated[
+    str | None,
+    typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
+]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text file. Default: Python's own documentation topics.")]
 Layers = Annotated[int, typer.Option(help="Number of layers.")]
 ModelSize = Annotated[int, typer.Option(help="Model size.")]

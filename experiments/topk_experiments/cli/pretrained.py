@@ -11,6 +11,7 @@ from ..runs.records import Json
 from .application import app
 from .options import (
     Backend,
+    CausalModel,
     CompletedK,
     Out,
     Seed,
@@ -28,10 +29,7 @@ from .options import (
 
 @app.command()
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
-    ] = None,
+    model: CausalModel = None,
     text: Text = None,
     question: Annotated[
         str | None, typer.Option(help="Asked about the text. Default: one about the default text, or what it is about.")
@@ -223,10 +221,7 @@ def calibrate(
 
 @app.command()
 def stand_ins(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
-    ] = None,
+    model: CausalModel = None,
     text: Text = None,
     start: Annotated[int, typer.Option(help="Character of the text at which the windows to fit on begin.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens of a window to fit on.")] = 1024,
@@ -276,10 +271,7 @@ def stand_ins(
 
 @app.command()
 def passkey(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Local folder or Hugging Face id of a causal model. Default: SmolLM2-135M from a package."),
-    ] = None,
+    model: CausalModel = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the whole prompt.")] = 7500,
     k: Annotated[str, typer.Option(help="Keys kept per query, separated by commas.")] = "64,32",

@@ -20,6 +20,8 @@ CACHES = {
     "fp8": "transformers' QuantizedCache, 8-bit floats",
     "topk": "this library's TopKCache",
 }
+# Where the document goes in a chat template.
+_DOCUMENT = "@document@"
 _PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 
 
@@ -74,6 +76,24 @@ def greedy(model: Any, prompt: Sequence[int], cache: Any, num_tokens: int) -> li
     while len(tokens) < num_tokens:
         tokens.append(int(read(model, tokens[-1:], cache).argmax()))
     return tokens
+
+
+def user_turn(tokenizer: Any, before: str, after: str) -> tuple[str, str]:
+    """The text before and after a document that stands between two parts of a user's message, up to the answer.
+
+    In the chat template of the model, if it has one.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return before, f"{after}\n"
+    turn = [{"role": "user", "content": f"{before}{_DOCUMENT}{after}"}]
+    framed = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, after = framed.split(_DOCUMENT, 1)
+    return before, after
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a part of a prompt, without those that tokenizers put around a whole one."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def num_equal(tokens: Sequence[int], others: Sequence[int]) -> int:

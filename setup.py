@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 KERNELS = os.environ.get("TOPK_ATTENTION_KERNELS", "optional")
-X86_TARGETS = ["baseline", "avx2", "avxvnni", "avx512", "avx512vnni"]
+X86_TARGETS = ["baseline", "avx2", "avx2screen", "avxvnni", "avx512", "avx512screen", "avx512vnni"]
 ARM_TARGETS = ["neon", "neondot"]
 TARGETS = {"x86_64": X86_TARGETS, "amd64": X86_TARGETS, "aarch64": ARM_TARGETS, "arm64": ARM_TARGETS}
 # Left out where the compiler does not know their flags: -mavxvnni needs g++ 11 or clang 12.

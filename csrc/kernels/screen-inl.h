@@ -1,7 +1,7 @@
 // Screening: which keys may reach a row's threshold, judged by products of 8-bit integers with an error bound that is
 // proven, so that no key is missed. Only the keys that pass are scored in float32. Only for targets that multiply bytes.
 //
-// A row's query q (float32, times the scale of scores) is t Q + an error, Q in -127..127. For key j = c + s K_j + an error:
+// A row's query q (float32, times the scale of scores) is t Q + an error, Q in -127..127 or, without VNNI, fewer. For key j = c + s K_j + an error:
 //   |q.k_j - q.c - t s Q.K_j| <= |q| |error of j| + |error of q| s |K_j|                   (Cauchy-Schwarz, twice)
 // and q.k_j as a chain of float32 operations is off by |q| |k_j| (D + 2) 2^-24 at most. Divided by t s, with N = |q| / t,
 // R = |error of q| / t, and a panel's error and norm from its index: a key whose score reaches g has
@@ -153,7 +153,7 @@ class Screen {
       const FloatVector raw = load_widened(query + d, head_dim_ - d), v = (raw + raw * 0.0f) * scale;
       store<float>(q + d, v);
       broken = multiply_add<float>(v, FloatVector{}, broken);
-      most = higher_of(most, absolute(v));
+      most = higher_of(most, reach_of(v));
       squares = multiply_add<float>(v, v, squares);
       for (int half = 0; half < 2; ++half)
         centre = multiply_add<double>(widened_half(q + d + half * kLanes<double>), widened_half(index_->centre + d + half * kLanes<double>), centre);
@@ -166,7 +166,7 @@ class Screen {
       for (int64_t d = 0; d < width_; ++d) numbers[d] = 0;
       return;
     }
-    row.unit = high / 127;
+    row.unit = high / kQuerySteps;
     const float inverse = 1 / row.unit;
     FloatVector errors = {};
     IntVector sum = {};

@@ -1,5 +1,6 @@
 // Vector operations for screening that the compiler's own vectors lack, and the loop of 8-bit products: a section for each
-// instruction set that adds four products of bytes to a 32-bit sum at once. Vectors are those of vectors-inl.h.
+// kind of vectors, and on x86 two loops: VNNI adds four products of bytes to a 32-bit sum at once. Vectors are those of
+// vectors-inl.h.
 //
 // What a section defines; "count" of kLanes<float> numbers or more means all:
 //   kKeyOffset                    added to the numbers of stored keys: the x86 instruction takes one factor without a sign
@@ -7,6 +8,7 @@
 //   absolute, nan_lanes           the second with one bit per lane
 //   least_lane, most_lane, sum_of_floats, sum_of_doubles, sum_of_ints
 //   rounded, square_root          the first to the nearest whole numbers, the second of one number
+//   kQuerySteps, reach_of         what a query is rounded to: the largest lane of reach_of(its vectors) becomes kQuerySteps
 //   load_widened                  `count` numbers of a row as float32, and zeros
 //   store_bytes                   each lane's lowest byte
 //   append_set_bits               writes first + the number of each set bit; returns how many. Writes up to 16 beyond them.
@@ -28,8 +30,13 @@ inline FloatVector as_float(IntVector v) { return __builtin_convertvector(v, Flo
 // The lowest set bit's number; any where none is set.
 inline int lowest_bit(uint64_t bits) { return __builtin_ctzll(bits | uint64_t(1) << 63); }
 
+// Without VNNI no instruction adds four products of bytes to 32 bits.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#define TOPK_SUMS_OF_16_BITS
+#endif
+
 #if defined(__AVX512F__)
-// ------------------------------------------------------------------------------------- AVX-512 with VNNI and VBMI2
+// ------------------------------------------------------------------------------------------ AVX-512, with VNNI or without
 
 constexpr int kKeyOffset = 128;
 
@@ -60,6 +67,7 @@ inline void store_bytes(uint8_t* to, IntVector v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
 }
 
+#if defined(__AVX512VBMI2__)
 inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
   alignas(64) static constexpr uint8_t kNumbers[64] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
@@ -74,11 +82,22 @@ inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
   }
   return count;
 }
+#endif
 
 inline IntVector load_bytes(const uint8_t* from) { return (IntVector)_mm512_load_si512(from); }
+#if defined(TOPK_SUMS_OF_16_BITS)
+inline FloatVector add_neighbours(FloatVector v) { return v + (FloatVector)_mm512_permute_ps((__m512)v, 0xb1); }
+inline FloatVector add_next_quads(FloatVector v) { return v + (FloatVector)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1); }
+inline IntVector pair_sums(IntVector keys, int32_t query) {
+  return (IntVector)_mm512_maddubs_epi16((__m512i)keys, _mm512_set1_epi32(query));
+}
+inline IntVector add_16_bits(IntVector a, IntVector b) { return (IntVector)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+inline IntVector widened_sums(IntVector pairs) { return (IntVector)_mm512_madd_epi16((__m512i)pairs, _mm512_set1_epi16(1)); }
+#else
 inline IntVector add_dot(IntVector sums, IntVector keys, int32_t query) {
   return (IntVector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)keys, _mm512_set1_epi32(query));
 }
+#endif
 inline uint32_t not_negative(const IntVector* sums) {
   return ~_mm512_kunpackw(_mm512_movepi32_mask((__m512i)sums[1]), _mm512_movepi32_mask((__m512i)sums[0]));
 }
@@ -136,7 +155,7 @@ inline FloatVector number_in(FloatVector words, int i, Float16) {
 }
 
 #elif defined(__AVX2__)
-// ------------------------------------------------------------------------------------------------------- AVX-VNNI
+// --------------------------------------------------------------------------------------------- AVX2, with AVX-VNNI or without
 
 constexpr int kKeyOffset = 128;
 
@@ -197,6 +216,15 @@ inline void store_bytes(uint8_t* to, IntVector v) {
 }
 
 inline IntVector load_bytes(const uint8_t* from) { return (IntVector)_mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
+#if defined(TOPK_SUMS_OF_16_BITS)
+inline FloatVector add_neighbours(FloatVector v) { return v + (FloatVector)_mm256_permute_ps((__m256)v, 0xb1); }
+inline FloatVector add_next_quads(FloatVector v) { return v + (FloatVector)_mm256_permute2f128_ps((__m256)v, (__m256)v, 0x01); }
+inline IntVector pair_sums(IntVector keys, int32_t query) {
+  return (IntVector)_mm256_maddubs_epi16((__m256i)keys, _mm256_set1_epi32(query));
+}
+inline IntVector add_16_bits(IntVector a, IntVector b) { return (IntVector)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+inline IntVector widened_sums(IntVector pairs) { return (IntVector)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)); }
+#else
 inline IntVector add_dot(IntVector sums, IntVector keys, int32_t query) {
 #if defined(TOPK_AVXVNNI_BY_AVX512)
   // For tests alone: the same instruction as processors with AVX-512 encode it, and nothing else of theirs.
@@ -206,6 +234,7 @@ inline IntVector add_dot(IntVector sums, IntVector keys, int32_t query) {
   return (IntVector)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)keys, _mm256_set1_epi32(query));
 #endif
 }
+#endif
 inline uint32_t not_negative(const IntVector* sums) {
   return 0xffff ^ uint32_t(_mm256_movemask_ps((__m256)sums[0]) | _mm256_movemask_ps((__m256)sums[1]) << 8);
 }
@@ -434,7 +463,7 @@ inline int64_t keep_lanes(FloatVector v, uint32_t bits, float* to) {
   return count_bits(bits);
 }
 
-#if !defined(__AVX512F__)
+#if !defined(__AVX512VBMI2__)
 inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
   const int count = count_bits(bits);
   // Few are set. A branch for each would often go wrong.
@@ -448,10 +477,57 @@ inline int64_t append_set_bits(uint64_t bits, int32_t first, int32_t* to) {
 }
 #endif
 
+#if !defined(TOPK_SUMS_OF_16_BITS)
+constexpr int kQuerySteps = 127;
+inline FloatVector reach_of(FloatVector v) { return absolute(v); }
+#endif
+
 #if defined(__AVX2__)
 // g++ 12 keeps sums of type __m512i in memory where an operation on integers reads them after the loop.
 using Sums = IntVector;
 
+#if defined(TOPK_SUMS_OF_16_BITS)
+// vpmaddubsw adds two products to 16 bits, and here two of its sums are added before they are widened. Nothing may leave 16 bits
+// (vpmaddubsw would cut it off at 32,767, the addition wrap around), though a key's bytes are 1 to 255. So a query is rounded
+// such that of its four numbers that meet in one sum those of one sign come to 128 at most: every part of the sum then lies
+// within 128 * 255 = 32,640. Before rounding they come to 126 at most, and rounding adds half a step for each of four. This makes
+// the steps of a query like Gaussian noise 1.8 times as large. Keys of 7 bits would have steps twice as large, and keys' are the
+// larger ones, as 32 keys share a scale.
+constexpr int kQuerySteps = 126;
+
+// The sums, of either sign, of elements d, d + 1, d + 4 and d + 5 of each eight, and of the others: the four that meet.
+inline FloatVector reach_of(FloatVector v) {
+  const FloatVector zero = {}, up = higher_of(v, zero), down = higher_of(-v, zero);
+  return higher_of(add_next_quads(add_neighbours(up)), add_next_quads(add_neighbours(down)));
+}
+
+// A vector of keys at a time: with both there are not registers enough.
+template <int kRows>
+inline __attribute__((always_inline)) void add_products(const int32_t* query, const uint8_t* keys, int64_t quads,
+                                                        Sums (&sums)[kRows][2]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    const uint8_t* key = keys + v * kVectorBytes;
+    const int32_t* numbers = query;
+    int64_t d = 0;
+#pragma GCC unroll 1
+    for (; d + 2 <= quads; d += 2) {
+      const IntVector first = load_bytes(key), second = load_bytes(key + 4 * kIndexPanel);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const IntVector four = add_16_bits(pair_sums(first, numbers[r]), pair_sums(second, numbers[kTileRows + r]));
+        sums[r][v] += widened_sums(four);
+      }
+      numbers += 2 * kTileRows;
+      key += 2 * 4 * kIndexPanel;
+    }
+    if (d == quads) continue;
+    const IntVector last = load_bytes(key);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sums[r][v] += widened_sums(pair_sums(last, numbers[r]));
+  }
+}
+#else
 template <int kRows>
 inline __attribute__((always_inline)) void add_products(const int32_t* query, const uint8_t* keys, int64_t quads,
                                                         Sums (&sums)[kRows][2]) {
@@ -467,6 +543,7 @@ inline __attribute__((always_inline)) void add_products(const int32_t* query, co
     keys += 4 * kIndexPanel;
   }
 }
+#endif
 
 template <int kRows>
 class PassedBits {

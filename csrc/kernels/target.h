@@ -1,6 +1,7 @@
 // All kernels of one CPU target. Compiled once per target with TOPK_TARGET as the name of its namespace and that target's
-// compiler flags. TOPK_SCREENS is defined where the target multiplies bytes, so that attention screens keys. Nothing in these files may use the standard library's templates: the linker could share such
-// code, compiled for one target, with the rest of the process.
+// compiler flags. TOPK_SCREENS is defined where attention screens keys by products of bytes. TOPK_OTHERWISE may name another target,
+// of the same vectors, whose kernels do all the rest; then they are not compiled twice. Nothing in these files may use the
+// standard library's templates: the linker could share such code, compiled for one target, with the rest of the process.
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__linux__)
@@ -23,6 +24,11 @@
 #include "../kernels.h"
 
 namespace topk {
+#if defined(TOPK_OTHERWISE)
+namespace TOPK_OTHERWISE {
+extern const Kernels kernels;
+}
+#endif
 namespace TOPK_TARGET {
 namespace {
 
@@ -35,15 +41,48 @@ namespace {
 #include "scores-inl.h"
 #include "rest-inl.h"
 #include "forward-inl.h"
+#if !defined(TOPK_OTHERWISE)
 #include "few_rows-inl.h"
 #include "kept_index-inl.h"
 #include "indexed_rows-inl.h"
+#endif
 #if defined(TOPK_SCREENS)
 #include "screen_vectors-inl.h"
 #include "key_index-inl.h"
 #include "screen-inl.h"
 #include "screened_forward-inl.h"
 #endif
+#if defined(TOPK_OTHERWISE)
+
+bool forward(const AttentionForward& call, const Parallel& parallel) {
+  if (screening_pays(call)) switch (call.dtype) {
+      case DType::float32: return run_screened_forward<float>(call, parallel);
+      case DType::bfloat16: return run_screened_forward<BFloat16>(call, parallel);
+      case DType::float16: return run_screened_forward<Float16>(call, parallel);
+      default: break;
+    }
+  return TOPK_OTHERWISE::kernels.attention.forward(call, parallel);
+}
+
+// An index is for few rows of a key head, which are never screened.
+bool forward_indexed(const IndexedForward& call, const Parallel& parallel) {
+  if (screening_pays(call.forward)) return forward(call.forward, parallel);
+  return TOPK_OTHERWISE::kernels.attention.forward_indexed(call, parallel);
+}
+
+#define OTHERWISE(part, name, Call) \
+  bool name(const Call& call, const Parallel& parallel) { return TOPK_OTHERWISE::kernels.part.name(call, parallel); }
+
+OTHERWISE(attention, index_keys, IndexKeys)
+OTHERWISE(attention, backward, AttentionBackward)
+OTHERWISE(attention, sum_keys, SumKeys)
+OTHERWISE(attention, send_rest, SendRest)
+OTHERWISE(feed_forward, choose_neurons, ChooseNeurons)
+OTHERWISE(feed_forward, sum_neurons, SumNeurons)
+OTHERWISE(feed_forward, dot_neurons, DotNeurons)
+OTHERWISE(feed_forward, sum_tokens, SumTokens)
+
+#else
 #include "backward-inl.h"
 #include "activations-inl.h"
 #include "choose_neurons-inl.h"
@@ -112,6 +151,8 @@ bool choose_neurons(const ChooseNeurons& call, const Parallel& parallel) { FOR_D
 bool sum_neurons(const SumNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_sum_neurons) }
 bool dot_neurons(const DotNeurons& call, const Parallel& parallel) { FOR_DTYPE(run_dot_neurons) }
 bool sum_tokens(const SumTokens& call, const Parallel& parallel) { FOR_DTYPE(run_sum_tokens) }
+
+#endif
 
 }  // namespace
 

@@ -176,7 +176,7 @@ inline int64_t count_not_less(const A* values, int64_t n, A t) {
 inline FloatVector gathered_lanes(FloatVector v, uint32_t bits) { return (FloatVector)_mm512_maskz_compress_ps(__mmask16(bits), (__m512)v); }
 #elif defined(__AVX2__)
 inline FloatVector gathered_lanes(FloatVector v, uint32_t bits) {
-  // The numbers of these lanes, a byte for each. All processors with AVX-VNNI extract bits fast; not all with AVX2 alone do.
+  // The numbers of these lanes, a byte for each. dispatch.cpp leaves processors that extract bits slowly to other kernels.
   const uint64_t lanes = _pext_u64(0x0706050403020100, _pdep_u64(bits, 0x0101010101010101) * 0xff);
   return (FloatVector)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(lanes))));
 }

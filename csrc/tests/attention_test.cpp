@@ -824,13 +824,14 @@ double misleading_element(int how, int64_t j, int64_t d) {
     case 8: return j % 70 == 0 && d == 1 ? kInf : x;
     case 9: return 1e-40 * x;                               // subnormal
     case 10: return 1e20 * x;                               // scores overflow
+    case 11: return j % 2 == 0 ? 1 + 0.1 * x : -1 + 0.1 * x;  // all of one sign, alike in size: products add up to the most
     default: return std::fabs(x) * double(j % 1000) / 100;  // better from key to key
   }
 }
 
 // Sizes from which keys are screened: forward-inl.h scores all of them on the other targets.
 void screened_keys_are_those_of_all_scores(const topk::Kernels* screened, const topk::Kernels* plain) {
-  for (int how = 0; how < 12; ++how)
+  for (int how = 0; how < 13; ++how)
     for (DType dtype : {DType::float32, DType::bfloat16, DType::float16})
       for (int more = 0; more < 4; ++more) {
         context = text("elements %d, %s, %d", how, name_of(dtype), more);
@@ -867,7 +868,8 @@ void screened_keys_are_those_of_all_scores(const topk::Kernels* screened, const 
 
 void screened_keys_are_those_of_all_scores() {
   // Each target that screens, and the one of the same vectors that does not.
-  const char* const pairs[][2] = {{"avx512vnni", "avx512"}, {"avxvnni", "avx2"}, {"neondot", "neon"}};
+  const char* const pairs[][2] = {
+      {"avx512vnni", "avx512"}, {"avx512screen", "avx512"}, {"avxvnni", "avx2"}, {"avx2screen", "avx2"}, {"neondot", "neon"}};
   bool any = false;
   for (const auto& pair : pairs) {
     const topk::Kernels *screened = topk::kernels_of(pair[0]), *plain = topk::kernels_of(pair[1]);

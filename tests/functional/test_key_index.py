@@ -363,6 +363,15 @@ def test_the_kernels_give_the_same_bits_with_an_index_that_grew_in_pieces(head_d
         assert all(map(torch.equal, given[1], wanted[1]))
 
 
+@pytest.mark.parametrize("made_by", cpu.cpu_targets())
+def test_an_index_serves_the_kernels_of_every_instruction_set(made_by, target):
+    query, key, value = inputs(num_keys=700, head_dim=20)
+    with cpu.forced_cpu_target(made_by):
+        index = KeyIndex(key[..., :500, :])
+    index.append(key)  # the rest is indexed by the kernels that read it
+    assert torch.equal(attend(query, key, value, index), attend(query, key, value, None))
+
+
 def test_the_kernels_follow_beams_and_copies(target):
     query, key, value = inputs(num_keys=300)
     index, order = KeyIndex(key), torch.tensor([2, 0, 2, 1])

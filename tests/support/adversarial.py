@@ -49,6 +49,11 @@ def _repeat(key: torch.Tensor) -> torch.Tensor:
     return key[..., torch.randint(max(key.shape[-2] // 8, 1), key.shape[-2:-1]), :]
 
 
+def _one_sign(x: torch.Tensor) -> torch.Tensor:
+    """Elements alike in size and, within a row, of one sign: products add up to the most that there can be."""
+    return x[..., :1].sign() * (1 + 0.02 * x)
+
+
 FAMILIES: dict[str, Callable[[torch.Tensor, torch.Tensor], Tensors]] = {
     "normal": lambda q, k: (q, k),
     "channels far larger in keys": lambda q, k: (q, _channels(k)),
@@ -84,6 +89,7 @@ FAMILIES: dict[str, Callable[[torch.Tensor, torch.Tensor], Tensors]] = {
         k.abs() * torch.where(torch.arange(k.shape[-2]) % 8 == 5, 3, 0.1)[:, None],
     ),
     "signs": lambda q, k: (q.sign(), k.sign()),
+    "all of one sign": lambda q, k: (_one_sign(q), _one_sign(k)),
 }
 
 

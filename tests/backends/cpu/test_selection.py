@@ -20,7 +20,11 @@ from topk_attention.backends import cpu
 
 NUM_KEYS = 4096
 # Keys of a panel in float64; twice as many in float32.
-PANELS = {"avx512vnni": 16, "avx512": 16, "avxvnni": 8, "avx2": 8, "neondot": 6, "neon": 6, "baseline": 4}
+PANELS = {"avx512vnni": 16, "avx512screen": 16, "avx512": 16, "avxvnni": 8, "avx2screen": 8, "avx2": 8} | {
+    "neondot": 6,
+    "neon": 6,
+    "baseline": 4,
+}
 # Up to 16 rows of a key head are few: they are worked on another way.
 FEW_AND_MANY = pytest.mark.parametrize("num_rows", [14, 20])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -115,7 +115,14 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
 
 def test_a_target_that_screens_keys_is_better_than_the_one_it_is_compared_with():
     targets = cpu.cpu_targets()
-    assert all(targets.index(name) < targets.index(cpu.SCREENING[name]) for name in targets if name in cpu.SCREENING)
+    # Processors that take long for its products prefer avx2 to avx2screen.
+    screening = [name for name in targets if name in cpu.SCREENING and name != "avx2screen"]
+    assert all(targets.index(name) < targets.index(cpu.SCREENING[name]) for name in screening)
+
+
+def test_a_target_that_screens_keys_can_be_compared_with_one_that_scores_all():
+    targets = cpu.cpu_targets()
+    assert all(cpu.SCREENING[name] in targets for name in targets if name in cpu.SCREENING)
 
 
 def test_the_baseline_is_always_there():

@@ -13,7 +13,13 @@ _FOLDER = Path(__file__).parents[2]
 INTERFACE = 5
 # The targets that screen the keys of attention by 8-bit products, and those of the same vectors that score all keys.
 # Both give the same bits.
-SCREENING = {"avx512vnni": "avx512", "avxvnni": "avx2", "neondot": "neon"}
+SCREENING = {
+    "avx512vnni": "avx512",
+    "avx512screen": "avx512",
+    "avxvnni": "avx2",
+    "avx2screen": "avx2",
+    "neondot": "neon",
+}
 
 
 def _load() -> str | None:
@@ -60,8 +66,8 @@ def cpu_target() -> str:
 def forced_cpu_target(name: str) -> Iterator[None]:
     """Run the kernels of one instruction set in the whole process: one of `cpu_targets()`.
 
-    "avx512vnni", "avx512", "avxvnni", "avx2" and "baseline" on x86, "neondot" and "neon" on Arm. Only avx512vnni,
-    avxvnni and neondot screen the keys of attention.
+    "avx512vnni", "avx512screen", "avx512", "avxvnni", "avx2screen", "avx2" and "baseline" on x86, "neondot" and
+    "neon" on Arm. avx512, avx2, baseline and neon score all keys in attention, the others screen them first.
 
     Raises:
         ValueError: this processor, or this build, has no such kernels.

@@ -36,6 +36,7 @@ class _Kind(NamedTuple):
     gate_rows       where linear_in computes the gate too: which half of its rows the gate has
     neuron_dropout  of the neurons, a module or a number; likewise output_dropout
     activation      where the code names it and the module holds none
+    act             the one name of the module's activation: others with layers of these names are no networks
     """
 
     linear_in: str
@@ -45,6 +46,7 @@ class _Kind(NamedTuple):
     neuron_dropout: str | None = None
     output_dropout: str | None = None
     activation: str | None = None
+    act: str | None = None
 
     @property
     def linears(self) -> list[str]:
@@ -62,6 +64,7 @@ class _Kind(NamedTuple):
 # Of those that fit a module by their names the first counts.
 _KINDS = (
     _Kind("up_proj", "down_proj", "gate_proj", neuron_dropout="dropout"),  # GTE
+    _Kind("up_proj", "down_proj", "gate_proj", output_dropout="residual_dropout"),  # Seed-OSS
     _Kind("up_proj", "down_proj", "gate_proj"),  # Llama, Mistral, Qwen2, Gemma, ...
     _Kind("gate_up_proj", "down_proj", gate_rows="first"),  # Phi-3, GLM-4, ...
     _Kind("Wi", "Wo", gate_rows="first", neuron_dropout="drop"),  # ModernBERT
@@ -73,7 +76,7 @@ _KINDS = (
     _Kind("wi", "wo", neuron_dropout="dropout"),  # T5
     _Kind("c_fc", "c_proj", output_dropout="dropout"),  # GPT-2, GPT-1
     _Kind("fc_in", "fc_out", output_dropout="dropout"),  # GPT-J, CodeGen
-    _Kind("in_proj", "out_proj", output_dropout="dropout"),  # Bark
+    _Kind("in_proj", "out_proj", output_dropout="dropout", act="gelu"),  # Bark
     _Kind("lin1", "lin2", output_dropout="dropout"),  # DistilBERT, XLM
     _Kind("intermediate_dense", "output_dense", None, None, "intermediate_dropout", "output_dropout"),  # wav2vec 2.0
     _Kind("linear1", "linear2", neuron_dropout="activation_dropout"),  # Parakeet
@@ -82,6 +85,8 @@ _KINDS = (
     _Kind("fc1", "fc2", neuron_dropout="dropout"),  # NLLB-MoE
     _Kind("fc1", "fc2"),  # ViT, CLIP, ...
     _Kind("linear_fc1", "linear_fc2"),  # the vision part of Qwen3-VL
+    _Kind("dense1", "dense2", neuron_dropout="dropout", output_dropout="dropout"),  # PVT
+    _Kind("dense1", "dense2"),  # Perceiver
     _Kind("up_proj", "down_proj", output_dropout="hidden_dropout"),  # MPT
     _Kind("up_proj", "down_proj"),  # Nemotron
     _Kind("dense_h_to_4h", "dense_4h_to_h", output_dropout="hidden_dropout"),  # BLOOM
@@ -116,7 +121,7 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     if kind is None:
         return
     act_name = None if kind.activation is not None else _activation_name(original)
-    if kind.activation is None and act_name is None:
+    if (kind.activation is None and act_name is None) or kind.act not in (None, act_name):
         return
     # Those of a converted network may be others by now: an adapter may have taken the place of one.
     linears = {name: getattr(module, name) for name in kind.linears}

@@ -27,6 +27,10 @@ _ACTIVATION_NAMES = (
     "mlp_hidden_act",
     "encoder_hidden_act",
     "decoder_hidden_act",
+    "encoder_activation_function",
+    "decoder_activation_function",
+    "speech_encoder_hidden_act",
+    "projection_hidden_act",
 )
 
 

@@ -125,6 +125,8 @@ def test_adapters_are_switched_merged_saved_and_loaded_on_a_converted_model(firs
         merged = whole.merge_and_unload(adapter_names=["default", "other"])
         torch.testing.assert_close(merged(tokens).logits, both)
         assert merged is model
+        convert(merged)  # it remembers the k under its own names
+        torch.testing.assert_close(merged(tokens).logits, both)
         unconvert(merged)
         dense = merged(tokens).logits
         convert(merged, feed_forward_k=1000)

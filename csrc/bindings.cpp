@@ -555,7 +555,7 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
 // than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
 // indexes of keys. 5: cpu_attention_forward_indexed reads ahead.
-int64_t kernel_interface() { return 5; }
+int64_t kernel_interface() { return 6; }
 
 // Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {

@@ -9,7 +9,7 @@
 
 namespace topk {
 
-enum class Activation : int32_t { identity, relu, silu, gelu, gelu_tanh };
+enum class Activation : int32_t { identity, relu, silu, gelu, gelu_tanh, quick_gelu, relu_squared };
 
 // A matrix whose rows are contiguous.
 struct Matrix {

@@ -22,8 +22,16 @@ def _gelu(approximate: str) -> _Activation:
     )
 
 
+def _quick_gelu_slope(z: Tensor) -> Tensor:
+    share = torch.sigmoid(_QUICK * z)
+    return share * (1 + _QUICK * z * (1 - share))
+
+
 _RELU = _Activation(F.relu, lambda grad, z: torch.where(z <= 0, 0, grad))
 _SILU = _Activation(F.silu, lambda grad, z: torch.ops.aten.silu_backward(grad, z))
+_QUICK = 1.702  # the slope at which a sigmoid comes close to the normal distribution
+_QUICK_GELU = _Activation(lambda z: z * torch.sigmoid(_QUICK * z), lambda grad, z: grad * _quick_gelu_slope(z))
+_RELU_SQUARED = _Activation(lambda z: F.relu(z).square(), lambda grad, z: grad * 2 * F.relu(z))
 _IDENTITY = _Activation(lambda z: z, lambda grad, z: grad)
 
 ACTIVATIONS: dict[str, _Activation] = {
@@ -32,9 +40,16 @@ ACTIVATIONS: dict[str, _Activation] = {
     "gelu_tanh": _gelu("tanh"),
     "gelu_new": _gelu("tanh"),
     "gelu_pytorch_tanh": _gelu("tanh"),
+    "gelu_fast": _gelu("tanh"),
+    "gelu_accurate": _gelu("tanh"),
+    "gelu_python_tanh": _gelu("tanh"),
+    "gelu_python": _gelu("none"),
+    "quick_gelu": _QUICK_GELU,
+    "relu2": _RELU_SQUARED,
     "silu": _SILU,
     "swish": _SILU,
     "identity": _IDENTITY,
+    "linear": _IDENTITY,
 }
 
 

@@ -51,7 +51,8 @@ def topk_feed_forward(
     b_in        [F]
     b_gate      [F]  needs w_gate
     b_out       [O]
-    activation  "relu", "gelu", "gelu_tanh", "silu", "identity", or another name that transformers gives to one of them
+    activation  "relu", "relu2" (squared), "gelu", "gelu_tanh", "quick_gelu", "silu", "identity", or another name that
+                transformers gives to one of them
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
                 or raises; for k=None "cpu" chunks tokens as "chunked" does, because its kernels would save every neuron

@@ -36,6 +36,13 @@ _ACTIVATIONS = {
     "gelu_tanh": 4,
     "gelu_new": 4,
     "gelu_pytorch_tanh": 4,
+    "gelu_fast": 4,
+    "gelu_accurate": 4,
+    "gelu_python_tanh": 4,
+    "gelu_python": 3,
+    "quick_gelu": 5,
+    "relu2": 6,
+    "linear": 0,
 }
 
 

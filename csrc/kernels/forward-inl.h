@@ -33,11 +33,9 @@ int64_t slots_for(int64_t k, int64_t num_keys) {
 }
 
 template <class A>
-int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads) {
+int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads, int64_t bytes) {
   const int64_t total = sizes.batch * sizes.num_heads * sizes.num_queries;
   const int64_t row_bytes = slots_for<A>(largest_k, sizes.num_keys) * int64_t(sizeof(A) + sizeof(int32_t));
-  // Every block packs all keys again. With many keys larger blocks are faster, although their candidates leave the cache.
-  const int64_t bytes = sizes.num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes;
   const int64_t that_fit = larger<int64_t>(bytes / row_bytes, 8 * kTileRows);
   const int64_t for_balance = larger<int64_t>(ceil_div(total, 4 * num_threads), 4 * kTileRows);
   return ceil_div<int64_t>(smaller(that_fit, for_balance), kTileRows) * kTileRows;
@@ -84,6 +82,10 @@ class Forward {
   }
 
   bool ready() const { return arena_.ready(); }
+
+  // What the candidates of a block may take. Every block packs all keys again. With many keys larger blocks are faster,
+  // although their candidates leave the cache.
+  static int64_t candidate_bytes(int64_t num_keys) { return num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes; }
 
   void run(const RowBlock& block) {
     start(block);
@@ -473,7 +475,7 @@ bool run_forward(const AttentionForward& call, const Parallel& parallel, const t
   const Sizes& s = call.sizes;
   const int64_t largest_k = largest_k_of(call.head_k, s.num_heads);
   const int64_t rows_of_group = s.num_heads / s.num_key_heads * s.num_queries;
-  const int64_t block_rows = smaller(rows_per_block<A>(s, largest_k, parallel.num_threads), rows_of_group);
+  const int64_t block_rows = smaller(rows_per_block<A>(s, largest_k, parallel.num_threads, Worker::candidate_bytes(s.num_keys)), rows_of_group);
   const int64_t blocks_of_group = ceil_div(rows_of_group, block_rows);
 
   struct State {

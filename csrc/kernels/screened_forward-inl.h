@@ -9,6 +9,8 @@
 constexpr int64_t kFewestScreenedRows = 64, kFewestScreenedKeys = 1024, kKeysPerKept = 8;
 constexpr int64_t kMostScreenedKeys = 1 << 21;  // indices of slots and their halves are exact in float32
 constexpr int64_t kIndexBytes = 512 << 10;      // of the index that one chunk of panels takes from the second-level cache
+// Of more keys each row takes few: larger blocks and smaller chunks let more rows share the keys that are in the cache.
+constexpr int64_t kManyScreenedKeys = 8192;
 constexpr int64_t kLargestPeriod = 57;          // no longer than a word of bits
 // How far above its expectation the guess takes a rank in the sample, in standard deviations: less where a row that has to be
 // screened again costs little.
@@ -63,7 +65,7 @@ class ScreenedForward : public Forward<T, float> {
 
   ScreenedForward(const AttentionForward& call, int64_t max_rows, const Shared* shared) : Base(call, max_rows), shared_(*shared) {
     const KeyIndex& index = shared->indexes[0];
-    chunk_panels_ = whole_periods(kIndexBytes / index.panel_bytes(), index.period);
+    chunk_panels_ = whole_periods((s_.num_keys > kManyScreenedKeys ? kIndexBytes / 2 : kIndexBytes) / index.panel_bytes(), index.period);
     word_keys_ = keys_of_word(index.period);
     for (int64_t bit = 0; bit < word_keys_; bit += index.period) sampled_ |= uint64_t(1) << bit;
     const int64_t chunk_slots = larger(smaller(chunk_panels_, index.num_panels), index.sample_panels) * kIndexPanel;
@@ -87,6 +89,10 @@ class ScreenedForward : public Forward<T, float> {
   }
 
   bool ready() const { return Base::ready() && arena_.ready(); }
+
+  static int64_t candidate_bytes(int64_t num_keys) {
+    return num_keys > kManyScreenedKeys ? smaller(160 * num_keys, 8 * kCandidateBytes) : kCandidateBytes;
+  }
 
   void run(const RowBlock& block) {
     start(block);

@@ -351,8 +351,7 @@ class Forward {
       const Vector<A> v = load(found.scores + i);
       highest = v > highest ? v : highest;
     }
-    A high = highest[0];
-    for (int lane = 1; lane < kLanes<A>; ++lane) high = larger<A>(high, highest[lane]);
+    const A high = largest_lane<A>(highest);
     for (int64_t i = 0; i < padded; i += kLanes<A>) {
       const Vector<A> power = exponential(load(found.scores + i) - high);
       store<A>(weights_ + i, power);

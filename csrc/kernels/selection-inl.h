@@ -84,8 +84,7 @@ Cut<A> find_cut(const A* scores, int64_t n, int64_t k, int64_t most, A low, int6
     const Vector<A> v = load(scores + i);
     highest = v > highest ? v : highest;
   }
-  A high = low;
-  for (int lane = 0; lane < kLanes<A>; ++lane) high = larger<A>(high, highest[lane]);
+  A high = largest_lane<A>(highest);
   for (; i < n; ++i) high = larger(high, scores[i]);
   // Invariant: at least k scores reach `low`, fewer than k reach `high`.
   const int64_t count_at_high = count_not_less(scores, n, high);

@@ -322,7 +322,7 @@ class Forward {
 
   void make_room(int64_t r) {
     Row& row = rows_[r];
-    keep_best(row.found, row.k, spare_scores_, spare_indices_);
+    keep_best(row.found, row.k, spare_scores_, spare_indices_, fall_);
     thresholds_[r] = row.found.threshold;
     row.is_guess = false;  // k keys reached it
   }
@@ -343,7 +343,7 @@ class Forward {
   void finish(int64_t r) {
     Row& row = rows_[r];
     Candidates<A>& found = row.found;
-    keep_best(found, row.k, spare_scores_, spare_indices_);
+    keep_best(found, row.k, spare_scores_, spare_indices_, fall_);
     const int64_t count = found.count, padded = ceil_div<int64_t>(count, kLanes<A>) * kLanes<A>;
     for (int64_t i = count; i < padded; ++i) found.scores[i] = -kInfinity<A>;
     Vector<A> highest = broadcast(-kInfinity<A>), total = {};
@@ -465,6 +465,7 @@ class Forward {
   int32_t *candidate_indices_, *spare_indices_, *panels_, *sampled_;
   RowBlock block_ = {};
   int64_t most_visible_ = 0;
+  A fall_ = 0;
   Additive<A> additive_part_{call_, 0};
 };
 

@@ -33,11 +33,9 @@ int64_t slots_for(int64_t k, int64_t num_keys) {
 }
 
 template <class A>
-int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads) {
+int64_t rows_per_block(const Sizes& sizes, int64_t largest_k, int64_t num_threads, int64_t bytes) {
   const int64_t total = sizes.batch * sizes.num_heads * sizes.num_queries;
   const int64_t row_bytes = slots_for<A>(largest_k, sizes.num_keys) * int64_t(sizeof(A) + sizeof(int32_t));
-  // Every block packs all keys again. With many keys larger blocks are faster, although their candidates leave the cache.
-  const int64_t bytes = sizes.num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes;
   const int64_t that_fit = larger<int64_t>(bytes / row_bytes, 8 * kTileRows);
   const int64_t for_balance = larger<int64_t>(ceil_div(total, 4 * num_threads), 4 * kTileRows);
   return ceil_div<int64_t>(smaller(that_fit, for_balance), kTileRows) * kTileRows;
@@ -84,6 +82,10 @@ class Forward {
   }
 
   bool ready() const { return arena_.ready(); }
+
+  // What the candidates of a block may take. Every block packs all keys again. With many keys larger blocks are faster,
+  // although their candidates leave the cache.
+  static int64_t candidate_bytes(int64_t num_keys) { return num_keys > kManyKeys ? 2 * kCandidateBytes : kCandidateBytes; }
 
   void run(const RowBlock& block) {
     start(block);
@@ -320,7 +322,7 @@ class Forward {
 
   void make_room(int64_t r) {
     Row& row = rows_[r];
-    keep_best(row.found, row.k, spare_scores_, spare_indices_);
+    keep_best(row.found, row.k, spare_scores_, spare_indices_, fall_);
     thresholds_[r] = row.found.threshold;
     row.is_guess = false;  // k keys reached it
   }
@@ -341,7 +343,7 @@ class Forward {
   void finish(int64_t r) {
     Row& row = rows_[r];
     Candidates<A>& found = row.found;
-    keep_best(found, row.k, spare_scores_, spare_indices_);
+    keep_best(found, row.k, spare_scores_, spare_indices_, fall_);
     const int64_t count = found.count, padded = ceil_div<int64_t>(count, kLanes<A>) * kLanes<A>;
     for (int64_t i = count; i < padded; ++i) found.scores[i] = -kInfinity<A>;
     Vector<A> highest = broadcast(-kInfinity<A>), total = {};
@@ -349,8 +351,7 @@ class Forward {
       const Vector<A> v = load(found.scores + i);
       highest = v > highest ? v : highest;
     }
-    A high = highest[0];
-    for (int lane = 1; lane < kLanes<A>; ++lane) high = larger<A>(high, highest[lane]);
+    const A high = largest_lane<A>(highest);
     for (int64_t i = 0; i < padded; i += kLanes<A>) {
       const Vector<A> power = exponential(load(found.scores + i) - high);
       store<A>(weights_ + i, power);
@@ -464,6 +465,7 @@ class Forward {
   int32_t *candidate_indices_, *spare_indices_, *panels_, *sampled_;
   RowBlock block_ = {};
   int64_t most_visible_ = 0;
+  A fall_ = 0;
   Additive<A> additive_part_{call_, 0};
 };
 
@@ -473,7 +475,7 @@ bool run_forward(const AttentionForward& call, const Parallel& parallel, const t
   const Sizes& s = call.sizes;
   const int64_t largest_k = largest_k_of(call.head_k, s.num_heads);
   const int64_t rows_of_group = s.num_heads / s.num_key_heads * s.num_queries;
-  const int64_t block_rows = smaller(rows_per_block<A>(s, largest_k, parallel.num_threads), rows_of_group);
+  const int64_t block_rows = smaller(rows_per_block<A>(s, largest_k, parallel.num_threads, Worker::candidate_bytes(s.num_keys)), rows_of_group);
   const int64_t blocks_of_group = ceil_div(rows_of_group, block_rows);
 
   struct State {

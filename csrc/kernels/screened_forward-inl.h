@@ -9,6 +9,8 @@
 constexpr int64_t kFewestScreenedRows = 64, kFewestScreenedKeys = 1024, kKeysPerKept = 8;
 constexpr int64_t kMostScreenedKeys = 1 << 21;  // indices of slots and their halves are exact in float32
 constexpr int64_t kIndexBytes = 512 << 10;      // of the index that one chunk of panels takes from the second-level cache
+// Of more keys each row takes few: larger blocks and smaller chunks let more rows share the keys that are in the cache.
+constexpr int64_t kManyScreenedKeys = 8192;
 constexpr int64_t kLargestPeriod = 57;          // no longer than a word of bits
 // How far above its expectation the guess takes a rank in the sample, in standard deviations: less where a row that has to be
 // screened again costs little.
@@ -63,7 +65,7 @@ class ScreenedForward : public Forward<T, float> {
 
   ScreenedForward(const AttentionForward& call, int64_t max_rows, const Shared* shared) : Base(call, max_rows), shared_(*shared) {
     const KeyIndex& index = shared->indexes[0];
-    chunk_panels_ = whole_periods(kIndexBytes / index.panel_bytes(), index.period);
+    chunk_panels_ = whole_periods((s_.num_keys > kManyScreenedKeys ? kIndexBytes / 2 : kIndexBytes) / index.panel_bytes(), index.period);
     word_keys_ = keys_of_word(index.period);
     for (int64_t bit = 0; bit < word_keys_; bit += index.period) sampled_ |= uint64_t(1) << bit;
     const int64_t chunk_slots = larger(smaller(chunk_panels_, index.num_panels), index.sample_panels) * kIndexPanel;
@@ -87,6 +89,10 @@ class ScreenedForward : public Forward<T, float> {
   }
 
   bool ready() const { return Base::ready() && arena_.ready(); }
+
+  static int64_t candidate_bytes(int64_t num_keys) {
+    return num_keys > kManyScreenedKeys ? smaller(160 * num_keys, 8 * kCandidateBytes) : kCandidateBytes;
+  }
 
   void run(const RowBlock& block) {
     start(block);
@@ -385,7 +391,7 @@ class ScreenedForward : public Forward<T, float> {
   }
 
   // Bits first, first + 1 ... of an array of bits, 57 at least.
-  static uint64_t bits_from(const uint32_t* bits, int64_t first) {
+  static uint64_t bits_from(const uint32_t* bits, uint64_t first) {
     uint64_t word;
     __builtin_memcpy(&word, reinterpret_cast<const char*>(bits) + first / 8, sizeof(word));
     return word >> (first % 8);
@@ -394,15 +400,20 @@ class ScreenedForward : public Forward<T, float> {
   // Fill passed_ with the keys of the bits that are set, ascending, from first_key on and below end_key. The first is the
   // sample's, with the first bit of `sample`; `others` begins with the key after it.
   int64_t list_passed(const uint32_t* sample, const uint32_t* others, int64_t first_key, int64_t end_key) {
-    const int64_t in_sample = word_keys_ / index().period, in_others = word_keys_ - in_sample;
-    int64_t sampled = first_key / index().period, other = 0, count = 0;
-    for (int64_t key = first_key; key < end_key; key += word_keys_, sampled += in_sample, other += in_others) {
-      uint64_t bits = interleaved_bits(bits_from(sample, sampled), bits_from(others, other), sampled_, index().period, in_sample);
-      bits &= (uint64_t(1) << smaller(word_keys_, end_key - key)) - 1;
-      count += append_set_bits(bits, int32_t(key), passed_ + count);
-    }
+    if (end_key <= first_key) return 0;
+    // Copies, as the list might be written over the members for all that the compiler knows.
+    const int64_t word_keys = word_keys_, period = index().period, in_sample = word_keys / period, in_others = word_keys - in_sample;
+    const uint64_t places = sampled_, whole_word = (uint64_t(1) << word_keys) - 1;
+    int32_t* const passed = passed_;
+    int64_t count = 0, key = first_key;
+    uint64_t sampled = uint64_t(first_key / period), other = 0;
+    for (; key + word_keys < end_key; key += word_keys, sampled += uint64_t(in_sample), other += uint64_t(in_others))
+      count += append_set_bits(interleaved_bits(bits_from(sample, sampled), bits_from(others, other), places, period, in_sample) & whole_word,
+                               int32_t(key), passed + count);
+    const uint64_t last = interleaved_bits(bits_from(sample, sampled), bits_from(others, other), places, period, in_sample);
+    count += append_set_bits(last & ((uint64_t(1) << (end_key - key)) - 1), int32_t(key), passed + count);
     num_passed_ += count;
-    num_screened_ += larger<int64_t>(end_key - first_key, 0);
+    num_screened_ += end_key - first_key;
     return count;
   }
 

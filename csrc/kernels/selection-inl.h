@@ -84,8 +84,7 @@ Cut<A> find_cut(const A* scores, int64_t n, int64_t k, int64_t most, A low, int6
     const Vector<A> v = load(scores + i);
     highest = v > highest ? v : highest;
   }
-  A high = low;
-  for (int lane = 0; lane < kLanes<A>; ++lane) high = larger<A>(high, highest[lane]);
+  A high = largest_lane<A>(highest);
   for (; i < n; ++i) high = larger(high, scores[i]);
   // Invariant: at least k scores reach `low`, fewer than k reach `high`.
   const int64_t count_at_high = count_not_less(scores, n, high);
@@ -102,6 +101,34 @@ Cut<A> find_cut(const A* scores, int64_t n, int64_t k, int64_t most, A low, int6
     }
   }
   return {low, count_at_low};
+}
+
+// Find a cut that exactly k of n scores reach, or as few more as there can be. All n reach `low`. Tried first is where rows before were
+// cut: `fall` is how far up the number of scores that reach a place falls by a factor e.
+template <class A>
+Cut<A> find_cut_near(const A* scores, int64_t n, int64_t k, A low, A& fall) {
+  const A ratio = A(n) / A(k), logarithm = 2 * (ratio - 1) / (ratio + 1), start = low;
+  A at = low + fall * logarithm, high = kInfinity<A>;
+  Cut<A> cut = {low, n};
+  for (int tries = 0; tries < 8; ++tries) {
+    if (!(low < at && at < high)) {
+      at = low / 2 + high / 2;
+      if (!(low < at && at < high)) break;
+    }
+    const int64_t count = count_not_less(scores, n, at);
+    if (count >= k) {
+      cut = {at, count};
+      low = at;
+      if (count == k) break;
+    } else {
+      high = at;
+    }
+    at += A(count - k) * fall / A(k);
+  }
+  if (cut.count != k) cut = find_cut(scores, n, k, k, cut.at, cut.count);
+  const A measured = (cut.at - start) / logarithm;
+  if (measured > 0 && measured < Types<A>::largest) fall = fall > 0 ? fall + (measured - fall) / 4 : measured;
+  return cut;
 }
 
 #if defined(__AVX512F__)
@@ -185,15 +212,19 @@ void keep_not_less(Candidates<A>& row, A at) {
 // Keep the k best candidates, of equal ones those with lower indices, ascending by index. Raise the threshold to the worst
 // of them. NaN counts as the best of all and becomes inf. With k or fewer candidates all are kept.
 template <class A>
-__attribute__((noinline)) void keep_best(Candidates<A>& row, int64_t k, A* spare_scores, int32_t* spare_indices) {
+__attribute__((noinline)) void keep_best(Candidates<A>& row, int64_t k, A* spare_scores, int32_t* spare_indices, A& fall) {
+  if (row.count > k) {
+    const Cut<A> cut = find_cut_near(row.scores, row.count, k, row.threshold, fall);
+    keep_not_less(row, cut.at);
+    row.threshold = cut.at;
+  }
   if (count_not_less(row.scores, row.count, kInfinity<A>) > 0) {  // seldom
     for (int64_t i = 0; i < row.count; ++i)
       if (row.scores[i] != row.scores[i]) row.scores[i] = kInfinity<A>;
-  }
-  if (row.count > k) {
-    const Cut<A> cut = find_cut(row.scores, row.count, k, k, row.threshold, row.count);
-    keep_not_less(row, cut.at);
-    row.threshold = cut.at;
+    if (row.count > k) {
+      row.threshold = find_cut(row.scores, row.count, k, k, row.threshold, row.count).at;
+      keep_not_less(row, row.threshold);
+    }
   }
   merge_runs(row, spare_scores, spare_indices);
   if (row.count > k) {  // too many are equal to the worst

@@ -116,6 +116,29 @@ inline A sum_of_lanes(Vector<A> v) {
   return sums[0];
 }
 
+template <class A>
+inline A largest_lane(Vector<A> v) {
+  A high = v[0];
+  for (int lane = 1; lane < kLanes<A>; ++lane) high = larger<A>(high, v[lane]);
+  return high;
+}
+
+#if defined(__AVX512F__)
+// The same without a way through memory, in the same order.
+template <>
+inline float sum_of_lanes<float>(FloatVector v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <>
+inline float largest_lane<float>(FloatVector v) {
+  return _mm512_reduce_max_ps((__m512)v);
+}
+#endif
+
 // One bit per lane: not (a < b), which holds for NaN.
 #if defined(__AVX512F__)
 inline uint32_t not_less(FloatVector a, FloatVector b) {

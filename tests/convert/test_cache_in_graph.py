@@ -106,7 +106,7 @@ def test_sums_for_completion_are_kept(tokens, compiled, monkeypatch):
     made = []
     sums = cached_sums._sums
     monkeypatch.setattr(cached_sums, "_sums", lambda *call: made.append(call[1].shape[2]) or sums(*call))
-    model = converted(completion=Completion([0.5, 1.0, 1.5, 2.0], lift=0.2), k=[2, 3, 4, 5])
+    model = converted(completion=Completion([0.5, 1.0, 1.5, 2.0], lift=0.2), k=[[2, 3, 4, 5]] * 2)
     expected = decode(model, model, tokens)
     made.clear()
     assert torch.equal(decode(compiled(model), model, tokens), expected)

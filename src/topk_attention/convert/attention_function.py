@@ -221,8 +221,9 @@ def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:
 
 _library = torch.library.Library("topk_attention", "FRAGMENT")
 _library.define(
-    "cache_attend(Tensor handle, Tensor query, Tensor? padding, bool is_causal, SymInt value_size, SymInt q_offset, SymInt kv_length, int[] head_k, "
-    "float? scale, str backend, float[]? completion) -> Tensor"
+    "cache_attend(Tensor handle, Tensor query, SymInt num_keys, SymInt value_size, Tensor? padding, bool is_causal, "
+    "SymInt q_offset, SymInt kv_length, int[] head_k, float? scale, str backend, float[]? completion) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 
 
@@ -259,9 +260,9 @@ def _attend_in_graph(layer: Any, call: _LayerCall) -> Tensor:
     return torch.ops.topk_attention.cache_attend(
         layer._handle,
         call.query,
+        *(call.key.shape[2], call.value.shape[3]),
         mask.padding,
         is_causal,
-        call.value.shape[3],
         mask.q_offset,
         mask.kv_length,
         head_k,
@@ -274,9 +275,10 @@ def _attend_in_graph(layer: Any, call: _LayerCall) -> Tensor:
 def _attend_to_layer(
     handle: Tensor,
     query: Tensor,
+    num_keys: int,
+    value_size: int,
     padding: Tensor | None,
     is_causal: bool,
-    value_size: int,
     q_offset: int,
     kv_length: int,
     head_k: list[int],
@@ -289,6 +291,8 @@ def _attend_to_layer(
     del value_size
     layer = layer_of(handle)
     key, value = layer.keys, layer.values
+    if key.shape[2] != num_keys:  # code that ran on before it attended to these
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
     completed = None
     if completion is not None:
         lift, *scales = completion
@@ -304,7 +308,7 @@ _library.impl("cache_attend", _attend_to_layer, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("topk_attention::cache_attend")
-def _(handle, query, padding, is_causal, value_size, *_):
+def _(handle, query, num_keys, value_size, *_):
     batch_size, num_heads, num_queries = query.shape[:3]
     return query.new_empty(batch_size, num_queries, num_heads, value_size)
 

@@ -46,7 +46,8 @@ def growing_layer() -> Any:
 
         `keys` and `values` are views. Whoever puts other tensors there is believed: the next rows follow those. Where
         the memory must not change (gradients, transformed code), rows are joined as in a DynamicLayer. Compiled code
-        leaves growing to operators, which change `keys` where it does not see it: `_grown` tells how many rows there are.
+        leaves growing to operators, which change `keys` where it does not see it: `_grown` tells how many rows there
+        are.
         """
 
         __qualname__ = "GrowingLayer"
@@ -82,7 +83,7 @@ def growing_layer() -> Any:
         @keys.setter
         def keys(self, rows: Tensor | None) -> None:
             self._keys, self._grown = rows, NOT_GROWN
-            self._count = None if rows is None or rows.numel() == 0 else torch.empty(rows.shape[-2], 0)
+            self._count = None if rows is None or rows.numel() == 0 else torch.empty(rows.shape[-2], 0, device="cpu")
 
         @property
         def values(self) -> Tensor | None:
@@ -217,7 +218,8 @@ def topk_cache() -> Any:
 
         `layer.keys` and `layer.values` are views of memory that has room for up to a quarter more rows. They keep their
         contents while the cache grows, but not when it is cropped and then grows again: clone what must outlast that.
-        Where gradients are enabled, and in compiled code, rows are joined anew for each token, as in a DynamicCache.
+        Where gradients are enabled, rows are joined anew for each token, as in a DynamicCache; in compiled code also
+        under autocast.
 
         With storage a context may be larger than memory: a step reads the rows that it chooses, and what the system has
         memory for stays in memory. The disk holds what `cache.storage.commit()` counted, which is also called every 256

@@ -24,15 +24,17 @@ _numbers = itertools.count()
 
 _library = torch.library.Library("topk_attention", "FRAGMENT")
 # The handle counts as changed, so that whatever reads it, or appends further rows, stays behind this in the order.
-_library.define("cache_append(Tensor(a!) handle, Tensor key, Tensor value) -> ()")
-_library.define("cache_rows(Tensor handle, Tensor new, SymInt length, bool of_keys) -> Tensor")
+_library.define("cache_append(Tensor(a!) handle, Tensor key, Tensor value) -> ()", tags=torch.Tag.cudagraph_unsafe)
+_library.define(
+    "cache_rows(Tensor handle, Tensor new, SymInt length, bool of_keys) -> Tensor", tags=torch.Tag.cudagraph_unsafe
+)
 
 
 def new_handle(layer: Any) -> Tensor:
     """What compiled code knows a layer by."""
     number = next(_numbers)
     _layers[number] = layer
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 def layer_of(handle: Tensor) -> Any:
@@ -57,7 +59,8 @@ def grows_in_graph(layer: Any, *new: Tensor) -> bool:
 def has_grown_in_graph(layer: Any) -> bool:
     """Whether rows were appended since compiled code began to run, which it sees nowhere else.
 
-    What it notes stays when it has run; the layer then has other rows, and whatever else changes them takes the note away.
+    The note stays when it has run. The layer then has another number of rows, and whatever else changes them takes the
+    note away.
     """
     return layer._count is not None and layer._grown[0] == len(layer._count)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +58,23 @@ def new_cache(kind: str, model: Any, length: int) -> Any:
         case "topk":
             return topk_attention.TopKCache(config=model.config)
     return QuantizedCache(kind, model.config)
+
+
+def stepwise(model: Any, *, compiled: bool = False, one_dnn: bool = True) -> Callable[..., Any]:
+    """What to call in place of a model, so that tokens which come one by one are read in another way than prompts.
+
+    compiled  by code that torch.compile makes, once for all lengths of the cache
+    one_dnn   False: their products without oneDNN
+    """
+    one_token = torch.compile(model, dynamic=True) if compiled else model
+
+    def call(input_ids: Tensor, **arguments: Any) -> Any:
+        if input_ids.shape[1] > 1:
+            return model(input_ids=input_ids, **arguments)
+        with nullcontext() if one_dnn else torch.backends.mkldnn.flags(enabled=False):
+            return one_token(input_ids=input_ids, **arguments)
+
+    return call
 
 
 @torch.no_grad()

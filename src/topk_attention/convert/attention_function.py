@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import KeyIndex, KeySums, topk_attention
+from ..functional import Completion, KeyIndex, KeySums, topk_attention
+from .cache_in_graph import layer_in_graph, layer_of
 from .cached_index import index_of_cached
 from .cached_sums import sums_of_cached
 from .masks import CompactMask
@@ -117,6 +118,8 @@ def topk_attention_forward(
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
     if (indices := kwargs.get("indices")) is not None:
         output = _attend_to_chosen(call, indices)
+    elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
+        return _attend_in_graph(layer, call), None
     elif settings.k is None and (bias is None or isinstance(bias, Tensor)):
         return _full_attention(call, module, is_causal, kwargs)
     elif attention_mask is None:
@@ -214,6 +217,100 @@ def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:
         padding = None if padding is None else padding[..., :num_keys]
         return _attend(call.of_first_keys(num_keys), padding, is_causal=True)
     return _attend_in_mask_chunks(call, mask.dense)
+
+
+_library = torch.library.Library("topk_attention", "FRAGMENT")
+_library.define(
+    "cache_attend(Tensor handle, Tensor query, SymInt num_keys, SymInt value_size, Tensor? padding, bool is_causal, "
+    "SymInt q_offset, SymInt kv_length, int[] head_k, float? scale, str backend, float[]? completion) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,
+)
+
+
+def _is_left_to_operator(call: _LayerCall) -> bool:
+    """Whether attention to what a cache layer holds, in compiled code, takes nothing but this layer and the padding."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    mask = call.mask
+    return (
+        isinstance(mask, CompactMask)
+        and call.settings.kept_keys is not None
+        and call.position_bias is None
+        and call.dropout_p == 0
+        and call.query.shape[0] == call.key.shape[0]
+        and call.query.dtype == call.key.dtype
+        and not isinstance(mask.q_offset, Tensor)
+        and mask.kv_offset == 0
+        and mask.mask_function in (bidirectional_mask_function, causal_mask_function)
+    )
+
+
+def _attend_in_graph(layer: Any, call: _LayerCall) -> Tensor:
+    """Attention to what a layer of a cache holds once compiled code has come to here; returns [B, N, H, E]."""
+    from transformers.masking_utils import causal_mask_function
+
+    k, completion, mask = call.settings.kept_keys, call.settings.completion, call.mask
+    assert isinstance(mask, CompactMask)
+    head_k = [k] if isinstance(k, int) else list(k or ())
+    numbers: list[float] | None = None
+    if completion is not None:
+        scales = completion.mass_scale
+        numbers = [completion.lift, *(scales if isinstance(scales, tuple) else (scales,))]
+    is_causal = mask.mask_function is causal_mask_function
+    return torch.ops.topk_attention.cache_attend(
+        layer._handle,
+        call.query,
+        *(call.key.shape[2], call.value.shape[3]),
+        mask.padding,
+        is_causal,
+        mask.q_offset,
+        mask.kv_length,
+        head_k,
+        call.scale,
+        call.settings.backend,
+        numbers,
+    )
+
+
+def _attend_to_layer(
+    handle: Tensor,
+    query: Tensor,
+    num_keys: int,
+    value_size: int,
+    padding: Tensor | None,
+    is_causal: bool,
+    q_offset: int,
+    kv_length: int,
+    head_k: list[int],
+    scale: float | None,
+    backend: str,
+    completion: list[float] | None,
+) -> Tensor:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    del value_size
+    layer = layer_of(handle)
+    key, value = layer.keys, layer.values
+    if key.shape[2] != num_keys:  # code that ran on before it attended to these
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    completed = None
+    if completion is not None:
+        lift, *scales = completion
+        completed = Completion(scales[0] if len(scales) == 1 else tuple(scales), lift)
+    settings = LayerSettings(head_k[0] if len(head_k) == 1 else tuple(head_k), backend, completion=completed)
+    function = causal_mask_function if is_causal else bidirectional_mask_function
+    mask = CompactMask(len(query), query.shape[2], kv_length, q_offset, 0, function, padding, False, query.device)
+    output = _attend_compact(_LayerCall(settings, query, key, value, mask, None, scale, 0.0), mask)
+    return output.transpose(1, 2).contiguous()
+
+
+_library.impl("cache_attend", _attend_to_layer, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("topk_attention::cache_attend")
+def _(handle, query, num_keys, value_size, *_):
+    batch_size, num_heads, num_queries = query.shape[:3]
+    return query.new_empty(batch_size, num_queries, num_heads, value_size)
 
 
 def _attend_to_chosen(call: _LayerCall, indices: Tensor) -> Tensor:

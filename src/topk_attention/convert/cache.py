@@ -12,10 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..storage import StoredCache
 from ..storage.folder import Progress
+from .cache_in_graph import (
+    NOT_GROWN,
+    append_in_graph,
+    grows_in_graph,
+    has_grown_in_graph,
+    new_handle,
+    rows_in_graph,
+)
 from .cached_index import CachedIndex
 from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
 from .growing_rows import GrowingRows, fit_together, grows_in_place
@@ -36,19 +45,67 @@ def growing_layer() -> Any:
         """A DynamicLayer that writes new rows behind those it has.
 
         `keys` and `values` are views. Whoever puts other tensors there is believed: the next rows follow those. Where
-        the memory must not change (gradients, compiled code), rows are joined as in a DynamicLayer.
+        the memory must not change (gradients, transformed code), rows are joined as in a DynamicLayer. Compiled code
+        leaves growing to operators, which change `keys` where it does not see it: `_grown` tells how many rows there
+        are.
         """
 
         __qualname__ = "GrowingLayer"
 
-        keys: Any
-        values: Any
+        _keys: Tensor | None = None
+        _values: Tensor | None = None
+        # As many rows without columns as there are rows: what compiled code reads, for which rows whose memory is full
+        # are another case, compiled anew.
+        _count: Tensor | None = None
+        # How many rows there were when compiled code began to run, and how many there are where it has come to.
+        _grown: tuple[int, int] = NOT_GROWN
         # Memory of the keys and of the values.
         _memory: tuple[GrowingRows, GrowingRows] | None = None
         # Of the keys, while the memory is this layer's own.
         _index: CachedIndex | None = None
+        _handle: Tensor
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._handle = new_handle(self)
+
+        @classmethod
+        def take_over(cls, layer: Any) -> None:
+            """Let a plain DynamicLayer grow in place from now on."""
+            keys, values = (vars(layer).pop(name, None) for name in ("keys", "values"))
+            layer.__class__ = cls
+            layer.keys, layer.values, layer._handle = keys, values, new_handle(layer)
+
+        @property
+        def keys(self) -> Tensor | None:
+            return self._now(self._keys, of_keys=True)
+
+        @keys.setter
+        def keys(self, rows: Tensor | None) -> None:
+            self._keys, self._grown = rows, NOT_GROWN
+            self._count = None if rows is None or rows.numel() == 0 else torch.empty(rows.shape[-2], 0, device="cpu")
+
+        @property
+        def values(self) -> Tensor | None:
+            return self._now(self._values, of_keys=False)
+
+        @values.setter
+        def values(self, rows: Tensor | None) -> None:
+            self._values = rows
+
+        def _now(self, rows: Tensor | None, *, of_keys: bool) -> Tensor | None:
+            if torch.compiler.is_compiling() and rows is not None and has_grown_in_graph(self):
+                return rows_in_graph(self, rows, of_keys=of_keys)
+            return rows
+
+        def get_seq_length(self) -> int:
+            if torch.compiler.is_compiling():
+                return self._grown[1] if has_grown_in_graph(self) else 0 if self._count is None else len(self._count)
+            return super().get_seq_length()
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if grows_in_graph(self, key_states, value_states):
+                return append_in_graph(self, key_states, value_states)
             if not (
                 grows_in_place(key_states, value_states)
                 and fit_together(self.keys, key_states)
@@ -120,8 +177,14 @@ def growing_layer() -> Any:
 
         def __getstate__(self) -> dict[str, Any]:
             """What copies and pickles hold: the rows alone, in memory of their own."""
-            state = {name: value for name, value in vars(self).items() if name not in ("_memory", "_index")}
-            return state | {name: x.clone() for name in ("keys", "values") if (x := state[name]) is not None}
+            own = ("_memory", "_index", "_keys", "_values", "_count", "_grown", "_handle")
+            rows = {name: None if (x := getattr(self, name)) is None else x.clone() for name in ("keys", "values")}
+            return {name: value for name, value in vars(self).items() if name not in own} | rows
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            for name, value in state.items():
+                setattr(self, name, value)
+            self._handle = new_handle(self)
 
     return GrowingLayer
 
@@ -155,7 +218,8 @@ def topk_cache() -> Any:
 
         `layer.keys` and `layer.values` are views of memory that has room for up to a quarter more rows. They keep their
         contents while the cache grows, but not when it is cropped and then grows again: clone what must outlast that.
-        Where gradients are enabled, and in compiled code, rows are joined anew for each token, as in a DynamicCache.
+        Where gradients are enabled, rows are joined anew for each token, as in a DynamicCache; in compiled code also
+        under autocast.
 
         With storage a context may be larger than memory: a step reads the rows that it chooses, and what the system has
         memory for stays in memory. The disk holds what `cache.storage.commit()` counted, which is also called every 256
@@ -209,7 +273,7 @@ def topk_cache() -> Any:
             growing = growing_layer()
             for layer in self.layers:
                 if type(layer) is DynamicLayer:
-                    layer.__class__ = growing
+                    growing.take_over(layer)
             if self.layer_class_to_replicate is DynamicLayer:
                 self.layer_class_to_replicate = growing
 

@@ -102,10 +102,18 @@ class CompactMask:
 
     def key_padding(self) -> Tensor | None:
         """[B, 1, 1, M] bool, or None where every key is a real token."""
-        from transformers.masking_utils import prepare_padding_mask
-
         if self.padding is None:
             return None
+        if torch.compiler.is_compiling():
+            return self._key_padding()
+        if "known_padding" not in vars(self):  # once for all layers
+            vars(self)["known_padding"] = self._key_padding()
+        known: Tensor | None = vars(self)["known_padding"]
+        return known
+
+    def _key_padding(self) -> Tensor | None:
+        from transformers.masking_utils import prepare_padding_mask
+
         padding = prepare_padding_mask(self.padding, self.kv_length, self.kv_offset)
         padding = padding[:, self.kv_offset : self.kv_offset + self.kv_length].bool()
         # The values cannot be read while tracing; then the padding stays.

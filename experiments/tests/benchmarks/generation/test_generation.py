@@ -10,7 +10,7 @@ from topk_experiments.benchmarks.generation.benchmark import GenerationBenchmark
 from topk_experiments.benchmarks.generation.methods import METHODS, Method, why_not
 from topk_experiments.benchmarks.generation.report import SCHEMA, summaries
 from topk_experiments.cli import app
-from topk_experiments.models.generation import greedy, new_cache, num_equal, read
+from topk_experiments.models.generation import greedy, new_cache, num_equal, read, stepwise
 from topk_experiments.models.pretrained import find_model, load_model_to_run
 from topk_experiments.runs.checks import CheckFailedError
 from topk_experiments.runs.records import read_json_lines
@@ -223,3 +223,20 @@ def test_every_method_says_what_it_is():
     assert len({method.description for method in METHODS.values()}) == len(METHODS)
     assert METHODS["topk-completed"] == Method("top-k, completed", cache="topk", keeps_k=True, completed=True)
     assert num_equal([1, 2], [1, 2, 3]) == 2
+
+
+def test_only_single_tokens_are_compiled_and_read_without_one_dnn(monkeypatch):
+    calls, compiled = [], []
+
+    def model(input_ids, **arguments):
+        calls.append((input_ids.shape[1], torch.backends.mkldnn.enabled, arguments))
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    before = torch.backends.mkldnn.enabled
+    called = stepwise(model, compiled=True, one_dnn=False)
+    for length in (3, 1):
+        called(torch.ones(1, length), use_cache=True)
+    stepwise(model)(torch.ones(1, 1))
+    assert calls == [(3, before, {"use_cache": True}), (1, False, {"use_cache": True}), (1, before, {})]
+    assert compiled == [{"dynamic": True}]
+    assert torch.backends.mkldnn.enabled == before

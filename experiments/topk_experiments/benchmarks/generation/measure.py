@@ -10,7 +10,7 @@ from typing import Any
 from topk_attention import Completion
 from topk_attention.convert import convert, unconvert
 
-from ...models.generation import greedy, new_cache, num_equal, read
+from ...models.generation import greedy, new_cache, num_equal, read, stepwise
 from ...models.pretrained import ModelSource, load_model_to_run
 from ...runs.checks import CheckFailedError
 from ...runs.memory import PeakMeter
@@ -86,8 +86,9 @@ def check(model: Any, method: Method, prompt: Sequence[int], point: Json) -> Jso
     right = read(model, short, new_cache("dynamic", model, length))
     right_tokens = greedy(model, short, new_cache("dynamic", model, length), _CHECK_NEW_TOKENS)
     convert_for(model, method, max(length, point["k"]), point["backend"])
-    found = read(model, short, new_cache(method.cache, model, length))
-    tokens = greedy(model, short, new_cache(method.cache, model, length), _CHECK_NEW_TOKENS)
+    called = _called(model, method)
+    found = read(called, short, new_cache(method.cache, model, length))
+    tokens = greedy(called, short, new_cache(method.cache, model, length), _CHECK_NEW_TOKENS)
     error = ((found - right).abs().max() / right.abs().max()).item()
     if not error <= _TOLERANCES[method.dtype]:
         raise CheckFailedError(
@@ -122,8 +123,12 @@ def _fresh(llama: LlamaModel) -> Read:
 
 
 def _reader(model: Any, method: Method, length: int) -> Read:
-    cache = new_cache(method.cache, model, length)
-    return lambda token_ids: int(read(model, token_ids, cache).argmax())
+    cache, called = new_cache(method.cache, model, length), _called(model, method)
+    return lambda token_ids: int(read(called, token_ids, cache).argmax())
+
+
+def _called(model: Any, method: Method) -> Callable[..., Any]:
+    return stepwise(model, compiled=method.compiled, one_dnn=method.one_dnn)
 
 
 def _measure(new_reader: Callable[[], Read], request: Json, send: Send) -> Json:

@@ -16,6 +16,9 @@ class Method(NamedTuple):
     keeps_k      converted to top-k attention
     completed    the keys that are not kept enter each softmax as one entry
     is_exact     computes full attention in float32, so that its tokens must be those of "sdpa"
+    compiled     tokens that are read one by one go through torch.compile
+    one_dnn      products of such tokens by oneDNN, as PyTorch has them computed unless it is told otherwise; without it
+                 PyTorch has a loop of its own for a single row in bfloat16
     """
 
     description: str
@@ -24,6 +27,8 @@ class Method(NamedTuple):
     keeps_k: bool = False
     completed: bool = False
     is_exact: bool = False
+    compiled: bool = False
+    one_dnn: bool = True
 
     @property
     def is_llama(self) -> bool:
@@ -34,7 +39,13 @@ class Method(NamedTuple):
 METHODS = {
     "sdpa": Method("SDPA", is_exact=True),
     "sdpa-bfloat16": Method("SDPA, bfloat16", "bfloat16"),
+    "sdpa-bfloat16-plain": Method("SDPA, bfloat16 without oneDNN", "bfloat16", one_dnn=False),
+    "sdpa-compiled": Method("SDPA, compiled", is_exact=True, compiled=True),
+    "sdpa-bfloat16-compiled": Method(
+        "SDPA, bfloat16 without oneDNN, compiled", "bfloat16", compiled=True, one_dnn=False
+    ),
     "static": Method("SDPA, static cache", cache="static", is_exact=True),
+    "static-compiled": Method("SDPA, static cache, compiled", cache="static", is_exact=True, compiled=True),
     "static-bfloat16": Method("SDPA, static cache, bfloat16", "bfloat16", "static"),
     "sdpa-topk-cache": Method("SDPA, TopKCache", cache="topk", is_exact=True),
     "quanto": Method("SDPA, 4-bit cache (quanto)", cache="quanto"),
@@ -46,6 +57,11 @@ METHODS = {
     "topk-dynamic-bfloat16": Method("top-k, DynamicCache, bfloat16", "bfloat16", keeps_k=True),
     "topk": Method("top-k", cache="topk", keeps_k=True),
     "topk-bfloat16": Method("top-k, bfloat16", "bfloat16", "topk", keeps_k=True),
+    "topk-compiled": Method("top-k, compiled", cache="topk", keeps_k=True, compiled=True),
+    "topk-bfloat16-plain": Method("top-k, bfloat16 without oneDNN", "bfloat16", "topk", keeps_k=True, one_dnn=False),
+    "topk-bfloat16-compiled": Method(
+        "top-k, bfloat16 without oneDNN, compiled", "bfloat16", "topk", keeps_k=True, compiled=True, one_dnn=False
+    ),
     "topk-completed": Method("top-k, completed", cache="topk", keeps_k=True, completed=True),
 }
 REFERENCE = "sdpa"

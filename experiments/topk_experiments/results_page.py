@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from topk_attention.environment import environment
 
 from . import benchmarks
+from .conformance import report as conformance
 from .language_model import report as language_model
 from .lra import table as lra
 from .pretrained import calibration_report, demo_report, passkey_report, stand_ins_report, transcription_report
@@ -38,6 +39,7 @@ REDRAWS = (
     language_model.redraw,
     lra.redraw,
     qa.redraw,
+    conformance.redraw,
 )
 
 
@@ -169,6 +171,13 @@ SECTIONS = (
         "Training a small language model",
         None,
         "Loss of a small GPT from scratch: full, with top-k attention, and with top-k feed-forward layers.",
+    ),
+    Section(
+        "conformance",
+        "Every type of model",
+        None,
+        "A tiny random model of every type that transformers has, converted and compared with itself and with dense "
+        "attention over all scores.",
     ),
 )
 

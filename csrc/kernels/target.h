@@ -34,6 +34,8 @@ namespace {
 #include "selection-inl.h"
 #include "scores-inl.h"
 #include "rest-inl.h"
+#include "activations-inl.h"
+#include "softcap-inl.h"
 #include "forward-inl.h"
 #include "few_rows-inl.h"
 #include "kept_index-inl.h"
@@ -45,7 +47,6 @@ namespace {
 #include "screened_forward-inl.h"
 #endif
 #include "backward-inl.h"
-#include "activations-inl.h"
 #include "choose_neurons-inl.h"
 #include "neuron_sums-inl.h"
 

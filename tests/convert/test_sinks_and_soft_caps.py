@@ -187,19 +187,3 @@ def test_completion_of_a_layer_with_a_soft_cap_is_refused_before_anything_change
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match=r"completion is not possible for model\.layers\.0\.self_attn: .* soft cap"):
         calibrate(model, [torch.randint(3, 97, (1, 16))], target=MeanK(4), completion="fit")
-
-
-def test_a_layer_that_keeps_its_sinks_to_itself_is_refused():
-    class OwnSinks(torch.nn.Module):
-        """Reads the attention interface, and does not hand its sinks on."""
-
-        def __init__(self):
-            super().__init__()
-            self.sinks = torch.nn.Parameter(torch.zeros(2))
-
-        def forward(self, x):
-            return ALL_ATTENTION_FUNCTIONS.get_interface("eager", None)(self, x, x, x, None)  # noqa: F821
-
-    from topk_attention.convert.search import attention_obstacle
-
-    assert "does not hand to attention as s_aux=" in attention_obstacle(OwnSinks())

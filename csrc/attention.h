@@ -78,6 +78,9 @@ struct AttentionForward {
   Rest rest;
   void* mass;                      // written where there is a rest: A [B, H, N], its weight at a scale of 1
   int32_t* cuts;                   // and the slot of the smallest kept score; of equal ones the last
+  const void* sinks;               // A [H]: one more score for each row of a head, with weight and without a value; may be null
+  double softcap;                  // c: score s counts as c * tanh(s / c). Masks then only hide, and there is no bias. 0: none
+  void* log_sums;                  // written unless null: A [B, H, N], of exp(score) and the sink; inf where a row sees no key
   bool as_many_rows;               // few rows of a key head are worked on as many are, with the same bits: for tests
 };
 
@@ -100,6 +103,8 @@ struct AttentionBackward {
   const void* mass;               // what the forward pass wrote
   const int32_t* cuts;
   void* sent[5];                  // written where there is a rest: A [B, H, N], see RestGradients in backends/calls.py
+  double softcap;                 // that of the forward pass
+  void* mean_grads;               // written unless null: A [B, H, N], the sum of a row's weights times their gradients
   double* grad_relative_bias;     // added to unless null: [H|1, N + M - 1]; a sum over all rows, hence double
   int64_t grad_relative_bias_stride;  // 0 for one head
 };

@@ -157,7 +157,7 @@ topk::Rest rest_of(RestTensors& tensors) {
 }
 
 struct ForwardTensors {
-  Tensor output, indices, weights, mass, cuts;
+  Tensor output, indices, weights, log_sums, mass, cuts;
 };
 
 // Bytes of one panel of a kept index.
@@ -217,12 +217,14 @@ void index_keys(Tensor key, int64_t start, Tensor panels, Tensor numbers, Tensor
 }
 
 // Output [B, H, N, E] (laid out as [B, N, H, E]) and all entries, indices int32 and weights, which are empty unless asked
-// for: see topk::HeadK for their order. With a rest also its weight at a scale of 1 and the slot of the smallest score.
+// for: see topk::HeadK for their order. With sinks and entries also log_sums. With a rest also its weight at a scale of 1 and
+// the slot of the smallest score.
 ForwardTensors run_attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
-    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
-    double scale, double dropout_p, bool save_selection, RestTensors* rest, const IndexTensors* index = nullptr,
-    int64_t num_indexed = 0, bool reads_ahead = false) {
+    std::optional<Tensor> relative_bias, std::optional<Tensor> sinks, std::optional<Tensor> seed,
+    std::vector<int64_t> head_k, bool is_causal, double scale, double softcap, double dropout_p, bool save_selection,
+    RestTensors* rest, const IndexTensors* index = nullptr, int64_t num_indexed = 0,
+    bool reads_ahead = false) {
   query = with_whole_rows(query);
   key = with_whole_rows(key);
   value = with_whole_rows(value);
@@ -236,8 +238,11 @@ ForwardTensors run_attention_forward(
   Tensor indices = empty({num_entries}, ScalarType::Int);
   Tensor weights = empty({num_entries}, accumulation_dtype(query));
   const std::vector<int64_t> rows = {rest == nullptr ? 0 : s.batch, s.num_heads, s.num_queries};
+  const bool saves_sums = save_selection && sinks.has_value();
+  Tensor log_sums = empty(saves_sums ? std::vector<int64_t>{s.batch, s.num_heads, s.num_queries} : std::vector<int64_t>{0},
+                          accumulation_dtype(query));
   Tensor mass = empty(rows, accumulation_dtype(query)), cuts = empty(rows, ScalarType::Int);
-  if (s.batch * s.num_heads * s.num_queries == 0) return {output, indices, weights, mass, cuts};
+  if (s.batch * s.num_heads * s.num_queries == 0) return {output, indices, weights, log_sums, mass, cuts};
 
   call.dtype = dtype_of(query);
   call.query = view_of(query);
@@ -253,6 +258,10 @@ ForwardTensors run_attention_forward(
   call.head_k = per_head.view();
   call.is_causal = is_causal;
   call.scale = scale;
+  sinks = contiguous(sinks);
+  call.sinks = data_of(sinks);
+  call.softcap = softcap;
+  if (saves_sums) call.log_sums = log_sums.mutable_data_ptr();
   call.dropout = dropout_of(seed, dropout_p);
   call.output = output.mutable_data_ptr();
   for (int64_t axis = 0; axis < 3; ++axis) call.output_stride[axis] = output.stride(axis);
@@ -267,52 +276,53 @@ ForwardTensors run_attention_forward(
   }
   if (index == nullptr) {
     check_memory(kernels().attention.forward(call, parallel()));
-    return {output, indices, weights, mass, cuts};
+    return {output, indices, weights, log_sums, mass, cuts};
   }
   bool is_stale = false;
   check_memory(kernels().attention.forward_indexed(
       {call, index_of(*index, key, num_indexed), num_indexed, &is_stale, reads_ahead}, parallel()));
   STD_TORCH_CHECK(!is_stale, "key_index is not of these keys: a score lies outside the bounds that the index gives it; build it "
                   "anew where keys are written over");
-  return {output, indices, weights, mass, cuts};
+  return {output, indices, weights, log_sums, mass, cuts};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
-    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
-    double scale, double dropout_p, bool save_selection) {
-  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k,
-                                                      is_causal, scale, dropout_p, save_selection, nullptr);
-  return {result.output, result.indices, result.weights};
+    std::optional<Tensor> relative_bias, std::optional<Tensor> sinks, std::optional<Tensor> seed,
+    std::vector<int64_t> head_k, bool is_causal, double scale, double softcap, double dropout_p, bool save_selection) {
+  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k,
+                                                      is_causal, scale, softcap, dropout_p, save_selection, nullptr);
+  return {result.output, result.indices, result.weights, result.log_sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_indexed(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward_indexed(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
-    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
-    double scale, double dropout_p, bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre,
-    int64_t num_indexed, bool reads_ahead) {
+    std::optional<Tensor> relative_bias, std::optional<Tensor> sinks, std::optional<Tensor> seed,
+    std::vector<int64_t> head_k, bool is_causal, double scale, double softcap, double dropout_p, bool save_selection,
+    Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre, int64_t num_indexed, bool reads_ahead) {
   const IndexTensors index = {panels, numbers, unscreened, centre};
-  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal,
-                                                      scale, dropout_p, save_selection, nullptr, &index, num_indexed, reads_ahead);
-  return {result.output, result.indices, result.weights};
+  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k,
+                                                      is_causal, scale, softcap, dropout_p, save_selection, nullptr, &index,
+                                                      num_indexed, reads_ahead);
+  return {result.output, result.indices, result.weights, result.log_sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> bias,
-    std::optional<Tensor> relative_bias, std::optional<Tensor> seed, std::vector<int64_t> head_k, bool is_causal,
-    double scale, double dropout_p, bool save_selection, Tensor mass_scale, double lift, Tensor key_sums,
-    Tensor value_sums, std::optional<Tensor> products, std::optional<Tensor> score_values,
-    std::optional<Tensor> grad_keys, Tensor rest_key, Tensor rest_value, std::optional<Tensor> counts,
-    std::optional<Tensor> score_sums, int64_t interval) {
+    std::optional<Tensor> relative_bias, std::optional<Tensor> sinks, std::optional<Tensor> seed,
+    std::vector<int64_t> head_k, bool is_causal, double scale, double softcap, double dropout_p, bool save_selection,
+    Tensor mass_scale, double lift, Tensor key_sums, Tensor value_sums, std::optional<Tensor> products,
+    std::optional<Tensor> score_values, std::optional<Tensor> grad_keys, Tensor rest_key, Tensor rest_value,
+    std::optional<Tensor> counts, std::optional<Tensor> score_sums, int64_t interval) {
   RestTensors rest = {mass_scale, lift,       key_sums, value_sums, products,  score_values,
                       grad_keys,  rest_key, rest_value, counts,     score_sums, interval};
-  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, seed, head_k,
-                                                      is_causal, scale, dropout_p, save_selection, &rest);
-  return {result.output, result.indices, result.weights, result.mass, result.cuts};
+  const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k,
+                                                      is_causal, scale, softcap, dropout_p, save_selection, &rest);
+  return {result.output, result.indices, result.weights, result.log_sums, result.mass, result.cuts};
 }
 
 struct BackwardTensors {
-  Tensor query, key, value, bias, relative_bias, sent[5];
+  Tensor query, key, value, bias, relative_bias, mean_grads, sent[5];
 };
 
 // Gradients of query (in its dtype), of key, value and bias (in the accumulation dtype) and of relative_bias (float64).
@@ -320,8 +330,9 @@ struct BackwardTensors {
 // what it sends to all keys that a row sees, [B, H, N] each: RestGradients in backends/calls.py.
 BackwardTensors run_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
-    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
-    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape, bool is_causal,
+    Tensor weights, std::vector<int64_t> head_k, double scale, double softcap, double dropout_p, bool query_wanted,
+    bool key_wanted, bool value_wanted, bool means_wanted, std::vector<int64_t> bias_shape,
+    std::vector<int64_t> relative_bias_shape, bool is_causal,
     const Tensor* mass, const Tensor* cuts, RestTensors* rest) {
   grad_output = with_whole_rows(grad_output);
   query = with_whole_rows(query);
@@ -344,6 +355,7 @@ BackwardTensors run_attention_backward(
   result.value = zeros(value_wanted ? value_shape : none, accumulated);
   result.bias = zeros(bias_shape, accumulated);
   result.relative_bias = zeros(relative_bias_shape, ScalarType::Double);
+  result.mean_grads = empty(means_wanted ? rows : none, accumulated);
   for (Tensor& sent : result.sent) sent = empty(rest == nullptr ? none : rows, accumulated);
   if (s.batch * s.num_heads * s.num_queries == 0) return result;
 
@@ -369,6 +381,8 @@ BackwardTensors run_attention_backward(
     call.grad_relative_bias = static_cast<double*>(result.relative_bias.mutable_data_ptr());
     call.grad_relative_bias_stride = relative_bias_shape[0] == 1 ? 0 : relative_bias_shape[1];
   }
+  call.softcap = softcap;
+  if (means_wanted) call.mean_grads = result.mean_grads.mutable_data_ptr();
   if (rest != nullptr) {
     call.is_causal = is_causal;
     call.rest = rest_of(*rest);
@@ -380,29 +394,31 @@ BackwardTensors run_attention_backward(
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
-    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
-    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape) {
+    Tensor weights, std::vector<int64_t> head_k, double scale, double softcap, double dropout_p, bool query_wanted,
+    bool key_wanted, bool value_wanted, bool means_wanted, std::vector<int64_t> bias_shape,
+    std::vector<int64_t> relative_bias_shape) {
   const BackwardTensors result = run_attention_backward(
-      grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, query_wanted, key_wanted,
-      value_wanted, bias_shape, relative_bias_shape, false, nullptr, nullptr, nullptr);
-  return {result.query, result.key, result.value, result.bias, result.relative_bias};
+      grad_output, query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p, query_wanted, key_wanted,
+      value_wanted, means_wanted, bias_shape, relative_bias_shape, false, nullptr, nullptr, nullptr);
+  return {result.query, result.key, result.value, result.bias, result.relative_bias, result.mean_grads};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> seed, Tensor indices,
-    Tensor weights, std::vector<int64_t> head_k, double scale, double dropout_p, bool query_wanted, bool key_wanted,
-    bool value_wanted, std::vector<int64_t> bias_shape, std::vector<int64_t> relative_bias_shape, bool is_causal,
+    Tensor weights, std::vector<int64_t> head_k, double scale, double softcap, double dropout_p, bool query_wanted,
+    bool key_wanted, bool value_wanted, bool means_wanted, std::vector<int64_t> bias_shape,
+    std::vector<int64_t> relative_bias_shape, bool is_causal,
     Tensor mass, Tensor cuts, Tensor mass_scale, double lift, Tensor key_sums, Tensor value_sums,
     std::optional<Tensor> products, std::optional<Tensor> score_values, std::optional<Tensor> grad_keys, Tensor rest_key,
     Tensor rest_value, std::optional<Tensor> counts, std::optional<Tensor> score_sums, int64_t interval) {
   RestTensors rest = {mass_scale, lift,       key_sums, value_sums, products,  score_values,
                       grad_keys,  rest_key, rest_value, counts,     score_sums, interval};
   const BackwardTensors result = run_attention_backward(
-      grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, query_wanted, key_wanted,
-      value_wanted, bias_shape, relative_bias_shape, is_causal, &mass, &cuts, &rest);
-  return {result.query,   result.key,     result.value,   result.bias,    result.relative_bias,
+      grad_output, query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p, query_wanted, key_wanted,
+      value_wanted, means_wanted, bias_shape, relative_bias_shape, is_causal, &mass, &cuts, &rest);
+  return {result.query,   result.key,     result.value,   result.bias,    result.relative_bias, result.mean_grads,
           result.sent[0], result.sent[1], result.sent[2], result.sent[3], result.sent[4]};
 }
 
@@ -554,7 +570,7 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
 // than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
-// indexes of keys. 5: cpu_attention_forward_indexed reads ahead.
+// indexes of keys. 5: cpu_attention_forward_indexed reads ahead. 6: more activations, sinks and soft caps.
 int64_t kernel_interface() { return 6; }
 
 // Targets that this processor can run, best first, separated by spaces.
@@ -576,36 +592,37 @@ void force_cpu_target(std::string target) {
 STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
   m.def(
       "cpu_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
-      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
-      "bool save_selection) -> (Tensor, Tensor, Tensor)");
+      "Tensor? relative_bias, Tensor? sinks, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float softcap, "
+      "float dropout_p, bool save_selection) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_index_keys(Tensor key, SymInt start, Tensor(a!) panels, Tensor(b!) numbers, Tensor(c!) unscreened, "
       "Tensor(d!) centre) -> ()");
   m.def(
       "cpu_attention_forward_indexed(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
-      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
-      "bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre, SymInt num_indexed, "
-      "bool reads_ahead=False) -> (Tensor, Tensor, Tensor)");
+      "Tensor? relative_bias, Tensor? sinks, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float softcap, "
+      "float dropout_p, bool save_selection, Tensor panels, Tensor numbers, Tensor unscreened, Tensor centre, "
+      "SymInt num_indexed, bool reads_ahead=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
-      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
-      "bool query_wanted, bool key_wanted, bool value_wanted, "
-      "SymInt[] bias_shape, SymInt[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float softcap, float dropout_p, "
+      "bool query_wanted, bool key_wanted, bool value_wanted, bool means_wanted, "
+      "SymInt[] bias_shape, SymInt[] relative_bias_shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_completed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, "
-      "Tensor? relative_bias, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float dropout_p, "
-      "bool save_selection, Tensor mass_scale, float lift, Tensor key_sums, Tensor value_sums, "
+      "Tensor? relative_bias, Tensor? sinks, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float softcap, "
+      "float dropout_p, bool save_selection, Tensor mass_scale, float lift, Tensor key_sums, Tensor value_sums, "
       "Tensor? products, Tensor? score_values, Tensor? grad_keys, Tensor rest_key, Tensor rest_value, Tensor? counts, "
       "Tensor? score_sums, int interval) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_completed_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "
-      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float dropout_p, "
-      "bool query_wanted, bool key_wanted, bool value_wanted, SymInt[] bias_shape, SymInt[] relative_bias_shape, "
+      "Tensor indices, Tensor weights, SymInt[] head_k, float scale, float softcap, float dropout_p, "
+      "bool query_wanted, bool key_wanted, bool value_wanted, bool means_wanted, "
+      "SymInt[] bias_shape, SymInt[] relative_bias_shape, "
       "bool is_causal, Tensor mass, Tensor cuts, Tensor mass_scale, float lift, Tensor key_sums, Tensor value_sums, "
       "Tensor? products, Tensor? score_values, Tensor? grad_keys, Tensor rest_key, Tensor rest_value, Tensor? counts, "
       "Tensor? score_sums, int interval) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_sum_keys(Tensor key, Tensor value, int interval) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_send_rest(Tensor query, Tensor grad_output, Tensor key, Tensor value, Tensor key_weights, "

@@ -114,7 +114,8 @@ class Backward {
   bool wants_entries() const { return call_.grad_key != nullptr || call_.grad_value != nullptr; }
   bool wants_biases() const { return call_.grad_bias != nullptr || call_.grad_relative_bias != nullptr; }
   bool needs_score_gradients() const {
-    return call_.rest.active || call_.grad_query != nullptr || call_.grad_key != nullptr || wants_biases();
+    return call_.rest.active || call_.grad_query != nullptr || call_.grad_key != nullptr || call_.mean_grads != nullptr ||
+           wants_biases();
   }
 
   int64_t head_dim() const { return kDim != 0 ? kDim : s_.head_dim; }
@@ -193,8 +194,8 @@ class Backward {
         space.cuts = arrays.take<int32_t>(rows_per_block_ * num_ranges());
         space.shifts = arrays.take<int32_t>(num_ranges());
       }
+      if (call_.rest.active || call_.softcap > 0) space.query = arrays.take<A>(head_dim());
       if (!call_.rest.active) return;
-      space.query = arrays.take<A>(head_dim());
       seen.take(arrays, kRowsPerBlock);
     });
     if (!has_memory) {
@@ -263,10 +264,26 @@ class Backward {
     const A* const grads = weight_gradients(chunk, row, grad_output_of(row, space), space);
     // Softmax: p * (dp - sum of p * dp).
     const A mean = dot(row.weights, grads, row.count);
+    if (call_.mean_grads != nullptr) static_cast<A*>(call_.mean_grads)[row.number] = mean;
     for (int64_t j = 0; j < row.count; ++j) space.scores[j] = row.weights[j] * (grads[j] - mean);
+    if (call_.softcap > 0) pass_soft_cap(chunk, row, space);
     if (call_.grad_query == nullptr) return;
     sum_keys(chunk, row, space);
     write_grad_query(row, space);
+  }
+
+  // The gradients of the row's scores before the cap; the scores are computed again.
+  void pass_soft_cap(const Chunk& chunk, const Row& row, const RowSpace& space) const {
+    scale_query(row, space);
+    const T* const keys = at(call_.key, row.batch, chunk.group % s_.num_key_heads, 0);
+    dot_with_rows<T, A>(space.query, keys, call_.key.stride[2], row.indices, row.count, head_dim(), space.products, space.spare);
+    for (int64_t j = 0; j < row.count; j += kLanes<A>)
+      store<A>(space.scores + j, load(space.scores + j) * soft_cap_slope<A>(load(space.products + j), A(call_.softcap)));
+  }
+
+  void scale_query(const Row& row, const RowSpace& space) const {
+    const A* const query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
+    for (int64_t d = 0; d < head_dim(); ++d) space.query[d] = query[d] * A(call_.scale);
   }
 
   // query . key of the kept keys. Where nothing is added to scores, the logarithms of weights tell how far they are from the
@@ -309,6 +326,7 @@ class Backward {
     const A* const grad_output = grad_output_of(row, space);
     const A* const grads = weight_gradients(chunk, row, grad_output, space);
     A mean = dot(row.weights, grads, row.count);
+    if (call_.mean_grads != nullptr) static_cast<A*>(call_.mean_grads)[row.number] = mean;
     if (mass == 0) {
       for (int64_t j = 0; j < row.count; ++j) {
         space.scores[j] = space.biases[j] = row.weights[j] * (grads[j] - mean);
@@ -320,8 +338,7 @@ class Backward {
       write_grad_query(row, space);
       return;
     }
-    const A* const query = widened<T, A>(at(call_.query, row.batch, row.head, row.query), head_dim(), space.query);
-    for (int64_t d = 0; d < head_dim(); ++d) space.query[d] = query[d] * A(call_.scale);
+    scale_query(row, space);
     multiply_keys(chunk, row, space);
     const A *const products = space.products, *const value_products = space.value_products;
     const A product_sum = sum_of(products, row.count), value_sum = sum_of(value_products, row.count);
@@ -334,6 +351,7 @@ class Backward {
     const A rest_both = dot(space.query, seen.result, head_dim()) - both_sum;
     const A grad_rest = ((1 - mean_product) * rest_value_sum + rest_both) / count;
     mean += scale * mass * grad_rest;
+    if (call_.mean_grads != nullptr) static_cast<A*>(call_.mean_grads)[row.number] = mean;
     const A share = scale * mass / count, grad_mass = mass * (grad_rest - mean), grad_score = scale * grad_mass;
     const A to_bias = (1 - lift) * grad_score / count, to_key = to_bias - share * mean_value;
     const A of_value = share * (1 - mean_product);

@@ -345,22 +345,31 @@ class Forward {
     Candidates<A>& found = row.found;
     keep_best(found, row.k, spare_scores_, spare_indices_, fall_);
     const int64_t count = found.count, padded = ceil_div<int64_t>(count, kLanes<A>) * kLanes<A>;
+    if (call_.softcap > 0) cap_scores(found.scores, padded, A(call_.softcap));
     for (int64_t i = count; i < padded; ++i) found.scores[i] = -kInfinity<A>;
     Vector<A> highest = broadcast(-kInfinity<A>), total = {};
     for (int64_t i = 0; i < padded; i += kLanes<A>) {
       const Vector<A> v = load(found.scores + i);
       highest = v > highest ? v : highest;
     }
-    const A high = largest_lane<A>(highest);
+    A high = largest_lane<A>(highest);
+    const bool has_sink = call_.sinks != nullptr && count > 0;
+    const A sink = has_sink ? static_cast<const A*>(call_.sinks)[row.head] : A(0);
+    if (has_sink) high = larger(high, sink);
     for (int64_t i = 0; i < padded; i += kLanes<A>) {
       const Vector<A> power = exponential(load(found.scores + i) - high);
       store<A>(weights_ + i, power);
       total += power;
     }
-    const A sum = sum_of_lanes<A>(total);
+    const A sum = sum_of_lanes<A>(total) + (has_sink ? exponential_of(sink - high) : A(0));
     RestEntry rest = {};
     if (call_.rest.active) rest = weigh_rest(r, high, sum);
     const A inverse = A(1) / (sum + rest.weight);
+    if (call_.log_sums != nullptr) {
+      const int64_t number = (block_.batch * s_.num_heads + row.head) * s_.num_queries + row.query;
+      const A log_sum = high + A(log(double(sum + rest.weight)));
+      static_cast<A*>(call_.log_sums)[number] = count > 0 ? log_sum : kInfinity<A>;
+    }
     for (int64_t i = 0; i < padded; i += kLanes<A>) store<A>(weights_ + i, load(weights_ + i) * inverse);
 
     const int64_t first_entry =

@@ -40,6 +40,8 @@ namespace {
 #include "selection-inl.h"
 #include "scores-inl.h"
 #include "rest-inl.h"
+#include "activations-inl.h"
+#include "softcap-inl.h"
 #include "forward-inl.h"
 #if !defined(TOPK_OTHERWISE)
 #include "few_rows-inl.h"
@@ -84,7 +86,6 @@ OTHERWISE(feed_forward, sum_tokens, SumTokens)
 
 #else
 #include "backward-inl.h"
-#include "activations-inl.h"
 #include "choose_neurons-inl.h"
 #include "neuron_sums-inl.h"
 

@@ -246,15 +246,15 @@ def test_the_cpu_backend_saves_an_index_and_a_weight_for_each_key_where_all_are_
 def test_the_cpu_backend_saves_nothing_when_nothing_needs_a_gradient():
     tensors = [torch.randn(2, 4, n, 16) for n in (7, 11, 11)]
     forward = torch.ops.topk_attention.cpu_attention_forward
-    _, indices, weights = forward(*tensors, None, None, None, None, [3] * 4, False, 0.25, 0.0, False)
+    _, indices, weights, _ = forward(*tensors, *[None] * 5, [3] * 4, False, 0.25, 0.0, 0.0, False)
     assert indices.numel() == weights.numel() == 0
 
 
 def test_nothing_is_saved_when_nothing_needs_a_gradient():
     tensors = [torch.randn(2, 4, n, 16) for n in (7, 11, 11)]
     attention = importlib.import_module("topk_attention.backends.chunked.attention")
-    _, indices, weights = attention.topk_attention_op(
-        *tensors, None, None, None, None, [3] * 4, False, 0.25, 0.0, None, False
+    _, indices, weights, _ = attention.topk_attention_op(
+        *tensors, *[None] * 5, [3] * 4, False, 0.25, 0.0, 0.0, None, False
     )
     assert indices.numel() == weights.numel() == 0
 

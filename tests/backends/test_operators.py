@@ -15,7 +15,7 @@ BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 4, 2, 5, 7, 3, 
 
 
 def attention_tensors(case, requires_grad):
-    """query, key, value, attn_mask, bias, relative_bias, seed"""
+    """query, key, value, attn_mask, bias, relative_bias, sinks, seed"""
 
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
@@ -27,30 +27,43 @@ def attention_tensors(case, requires_grad):
             x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(requires_grad)
             for x in (query, key, value)
         )
-    mask = bias = relative_bias = seed = None
+    mask = bias = relative_bias = sinks = seed = None
     if case == "bool mask and bias":
         mask, bias = torch.rand(BATCH, 1, QUERIES, KEYS) < 0.7, random(1, HEADS, 1, KEYS)
     if case == "float mask and relative bias":
         mask, relative_bias = torch.randn(1, 1, QUERIES, KEYS).double(), random(HEADS, QUERIES + KEYS - 1)
     if case == "dropout":
         seed = torch.tensor(17)
+    if "sinks" in case:
+        sinks = random(HEADS)
     if case == "everything":
+        sinks = random(HEADS)
         mask, bias, seed = torch.rand(BATCH, 1, 1, KEYS) < 0.7, random(1, HEADS, 1, KEYS), torch.tensor(17)
         relative_bias = random(1, QUERIES + KEYS - 1)
-    return query, key, value, mask, bias, relative_bias, seed
+    return query, key, value, mask, bias, relative_bias, sinks, seed
 
 
 CASES = pytest.mark.parametrize(
-    "case", ["plain", "transposed", "bool mask and bias", "float mask and relative bias", "dropout", "everything"]
+    "case",
+    [
+        "plain",
+        "transposed",
+        "bool mask and bias",
+        "float mask and relative bias",
+        "dropout",
+        "sinks and cap",
+        "everything",
+    ],
 )
 REQUIRES_GRAD = pytest.mark.parametrize("requires_grad", [False, True], ids=["constants", "with gradients"])
 
 
 def topk_options(case):
-    """head_k, is_causal, scale, dropout_p, query_chunk_size"""
+    """head_k, is_causal, scale, softcap, dropout_p, query_chunk_size"""
     head_k = [1, 3, 3, 2] if case in ("float mask and relative bias", "everything") else [3] * HEADS
     dropout_p = 0.3 if case in ("dropout", "everything") else 0.0
-    return head_k, case in ("transposed", "everything"), 0.5, dropout_p, 2 if case == "plain" else None
+    softcap = 1.5 if case == "sinks and cap" else 0.0
+    return head_k, case in ("transposed", "everything"), 0.5, softcap, dropout_p, 2 if case == "plain" else None
 
 
 @CASES
@@ -67,7 +80,14 @@ def test_topk_attention_without_a_saved_selection_is_a_proper_operator(case):
 
 
 WANTED = pytest.mark.parametrize(
-    "wanted", [[True] * 3, [True, False, False], [False, True, False], [False, False, True]]
+    "wanted",
+    [
+        [True] * 4,
+        [True, False, False, False],
+        [False, True, False, False],
+        [False, False, True, False],
+        [False, False, False, True],
+    ],
 )
 
 
@@ -75,11 +95,11 @@ WANTED = pytest.mark.parametrize(
 @WANTED
 def test_topk_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
-    query, key, value, _, bias, relative_bias, seed = tensors
-    head_k, _, scale, dropout_p, _ = options = topk_options(case)
-    output, indices, weights = attention.topk_attention_op(*tensors, *options, True)
+    query, key, value, _, bias, relative_bias, _, seed = tensors
+    head_k, _, scale, softcap, dropout_p, _ = options = topk_options(case)
+    output, indices, weights, _ = attention.topk_attention_op(*tensors, *options, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
-    saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    saved = (query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p)
     arguments = (torch.randn_like(output), *saved, *wanted, *shapes)
     torch.library.opcheck(attention.topk_attention_backward_op, arguments)
 
@@ -109,7 +129,7 @@ def full_arguments(case, requires_grad):
     if case == "nan":
         with torch.no_grad():
             value[1, 1, -1] = torch.nan
-    return query, key, value, mask, None, None, None, case in ("everything", "nan"), 0.5, 0.0, None
+    return query, key, value, mask, None, None, None, None, case in ("everything", "nan"), 0.5, 0.0, 0.0, None
 
 
 FULL_CASES = pytest.mark.parametrize(
@@ -156,12 +176,12 @@ def test_cpu_attention_is_a_proper_operator(case, requires_grad, save_selection)
 @WANTED
 def test_cpu_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
-    query, key, value, _, bias, relative_bias, seed = tensors
-    head_k, is_causal, scale, dropout_p, _ = topk_options(case)
+    query, key, value, _, bias, relative_bias, _, seed = tensors
+    head_k, is_causal, scale, softcap, dropout_p, _ = topk_options(case)
     forward = torch.ops.topk_attention.cpu_attention_forward.default
-    output, indices, weights = forward(*tensors, head_k, is_causal, scale, dropout_p, True)
+    output, indices, weights, _ = forward(*tensors, head_k, is_causal, scale, softcap, dropout_p, True)
     shapes = [list(x.shape) if x is not None else [] for x in (bias, relative_bias)]
-    saved = (query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    saved = (query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p)
     arguments = (torch.randn_like(output), *saved, *wanted, *shapes)
     torch.library.opcheck(torch.ops.topk_attention.cpu_attention_backward.default, arguments)
 
@@ -170,7 +190,7 @@ def test_cpu_attention_backward_is_a_proper_operator(case, wanted):
 def test_the_cpu_backward_pass_without_a_saved_selection_is_refused():
     *options, _ = topk_options("plain")
     forward = torch.ops.topk_attention.cpu_attention_forward.default
-    output, _, _ = forward(*attention_tensors("plain", True), *options, False)
+    output, *_ = forward(*attention_tensors("plain", True), *options, False)
     with pytest.raises(RuntimeError, match="cpu_attention_forward needs save_selection=True for a backward pass"):
         output.sum().backward()
 
@@ -218,7 +238,7 @@ def test_feed_forward_backward_is_a_proper_operator(case):
 
 
 def test_a_backward_pass_without_a_saved_selection_is_refused():
-    output, _, _ = attention.topk_attention_op(*attention_tensors("plain", True), *topk_options("plain"), False)
+    output, *_ = attention.topk_attention_op(*attention_tensors("plain", True), *topk_options("plain"), False)
     with pytest.raises(RuntimeError, match="chunked_topk_attention needs save_selection=True for a backward pass"):
         output.sum().backward()
     output, *_ = feed_forward.feed_forward_op(*feed_forward_arguments("plain", True), False)

@@ -77,6 +77,8 @@ CASES = {
         "is_causal": True,
     },
     "scale": lambda: {"scale": 1.7},
+    "sinks": lambda: {"sinks": torch.randn(HEADS, dtype=torch.float64), "attn_mask": some_keys_hidden()},
+    "soft cap": lambda: {"softcap": 1.5, "is_causal": True},
     "grouped keys": lambda: {"enable_gqa": True, "is_causal": True},
 }
 
@@ -175,7 +177,7 @@ def changes_by_doing_it(query, key, value, grad, completion, **options):
 
 
 @pytest.mark.usefixtures("every_k")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "soft cap"])
 @pytest.mark.parametrize("name", COMPLETIONS)
 def test_curves_are_what_completed_attention_loses_at_every_k(case, name):
     options, completion = CASES[case](), COMPLETIONS[name]

@@ -178,7 +178,7 @@ def test_an_environment_variable_that_holds_no_k_is_told(value, words, tokens, m
         model(tokens)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "block_indices", "cache"])
+@pytest.mark.parametrize("name", ["sinks", "block_indices", "cache"])
 def test_arguments_that_would_change_the_result_are_refused(name):
     from topk_attention.convert.attention_function import topk_attention_forward
 
@@ -258,21 +258,14 @@ def test_networks_that_compute_something_else_are_skipped_with_the_reason():
     assert "LlamaMLP does more than its projections: norm" in str(error.value)
 
 
-def test_soft_capped_scores_are_skipped_with_the_reason():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    report = convert(Gemma2ForCausalLM(config), attention_k=4, feed_forward_k=6)
-    assert [entry.reason for entry in report.skipped] == ["its scores have a soft cap"] * 2
-    assert [entry.kind for entry in report.replaced] == ["feed_forward"] * 2
+def test_sinks_that_a_layer_does_not_hand_on_are_skipped_with_the_reason():
+    model = tiny_llama()
+    model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    report = convert(model, attention_k=4)
+    assert [(entry.path, entry.reason) for entry in report.skipped] == [
+        ("model.layers.0.self_attn", "it has attention sinks that it does not hand to attention as s_aux=")
+    ]
+    assert [entry.path for entry in report.replaced] == ["model.layers.1.self_attn"]
 
 
 def test_a_network_that_layers_share_is_replaced_in_each_and_stays_shared(tokens):

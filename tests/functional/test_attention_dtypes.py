@@ -1,12 +1,13 @@
 """Every floating dtype, with sums in float32 or float64, and autocast."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from comparison import (
     CALL_NAMES,
-    Call,
     Sizes,
     assert_same,
     assert_within_measured_allowance,
@@ -32,7 +33,7 @@ def in_float64(call):
         name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in call.options.items()
     }
-    return Call(tuple(x.double() for x in call.tensors), options, call.bias)
+    return replace(call, tensors=tuple(x.double() for x in call.tensors), options=options)
 
 
 def errors_of(backend, name, dtype, **options):

@@ -127,15 +127,21 @@ def assert_within_measured_allowance(errors: Tensor, reference_errors: Tensor, d
 
 @dataclass(frozen=True)
 class Call:
-    """One call of topk_attention: the tensors that get a gradient (query, key, value, a bias's source) and the rest."""
+    """One call of topk_attention: the tensors that get a gradient (query, key, value, then a bias's source or what else
+    `names` says) and the rest."""
 
     tensors: tuple[Tensor, ...]
     options: dict[str, Any] = field(default_factory=dict)
     bias: Callable[[Tensor], Any] = lambda source: source
+    names: tuple[str, ...] = ("bias",)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor, **options: Any) -> Any:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor, **options: Any) -> Any:
         merged = {"k": 3, **self.options, **options}
-        return topk_attention(query, key, value, bias=self.bias(bias[0]) if bias else None, **merged)
+        merged |= {
+            name: self.bias(tensor) if name == "bias" else tensor
+            for name, tensor in zip(self.names, others, strict=False)
+        }
+        return topk_attention(query, key, value, **merged)
 
     def run(self, **options: Any) -> list[Tensor]:
         """Output and gradients."""
@@ -225,6 +231,24 @@ def _everything_at_once(sizes: Sizes, dtype: torch.dtype) -> Call:
     return Call((*attention_inputs(sizes, dtype), torch.randn(1, sizes.queries, sizes.keys, dtype=dtype)), options)
 
 
+def _sinks(sizes: Sizes, dtype: torch.dtype) -> Call:
+    call = _queries_without_keys(sizes._replace(key_heads=sizes.heads // 2), dtype)
+    options = {**call.options, "enable_gqa": True}
+    return replace(
+        call, tensors=(*call.tensors, torch.randn(sizes.heads, dtype=dtype)), options=options, names=("sinks",)
+    )
+
+
+def _soft_cap(sizes: Sizes, dtype: torch.dtype) -> Call:
+    return Call(attention_inputs(sizes, dtype), {"softcap": 0.8, "is_causal": True, "scale": 1.3})
+
+
+def _soft_cap_with_sinks_and_a_relative_bias(sizes: Sizes, dtype: torch.dtype) -> Call:
+    call = _relative_bias(sizes, dtype)
+    tensors = (*call.tensors, torch.randn(sizes.heads, dtype=dtype))
+    return Call(tensors, {"softcap": 0.5}, RelativeBias, ("bias", "sinks"))
+
+
 def _completed(call: Call, mass_scale: float | Sequence[float] = 1.5, lift: float = 0.35) -> Call:
     return replace(call, options={**call.options, "completion": Completion(mass_scale, lift)})
 
@@ -252,6 +276,10 @@ def _completed_relative_bias(sizes: Sizes, dtype: torch.dtype) -> Call:
     return _completed(_relative_bias(sizes, dtype), lift=1.0)
 
 
+def _completed_sinks(sizes: Sizes, dtype: torch.dtype) -> Call:
+    return _completed(_sinks(sizes, dtype), [0.5, 3.0, 0.0, 1.0][: sizes.heads])
+
+
 def _completed_everything_at_once(sizes: Sizes, dtype: torch.dtype) -> Call:
     return _completed(_everything_at_once(sizes, dtype), [0.5, 2.0, 1.0, 0.1][: sizes.heads])
 
@@ -274,15 +302,20 @@ _CALLS = {
         _causal_bucketed_bias,
         _alibi,
         _everything_at_once,
+        _sinks,
+        _soft_cap,
+        _soft_cap_with_sinks_and_a_relative_bias,
         _completed_causal,
         _completed_causal_with_a_padding_mask,
         _completed_queries_without_keys,
         _completed_by_head,
         _completed_relative_bias,
+        _completed_sinks,
         _completed_everything_at_once,
     )
 }
 CALL_NAMES = list(_CALLS)
+SINK_NAMES = [name for name in CALL_NAMES if "sinks" in name]
 COMPLETED_NAMES = [name for name in CALL_NAMES if name.startswith("completed_")]
 
 
@@ -311,8 +344,8 @@ def _gap_behind_the_kth_score(call: Call) -> float:
 
     With all keys kept there is no rest, so completion changes none of these weights.
     """
-    query, key, value, *bias = (x.double() for x in call.tensors)
-    _, everything = call(query, key, value, *bias, k=None, backend="reference", return_selection=True)
+    query, key, value, *others = (x.double() for x in call.tensors)
+    _, everything = call(query, key, value, *others, k=None, backend="reference", return_selection=True)
     scores = everything.weights.log().sort(-1, descending=True).values  # less a constant for each row
     heads, keys = query.shape[-3], key.shape[-2]
     k = call.options.get("k", 3)

@@ -66,7 +66,19 @@ def tiny_mistral(**changes):
     return MistralForCausalLM(MistralConfig(**options | changes)).eval()
 
 
-def topk_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, position_bias=None, **kwargs):
+def topk_eager(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    dropout=0.0,
+    position_bias=None,
+    s_aux=None,
+    softcap=None,
+    **kwargs,
+):
     """What a converted layer must compute, written with a dense mask over transformers' own eager scores.
 
     topk_eager.k is an int, or a function that gives a layer's: an int, or one for each head.
@@ -74,6 +86,8 @@ def topk_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, 
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
@@ -82,7 +96,10 @@ def topk_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, 
     last = (torch.tensor(k).clamp(max=scores.shape[-1]) - 1).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     kth = scores.sort(-1, descending=True).values.gather(-1, last)
     scores = scores.masked_fill(scores < kth, -torch.inf)
-    return (scores.softmax(-1).nan_to_num() @ value).transpose(1, 2).contiguous(), None
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).nan_to_num()[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 _COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -43,6 +43,8 @@ def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None 
         _check_cpu(call)
         if _selects_nothing(call):
             return Choice("chunked", "k=None is chunking alone: it selects nothing, so there is nothing to save")
+        if _caps_before_it_adds(call):
+            return Choice("chunked", _CAPS_ALL)
     return Choice(requested, "asked for by name")
 
 
@@ -51,6 +53,15 @@ def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
     if isinstance(call, AttentionCall):
         return call.head_k is None and not call.return_selection
     return isinstance(call, FeedForwardCall) and call.k is None
+
+
+_CAPS_ALL = (
+    "a soft cap with something added to what it gives: every score is capped, and the kernels cap kept ones alone"
+)
+
+
+def _caps_before_it_adds(call: AttentionCall | FeedForwardCall | None) -> bool:
+    return isinstance(call, AttentionCall) and call.softcap is not None and call.adds_to_scores()
 
 
 def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
@@ -71,6 +82,8 @@ def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
         if call is not None and not torch.compiler.is_compiling():
             _warn_of_missing_kernels(problem)
         return Choice("chunked", problem)
+    if _caps_before_it_adds(call):
+        return Choice("chunked", _CAPS_ALL)
     return Choice("cpu", f"the fastest for CPU tensors; kernels for {cpu.cpu_target()}")
 
 

@@ -26,6 +26,12 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, num_queries, num_heads, value.shape[3]).transpose(1, 2)
 
 
+def adds_to_scores(attn_mask: Tensor | None, bias: Tensor | None, relative_bias: Tensor | None) -> bool:
+    """Whether these may change the order of scores; a boolean mask only hides."""
+    has_float_mask = attn_mask is not None and attn_mask.is_floating_point()
+    return has_float_mask or bias is not None or relative_bias is not None
+
+
 class KeySums(NamedTuple):
     """Sums over keys, in the accumulation dtype.
 
@@ -122,6 +128,8 @@ class AttentionCall:
     bias           [B|1, H|1, N|1, M|1]  float, added to the scores, differentiable
     relative_bias  [H|1, N + M - 1]  float, added as relative_bias[h, j - i + N - 1], differentiable
     is_causal      query i sees keys j <= i + M - N
+    sinks          [H]  accumulation dtype, differentiable: one more score for every query of a head, without a value
+    softcap        c: a score s, before biases and masks are added, counts as c * tanh(s / c)
     seed           int64 scalar that decides the dropout draw; None without dropout
     mass_scale     [H]  accumulation dtype, differentiable: factor on the weight of the keys that are not kept; None
                    leaves these keys out
@@ -144,6 +152,8 @@ class AttentionCall:
     seed: Tensor | None
     query_chunk_size: int | None
     return_selection: bool
+    sinks: Tensor | None = None
+    softcap: float | None = None
     mass_scale: Tensor | None = None
     rest_lift: float = 0.0
     sums: KeySums | None = None
@@ -160,7 +170,11 @@ class AttentionCall:
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The tensors that may get a gradient."""
-        return self.query, self.key, self.value, self.bias, self.relative_bias, self.mass_scale
+        return self.query, self.key, self.value, self.bias, self.relative_bias, self.sinks, self.mass_scale
+
+    def adds_to_scores(self) -> bool:
+        """Whether something is added to scores that may change their order; a boolean mask only hides."""
+        return adds_to_scores(self.attn_mask, self.bias, self.relative_bias)
 
 
 @dataclass(frozen=True)

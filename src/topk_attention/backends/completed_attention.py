@@ -20,6 +20,7 @@ from .operators import (
     TopKBackwardInputs,
     TopKInputs,
     empty_attention_gradients,
+    gradient_of_sinks,
     is_transformed,
     needs_gradient,
     refuse_second_derivatives,
@@ -43,7 +44,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     needs_operator = save_selection or is_transformed()
     run: Callable[..., tuple[Tensor, ...]] = completed_attention_op if needs_operator else _forward
     output, indices, weights, *_ = run(
-        *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale),
+        *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale, call.sinks),
         *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),
         *(call.query_chunk_size, backend, save_selection),
     )
@@ -62,6 +63,7 @@ def _forward(
     bias: Tensor | None,
     relative_bias: Tensor | None,
     mass_scale: Tensor,
+    sinks: Tensor | None,
     seed: Tensor | None,
     key_sum: Tensor | None,
     value_sum: Tensor | None,
@@ -74,20 +76,23 @@ def _forward(
     query_chunk_size: int | None,
     backend: str,
     save_selection: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, N, E], the backend's flat selection, and for each row, [B, H, N], the rest's weight at a scale of 1
-    and the slot of the smallest kept score, int32; then the sums over keys, of keys, values and their products.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, H, N, E], the backend's flat selection, log_sums with sinks, and for each row, [B, H, N], the rest's
+    weight at a scale of 1 and the slot of the smallest kept score, int32; then the sums over keys, of keys, values and
+    their products.
 
     The selection, indices int32 and weights, is empty unless it is asked for. So are the sums, and where the backward
     pass sums anew: `VisibleKeys.saved_sums_shape`.
     """
     dtype = accumulation_dtype(query.dtype)
+    saves_sums = sinks is not None and save_selection
     no_sums = (query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype))
     if query.numel() == 0:
         return (
             empty_output(query, value),
             torch.empty(0, dtype=torch.int32, device=query.device),
             query.new_empty(0, dtype=dtype),
+            query.new_empty(query.shape[:3] if saves_sums else (0,), dtype=dtype),
             query.new_empty(query.shape[:3], dtype=dtype),
             query.new_empty(query.shape[:3], dtype=torch.int32),
             *no_sums,
@@ -99,7 +104,8 @@ def _forward(
     rest = visible.sums(mass_scale, totals)
     if relative_bias is not None:
         relative_bias = relative_bias.to(visible.dtype)
-    inputs = TopKInputs(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
+    tensors = (query, key, value, attn_mask, bias, relative_bias, sinks, seed)
+    inputs = TopKInputs(*tensors, head_k, is_causal, scale, 0.0, dropout_p)
     results = _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest)
     if not save_selection or visible.saved_sums_shape(totals is not None) is None:
         return *results, *no_sums
@@ -113,7 +119,7 @@ completed_attention_op = torch.library.custom_op(
 
 
 @completed_attention_op.register_fake
-def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, *inputs):
+def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, sinks, seed, *inputs):
     key_sum, _, _, head_k, is_causal, scale, _, rest_lift, *_ = inputs
     save_selection = inputs[-1]
     dtype = accumulation_dtype(query.dtype)
@@ -125,6 +131,7 @@ def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, seed, *inpu
         empty_output(query, value),
         query.new_empty(num_entries, dtype=torch.int32),
         query.new_empty(num_entries, dtype=dtype),
+        query.new_empty(query.shape[:3] if sinks is not None and save_selection else (0,), dtype=dtype),
         query.new_empty(query.shape[:3], dtype=dtype),
         query.new_empty(query.shape[:3], dtype=torch.int32),
         *(query.new_empty(0 if shape is None else (*shape, *dim), dtype=dtype) for dim in dims),
@@ -142,12 +149,14 @@ def completed_attention_backward_op(
     bias: Tensor | None,
     relative_bias: Tensor | None,
     mass_scale: Tensor,
+    sinks: Tensor | None,
     seed: Tensor | None,
     key_sum: Tensor | None,
     value_sum: Tensor | None,
     product_sum: Tensor | None,
     indices: Tensor,
     weights: Tensor,
+    log_sums: Tensor,
     mass: Tensor,
     cuts: Tensor,
     saved_keys: Tensor,
@@ -162,25 +171,27 @@ def completed_attention_backward_op(
     query_wanted: bool,
     key_wanted: bool,
     value_wanted: bool,
+    sinks_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, bias, relative_bias and mass_scale.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value, bias, relative_bias, sinks and mass_scale.
 
     All but the last are left out where they are not wanted; their places hold empty tensors.
     """
-    wanted = (query_wanted, key_wanted, value_wanted)
+    wanted = (query_wanted, key_wanted, value_wanted, sinks_wanted)
+    grad_sinks = torch.zeros_like(mass_scale) if sinks_wanted else mass_scale.new_empty(0)
     if query.numel() == 0:
         empty = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
-        query, key, value, bias, relative_bias = (x.contiguous().zero_() for x in empty)
-        return query, key, value, bias, relative_bias, torch.zeros_like(mass_scale)
+        query, key, value, bias, relative_bias, _ = (x.contiguous().zero_() for x in empty)
+        return query, key, value, bias, relative_bias, grad_sinks, torch.zeros_like(mass_scale)
     visible = VisibleKeys(
         query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift, _faster_sums(backend)
     )
     totals = _key_sums(key_sum, value_sum, product_sum)
     saved = KeySums(saved_keys, saved_values, saved_products) if saved_products.numel() > 0 else None
     rest = visible.sums(mass_scale, totals, grad_output, saved)
-    inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, 0.0, dropout_p)
     gradients, of_rest = _BACKENDS[backend].completed_backward(
         inputs, wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, rest
     )
@@ -193,21 +204,27 @@ def completed_attention_backward_op(
         visible.add_gradients(of_rest, grad_output, *of_tables)
     visible.add_bias_gradients(of_rest.bias, gradients.bias, gradients.relative_bias)
     grad_mass_scale = of_rest.mass_scale.sum((0, 2), dtype=torch.float64).to(mass_scale.dtype)
+    if sinks_wanted:
+        of_sinks = gradient_of_sinks(sinks, log_sums, gradients.mean_grads)
+        assert of_sinks is not None
+        grad_sinks = of_sinks
     return (
         gradients.query.contiguous(),
         gradients.key.to(key.dtype).contiguous(),
         gradients.value.to(value.dtype).contiguous(),
         gradients.bias.to(weights.dtype),
         gradients.relative_bias.to(weights.dtype),
+        grad_sinks,
         grad_mass_scale,
     )
 
 
 @completed_attention_backward_op.register_fake
 def _(grad_output, query, key, value, attn_mask, bias, relative_bias, mass_scale, *inputs):
-    weights, (*wanted, bias_shape, relative_bias_shape) = inputs[5], inputs[-5:]
+    weights, (*wanted, bias_shape, relative_bias_shape) = inputs[6], inputs[-6:]
     empty = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, weights.dtype)
-    return *(x.contiguous() for x in empty), torch.empty_like(mass_scale)
+    grad_sinks = torch.empty_like(mass_scale) if wanted[3] else mass_scale.new_empty(0)
+    return *(x.contiguous() for x in empty[:5]), grad_sinks, torch.empty_like(mass_scale)
 
 
 def _faster_sums(backend: str) -> Callable[[Tensor, Tensor, int], KeySums] | None:
@@ -236,18 +253,21 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> Gradients:
     require_selection(ctx, "completed_attention")
     saved = ctx.saved_tensors  # read once: under activation checkpointing each read computes them again
     _, key, value, _, bias, relative_bias, *_ = saved
-    wanted = ctx.needs_input_grad[:3]
+    wanted = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[7])
     shapes = [
         tuple(x.shape) if x is not None and is_wanted else ()
         for x, is_wanted in zip((bias, relative_bias), ctx.needs_input_grad[4:6], strict=True)
     ]
-    *gradients, grad_mass_scale = completed_attention_backward_op(grad_output, *saved, *ctx.options, *wanted, *shapes)
-    query, key, value = (x if is_wanted else None for x, is_wanted in zip(gradients[:3], wanted, strict=True))
+    *gradients, grad_sinks, grad_mass_scale = completed_attention_backward_op(
+        grad_output, *saved, *ctx.options, *wanted, *shapes
+    )
+    query, key, value = (x if is_wanted else None for x, is_wanted in zip(gradients[:3], wanted[:3], strict=True))
     of_biases = (
         gradient.to(x.dtype) if shape else None
         for gradient, x, shape in zip(gradients[3:], (bias, relative_bias), shapes, strict=True)
     )
-    given = (query, key, value, None, *of_biases, grad_mass_scale if ctx.needs_input_grad[6] else None)
+    of_mass_scale = grad_mass_scale if ctx.needs_input_grad[6] else None
+    given = (query, key, value, None, *of_biases, of_mass_scale, grad_sinks if wanted[3] else None)
     return (*given, *(None,) * (ctx.num_inputs - len(given)))
 
 

@@ -73,22 +73,25 @@ def full_attention_op(
     attn_mask: Tensor | None,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
+    softcap: float,
     dropout_p: float,
     query_chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns output [B, H, N, E], the logarithm of each row's softmax denominator, [B, H, N, 1], and whether PyTorch's
     attention computed them, [] bool.
 
-    bias, relative_bias and seed are None, because `sdpa.obstacle` refuses calls that have them.
+    bias, relative_bias, sinks and seed are None and softcap is 0: `sdpa.obstacle` refuses calls that have them.
     """
     if _are_finite(query, key, value):
         output, log_sums = sdpa.forward(query, key, value, attn_mask, is_causal, scale)
         return output, log_sums.unsqueeze(3), torch.tensor(True)
     output, log_sums = chunked.full_attention_op(
-        query, key, value, attn_mask, bias, relative_bias, seed, is_causal, scale, dropout_p, query_chunk_size
+        *(query, key, value, attn_mask, bias, relative_bias, sinks, seed),
+        *(is_causal, scale, softcap, dropout_p, query_chunk_size),
     )
     return output, log_sums, torch.tensor(False)
 
@@ -114,41 +117,43 @@ def full_attention_backward_op(
     attn_mask: Tensor | None,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
+    softcap: float,
     dropout_p: float,
     query_chunk_size: int | None,
     query_wanted: bool,
     key_wanted: bool,
     value_wanted: bool,
+    means_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, bias and relative_bias; empty tensors for those not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns `AttentionGradients`; empty tensors for those not wanted."""
     if not is_pytorchs:
         return chunked.full_attention_backward_op(
             grad_output,
             output,
             log_sums,
-            *(query, key, value, attn_mask, bias, relative_bias, seed),
-            *(is_causal, scale, dropout_p, query_chunk_size),
-            *(query_wanted, key_wanted, value_wanted, bias_shape, relative_bias_shape),
+            *(query, key, value, attn_mask, bias, relative_bias, sinks, seed),
+            *(is_causal, scale, softcap, dropout_p, query_chunk_size),
+            *(query_wanted, key_wanted, value_wanted, means_wanted, bias_shape, relative_bias_shape),
         )
-    wanted = (query_wanted, key_wanted, value_wanted)
+    wanted = (query_wanted, key_wanted, value_wanted, means_wanted)
     gradients = sdpa.backward(grad_output, output, log_sums.squeeze(3), query, key, value, attn_mask, is_causal, scale)
     empty = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, log_sums.dtype)
     grad_query, grad_key, grad_value = (
         gradient if is_wanted else nothing
-        for gradient, nothing, is_wanted in zip(gradients, empty[:3], wanted, strict=True)
+        for gradient, nothing, is_wanted in zip(gradients, empty[:3], wanted[:3], strict=True)
     )
-    return AttentionGradients(grad_query, grad_key, grad_value, empty.bias, empty.relative_bias)
+    return AttentionGradients(grad_query, grad_key, grad_value, *empty[3:])
 
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, is_pytorchs, query, key, value, *options):
-    *_, query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = options
-    wanted = (query_wanted, key_wanted, value_wanted)
+    *wanted, bias_shape, relative_shape = options[-6:]
     return tuple(empty_attention_gradients(query, key, value, wanted, bias_shape, relative_shape, log_sums.dtype))
 
 

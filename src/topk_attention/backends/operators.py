@@ -20,7 +20,9 @@ Gradients = tuple[Tensor | None, ...]
 class TopKInputs(NamedTuple):
     """The inputs with which every operator of top-k attention begins.
 
-    Options of its own follow, and save_selection comes last. The operator returns output, indices and weights.
+    Options of its own follow, and save_selection comes last. The operator returns output, indices, weights and, with
+    sinks and a selection, the logarithm of each row's softmax denominator, inf where the row sees no key. A softcap of
+    0 is none.
     """
 
     query: Tensor
@@ -29,10 +31,12 @@ class TopKInputs(NamedTuple):
     attn_mask: Tensor | None
     bias: Tensor | None
     relative_bias: Tensor | None
+    sinks: Tensor | None
     seed: Tensor | None
     head_k: Sequence[int]
     is_causal: bool
     scale: float
+    softcap: float
     dropout_p: float
 
 
@@ -48,6 +52,7 @@ class TopKBackwardInputs(NamedTuple):
     weights: Tensor
     head_k: Sequence[int]
     scale: float
+    softcap: float
     dropout_p: float
 
 
@@ -60,15 +65,18 @@ class FullInputs(NamedTuple):
     attn_mask: Tensor | None
     bias: Tensor | None
     relative_bias: Tensor | None
+    sinks: Tensor | None
     seed: Tensor | None
     is_causal: bool
     scale: float
+    softcap: float
     dropout_p: float
     query_chunk_size: int | None
 
     @staticmethod
     def of(call: AttentionCall) -> FullInputs:
-        return FullInputs(*(getattr(call, name) for name in FullInputs._fields))
+        inputs = FullInputs(*(getattr(call, name) for name in FullInputs._fields))
+        return inputs._replace(softcap=call.softcap or 0.0)
 
 
 _NUM_FULL_TENSORS = FullInputs._fields.index("is_causal")
@@ -82,6 +90,7 @@ class AttentionGradients(NamedTuple):
     value: Tensor
     bias: Tensor
     relative_bias: Tensor
+    mean_grads: Tensor  # [B, H, N], for sinks: the sum of each row's weights times their gradients
 
 
 class FeedForwardInputs(NamedTuple):
@@ -116,7 +125,7 @@ class FeedForwardGradients(NamedTuple):
 
 def run_topk_attention(
     call: AttentionCall,
-    operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    operator: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     padded: Callable[[Tensor, AttentionCall, Sequence[int], int], Tensor],
     *own_options: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -138,16 +147,18 @@ def run_topk_attention(
         call.attn_mask,
         call.bias,
         call.relative_bias,
+        call.sinks,
         call.seed,
         head_k,
         call.is_causal,
         call.scale,
+        call.softcap or 0.0,
         call.dropout_p,
     )
     save_selection = call.return_selection or needs_gradient(
-        call.query, call.key, call.value, call.bias, call.relative_bias
+        call.query, call.key, call.value, call.bias, call.relative_bias, call.sinks
     )
-    output, indices, weights = operator(*inputs, *own_options, save_selection)
+    output, indices, weights, _ = operator(*inputs, *own_options, save_selection)
     if value is not call.value:  # otherwise not: even a slice of everything takes 2 us
         output = output[..., : call.value.shape[3]]
     if not call.return_selection:
@@ -168,11 +179,11 @@ def is_transformed() -> bool:
 def save_topk_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """setup_context of operators that take `TopKInputs`."""
     call = TopKInputs(*inputs[: len(TopKInputs._fields)])
-    _, indices, weights = output
+    _, indices, weights, log_sums = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, weights)
-    ctx.save_for_backward(call.query, call.key, call.value, call.seed, indices, weights)
-    ctx.head_k, ctx.scale, ctx.dropout_p = call.head_k, call.scale, call.dropout_p
+    ctx.mark_non_differentiable(indices, weights, log_sums)
+    ctx.save_for_backward(call.sinks, log_sums, call.query, call.key, call.value, call.seed, indices, weights)
+    ctx.options = call.head_k, call.scale, call.softcap, call.dropout_p
     ctx.has_selection, ctx.num_inputs = inputs[-1], len(inputs)
     # Shapes alone: the biases themselves are not needed again.
     ctx.bias, ctx.relative_bias = (
@@ -192,16 +203,17 @@ def differentiate_topk_attention(operator: str, backward_op: Callable[..., tuple
         if grad_output is None:
             return (None,) * ctx.num_inputs
         require_selection(ctx, operator)
-        saved = ctx.saved_tensors  # read once: under activation checkpointing each read computes them again
+        # Read once: under activation checkpointing each read computes them again.
+        sinks, log_sums, *saved = ctx.saved_tensors
         # A frozen key or value, as in cross-attention to a frozen encoder, gets no gradient that would be thrown away.
-        wanted = ctx.needs_input_grad[:3]
+        wanted = _wanted(TopKInputs, ctx)
         (bias_shape, bias_dtype), (relative_shape, relative_dtype) = ctx.bias, ctx.relative_bias
         gradients = AttentionGradients(
-            *backward_op(grad_output, *saved, ctx.head_k, ctx.scale, ctx.dropout_p, *wanted, bias_shape, relative_shape)
+            *backward_op(grad_output, *saved, *ctx.options, *wanted, bias_shape, relative_shape)
         )
         query, key, value = (
             gradient.to(x.dtype) if is_wanted else None
-            for gradient, x, is_wanted in zip(gradients[:3], saved[:3], wanted, strict=True)
+            for gradient, x, is_wanted in zip(gradients[:3], saved[:3], wanted[:3], strict=True)
         )
         return _in_order(
             TopKInputs,
@@ -211,6 +223,7 @@ def differentiate_topk_attention(operator: str, backward_op: Callable[..., tuple
             value=value,
             bias=gradients.bias.to(bias_dtype) if bias_dtype else None,
             relative_bias=gradients.relative_bias.to(relative_dtype) if relative_dtype else None,
+            sinks=gradient_of_sinks(sinks, log_sums, gradients.mean_grads) if wanted[3] else None,
         )
 
     return backward
@@ -238,13 +251,14 @@ def differentiate_full_attention(backward_op: Callable[..., tuple[Tensor, ...]])
         bias_shape, relative_shape = (
             tuple(x.shape) if x is not None and x.requires_grad else () for x in (call.bias, call.relative_bias)
         )
-        wanted = ctx.needs_input_grad[:3]
+        wanted = _wanted(FullInputs, ctx)
         gradients = AttentionGradients(
             *backward_op(grad_output, *saved, *ctx.options, *wanted, bias_shape, relative_shape)
         )
         query, key, value = (
-            gradient if is_wanted else None for gradient, is_wanted in zip(gradients[:3], wanted, strict=True)
+            gradient if is_wanted else None for gradient, is_wanted in zip(gradients[:3], wanted[:3], strict=True)
         )
+        log_sums = saved[1].squeeze(3)
         return _in_order(
             FullInputs,
             len(FullInputs._fields),
@@ -257,9 +271,27 @@ def differentiate_full_attention(backward_op: Callable[..., tuple[Tensor, ...]])
                 if call.relative_bias is not None and relative_shape
                 else None
             ),
+            sinks=gradient_of_sinks(call.sinks, log_sums, gradients.mean_grads) if wanted[3] else None,
         )
 
     return backward
+
+
+def _wanted(inputs: type[tuple[Any, ...]], ctx: Any) -> tuple[bool, bool, bool, bool]:
+    """Whether query, key, value and sinks want a gradient."""
+    of_input = dict(zip(inputs._fields, ctx.needs_input_grad, strict=False))  # type: ignore[attr-defined]
+    return of_input["query"], of_input["key"], of_input["value"], of_input["sinks"]
+
+
+def gradient_of_sinks(sinks: Tensor | None, log_sums: Tensor, mean_grads: Tensor) -> Tensor | None:
+    """[H]: a sink has no value, so each row gives it its weight times the negative mean of the weights' gradients.
+
+    log_sums, mean_grads  [B, H, N]
+    """
+    if sinks is None:
+        return None
+    weights = (sinks.unsqueeze(1) - log_sums).exp()
+    return -(weights * mean_grads).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
 
 
 def empty_attention_gradients(
@@ -272,6 +304,7 @@ def empty_attention_gradients(
     dtype: torch.dtype,
 ) -> AttentionGradients:
     """Tensors like those that the backward operators return; `dtype` is that of the biases' gradients."""
+    *wanted, means_wanted = wanted
     grad_query, grad_key, grad_value = (
         torch.empty_like(x) if is_wanted else x.new_empty(0)
         for x, is_wanted in zip((query, key, value), wanted, strict=True)
@@ -282,6 +315,7 @@ def empty_attention_gradients(
         grad_value,
         query.new_empty(bias_shape or (0,), dtype=dtype),
         query.new_empty(relative_bias_shape or (0,), dtype=dtype),
+        query.new_empty(query.shape[:3] if means_wanted else (0,), dtype=dtype),
     )
 
 

@@ -26,7 +26,10 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     head_k = torch.tensor(call.head_k or [num_keys] * num_heads, device=query.device)
     bias = _dense_bias(call, dtype)
     with torch.no_grad():
-        scores = query @ key.mT * call.scale + bias
+        scores = query @ key.mT * call.scale
+        if call.adds_to_scores():  # otherwise the cap keeps their order, also where it rounds them to the same number
+            scores = _capped(scores, call)
+        scores = scores + bias
         scores = scores.masked_fill(~_visible(call, bias), -torch.inf)
         # A stable sort leaves tied keys in index order, so the lower index comes first.
         order = scores.argsort(dim=-1, descending=True, stable=True)[..., : int(head_k.max())]
@@ -41,17 +44,21 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         rows = rows.gather(3, chosen.unsqueeze(-1).expand(*chosen.shape, table.shape[-1]))
         return torch.where(kept.unsqueeze(-1), rows, 0)
 
-    scores = (query.unsqueeze(3) * rows_of(key)).sum(-1) * call.scale + bias.gather(-1, chosen)
+    scores = _capped((query.unsqueeze(3) * rows_of(key)).sum(-1) * call.scale, call) + bias.gather(-1, chosen)
     row_is_empty = ~kept.any(-1, keepdim=True)
     scores = scores.masked_fill(~kept, -torch.inf).masked_fill(row_is_empty, 0)
-    weights = torch.where(row_is_empty, 0, scores.softmax(-1))
+    sink = scores[..., :0]
+    if call.sinks is not None:
+        sink = call.sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., : scores.shape[-1]]
+    weights = torch.where(row_is_empty, 0, weights)
     rest_output = None
     if call.mass_scale is not None:
         visible = _visible(call, bias)
         # Empty slots go to one more column, or the last key would lose its mark to them.
         is_kept = F.pad(torch.zeros_like(visible), (0, 1)).scatter(-1, torch.where(kept, chosen, num_keys), True)
         rest = visible & ~is_kept[..., :num_keys]
-        log_sum = scores.logsumexp(-1, keepdim=True)
+        log_sum = torch.cat([scores, sink], -1).logsumexp(-1, keepdim=True)
         # The last one: of equal scores that of the key with the highest index.
         place = (kept.shape[-1] - 1 - scores.masked_fill(~kept, torch.inf).flip(-1).argmin(-1, keepdim=True)).clamp(
             min=0
@@ -128,6 +135,10 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
 def _nan_where_not_finite(rows: Tensor) -> Tensor:
     """The rows with NaN in place of inf, so that their scores are NaN. A score of -inf would hide the key."""
     return torch.where(rows.isfinite(), rows, torch.nan)
+
+
+def _capped(scores: Tensor, call: AttentionCall) -> Tensor:
+    return scores if call.softcap is None else call.softcap * (scores / call.softcap).tanh()
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

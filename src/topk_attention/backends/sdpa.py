@@ -35,6 +35,10 @@ def obstacle(call: AttentionCall) -> str | None:
         return "not tried on this device"
     if call.dropout_p > 0:
         return "with dropout it takes memory quadratic in length"
+    if call.sinks is not None:
+        return "it has no attention sinks"
+    if call.softcap is not None:
+        return "it has no soft cap"
     if call.bias is not None or call.relative_bias is not None:
         return "with a bias it takes memory quadratic in length"
     if call.attn_mask is not None and call.attn_mask.dtype not in (torch.bool, call.query.dtype):

@@ -380,6 +380,8 @@ def measure(
         ValueError: the model was converted already, or a loss is needed and there is none.
     """
     check_unconverted(model)
+    if collector.completion is not None:
+        _check_no_soft_cap(model)
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
     passed: set[tuple[int, str, str]] = set()
     losses: list[float] = []
@@ -426,6 +428,15 @@ def measure(
         curves.clear()
         curves.update(in_order)
     return sum(losses) / len(losses)
+
+
+def _check_no_soft_cap(model: nn.Module) -> None:
+    capped = next((site.path for site in attention_sites(model) if site.soft_cap is not None), None)
+    if capped is not None:
+        raise ValueError(
+            f"completion is not possible for {capped}: its scores have a soft cap, and the mean of capped scores is "
+            "not a sum over keys; leave completion out"
+        )
 
 
 def _of_completion(curves: Curves) -> dict[str, Any]:

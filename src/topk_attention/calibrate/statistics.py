@@ -253,6 +253,7 @@ class Collector:
                         grad_output[b, head, sampled.queries[part]],
                         at,
                         self.completion,
+                        None if call.sinks is None else call.sinks[head],
                     )
                     for part in places.split(_ROWS_AT_A_TIME)
                 ]
@@ -326,7 +327,7 @@ def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> tupl
     keys = call.key[batch, head * call.key.shape[1] // call.query.shape[1], :num_visible]
     dtype = accumulation_dtype(keys.dtype)
     products = call.query[batch, head, rows].to(dtype) @ keys.mT.to(dtype) * call.scale
-    scores = products
+    scores = products if call.softcap is None else call.softcap * (products / call.softcap).tanh()
     if call.relative_bias is not None:
         of_head = call.relative_bias[head if call.relative_bias.shape[0] > 1 else 0]
         scores = scores + of_head[torch.arange(num_visible, device=rows.device) - rows.unsqueeze(1) + num_queries - 1]
@@ -343,21 +344,32 @@ def _scores(sampled: SampledCall, batch: int, head: int, places: Tensor) -> tupl
 
 
 def _attention_rows(
-    scores: Tensor, products: Tensor, values: Tensor, grad_output: Tensor, at: Tensor, completion: Completion | None
+    scores: Tensor,
+    products: Tensor,
+    values: Tensor,
+    grad_output: Tensor,
+    at: Tensor,
+    completion: Completion | None,
+    sink: Tensor | None,
 ) -> Rows:
     """Rows [rows, K] of one head.
 
     scores    [rows, M], -inf where hidden
     products  [rows, M], what of the scores is query . key
     at        [K], k - 1
+    sink      [] of the head
     """
     at = at.clamp(max=scores.shape[1] - 1)
     scores, by_score = scores.sort(dim=1, descending=True)
-    p = scores.softmax(1).nan_to_num(0.0)  # NaN: a row that sees no key
+    entries = scores
+    if sink is not None:  # it keeps its share at every k
+        entries = torch.cat([scores, sink.to(scores.dtype).expand(scores.shape[0], 1)], 1)
+    p = entries.softmax(1).nan_to_num(0.0)  # NaN: a row that sees no key
+    p, of_sink = p[:, : scores.shape[1]], p[:, scores.shape[1] :].sum(1, keepdim=True)
     effects = (grad_output.to(values.dtype) @ values.mT).gather(1, by_score)
     effect = (p * effects).cumsum(1)
     mass = p.cumsum(1)
-    kept = mass[:, at].clamp(min=torch.finfo(mass.dtype).tiny)
+    kept = (mass[:, at] + of_sink).clamp(min=torch.finfo(mass.dtype).tiny)
     # A row that sees no key has mass zero, so it loses nothing.
     lost = (mass[:, -1:] - mass[:, at]).clamp(min=0)
     rows = Rows(lost, effect[:, at] / kept, effect[:, -1:])
@@ -371,7 +383,7 @@ def _attention_rows(
     mean, mean_product, mean_effect = (_sums_after(x, at) * share for x in (visible, own, effects))
     rest = (1 - mean_product) * mean_effect + _sums_after(own * effects, at) * share
     score = (1 - completion.lift) * mean + completion.lift * visible[:, at]
-    log_kept = scores.logsumexp(1, keepdim=True) + kept.log()
+    log_kept = entries.logsumexp(1, keepdim=True) + kept.log()
     ratio = torch.where(count > 0, count * (score - log_kept).exp(), 0)
     return rows._replace(rest=torch.where(count > 0, rest, 0), mass=ratio)
 

@@ -23,9 +23,7 @@ from .tensor_parallel import of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
-    "softcap": "a soft cap on scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks that differ from query to query",
     "block_indices": "key blocks chosen by the model's own selector",
     "cache": "a paged cache",
 }
@@ -43,6 +41,7 @@ class _LayerCall:
     key            [B, G, M, D]
     value          [B, G, M, E]
     position_bias  [1|B, H, N, M], or the table that it is made from
+    sinks          [H]
     """
 
     settings: LayerSettings
@@ -53,6 +52,13 @@ class _LayerCall:
     position_bias: Tensor | TableBias | None
     scale: float | None
     dropout_p: float
+    sinks: Tensor | None = None
+    softcap: float | None = None
+
+    def is_plain(self) -> bool:
+        """Whether PyTorch's attention computes the softmax of these scores."""
+        has_table = self.position_bias is not None and not isinstance(self.position_bias, Tensor)
+        return not has_table and self.sinks is None and self.softcap is None
 
     def of_first_keys(self, num_keys: int) -> _LayerCall:
         """The same call with its first keys alone; the mask stays as it is."""
@@ -83,6 +89,8 @@ def topk_attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     position_bias: Tensor | TableBias | NoBias | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the arguments that transformers v5 passes.
@@ -93,6 +101,7 @@ def topk_attention_forward(
     key            [B, G, M, D]
     value          [B, G, M, E]
     position_bias  [1|B, H, N, M], or the table that it is made from
+    s_aux          [H], attention sinks
 
     Returns output [B, N, H, E] and None in place of weights; weights come from a layer left on its own attention.
 
@@ -101,7 +110,8 @@ def topk_attention_forward(
     """
     if (own := left_alone(module)) is not None:
         call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
-        return _own_attention(own, module, call, kwargs | {"is_causal": is_causal, "position_bias": position_bias})
+        beside = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, "softcap": softcap}
+        return _own_attention(own, module, call, kwargs | beside)
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="topk" does not support {name}= ({meaning}); use "eager"')
@@ -115,12 +125,12 @@ def topk_attention_forward(
         )
     settings = _of_own_heads(module, layer_settings(module), query.shape[1])
     bias = None if isinstance(position_bias, NoBias) else position_bias
-    call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout)
+    call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout, s_aux, softcap)
     if (indices := kwargs.get("indices")) is not None:
         output = _attend_to_chosen(call, indices)
     elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
         return _attend_in_graph(layer, call), None
-    elif settings.k is None and (bias is None or isinstance(bias, Tensor)):
+    elif settings.k is None and call.is_plain():
         return _full_attention(call, module, is_causal, kwargs)
     elif attention_mask is None:
         window = kwargs.get("sliding_window")
@@ -165,6 +175,8 @@ def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: boo
         dropout_p=call.dropout_p,
         scale=call.scale,
         enable_gqa=key.shape[1] != query.shape[1],
+        sinks=call.sinks,
+        softcap=call.softcap,
         backend=call.settings.backend,
         completion=call.settings.completion,
         key_sums=_sums(call, attn_mask, is_causal),
@@ -236,6 +248,8 @@ def _is_left_to_operator(call: _LayerCall) -> bool:
         isinstance(mask, CompactMask)
         and call.settings.kept_keys is not None
         and call.position_bias is None
+        and call.sinks is None
+        and call.softcap is None
         and call.dropout_p == 0
         and call.query.shape[0] == call.key.shape[0]
         and call.query.dtype == call.key.dtype

@@ -159,6 +159,11 @@ def _plan_attention(
                 )
             reason = f"k per head = {list(layer_k)}" if isinstance(layer_k, tuple) else f"k = {layer_k}"
             if layer_completion is not None:
+                if site.soft_cap is not None and layer_k != ALL:
+                    raise ValueError(
+                        f"completion for {site.path} is not possible: its scores have a soft cap, and the mean of "
+                        "capped scores is not a sum over keys; leave completion out"
+                    )
                 reason += (
                     ", so completion has nothing to add" if layer_k == ALL else f", completed ({layer_completion})"
                 )

@@ -15,7 +15,8 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
     """Every attention layer of the model, in the order of its modules."""
     for path, module in model.named_modules():
         if reads_attention_interface(module):
-            yield AttentionSite(path, module, _num_heads(module), attention_obstacle(module), True)
+            obstacle = attention_obstacle(module)
+            yield AttentionSite(path, module, _num_heads(module), obstacle, True, soft_cap(module))
         elif _asks_interface(inspect.unwrap(type(module).forward)):
             obstacle = f"its forward method was replaced by {full_name_of(own_forward(module))}, which does not ask "
             yield AttentionSite(path, module, None, obstacle + "transformers' attention interface", False)
@@ -48,11 +49,26 @@ def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
 
 
 def attention_obstacle(module: nn.Module) -> str | None:
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "its scores have a soft cap"
-    if getattr(module, "sinks", None) is not None:
-        return "it has attention sinks"
+    arguments = _named_arguments(own_forward(module))
+    if getattr(module, "sinks", None) is not None and "s_aux" not in arguments:
+        return "it has attention sinks that it does not hand to attention as s_aux="
+    if "sinks" in arguments:
+        return "its attention sinks differ from query to query"
     return None
+
+
+def soft_cap(module: nn.Module) -> float | None:
+    """The soft cap that an attention layer hands on with its scores; None where there is none."""
+    return (
+        getattr(module, "attn_logit_softcapping", None) if "softcap" in _named_arguments(own_forward(module)) else None
+    )
+
+
+def _named_arguments(function: object) -> set[str]:
+    """The names by which a function's code passes arguments."""
+    code = getattr(function, "__code__", None)
+    tuples = (constant for constant in code.co_consts if isinstance(constant, tuple)) if code is not None else ()
+    return {name for names in tuples for name in names if isinstance(name, str)}
 
 
 def _num_heads(module: nn.Module) -> int | None:

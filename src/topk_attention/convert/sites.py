@@ -43,6 +43,7 @@ class AttentionSite:
     num_heads: int | None
     obstacle: str | None  # why it cannot be replaced
     reads_interface: bool
+    soft_cap: float | None = None  # on the scores that it hands to attention
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Selection(NamedTuple):
 
     indices  [..., H, N, K]  int32, ascending; -1 marks an empty slot
     weights  [..., H, N, K]  float32 (float64 for float64 inputs), softmax weights before dropout, 0 in empty slots;
-                             without gradient; with completion they sum to 1 less the weight of the rest
+                             without gradient; with completion they sum to 1 less the weight of the rest, with sinks to
+                             1 less that of the sink
     """
 
     indices: Tensor
@@ -58,6 +59,8 @@ def topk_attention(
     dropout_p: float = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
+    sinks: Tensor | None = ...,
+    softcap: float | None = ...,
     backend: str = ...,
     query_chunk_size: int | None = ...,
     completion: Completion | None = ...,
@@ -80,6 +83,8 @@ def topk_attention(
     dropout_p: float = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
+    sinks: Tensor | None = ...,
+    softcap: float | None = ...,
     backend: str = ...,
     query_chunk_size: int | None = ...,
     completion: Completion | None = ...,
@@ -101,6 +106,8 @@ def topk_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
     query_chunk_size: int | None = None,
     completion: Completion | None = None,
@@ -126,6 +133,10 @@ def topk_attention(
                 `scaled_dot_product_attention`
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
+    sinks       [H] float: each query of head h gets one more score, sinks[h], which takes part in its softmax and has
+                no value (gpt-oss); never dropped, neither scaled nor capped; gets a gradient
+    softcap     c above 0: a score s, scaled, counts as c * tanh(s / c), before masks and biases are added (Gemma 2).
+                With float masks or biases beside it "cpu" runs as "chunked" does
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
                 or raises; "auto" takes the fastest, which is PyTorch's own for full attention; for k=None "cpu" chunks
                 queries as "chunked" does, because its kernels would save every key of every query
@@ -155,6 +166,9 @@ def topk_attention(
     index is kept, on every backend. A query that sees no key returns zeros and gets zero gradient. A query that sees
     fewer than k keys uses all of them. A score of -inf hides its key. NaN or inf in a hidden key or value never reaches
     the output. In a key that a query sees, it makes the query's output NaN.
+
+    A cap keeps the order of scores, so it changes which keys are kept only where a float mask or a bias is added to
+    what it gives.
 
     With completion, NaN or inf in a value that a query sees makes its output NaN or inf, whether it is kept or not.
 
@@ -195,6 +209,8 @@ def topk_attention(
         relative_bias=relative_bias,
         is_causal=is_causal,
         scale=_check_scale(scale, head_dim),
+        sinks=_check_sinks(sinks, query, num_heads),
+        softcap=_check_softcap(softcap, completion),
         dropout_p=dropout_p,
         seed=draw_seed(query.device) if dropout_p > 0 else None,
         query_chunk_size=query_chunk_size,
@@ -283,6 +299,33 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         )
     if key.shape[-2] >= 2**31:
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
+
+
+def _check_sinks(sinks: Tensor | None, query: Tensor, num_heads: int) -> Tensor | None:
+    """The sinks [H] in the accumulation dtype."""
+    if sinks is None:
+        return None
+    check_floating("sinks", sinks)
+    if list(sinks.shape) != [num_heads]:
+        raise ValueError(f"sinks must have shape [{num_heads}], one number for each query head, got {shape_of(sinks)}")
+    if sinks.device != query.device:
+        raise ValueError(f"sinks must be on {query.device} like query, got {sinks.device}; move one of them")
+    return sinks.to(accumulation_dtype(query.dtype))
+
+
+def _check_softcap(softcap: float | None, completion: Completion | None) -> float | None:
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+        raise TypeError(f"softcap must be a number above 0 or None, got {type(softcap).__name__} {softcap!r}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and above 0, got {softcap}; None caps nothing")
+    if completion is not None:
+        raise ValueError(
+            "completion cannot be combined with softcap: the mean of capped scores is not a sum over keys; leave one "
+            "of them out"
+        )
+    return float(softcap)
 
 
 def _check_completion(completion: Completion | None, num_heads: int, query: Tensor) -> Tensor | None:

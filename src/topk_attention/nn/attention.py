@@ -28,6 +28,8 @@ class TopKAttention(nn.Module):
     completion         as in `topk_attention`. A tensor of scales becomes the layer's `mass_scale`: a parameter if it is
                        one, which then trains with the others, otherwise a buffer
 
+    sinks              as in `topk_attention`; a parameter trains with the others, another tensor becomes a buffer
+
     The other options are those of `topk_attention`; dropout applies in training mode only.
 
     >>> import torch
@@ -49,6 +51,8 @@ class TopKAttention(nn.Module):
         is_causal: bool = False,
         dropout_p: float = 0.0,
         scale: float | None = None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
         backend: str = "auto",
         query_chunk_size: int | None = None,
         completion: Completion | None = None,
@@ -67,6 +71,11 @@ class TopKAttention(nn.Module):
         self.is_causal = is_causal
         self.dropout_p = dropout_p
         self.scale = scale
+        if isinstance(sinks, Tensor) and not isinstance(sinks, nn.Parameter):
+            self.register_buffer("sinks", sinks)
+        else:
+            self.sinks = sinks
+        self.softcap = softcap
         self.backend = backend
         self.query_chunk_size = query_chunk_size
         self._lift: float | None = None
@@ -104,6 +113,8 @@ class TopKAttention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             scale=self.scale,
             enable_gqa=self.num_key_heads != self.num_heads,
+            sinks=self.sinks,
+            softcap=self.softcap,
             backend=self.backend,
             query_chunk_size=self.query_chunk_size,
             completion=self.completion,
@@ -121,4 +132,5 @@ class TopKAttention(nn.Module):
 
     def extra_repr(self) -> str:
         options = f"k={self.k}, num_heads={self.num_heads}, is_causal={self.is_causal}, backend={self.backend!r}"
+        options += f", softcap={self.softcap:g}" if self.softcap is not None else ""
         return options if self._lift is None else f"{options}, completion=({self.completion})"

@@ -30,11 +30,24 @@ class Index:
         return self
 
 
-def inputs_of(query, key, value, k, attn_mask=None, bias=None, relative_bias=None, is_causal=False, dropout=False):
+def inputs_of(
+    query,
+    key,
+    value,
+    k,
+    attn_mask=None,
+    bias=None,
+    relative_bias=None,
+    is_causal=False,
+    dropout=False,
+    sinks=None,
+    softcap=0.0,
+):
     seed = torch.tensor(11) if dropout else None
     head_k = [k] * query.shape[1] if isinstance(k, int) else k
     scale, dropout_p = query.shape[-1] ** -0.5, 0.3 if dropout else 0.0
-    return query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, True
+    tensors = (query, key, value, attn_mask, bias, relative_bias, sinks, seed)
+    return *tensors, head_k, is_causal, scale, softcap, dropout_p, True
 
 
 def assert_same_bits(few, many):

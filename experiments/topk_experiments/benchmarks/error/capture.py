@@ -123,7 +123,11 @@ def _layer(call: AttentionCall) -> Layer:
 
 
 def _check_plain(call: AttentionCall, number: int) -> None:
-    extras = [name for name in ("attn_mask", "bias", "relative_bias", "seed") if getattr(call, name) is not None]
+    extras = [
+        name
+        for name in ("attn_mask", "bias", "relative_bias", "sinks", "softcap", "seed")
+        if getattr(call, name) is not None
+    ]
     if not call.is_causal or extras:
         found = f"{', '.join(extras)} beside it" if call.is_causal else "attention that is not causal"
         raise ValueError(

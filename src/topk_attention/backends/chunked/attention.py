@@ -25,7 +25,7 @@ from ..operators import (
 from . import full_attention
 from .rest import differentiate, seen_by, weigh, zero_in
 from .rows import dot_with_rows, transpose_selection, weighted_sum_by_target, weighted_sum_of_rows
-from .scores import ScoreInputs, query_rows, score_tile
+from .scores import ScoreInputs, query_rows, score_tile, slope_of_soft_cap, soft_capped
 from .selection import select_topk
 from .tables import Tables, part_of_heads, row_table_starts, zero_gradients
 from .tiles import (
@@ -37,6 +37,7 @@ from .tiles import (
     num_entries,
     row_numbers,
     rows_of,
+    rows_of_heads,
     split,
     steps,
     tile_shape,
@@ -70,21 +71,25 @@ def topk_attention_op(
     attn_mask: Tensor | None,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     seed: Tensor | None,
     head_k: Sequence[int],
     is_causal: bool,
     scale: float,
+    softcap: float,
     dropout_p: float,
     query_chunk_size: int | None,
     save_selection: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns output [B, H, N, E] and the flat selection, indices int32 and weights, which is empty unless asked for.
+    With sinks also the rows' log_sums [B, H, N], likewise.
 
     The selection lists, for each head group, [B, heads, N, k] entries in ascending key order; -1 with weight 0 marks
     an empty slot. Weights are those before dropout.
     """
-    inputs = TopKInputs(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p)
-    return completed_forward(inputs, query_chunk_size, save_selection, None)[:3]
+    tensors = (query, key, value, attn_mask, bias, relative_bias, sinks, seed)
+    inputs = TopKInputs(*tensors, head_k, is_causal, scale, softcap, dropout_p)
+    return completed_forward(inputs, query_chunk_size, save_selection, None)[:4]
 
 
 def completed_forward(
@@ -92,13 +97,13 @@ def completed_forward(
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `topk_attention_op` returns, and for a rest its weight at a scale of 1 and the slot of the smallest score.
 
     Both are [B, H, N], empty without a rest.
     """
-    query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p = call
-    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k, is_causal, scale, softcap, dropout_p = call
+    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale, softcap)
     batch, num_heads, num_queries, _ = query.shape
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
@@ -108,6 +113,8 @@ def completed_forward(
     saved_weights = torch.empty(num_saved, dtype=dtype, device=query.device)
     saved_mass = query.new_empty(query.shape[:3] if rest is not None else (0,), dtype=dtype)
     saved_cuts = torch.empty_like(saved_mass, dtype=torch.int32)
+    saves_sums = sinks is not None and save_selection
+    saved_log_sums = query.new_empty(query.shape[:3] if saves_sums else (0,), dtype=dtype)
     for group in head_groups(head_k, batch, key.shape[1], num_queries) if output.numel() > 0 else ():
         shape = tile_shape(group, num_queries, inputs.num_keys, dtype.itemsize, query_chunk_size)
         memory = None
@@ -115,20 +122,25 @@ def completed_forward(
             if memory is None:  # no later step is larger than the first
                 memory = query.new_empty(step.num_rows * shape.key_block, dtype=dtype)
             key_table, value_table = tables.of(step)
-            chosen = _choose(inputs, step, group.k, key_table, shape.key_block, memory)
+            chosen = _choose(inputs, step, group.k, key_table, shape.key_block, memory, sinks)
             in_table = _table_indices(chosen.indices, step, inputs.num_keys)
             weighed = None
             if rest is not None:
                 scaled_query = query_rows(inputs, step).view(step.num_rows, -1)
                 seen = seen_by(rest, step, scaled_query, num_queries, inputs.is_causal)
-                of_kept = (chosen.scores, chosen.empty_slots, chosen.weights)
+                log_sums = chosen.log_sums
+                if log_sums is None:
+                    log_sums = chosen.scores.logsumexp(1, keepdim=True)
+                of_kept = (chosen.scores, chosen.empty_slots, chosen.weights, log_sums)
                 weighed = weigh(scaled_query, seen, key_table, in_table, *of_kept)
-                chosen = chosen._replace(weights=weighed.weights)
+                chosen = chosen._replace(weights=weighed.weights, log_sums=weighed.log_sums)
                 write_rows(saved_mass.unsqueeze(3), step, weighed.mass)
                 write_rows(saved_cuts.unsqueeze(3), step, weighed.cut.int())
             if save_selection:
                 _save(chosen.saved_indices, saved_indices, group, step, batch, num_queries)
                 _save(chosen.weights, saved_weights, group, step, batch, num_queries)
+            if saves_sums and chosen.log_sums is not None:
+                write_rows(saved_log_sums.unsqueeze(3), step, chosen.log_sums)
             weights = chosen.weights
             if seed is not None:
                 rows = row_numbers(step, num_heads, num_queries, query.device)
@@ -141,11 +153,11 @@ def completed_forward(
             if chosen.empty_slots is not None:
                 result.masked_fill_(chosen.empty_slots[:, :1], 0)
             write_rows(output, step, result)
-    return output, saved_indices, saved_weights, saved_mass, saved_cuts
+    return output, saved_indices, saved_weights, saved_log_sums, saved_mass, saved_cuts
 
 
 @topk_attention_op.register_fake
-def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, *options) -> tuple[Tensor, Tensor, Tensor]:
+def _(query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k, *options) -> tuple[Tensor, ...]:
     batch, _, num_queries, _ = query.shape
     save_selection = options[-1]
     num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
@@ -153,6 +165,9 @@ def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, *options)
         empty_output(query, value),
         query.new_empty(num_saved, dtype=torch.int32),
         query.new_empty(num_saved, dtype=accumulation_dtype(query.dtype)),
+        query.new_empty(
+            query.shape[:3] if sinks is not None and save_selection else (0,), dtype=accumulation_dtype(query.dtype)
+        ),
     )
 
 
@@ -168,20 +183,23 @@ def topk_attention_backward_op(
     weights: Tensor,
     head_k: Sequence[int],
     scale: float,
+    softcap: float,
     dropout_p: float,
     query_wanted: bool,
     key_wanted: bool,
     value_wanted: bool,
+    means_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, bias and relative_bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns `AttentionGradients`.
 
     Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors. The gradients
     of the biases come in the accumulation dtype.
     """
-    wanted = (query_wanted, key_wanted, value_wanted)
-    inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p)
+    wanted = (query_wanted, key_wanted, value_wanted, means_wanted)
+    options = (head_k, scale, softcap, dropout_p)
+    inputs = TopKBackwardInputs(grad_output, query, key, value, seed, indices, weights, *options)
     gradients, _ = completed_backward(inputs, wanted, bias_shape, relative_bias_shape, False, None, None, None)
     return gradients._replace(key=gradients.key.to(key.dtype), value=gradients.value.to(value.dtype))
 
@@ -203,19 +221,19 @@ def completed_backward(
     The gradient of query is complete; those of keys, values and biases, in the accumulation dtype, lack what the rest
     sends to all keys that a query sees.
     """
-    grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p = inputs
+    grad_output, query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p = inputs
     batch, num_heads, num_queries, _ = query.shape
     num_key_heads, num_keys = key.shape[1:3]
-    query_wanted, key_wanted, value_wanted = wanted
+    query_wanted, key_wanted, value_wanted, means_wanted = wanted
     dtype = weights.dtype
     tables = Tables(key, value, dtype)
     rest_gradients = None
     if rest is not None:
         rest_gradients = RestGradients(*(query.new_zeros(query.shape[:3], dtype=dtype) for _ in RestGradients._fields))
-    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = zero_gradients(
+    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias, mean_grads = zero_gradients(
         query, key, value, wanted, bias_shape, relative_bias_shape, dtype
     )
-    needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
+    needs_grad_scores = query_wanted or key_wanted or means_wanted or bool(bias_shape) or bool(relative_bias_shape)
     for group in head_groups(head_k, batch, num_key_heads, num_queries) if grad_output.numel() > 0 else ():
         rows_per_step = backward_rows(num_keys, group.k)
         query_chunk = max(1, min(rows_per_step // group.queries_per_key_head, num_queries))
@@ -237,18 +255,25 @@ def completed_backward(
                 row_mass, cut = rows_of(mass.unsqueeze(3), step), rows_of(cuts.unsqueeze(3), step).long()
                 of_rows = differentiate(seen, row_mass, cut, scaled_query, key_table, in_table, *of_kept, *of_output)
                 value_weights, grad_scores, grad_biases = of_rows.values, of_rows.products, of_rows.biases
+                mean_grad = of_rows.mean_grad
                 for to, part in zip(rest_gradients, of_rows.sent, strict=True):
                     write_rows(to.unsqueeze(3), step, part)
             else:
                 of_rows, value_weights = None, _drop(rows.weights, survivors, dropout_p)
                 if needs_grad_scores:
                     products = dot_with_rows(rows.grad_output, value_table, in_table)
-                    grad_scores = grad_biases = _softmax_backward(rows, _drop(products, survivors, dropout_p))
+                    grad_biases, mean_grad = _softmax_backward(rows, _drop(products, survivors, dropout_p))
+                    grad_scores = grad_biases
+                    if softcap > 0:
+                        scores = dot_with_rows(rows.query * scale, key_table, in_table)
+                        grad_scores = zero_in(rows.empty_slots, grad_biases * slope_of_soft_cap(scores, softcap))
             if value_wanted and by_key is not None:
                 part = part_of_heads(grad_value, step)
                 part += weighted_sum_by_target(by_key, rows.grad_output, value_weights).view(part.shape)
             if not needs_grad_scores:
                 continue
+            if means_wanted:
+                write_rows(mean_grads.unsqueeze(3), step, mean_grad)
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_biases, rows.indices, step, num_queries, num_keys)
             grad_scores = grad_scores * scale
             if query_wanted:
@@ -261,11 +286,12 @@ def completed_backward(
             if key_wanted and by_key is not None:
                 part = part_of_heads(grad_key, step)
                 part += weighted_sum_by_target(by_key, rows.query, grad_scores).view(part.shape)
-    return AttentionGradients(grad_query, grad_key, grad_value, grad_bias, grad_relative_bias), rest_gradients
+    gradients = AttentionGradients(grad_query, grad_key, grad_value, grad_bias, grad_relative_bias, mean_grads)
+    return gradients, rest_gradients
 
 
 @topk_attention_backward_op.register_fake
-def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
+def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p, *wanted):
     *are_wanted, bias_shape, relative_shape = wanted
     return tuple(empty_attention_gradients(query, key, value, are_wanted, bias_shape, relative_shape, weights.dtype))
 
@@ -306,15 +332,16 @@ def _kept_rows(
     return _KeptRows(kept, weights, rows_query, rows_grad, empty_slots)
 
 
-def _softmax_backward(rows: _KeptRows, grad_weights: Tensor) -> Tensor:
-    """The gradient of each kept score: p * (dp - sum_j p_j dp_j), 0 in empty slots."""
+def _softmax_backward(rows: _KeptRows, grad_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each kept score: p * (dp - sum_j p_j dp_j), 0 in empty slots; and these sums [rows, 1]."""
     grad_scores = rows.weights * grad_weights
     if rows.empty_slots is not None:
         grad_scores.masked_fill_(rows.empty_slots, 0)
-    grad_scores -= rows.weights * grad_scores.sum(1, keepdim=True)
+    mean_grad = grad_scores.sum(1, keepdim=True)
+    grad_scores -= rows.weights * mean_grad
     if rows.empty_slots is not None:
         grad_scores.masked_fill_(rows.empty_slots, 0)
-    return grad_scores
+    return grad_scores, mean_grad
 
 
 class _Chosen(NamedTuple):
@@ -324,16 +351,23 @@ class _Chosen(NamedTuple):
     saved_indices: Tensor  # [rows, k], -1 in empty slots
     scores: Tensor  # [rows, k], -inf in empty slots
     weights: Tensor  # [rows, k], 0 in empty slots
+    log_sums: (
+        Tensor | None
+    )  # [rows, 1], of exp(score) with the row's sink, inf in rows without keys; None without sinks
     empty_slots: Tensor | None  # [rows, k], None where every slot of the step is filled
 
 
-def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_block: int, memory: Tensor) -> _Chosen:
+def _choose(
+    inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_block: int, memory: Tensor, sinks: Tensor | None
+) -> _Chosen:
+    # A soft cap keeps the order of scores, so that of kept ones will do, unless something is added to what it gives.
+    early_cap, late_cap = (inputs.softcap, 0.0) if inputs.adds_to_scores else (0.0, inputs.softcap)
     query = query_rows(inputs, step)
     scores = query.new_empty(step.num_rows, 0)
     indices = torch.empty(step.num_rows, 0, dtype=torch.int64, device=query.device)
     # A step that sees no key scores one nevertheless, and hides it.
     for keys in split(range(max(inputs.num_visible_keys(step), 1)), key_block):
-        tile = score_tile(inputs, step, query, key_table, keys, memory)
+        tile = score_tile(inputs, step, query, key_table, keys, memory, early_cap)
         block_scores, block_indices = select_topk(tile.view(step.num_rows, len(keys)), k)
         block_indices = block_indices + keys.start
         candidates = torch.cat([indices, block_indices], dim=1)
@@ -343,13 +377,28 @@ def _choose(inputs: ScoreInputs, step: Step, k: int, key_table: Tensor, key_bloc
         missing = (0, k - scores.shape[1])
         scores, indices = F.pad(scores, missing, value=-torch.inf), F.pad(indices, missing)
     empty_slots = _none_unless_any(scores.isneginf())
+    if late_cap > 0:
+        scores = soft_capped(scores, late_cap)
+        scores = scores if empty_slots is None else scores.masked_fill(empty_slots, -torch.inf)
+    sink = None if sinks is None else rows_of_heads(sinks, step)
     if empty_slots is None:
-        return _Chosen(indices, indices, scores, scores.softmax(1), None)
+        return _Chosen(indices, indices, scores, *_softmax(scores, sink), None)
     indices, order = indices.masked_fill(empty_slots, inputs.num_keys).sort(1)
     scores, empty_slots = scores.gather(1, order), indices == inputs.num_keys
-    weights = scores.softmax(1).masked_fill(empty_slots, 0)
+    weights, log_sums = _softmax(scores, sink)
+    if log_sums is not None:
+        log_sums = log_sums.masked_fill(empty_slots[:, :1], torch.inf)
+    weights = weights.masked_fill(empty_slots, 0)
     stand_ins = _stand_ins(indices, empty_slots)
-    return _Chosen(stand_ins, indices.masked_fill(empty_slots, -1), scores, weights, empty_slots)
+    return _Chosen(stand_ins, indices.masked_fill(empty_slots, -1), scores, weights, log_sums, empty_slots)
+
+
+def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights [rows, k] of scores and, with a sink [rows, 1], the logarithm of what they are divided by."""
+    if sink is None:
+        return scores.softmax(1), None
+    with_sink = torch.cat([scores, sink], dim=1)
+    return with_sink.softmax(1)[:, :-1], with_sink.logsumexp(1, keepdim=True)
 
 
 def _none_unless_any(mask: Tensor) -> Tensor | None:

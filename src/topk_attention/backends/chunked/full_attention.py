@@ -17,6 +17,7 @@ from ..calls import AttentionCall, accumulation_dtype, empty_output
 from ..dropout import keep_mask
 from ..finite import finite_values
 from ..operators import (
+    AttentionGradients,
     FullInputs,
     differentiate_full_attention,
     empty_attention_gradients,
@@ -25,7 +26,7 @@ from ..operators import (
 )
 from .scores import ScoreInputs, block_of, query_rows, score_tile
 from .tables import Tables, part_of_heads, zero_gradients
-from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, split, steps, tile_shape, write_rows
+from .tiles import HeadGroup, Step, narrow, row_numbers, rows_of, rows_of_heads, split, steps, tile_shape, write_rows
 
 
 def full_attention(call: AttentionCall) -> Tensor:
@@ -43,15 +44,17 @@ def full_attention_op(
     attn_mask: Tensor | None,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
+    softcap: float,
     dropout_p: float,
     query_chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns output [B, H, N, E] and the logarithm of each row's softmax denominator, [B, H, N, 1]."""
     batch, num_heads, num_queries, _ = query.shape
-    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale, softcap)
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
     output = empty_output(query, value)
@@ -62,7 +65,7 @@ def full_attention_op(
         total = torch.zeros_like(largest)
         result = query_part.new_zeros(*query_part.shape[:2], value.shape[3])
         sees_broken_value = torch.zeros_like(result, dtype=torch.bool)
-        for keys, tile in tiles:
+        for keys, tile, _ in tiles:
             scores = tile.flatten(0, 1).flatten(1, 2)  # [b * g, r * n, keys]
             if value_is_broken is not None:
                 visible = (~scores.isneginf()).to(dtype)
@@ -78,6 +81,14 @@ def full_attention_op(
             result = torch.baddbmm(result * shrink, scores, block_of(values, step, keys))
             largest = new_largest
         row_is_empty = largest.isneginf()
+        if sinks is not None:
+            sink = rows_of_heads(sinks, step).view(largest.shape).masked_fill(row_is_empty, -torch.inf)
+            new_largest = torch.maximum(largest, sink)
+            reference = new_largest.masked_fill(row_is_empty, 0)
+            shrink = (largest - reference).exp_()
+            total = total * shrink + (sink - reference).exp_()
+            result *= shrink
+            largest = new_largest
         result = (result / total).masked_fill_(row_is_empty, 0)
         if value_is_broken is not None:
             result.masked_fill_(sees_broken_value, torch.nan)
@@ -109,37 +120,42 @@ def full_attention_backward_op(
     attn_mask: Tensor | None,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     seed: Tensor | None,
     is_causal: bool,
     scale: float,
+    softcap: float,
     dropout_p: float,
     query_chunk_size: int | None,
     query_wanted: bool,
     key_wanted: bool,
     value_wanted: bool,
+    means_wanted: bool,
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, bias and relative_bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns `AttentionGradients`.
 
     Those not wanted are left out, for a bias where its shape is empty; their places hold empty tensors.
     """
     _, num_heads, num_queries, _ = query.shape
-    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale)
+    inputs = ScoreInputs(query, key.shape[2], attn_mask, bias, relative_bias, is_causal, scale, softcap)
     dtype = inputs.dtype
     tables = Tables(key, value, dtype)
-    wanted = (query_wanted, key_wanted, value_wanted)
-    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias = zero_gradients(
+    wanted = (query_wanted, key_wanted, value_wanted, means_wanted)
+    grad_query, grad_key, grad_value, grad_bias, grad_relative_bias, mean_grads = zero_gradients(
         query, key, value, wanted, bias_shape, relative_bias_shape, dtype
     )
     needs_grad_scores = query_wanted or key_wanted or bool(bias_shape) or bool(relative_bias_shape)
-    for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size):
+    for step, query_part, tiles in _tiles(inputs, tables, key.shape[1], query_chunk_size, with_slopes=softcap > 0):
         key_table, value_table = (finite_values(table)[0] for table in tables.of(step))
         step_grad_key = part_of_heads(grad_key, step) if key_wanted else None
         step_grad_value = part_of_heads(grad_value, step) if value_wanted else None
         rows = _step_rows(query, output, grad_output, log_sums, step)
         rows_grad_query = torch.zeros_like(query_part)
-        for keys, tile in tiles:
+        if means_wanted:
+            write_rows(mean_grads.unsqueeze(3), step, rows.mean_grad)
+        for keys, tile, slopes in tiles:
             p = tile.flatten(0, 1).flatten(1, 2)
             hidden = p.isneginf() if inputs.rows_may_lack_keys else None
             p.sub_(rows.log_sums).exp_()
@@ -160,6 +176,10 @@ def full_attention_backward_op(
             if hidden is not None:
                 grad_scores.masked_fill_(hidden, 0)
             _add_bias_gradients(grad_bias, grad_relative_bias, grad_scores.view(tile.shape), step, keys, num_queries)
+            if slopes is not None:
+                grad_scores *= slopes.flatten(0, 1).flatten(1, 2)
+                if hidden is not None:
+                    grad_scores.masked_fill_(hidden, 0)
             grad_scores *= scale
             if query_wanted:
                 rows_grad_query.baddbmm_(grad_scores, block_of(key_table, step, keys))
@@ -167,13 +187,13 @@ def full_attention_backward_op(
                 _add_to_block(step_grad_key, keys, grad_scores.mT @ rows.query)
         if query_wanted:
             write_rows(grad_query, step, rows_grad_query)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_relative_bias
+    of_tables = (grad_key.to(key.dtype), grad_value.to(value.dtype))
+    return AttentionGradients(grad_query, *of_tables, grad_bias, grad_relative_bias, mean_grads)
 
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, query, key, value, *options):
-    *_, query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = options
-    wanted = (query_wanted, key_wanted, value_wanted)
+    *wanted, bias_shape, relative_shape = options[-6:]
     return tuple(empty_attention_gradients(query, key, value, wanted, bias_shape, relative_shape, log_sums.dtype))
 
 
@@ -210,22 +230,44 @@ def _step_rows(query: Tensor, output: Tensor, grad_output: Tensor, log_sums: Ten
 
 
 def _tiles(
-    inputs: ScoreInputs, tables: Tables, num_key_heads: int, query_chunk_size: int | None
-) -> Iterator[tuple[Step, Tensor, Iterator[tuple[range, Tensor]]]]:
-    """All score tiles: for each step its scaled queries, and the tiles of its visible keys, one at a time."""
+    inputs: ScoreInputs,
+    tables: Tables,
+    num_key_heads: int,
+    query_chunk_size: int | None,
+    with_slopes: bool = False,
+) -> Iterator[tuple[Step, Tensor, Iterator[tuple[range, Tensor, Tensor | None]]]]:
+    """All score tiles: for each step its scaled queries, and the tiles of its visible keys, one at a time.
+
+    with_slopes  beside each tile another one with the derivative of the soft cap at its scores
+    """
     batch, num_heads, num_queries, _ = inputs.query.shape
     if batch * num_heads * num_queries == 0:
         return
     group = HeadGroup(range(num_heads), range(num_key_heads), 1, 0)
     shape = tile_shape(group, num_queries, inputs.num_keys, inputs.dtype.itemsize, query_chunk_size)
-    memory = None
+    memory = slopes = None
     for step in steps(group, batch, num_queries, shape.query_chunk, shape.rows_per_step):
         if memory is None:  # no later step is larger than the first
             memory = inputs.query.new_empty(step.num_rows * shape.key_block, dtype=inputs.dtype)
+            slopes = torch.empty_like(memory) if with_slopes else None
         query = query_rows(inputs, step)
         blocks = split(range(max(inputs.num_visible_keys(step), 1)), shape.key_block)
         key_table, _ = tables.of(step)
-        yield step, query, ((keys, score_tile(inputs, step, query, key_table, keys, memory)) for keys in blocks)
+        yield step, query, _tiles_of(inputs, step, query, key_table, blocks, memory, slopes)
+
+
+def _tiles_of(
+    inputs: ScoreInputs,
+    step: Step,
+    query: Tensor,
+    key_table: Tensor,
+    blocks: Iterator[range],
+    memory: Tensor,
+    slopes: Tensor | None,
+) -> Iterator[tuple[range, Tensor, Tensor | None]]:
+    for keys in blocks:
+        tile = score_tile(inputs, step, query, key_table, keys, memory, inputs.softcap, slopes)
+        yield keys, tile, None if slopes is None else slopes[: tile.numel()].view(tile.shape)
 
 
 def _add_to_block(grad: Tensor, keys: range, sums: Tensor) -> None:

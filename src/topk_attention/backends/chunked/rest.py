@@ -41,6 +41,7 @@ class Weighed(NamedTuple):
     weights: Tensor  # [rows, k] of the kept keys
     share: Tensor  # [rows, 1], u, the weight of each key of the rest
     mass: Tensor  # [rows, 1], the weight of the rest for a scale of 1
+    log_sums: Tensor  # [rows, 1], of all that the weights are divided by
     cut: Tensor  # [rows, 1] int64, which entry has the smallest kept score
     from_rest: Tensor  # [rows, k], to subtract from the weights of the kept values
     value_sum: Tensor  # [rows, E], to add times the share
@@ -87,6 +88,7 @@ def weigh(
     scores: Tensor,
     empty_slots: Tensor | None,
     weights: Tensor,
+    log_sums: Tensor,
 ) -> Weighed:
     """Let the rest into the softmax.
 
@@ -94,7 +96,8 @@ def weigh(
     key_table    [b * g * M, D], and in_table [rows, k] the kept keys' rows in it
     scores       [rows, k], -inf in empty slots
     empty_slots  [rows, k] bool, None where there are none
-    weights      [rows, k], the softmax of the scores
+    weights      [rows, k], the softmax of the scores, in which a sink may take part
+    log_sums     [rows, 1], the logarithm of what they are divided by; with sinks inf in rows without keys
     """
     kept = scores if empty_slots is None else scores.masked_fill(empty_slots, 0)
     count = seen.num_seen - (scores.shape[1] if empty_slots is None else (~empty_slots).sum(1, keepdim=True))
@@ -108,12 +111,13 @@ def weigh(
     mean = (total - kept.sum(1, keepdim=True)) / count.clamp(min=1)
     cut = _last_smallest(scores, empty_slots)
     score = (1 - seen.lift) * mean + seen.lift * scores.gather(1, cut)
-    mass = torch.where(count > 0, count * (score - scores.logsumexp(1, keepdim=True)).exp(), 0)
+    mass = torch.where(count > 0, count * (score - log_sums).exp(), 0)
     whole = 1 + seen.mass_scale * mass
     mass = mass / whole
     share = seen.mass_scale * mass / count.clamp(min=1)
     value_sum = (1 - mean_product) * seen.value_sum + seen.score_value
-    return Weighed(weights / whole, share, mass, cut, share * (1 + products - mean_product), value_sum)
+    log_sums = log_sums + whole.log()
+    return Weighed(weights / whole, share, mass, log_sums, cut, share * (1 + products - mean_product), value_sum)
 
 
 class RowGradients(NamedTuple):
@@ -123,6 +127,7 @@ class RowGradients(NamedTuple):
     biases: Tensor  # [rows, k], of what is added to them
     values: Tensor  # [rows, k], the weight of the row's grad_output in each kept value's gradient
     query: Tensor  # [rows, D], of the scaled query through the sums
+    mean_grad: Tensor  # [rows, 1], the sum of all weights times their gradients
     sent: RestGradients  # each [rows, 1]
 
 
@@ -174,7 +179,7 @@ def differentiate(
     values = dropped_weights - torch.where(has_rest, share * (1 + products - mean_product), 0)
     of_query = to_key * seen.key_sum + torch.where(has_rest, share * seen.grad_key, 0)
     sent = RestGradients(to_key, to_value, share, to_bias, grad_mass)
-    return RowGradients(of_products, biases, zero_in(empty_slots, values), of_query, sent)
+    return RowGradients(of_products, biases, zero_in(empty_slots, values), of_query, mean_grad, sent)
 
 
 def _last_smallest(scores: Tensor, empty_slots: Tensor | None) -> Tensor:

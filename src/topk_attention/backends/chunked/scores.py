@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls import accumulation_dtype
+from ..calls import accumulation_dtype, adds_to_scores
 from .tables import nan_where_not_finite
 from .tiles import Step, narrow, rows_of
 
@@ -25,6 +25,7 @@ class ScoreInputs(NamedTuple):
     relative_bias: Tensor | None  # [H|1, N + M - 1]
     is_causal: bool
     scale: float
+    softcap: float  # 0: none
 
     @property
     def dtype(self) -> torch.dtype:
@@ -33,6 +34,11 @@ class ScoreInputs(NamedTuple):
     @property
     def num_queries(self) -> int:
         return self.query.shape[2]
+
+    @property
+    def adds_to_scores(self) -> bool:
+        """Whether something is added to scores that may change their order; a boolean mask only hides."""
+        return adds_to_scores(self.attn_mask, self.bias, self.relative_bias)
 
     @property
     def rows_may_lack_keys(self) -> bool:
@@ -54,17 +60,30 @@ def query_rows(inputs: ScoreInputs, step: Step) -> Tensor:
 
 
 def score_tile(
-    inputs: ScoreInputs, step: Step, query: Tensor, key_table: Tensor, keys: range, memory: Tensor
+    inputs: ScoreInputs,
+    step: Step,
+    query: Tensor,
+    key_table: Tensor,
+    keys: range,
+    memory: Tensor,
+    softcap: float,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Scores [b, g, r, n, m] of the step's queries against a block of keys, -inf where a query may not see a key.
 
     query   what `query_rows` returned
     key_table  the keys of the step's heads, [b * g * M, D]
     memory  flat, in the accumulation dtype; overwritten, and the result is a view of it
+    softcap  applied here, before anything is added; 0: none
+    slopes  flat like memory; the derivative of the cap at each score is written to it
     """
     block = block_of(key_table, step, keys)
     tile = memory[: query.shape[0] * query.shape[1] * len(keys)].view(query.shape[0], query.shape[1], len(keys))
     torch.bmm(query, block.mT, out=tile)
+    if softcap > 0:
+        if slopes is not None:
+            slopes[: tile.numel()].view(tile.shape).copy_(slope_of_soft_cap(tile, softcap))
+        tile.copy_(soft_capped(tile, softcap))
     tile = tile.view(*step.shape, len(keys))
     if inputs.relative_bias is not None:
         tile += relative_tile(inputs.relative_bias, step, keys, inputs.num_queries)
@@ -73,6 +92,15 @@ def score_tile(
             tile += narrow(additive, step, keys)
     _hide(inputs, step, keys, tile)
     return tile
+
+
+def soft_capped(scores: Tensor, softcap: float) -> Tensor:
+    return (scores / softcap).tanh_().mul_(softcap)
+
+
+def slope_of_soft_cap(scores: Tensor, softcap: float) -> Tensor:
+    """1 - tanh(score / softcap)^2, without the digits that the difference would lose"""
+    return (scores / softcap).cosh_().square_().reciprocal_()
 
 
 def block_of(table: Tensor, step: Step, keys: range) -> Tensor:

@@ -66,14 +66,15 @@ def zero_gradients(
 ) -> AttentionGradients:
     """Gradients to which the steps of a backward pass add; empty tensors for those that are not wanted.
 
-    wanted  for query, key and value; the biases are wanted where their shape is not empty
+    wanted  for query, key, value and the rows' means; the biases are wanted where their shape is not empty
     dtype   that of all gradients but query's, to which nothing is added twice
     """
-    query_wanted, key_wanted, value_wanted = wanted
+    query_wanted, key_wanted, value_wanted, means_wanted = wanted
     return AttentionGradients(
         torch.zeros_like(query) if query_wanted else query.new_empty(0),
         torch.zeros_like(key, dtype=dtype) if key_wanted else key.new_empty(0, dtype=dtype),
         torch.zeros_like(value, dtype=dtype) if value_wanted else value.new_empty(0, dtype=dtype),
         query.new_zeros(bias_shape or (0,), dtype=dtype),
         query.new_zeros(relative_bias_shape or (0,), dtype=dtype),
+        query.new_zeros(query.shape[:3] if means_wanted else (0,), dtype=dtype),
     )

@@ -145,6 +145,12 @@ def rows_of(tensor: Tensor, step: Step) -> Tensor:
     return part[:, :, step.queries.start : step.queries.stop].reshape(step.num_rows, tensor.shape[-1])
 
 
+def rows_of_heads(per_head: Tensor, step: Step) -> Tensor:
+    """The numbers [H] of query heads as [rows, 1], rows in the order batch, head, query."""
+    heads = per_head[step.query_heads.start : step.query_heads.stop].view(1, -1, 1)
+    return heads.expand(len(step.batches), -1, len(step.queries)).reshape(step.num_rows, 1)
+
+
 def write_rows(tensor: Tensor, step: Step, rows: Tensor) -> None:
     """The inverse of `rows_of`."""
     part = tensor[step.batches.start : step.batches.stop, step.query_heads.start : step.query_heads.stop]

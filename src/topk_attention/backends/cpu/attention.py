@@ -54,7 +54,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return forward_op(*inputs)
 
 
-def _indexed_forward(index: KeyPanels, call: AttentionCall) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _indexed_forward(index: KeyPanels, call: AttentionCall) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`forward_op` that finds its keys in an index of all of them."""
     return lambda *inputs: indexed_op(*inputs, *index, call.key.shape[2], call.keys_in_files)
 
@@ -77,8 +77,8 @@ def completed_forward(
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, indices, weights, and the rest's weight at a scale of 1 and which entry scores least, [B, H, N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, indices, weights, log_sums, and the rest's weight at a scale of 1 and the entry that scores least."""
     del query_chunk_size
     return torch.ops.topk_attention.cpu_completed_attention_forward(*inputs, save_selection, *rest)
 
@@ -99,7 +99,7 @@ def completed_backward(
     gradients = torch.ops.topk_attention.cpu_completed_attention_backward(
         *inputs, *wanted, bias_shape, relative_bias_shape, is_causal, mass, cuts, *rest
     )
-    return AttentionGradients(*gradients[:5]), RestGradients(*gradients[5:])
+    return AttentionGradients(*gradients[:6]), RestGradients(*gradients[6:])
 
 
 def sum_intervals(key: Tensor, value: Tensor, interval: int) -> KeySums:
@@ -134,33 +134,37 @@ def _(key, start, panels, numbers, unscreened, centre):
 
 
 @torch.library.register_fake(_INDEXED)
-def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection, *_):
-    return _empty_forward(query, value, head_k, save_selection)
+def _(*inputs):
+    num_inputs = len(TopKInputs._fields)
+    return _empty_forward(TopKInputs(*inputs[:num_inputs]), inputs[num_inputs])
 
 
 @torch.library.register_fake(_FORWARD)
-def _(query, key, value, attn_mask, bias, relative_bias, seed, head_k, is_causal, scale, dropout_p, save_selection):
-    return _empty_forward(query, value, head_k, save_selection)
+def _(*inputs):
+    return _empty_forward(TopKInputs(*inputs[:-1]), inputs[-1])
 
 
-def _empty_forward(query, value, head_k, save_selection):
-    num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
+def _empty_forward(inputs, save_selection):
+    query, dtype = inputs.query, accumulation_dtype(inputs.query.dtype)
+    num_entries = query.shape[0] * query.shape[2] * sum(inputs.head_k) if save_selection else 0
     return (
-        empty_output(query, value),
+        empty_output(query, inputs.value),
         query.new_empty(num_entries, dtype=torch.int32),
-        query.new_empty(num_entries, dtype=accumulation_dtype(query.dtype)),
+        query.new_empty(num_entries, dtype=dtype),
+        query.new_empty(query.shape[:3] if save_selection and inputs.sinks is not None else (0,), dtype=dtype),
     )
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, dropout_p, *wanted):
-    query_wanted, key_wanted, value_wanted, bias_shape, relative_shape = wanted
+def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p, *wanted):
+    query_wanted, key_wanted, value_wanted, means_wanted, bias_shape, relative_shape = wanted
     return (
         query.new_empty(query.shape if query_wanted else (0,)),
         key.new_empty(key.shape if key_wanted else (0,), dtype=weights.dtype),
         value.new_empty(value.shape if value_wanted else (0,), dtype=weights.dtype),
         query.new_empty(bias_shape or (0,), dtype=weights.dtype),
         query.new_empty(relative_shape or (0,), dtype=torch.float64),
+        query.new_empty(query.shape[:3] if means_wanted else (0,), dtype=weights.dtype),
     )
 
 

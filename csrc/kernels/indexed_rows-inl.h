@@ -199,9 +199,11 @@ class IndexedRows : public FewRows<T, float> {
   }
 
  private:
-  // Of which keys more than one in so many may be among the k best, a row is scored as without an index: reading them here and
-  // there would take longer.
+  // Without an index the keys are read once for all rows of a key head, with one here and there for each row. So a row does without
+  // where these rows together keep more than a quarter of the keys, or where as many may be among its k best as all keys are
+  // divided by the rows.
   static constexpr int64_t kFewestRead = 4;
+  int64_t rows_of_key_head() const { return s_.num_heads / s_.num_key_heads * s_.num_queries; }
   // The lower bound of keys that lie far below others (`add`); hidden ones have -inf.
   static constexpr float kFarBound = -3e38f;
 
@@ -251,7 +253,8 @@ class IndexedRows : public FewRows<T, float> {
     const float high = largest_lane(most);
     Quad* const numbers = numbers_ + r / kTileRows * kTileRows * quads_ + r % kTileRows;
     base_[r] = 0;
-    query.has_bound = !has_nan(broken) && high > 1e-12f && high < 1e15f && rows_[r].k <= rows_[r].visible / kFewestRead;
+    query.has_bound = !has_nan(broken) && high > 1e-12f && high < 1e15f &&
+                      kFewestRead * rows_of_key_head() * rows_[r].k <= rows_[r].visible;
     if (!query.has_bound) {
       for (int64_t d = 0; d < quads_; ++d) numbers[d * kTileRows] = 0;
       return;
@@ -366,7 +369,7 @@ class IndexedRows : public FewRows<T, float> {
     if (!(cut > -Types<float>::largest)) cut = cut_of(row.scores, num_blocks * kBlockKeys<float>, rows_[r].k);
     // Of keys with the bound of those far below, the scores must lie below the k best, or all of them are scored.
     if (additive_part_.any() && cut > -Types<float>::largest && !(cut > kFarBelow / queries_[r].unit)) return false;
-    const int64_t most_passed = rows_[r].visible / kFewestRead;
+    const int64_t most_passed = rows_[r].visible / larger<int64_t>(rows_of_key_head(), 2);
     num_passed_ = 0;
     for (int64_t b = 0; b < num_blocks; ++b) {
       float error = 0;

@@ -60,7 +60,7 @@ class PasskeyConfig:
 
     k, completed_k  keys per query, of top-k attention alone and completed
     depths          places of the passkey, evenly from the beginning of the text on
-    filler          "text", or "sentences": three of them again and again
+    filler          "sentences": three of them again and again, or "text"
     frame           "chat", the model's template if it has one, or "plain"
 
     >>> PasskeyConfig(depths=0)
@@ -74,7 +74,7 @@ class PasskeyConfig:
     k: Sequence[int] = (64, 32)
     completed_k: Sequence[int] = (32,)
     depths: int = 10
-    filler: str = "text"
+    filler: str = "sentences"
     frame: str = "chat"
     out: Path = DEFAULT_OUT
     seed: int = 0
@@ -91,7 +91,7 @@ class PasskeyConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
         if self.filler == "sentences" and self.text is not None:
             raise ValueError(
-                f'text is for filler "text", which stands around the passkey, got {self.text}; leave it out'
+                f'text is for filler "text", which stands around the passkey, got {self.text} with filler "sentences"'
             )
         choose_backend(self.backend)
 

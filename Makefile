@@ -97,6 +97,7 @@ bench-generation: install ## one token at a time: the operation, a whole model b
 	$(BIN)/topk-experiments benchmark decode
 	$(BIN)/topk-experiments benchmark generation $(BENCH_ARGUMENTS)
 	$(BIN)/topk-experiments passkey
+	$(BIN)/topk-experiments passkey --filler text
 
 clean: ## remove .venv, build/ and the compiled kernels
 	rm -rf $(VENV) build src/topk_attention/_kernels*.so

@@ -313,11 +313,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completed_attention_f
     std::vector<int64_t> head_k, bool is_causal, double scale, double softcap, double dropout_p, bool save_selection,
     Tensor mass_scale, double lift, Tensor key_sums, Tensor value_sums, std::optional<Tensor> products,
     std::optional<Tensor> score_values, std::optional<Tensor> grad_keys, Tensor rest_key, Tensor rest_value,
-    std::optional<Tensor> counts, std::optional<Tensor> score_sums, int64_t interval) {
+    std::optional<Tensor> counts, std::optional<Tensor> score_sums, int64_t interval, std::optional<Tensor> panels,
+    std::optional<Tensor> numbers, std::optional<Tensor> unscreened, std::optional<Tensor> centre, int64_t num_indexed,
+    bool reads_ahead) {
   RestTensors rest = {mass_scale, lift,       key_sums, value_sums, products,  score_values,
                       grad_keys,  rest_key, rest_value, counts,     score_sums, interval};
+  std::optional<IndexTensors> index;
+  if (panels.has_value()) {
+    STD_TORCH_CHECK(numbers.has_value() && unscreened.has_value() && centre.has_value(), "an index is four tensors");
+    index = IndexTensors{*panels, *numbers, *unscreened, *centre};
+  }
   const ForwardTensors result = run_attention_forward(query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k,
-                                                      is_causal, scale, softcap, dropout_p, save_selection, &rest);
+                                                      is_causal, scale, softcap, dropout_p, save_selection, &rest,
+                                                      index.has_value() ? &*index : nullptr, num_indexed, reads_ahead);
   return {result.output, result.indices, result.weights, result.log_sums, result.mass, result.cuts};
 }
 
@@ -570,7 +578,8 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
 // than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
-// indexes of keys. 5: cpu_attention_forward_indexed reads ahead. 6: more activations, sinks and soft caps.
+// indexes of keys. 5: cpu_attention_forward_indexed reads ahead. 6: more activations, sinks and soft caps, completed attention
+// takes an index.
 int64_t kernel_interface() { return 6; }
 
 // Targets that this processor can run, best first, separated by spaces.
@@ -612,7 +621,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
       "Tensor? relative_bias, Tensor? sinks, Tensor? seed, SymInt[] head_k, bool is_causal, float scale, float softcap, "
       "float dropout_p, bool save_selection, Tensor mass_scale, float lift, Tensor key_sums, Tensor value_sums, "
       "Tensor? products, Tensor? score_values, Tensor? grad_keys, Tensor rest_key, Tensor rest_value, Tensor? counts, "
-      "Tensor? score_sums, int interval) "
+      "Tensor? score_sums, int interval, Tensor? panels=None, Tensor? numbers=None, Tensor? unscreened=None, "
+      "Tensor? centre=None, SymInt num_indexed=0, bool reads_ahead=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_completed_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? seed, "

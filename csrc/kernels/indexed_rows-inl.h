@@ -164,11 +164,11 @@ class IndexedRows : public FewRows<T, float> {
 
   void score(const RowBlock& rows, const RowScores<float>& to, int64_t first, int64_t end) {
     begin(rows);
+    const uint32_t without = rows_without_bounds();
     const int64_t last = smaller(end, ceil_div<int64_t>(most_visible_, kBlockKeys<float>));
-    for (int64_t b = first; b < last; ++b) bound_block(to, b);
-    // A row whose query has no bound is scored as it is without an index.
-    for (int64_t r = 0; r < rows.num_rows; ++r)
-      if (!queries_[r].has_bound) Base::score({rows.batch, rows.key_head, rows.first_row + r, 1}, to.of_row(r), first, end);
+    if (without != all_rows())
+      for (int64_t b = first; b < last; ++b) bound_block(to, b);
+    score_all_keys(rows, to, first, end, without);
   }
 
   void select(const RowBlock& rows, const RowScores<float>& from) {
@@ -177,16 +177,53 @@ class IndexedRows : public FewRows<T, float> {
     has_unscreened_ = index_.num_keys < most_visible_;
     for (int64_t p = 0; p < ceil_div<int64_t>(most_visible_, kKeptPanel) && !has_unscreened_; ++p)
       has_unscreened_ = unscreened_of(p) != 0;
+    const uint32_t without = rows_without_bounds();
+    uint32_t left = 0;
     for (int64_t r = 0; r < rows.num_rows; ++r) {
-      if (queries_[r].has_bound)
-        find_indexed(r, from.of_row(r));
-      else
+      if ((without >> r & 1) != 0) {
         Base::find(r, from.of_row(r));
+      } else if (!find_indexed(r, from.of_row(r))) {
+        left |= 1u << r;
+        continue;
+      }
+      finish(r);
+    }
+    if (left == 0) return;
+    score_all_keys(rows, from, 0, ceil_div<int64_t>(s_.num_keys, kBlockKeys<float>), left);
+    start(rows);
+    for (; left != 0; left &= left - 1) {
+      const int64_t r = __builtin_ctz(left);
+      Base::find(r, from.of_row(r));
       finish(r);
     }
   }
 
  private:
+  // Without an index the keys are read once for all rows of a key head, with one here and there for each row. So a row does without
+  // where these rows together keep more than a quarter of the keys, or where as many may be among its k best as all keys are
+  // divided by the rows.
+  static constexpr int64_t kFewestRead = 4;
+  int64_t rows_of_key_head() const { return s_.num_heads / s_.num_key_heads * s_.num_queries; }
+  // The lower bound of keys that lie far below others (`add`); hidden ones have -inf.
+  static constexpr float kFarBound = -3e38f;
+
+  uint32_t all_rows() const { return (1u << block_.num_rows) - 1; }
+
+  uint32_t rows_without_bounds() const {
+    uint32_t rows = 0;
+    for (int64_t r = 0; r < block_.num_rows; ++r) rows |= uint32_t(!queries_[r].has_bound) << r;
+    return rows;
+  }
+
+  // Scores these rows as they are without an index, as many at a time as follow one another: the keys are read once for all.
+  void score_all_keys(const RowBlock& rows, const RowScores<float>& to, int64_t first, int64_t end, uint32_t these) {
+    while (these != 0) {
+      const int r = __builtin_ctz(these), count = __builtin_ctz(~(these >> r));
+      Base::score({rows.batch, rows.key_head, rows.first_row + r, count}, to.of_row(r), first, end);
+      these &= ~(((1u << count) - 1) << r);
+    }
+  }
+
   void begin(const RowBlock& rows) {
     start(rows);
     pack_queries();
@@ -216,7 +253,8 @@ class IndexedRows : public FewRows<T, float> {
     const float high = largest_lane(most);
     Quad* const numbers = numbers_ + r / kTileRows * kTileRows * quads_ + r % kTileRows;
     base_[r] = 0;
-    query.has_bound = !has_nan(broken) && high > 1e-12f && high < 1e15f;
+    query.has_bound = !has_nan(broken) && high > 1e-12f && high < 1e15f &&
+                      kFewestRead * rows_of_key_head() * rows_[r].k <= rows_[r].visible;
     if (!query.has_bound) {
       for (int64_t d = 0; d < quads_; ++d) numbers[d * kTileRows] = 0;
       return;
@@ -295,42 +333,53 @@ class IndexedRows : public FewRows<T, float> {
     }
   }
 
-  // Adds a panel of biases. What they round away counts as error; NaN, the best of all scores, becomes inf.
+  // Adds a panel of biases. What they round away counts as error; NaN, the best of all scores, becomes inf. Masks of numbers may
+  // hide keys by -1e9: what that rounds away must not loosen the bounds of the others. So a key that lies far below 0 has the same
+  // low bound as all such keys, and find_indexed() looks whether one may count.
   void add(int64_t r, const float* added, float* bounds, float& error) const {
     const float inverse = 1 / queries_[r].unit;
-    const FloatVector hidden = broadcast(-kInfinity<float>), infinity = broadcast(kInfinity<float>), limit = broadcast(3e38f);
+    const FloatVector hidden = broadcast(-kInfinity<float>), infinity = broadcast(kInfinity<float>), lowest = broadcast(kFarBound);
+    const FloatVector low = broadcast(2 * kFarBelow), far_below = broadcast(1.2f * kFarBelow * inverse);
+    IntVector is_far[kKeptPanel / kLanes<float>];
     FloatVector most = {};
-    for (int i = 0; i < kKeptPanel; i += kLanes<float>) {
-      // What is hidden, or as good as hidden, lies below all others by more than is rounded away: it must not loosen their bounds.
-      const FloatVector more = load(added + i) * inverse, size = more < -limit ? FloatVector{} : size_of(more);
-      most = larger_lanes(most, size < infinity ? size : FloatVector{});
+    for (int v = 0; v < kKeptPanel / kLanes<float>; ++v) {
+      const FloatVector raw = load(added + v * kLanes<float>), more = raw * inverse, size = size_of(more);
+      const FloatVector upper = load(bounds + v * kLanes<float>) + 2 * error + (more + 4e-6f * size);
+      is_far[v] = (raw <= low) & (upper <= far_below);
+      most = larger_lanes(most, is_far[v] ? FloatVector{} : size < infinity ? size : FloatVector{});
     }
     const float rounding = 2e-6f * largest_lane(most);
-    for (int i = 0; i < kKeptPanel; i += kLanes<float>) {
-      const FloatVector raw = load(added + i);
-      // Far below all others is not hidden: masks are made of the lowest numbers too.
-      FloatVector more = raw * inverse;
-      more = more < -limit ? -limit : more;
-      const FloatVector sum = load(bounds + i) + more - rounding, lowest = sum < -limit ? -limit : sum;
-      store<float>(bounds + i, raw == hidden ? hidden : lowest != lowest ? infinity : lowest);
+    for (int v = 0; v < kKeptPanel / kLanes<float>; ++v) {
+      const FloatVector raw = load(added + v * kLanes<float>), more = raw * inverse;
+      const FloatVector sum = load(bounds + v * kLanes<float>) + more - rounding, least = sum < lowest ? lowest : sum;
+      store<float>(bounds + v * kLanes<float>, raw == hidden ? hidden : is_far[v] ? lowest : least != least ? infinity : least);
     }
     error += rounding;
   }
 
-  // Scores the keys that may be among the k best of row r and stores them.
-  void find_indexed(int64_t r, const RowScores<float>& row) {
+  // A score, in its own units: weights of scores that lie so far below others are 0.
+  static constexpr float kFarBelow = -500;
+
+  // Scores the keys that may be among the k best of row r and stores them; or returns false where bounds do not tell them from
+  // enough others.
+  bool find_indexed(int64_t r, const RowScores<float>& row) {
     constexpr int64_t kPanels = kBlockKeys<float> / kKeptPanel;
     const int64_t num_blocks = ceil_div<int64_t>(rows_[r].visible, kBlockKeys<float>);
     float cut = cut_of(row.bests, num_blocks * kLanes<float>, rows_[r].k);
     if (!(cut > -Types<float>::largest)) cut = cut_of(row.scores, num_blocks * kBlockKeys<float>, rows_[r].k);
+    // Of keys with the bound of those far below, the scores must lie below the k best, or all of them are scored.
+    if (additive_part_.any() && cut > -Types<float>::largest && !(cut > kFarBelow / queries_[r].unit)) return false;
+    const int64_t most_passed = rows_[r].visible / larger<int64_t>(rows_of_key_head(), 2);
     num_passed_ = 0;
     for (int64_t b = 0; b < num_blocks; ++b) {
       float error = 0;
       for (int64_t p = b * kPanels; p < (b + 1) * kPanels; ++p) error = larger(error, row.errors[p]);
       if (!has_unscreened_ && not_less(load(row.bests + b * kLanes<float>), broadcast(least(cut, error))) == 0) continue;
       for (int64_t p = b * kPanels; p < (b + 1) * kPanels; ++p) pass(r, p, row.scores + p * kKeptPanel, least(cut, row.errors[p]));
+      if (num_passed_ > most_passed) return false;
     }
     score_passed(r, row);
+    return true;
   }
 
   // The lower bound of a key whose upper bound is `cut`; never that of a hidden key.
@@ -486,7 +535,7 @@ class IndexedRows : public FewRows<T, float> {
   bool is_within(int64_t r, float score, float added, float bound, float error) const {
     const IndexedQuery& query = queries_[r];
     const double inverse = 1 / double(query.unit), more = double(added) * inverse;
-    if (!(more > -1e37 && more < 1e37)) return true;  // nothing else counts beside it
+    if (bound <= kFarBound || !(more > -1e37 && more < 1e37)) return true;  // nothing else counts beside it
     const double exact = (double(score) - query.centre) * inverse + more, above = exact - double(bound);
     const double size = (exact < 0 ? -exact : exact) + (more < 0 ? -more : more);
     const double rounding = 1e-6 * (size + double(error)) + 1e-9 * query.centre_size * inverse + 1e-30;

@@ -26,9 +26,9 @@ def hashed(monkeypatch):
     return use_hashes(monkeypatch)
 
 
-def converted(build=tiny_llama, k=4, **changes):
+def converted(build=tiny_llama, k=4, completion=None, **changes):
     model = build(**changes)
-    convert(model, attention_k=k)
+    convert(model, attention_k=k, completion=completion)
     return model
 
 
@@ -175,7 +175,9 @@ def test_several_tokens_at_a_time_use_it_as_well(way, tokens, hashed):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"backend": "chunked"}, {"completion": Completion()}, {"attention_k": "all"}], ids=str
+    "changes",
+    [{"backend": "chunked"}, {"backend": "chunked", "completion": Completion()}, {"attention_k": "all"}],
+    ids=str,
 )
 def test_layers_that_cannot_use_it_keep_none(changes, tokens, hashed):
     model = tiny_llama()
@@ -198,11 +200,28 @@ def test_gradients_do_without(tokens, hashed):
     assert hashed.used == len(hashed.read) == 0
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_completed_layers_use_it_with_the_sums_of_the_cache(padded, tokens, hashed):
+    model, mask = converted(completion=Completion([3.0, 0.5, 1.0, 8.0])), torch.ones_like(tokens)
+    if padded:
+        mask[0, :3] = 0
+    options = OPTIONS | {"output_logits": True, "return_dict_in_generate": True, "attention_mask": mask}
+    result = model.generate(tokens, **options)
+    assert hashed.used == 2 * 99
+    expected = model.generate(tokens, **options, cache_implementation="dynamic")
+    assert hashed.used == 2 * 99
+    assert torch.equal(result.sequences, expected.sequences)
+    assert all(map(torch.equal, result.logits, expected.logits))
+
+
+@pytest.mark.parametrize("completion", [None, Completion()], ids=["alone", "completed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_kernels_choose_the_same_keys_with_it_at_each_of_a_hundred_tokens(num_beams, dtype, tokens, monkeypatch):
+def test_the_kernels_choose_the_same_keys_with_it_at_each_of_a_hundred_tokens(
+    num_beams, dtype, completion, tokens, monkeypatch
+):
     monkeypatch.setattr(cached_index, "LEAST_KEYS", 1)
-    model, mask = converted(hidden_size=64).to(dtype), torch.ones_like(tokens)
+    model, mask = converted(hidden_size=64, completion=completion).to(dtype), torch.ones_like(tokens)
     mask[0, :3] = 0
     with compared_with_all_scores() as compared:
         model.generate(tokens, **OPTIONS, num_beams=num_beams, attention_mask=mask)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from convert_models import FAMILIES, HEADS, inputs_of, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from topk_attention import Completion, TopKCache, convert
 from topk_attention.backends.cpu.key_index import index_obstacle
+from topk_attention.convert import cached_index
 from topk_attention.convert.cached_index import LEAST_KEYS
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1, "eos_token_id": None}
@@ -118,11 +119,40 @@ def test_tokens_of_a_long_context_are_found_in_an_index_and_read_from_the_file_a
     cache.storage.crop(0, LEAST_KEYS + 5)
     cache.storage.crop(1, LEAST_KEYS + 5)
     cache.storage.close()
-    cache = TopKCache(config=model.config, storage=tmp_path)
+    heard = []
+    cache = TopKCache(config=model.config, storage=tmp_path, progress=lambda *step: heard.append(step))
+    assert {name for name, *_ in heard} == {"Reading the stored cache"}
+    del heard[:]
     with torch.no_grad():
         assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, after)
-    assert seen == 4 * [(LEAST_KEYS + 6, True)]
+        assert heard == [("Indexing the stored keys", 1, 2), ("Indexing the stored keys", 2, 2)]
+        model(ids[:, :1], past_key_values=cache)
+    assert len(heard) == 2
+    assert seen[:4] == 4 * [(LEAST_KEYS + 6, True)]
     cache.storage.close()
+
+
+@pytest.mark.parametrize("completion", [None, Completion()])
+@pytest.mark.parametrize("way", ["the first pass failed", "reset"])
+def test_a_cache_without_tokens_takes_another_batch(tmp_path, way, completion, monkeypatch):
+    monkeypatch.setattr(cached_index, "LEAST_KEYS", 1)
+    model = tiny_llama()
+    convert(model, attention_k=4, completion=completion)
+    ids = torch.randint(0, 90, (3, 9))
+    expected = model.generate(ids[:1], **OPTIONS, past_key_values=TopKCache(config=model.config))
+    cache = TopKCache(config=model.config, storage=tmp_path)
+    if way == "reset":
+        model.generate(ids, **OPTIONS, past_key_values=cache)
+        cache.reset()
+    else:
+        with monkeypatch.context() as broken, torch.no_grad():
+            broken.setattr(model.model.layers[1], "forward", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids, past_key_values=cache)
+        cache.storage.drop_unfinished_pass()
+    assert torch.equal(model.generate(ids[:1], **OPTIONS, past_key_values=cache), expected)
+    cache.storage.close()
+    assert TopKCache(config=model.config, storage=tmp_path).get_seq_length() == 16
 
 
 def test_a_model_with_windows_stores_its_other_layers_and_is_not_continued(tmp_path):

@@ -185,6 +185,38 @@ def test_a_gradient_of_the_gradient_is_refused_in_words(fast_backend, k, complet
         grad_query.sum().backward()
 
 
+# "auto" has PyTorch's own attention compute full attention in these sizes.
+PYTORCHS = SIZES._replace(queries=SIZES.keys, value_dim=SIZES.head_dim)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.ones(1, SIZES.keys) > 0}], ids=str)
+def test_a_gradient_of_the_gradient_is_refused_in_words_where_pytorch_attends(options):
+    query, key, value = (x.float().requires_grad_() for x in attention_inputs(PYTORCHS))
+    output = topk_attention(query, key, value, k=SIZES.keys, **options)
+    for wrt in (query, key, value):
+        (gradient,) = torch.autograd.grad(output.sum(), wrt, create_graph=True)
+        with pytest.raises(
+            RuntimeError, match='topk_attention cannot be differentiated again; backend="reference" can'
+        ):
+            gradient.square().sum().backward(retain_graph=True)
+    weight = torch.ones_like(output, requires_grad=True)
+    (gradient,) = torch.autograd.grad(output, query, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="topk_attention cannot be differentiated again"):
+        torch.autograd.grad(gradient.sum(), weight)
+
+
+def test_torch_func_refuses_the_gradient_of_the_gradient_in_words():
+    query, key, value = (x.float() for x in attention_inputs(PYTORCHS))
+
+    def loss(query):
+        return topk_attention(query, key, value, k="all").square().sum()
+
+    expected = torch.autograd.grad(loss(query.requires_grad_()), query)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(query.detach()), expected)
+    with pytest.raises(RuntimeError, match="topk_attention cannot be differentiated again"):
+        torch.func.grad(lambda query: torch.func.grad(loss)(query).sum())(query.detach())
+
+
 @pytest.mark.parametrize("completion", [None, Completion()], ids=["alone", "completed"])
 def test_the_reference_has_the_gradient_of_the_gradient(completion):
     inputs = [x.requires_grad_() for x in attention_inputs(SIZES._replace(queries=3, keys=6))]

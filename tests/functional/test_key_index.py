@@ -190,7 +190,8 @@ NOT_USED = {
     "all": {"k": "all"},
     "reference": {"backend": "reference"},
     "chunked": {"backend": "chunked"},
-    "completion": {"completion": Completion()},
+    "chunked, completed": {"backend": "chunked", "completion": Completion()},
+    "every key, completed": {"k": 100, "completion": Completion()},
 }
 
 
@@ -210,17 +211,34 @@ def test_up_to_16_queries_to_a_key_head_use_it(rows, is_used, hashed):
     assert torch.equal(output, attend(query, key, value, None, is_causal=True))
 
 
+@pytest.mark.parametrize("completion", [None, Completion()], ids=["alone", "completed"])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_calls_with_a_gradient_do_without(which, hashed):
+def test_calls_with_a_gradient_do_without(which, completion, hashed):
     tensors = [x.requires_grad_(i == which) for i, x in enumerate(inputs())]
     index = KeyIndex(tensors[1])
-    attend(*tensors, index).sum().backward()
+    attend(*tensors, index, completion=completion).sum().backward()
     gradient, tensors[which].grad = tensors[which].grad, None
-    attend(*tensors, None).sum().backward()
+    attend(*tensors, None, completion=completion).sum().backward()
     assert torch.equal(gradient, tensors[which].grad)
     assert hashed.used == 0
     with torch.no_grad():
-        check(hashed, *tensors, index)
+        check(hashed, *tensors, index, completion=completion)
+
+
+def test_a_mass_scale_that_wants_a_gradient_does_without(hashed):
+    query, key, value = inputs()
+    index, scale = KeyIndex(key), torch.ones(4, requires_grad=True)
+    attend(query, key, value, index, completion=Completion(scale)).sum().backward()
+    assert hashed.used == 0
+    assert scale.grad.abs().min() > 0
+
+
+def test_completed_calls_use_it_with_and_without_sums(hashed):
+    query, key, value = inputs(rows=2)
+    index, completion = KeyIndex(key), Completion([0.5, 1.0, 2.0, 0.0])
+    check(hashed, query, key, value, index, completion=completion, is_causal=True)
+    check(hashed, query, key, value, index, completion=completion, key_sums=completion.sums(key, value))
+    check(hashed, query, key, value, index, completion=completion, bias=torch.randn(4, 2, 100), k=[3, 9, 100, 1])
 
 
 def test_autocast_rounds_keys_and_does_without(hashed):
@@ -252,12 +270,14 @@ def test_options_of_the_call_reach_the_operator(hashed):
     index, mask = KeyIndex(key), torch.rand(3, 1, 1, 100) > 0.3
     bias = torch.randn(4, 2, 100)
     check(hashed, query, key, value, index, attn_mask=mask, bias=bias, is_causal=True, scale=0.3, k=[3, 9, 100, 1])
-    for given, expected in zip(
-        attend(query, key, value, index, return_selection=True)[1],
-        attend(query, key, value, None, return_selection=True)[1],
-        strict=True,
-    ):
-        assert torch.equal(given, expected)
+    for completion in (None, Completion()):
+        for given, expected in zip(
+            attend(query, key, value, index, completion=completion, return_selection=True)[1],
+            attend(query, key, value, None, completion=completion, return_selection=True)[1],
+            strict=True,
+        ):
+            assert torch.equal(given, expected)
+    assert hashed.used == 3
 
 
 def test_float64_keys_have_an_index_that_takes_nothing(hashed):
@@ -370,6 +390,34 @@ def test_an_index_serves_the_kernels_of_every_instruction_set(made_by, target):
         index = KeyIndex(key[..., :500, :])
     index.append(key)  # the rest is indexed by the kernels that read it
     assert torch.equal(attend(query, key, value, index), attend(query, key, value, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"attn_mask": torch.rand(3, 1, 1, 500) < 0.7, "is_causal": True},
+        {"bias": torch.randn(4, 2, 500)},
+        {"k": [1, 30, 200, 499]},
+    ],
+    ids=["plain", "causal", "masked", "biased", "k of heads"],
+)
+def test_the_kernels_complete_with_the_same_bits(options, dtype, target):
+    query, key, value = inputs(num_keys=500, rows=2, dtype=dtype)
+    if "bias" in options:
+        options = options | {"bias": options["bias"].to(dtype)}
+    options = {"k": 9, "completion": Completion([0.5, 1.0, 2.0, 0.0]), "return_selection": True} | options
+    index = KeyIndex(key)
+    for spoiled in (False, True):
+        if spoiled:  # a query that sees it is NaN
+            key[0, 0, 77], value[1, 1, 99] = torch.nan, torch.inf
+            index = KeyIndex(key)
+        given, wanted = (attend(query, key, value, of, **options) for of in (index, None))
+        assert torch.equal(given[0].nan_to_num(7), wanted[0].nan_to_num(7))
+        for one, other in zip(given[1], wanted[1], strict=True):
+            assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
 def test_the_kernels_follow_beams_and_copies(target):

@@ -202,6 +202,50 @@ def test_a_layer_that_is_refused_in_the_middle_of_a_pass_drops_the_pass(tmp_path
         assert_holds(cache, (10, 4), (30, 1))
 
 
+@pytest.mark.parametrize("way", ["the first pass failed", "all was cropped", "all was cropped and committed"])
+def test_a_cache_without_tokens_takes_another_batch(tmp_path, way):
+    with opened(tmp_path) as cache:
+        handed_out = cache.append(0, *states(10, 4, batch=3))
+        expected = [x.clone() for x in handed_out]
+        if way == "the first pass failed":
+            cache.drop_unfinished_pass()
+        else:
+            cache.append(1, *states(11, 4, batch=3))
+            cache.commit()
+            for layer in range(2):
+                cache.crop(layer, 0)
+            if way == "all was cropped and committed":
+                cache.commit()
+        write(cache, 20, 9, batch=1)
+        assert_holds(cache, (20, 9), batch=1)
+        assert all(map(torch.equal, handed_out, expected))
+        with pytest.raises(ValueError, match=r"holds keys \[1, 3, N, 5\] .* of layer 0, got keys \[3, 3, N, 5\]"):
+            cache.append(0, *states(30, 1, batch=3))
+    with opened(tmp_path) as cache:
+        list(cache.check())
+        assert_holds(cache, (20, 9), batch=1)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_process_that_is_killed_before_another_batch_is_committed_leaves_an_empty_cache(tmp_path, committed):
+    cache = opened(tmp_path)
+    write(cache, 10, 4, batch=3)
+    if committed:
+        cache.commit()
+    for layer in range(2):
+        cache.crop(layer, 0)
+    write(cache, 20, 9, batch=1)
+    cache._process = -1  # killed
+    cache.close()
+    with opened(tmp_path) as cache:
+        assert cache.num_tokens == 0
+        write(cache, 30, 2, batch=2)
+        assert_holds(cache, (30, 2))
+    with opened(tmp_path) as cache:
+        list(cache.check())
+        assert_holds(cache, (30, 2))
+
+
 def test_tokens_that_count_are_never_overwritten_before_fewer_count(tmp_path):
     cache = opened(tmp_path)
     write(cache, 10, 20)

@@ -1,7 +1,8 @@
 """Generation with an index kept beside the cache chooses, at every step, the keys that it chooses without.
 
 python tests/support/exact_generation.py [TOKENS]    SmolLM2 reads 2,100 tokens and generates TOKENS, 1,000 by default,
-                                                     greedily and with 2 beams, in float32 and bfloat16
+                                                     greedily and with 2 beams, in float32 and bfloat16,
+                                                     and greedily with completion in float32
 """
 
 from __future__ import annotations
@@ -59,16 +60,16 @@ def main(num_tokens: int) -> int:
 
     source, differ = find_model(None), 0
     prompt = first_tokens(read_text(), load_tokenizer(source), _PROMPT).view(1, _PROMPT)
-    for dtype in ("float32", "bfloat16"):
+    for dtype, completion in (("float32", None), ("bfloat16", None), ("float32", topk_attention.Completion())):
         model = load_model_to_run(source, dtype=dtype)
-        topk_attention.convert(model, attention_k=_K)
-        for num_beams in (1, 2):
-            start = time.monotonic()
+        topk_attention.convert(model, attention_k=_K, completion=completion)
+        for num_beams in (1, 2) if completion is None else (1,):
+            start, how = time.monotonic(), dtype if completion is None else f"{dtype}, completed"
             options = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "num_beams": num_beams}
             with compared_with_all_scores() as compared:
                 model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options)
             print(
-                f"{dtype}, {num_tokens} tokens, {num_beams} beams: {compared.calls:,} calls, {compared.rows:,} rows, "
+                f"{how}, {num_tokens} tokens, {num_beams} beams: {compared.calls:,} calls, {compared.rows:,} rows, "
                 f"{compared.differ} calls differ ({time.monotonic() - start:.0f} s)",
                 flush=True,
             )

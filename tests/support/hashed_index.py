@@ -38,7 +38,17 @@ class HashedIndex:
 
     def forward(self, *inputs):
         *plain, panels, numbers, unscreened, centre, num_indexed, _ = inputs
-        key = plain[1]
+        self._check(plain[1], panels, numbers, unscreened, centre, num_indexed)
+        return cpu.attention.__globals__["forward_op"](*plain)
+
+    def completed_forward(self, *inputs):
+        *plain, panels, numbers, unscreened, centre, num_indexed, _ = inputs
+        if isinstance(panels, torch.Tensor) and panels.dtype == torch.uint8:
+            self._check(plain[1], panels, numbers, unscreened, centre, num_indexed)
+            inputs = plain
+        return torch.ops.topk_attention.cpu_completed_attention_forward(*inputs)
+
+    def _check(self, key, panels, numbers, unscreened, centre, num_indexed):
         assert num_indexed == key.shape[2]
         assert not centre.any()
         assert numbers.shape == (*panels.shape[:3], 4)
@@ -46,7 +56,6 @@ class HashedIndex:
         rows = panels.view(*panels.shape[:2], -1, 8)[:, :, :num_indexed]
         assert torch.equal(rows, hashes(key)), "the index is not of these keys"
         self.used += 1
-        return cpu.attention.__globals__["forward_op"](*plain)
 
     @staticmethod
     def _rows(panels):
@@ -68,4 +77,5 @@ def use_hashes(monkeypatch: pytest.MonkeyPatch) -> HashedIndex:
     monkeypatch.setattr(key_index, "new_panels", new_panels)
     monkeypatch.setattr(key_index, "index_keys", hashed.index_keys)
     monkeypatch.setitem(cpu.attention.__globals__, "indexed_op", hashed.forward)
+    monkeypatch.setitem(cpu.attention.__globals__, "completed_op", hashed.completed_forward)
     return hashed

@@ -41,9 +41,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_OUT = Path("results/passkey")
+# Filler -> the sentences of the passkey in it.
+FILLERS = {
+    "text": "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n",
+    "sentences": " The pass key is {key}. Remember it. {key} is the pass key.",
+}
+FRAMES = ("chat", "plain")
 _DIGITS = 5
+_SENTENCES = " The rain falls on the roof. The cat sleeps by the stove. The kettle sings and nobody is in a hurry."
 _TASK = "There is a pass key hidden in the following text. Find it and remember it.\n\n"
-_NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 _QUESTION = "\n\nWhat is the pass key?"
 _ANSWER = "The pass key is"
 
@@ -54,6 +60,8 @@ class PasskeyConfig:
 
     k, completed_k  keys per query, of top-k attention alone and completed
     depths          places of the passkey, evenly from the beginning of the text on
+    filler          "sentences": three of them again and again, or "text"
+    frame           "chat", the model's template if it has one, or "plain"
 
     >>> PasskeyConfig(depths=0)
     Traceback (most recent call last):
@@ -66,6 +74,8 @@ class PasskeyConfig:
     k: Sequence[int] = (64, 32)
     completed_k: Sequence[int] = (32,)
     depths: int = 10
+    filler: str = "sentences"
+    frame: str = "chat"
     out: Path = DEFAULT_OUT
     seed: int = 0
     threads: int | None = None
@@ -76,6 +86,13 @@ class PasskeyConfig:
         check_ks("k", self.k)
         check_ks("completed-k", self.completed_k)
         check_at_least(1, self, "depths", "threads", "num_tokens")
+        for name, given, known in (("filler", self.filler, FILLERS), ("frame", self.frame, FRAMES)):
+            if given not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+        if self.filler == "sentences" and self.text is not None:
+            raise ValueError(
+                f'text is for filler "text", which stands around the passkey, got {self.text} with filler "sentences"'
+            )
         choose_backend(self.backend)
 
     @property
@@ -93,7 +110,7 @@ class Prompt:
 
     before  up to the passkey, a beginning of every deeper prompt's
     after   from the passkey to the beginning of the answer
-    answer  the passkey
+    answer  the digits of the passkey
     """
 
     before: list[int]
@@ -110,7 +127,7 @@ def run_passkey(config: PasskeyConfig, console: Console) -> list[Json]:
         WorkerError: a setting failed. The answers before are kept.
     """
     say = line_printer(console)
-    text = read_text(config.text)
+    text = _filling_text(config)
     source = find_model(config.model, say)
     loadable = unpacked(source, config.out / "work" / "model", say)
     prompts = prompts_of(config, loadable, text)
@@ -162,15 +179,15 @@ class _Answers:
         self.found[depth] = record
         outcome = "found" if record["found"] else "not found"
         where = f"depth {depth / len(self.points):.0%}"
-        self.say(
-            f"{self.name}, {where}: {outcome} (probability {record['probability']:.2f}), {record['elapsed_s']:.1f} s"
-        )
+        mean = sum(record["log_probabilities"]) / len(record["log_probabilities"])
+        self.say(f"{self.name}, {where}: {outcome} (log-probability {mean:.2f} a digit), {record['elapsed_s']:.1f} s")
 
 
 def ask(request: Json, send: Send) -> Json:
     """Let a model in one setting read each prompt; sends, for each depth, whether it finds the passkey.
 
-    It finds it if each digit is the most likely token after those before it. Its probability is that of the whole.
+    It finds it if each digit is the most likely token after the right ones before it. `ranks` has how many tokens are
+    likelier than each digit, and `log_probabilities` the natural logarithm of its probability.
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
@@ -184,24 +201,29 @@ def ask(request: Json, send: Send) -> Json:
             if len(prompt.before) > num_read:
                 read(model, prompt.before[num_read:], cache)
                 num_read = len(prompt.before)
-            found, probability = _answer(model, cache, prompt)
+            answer = _answer(model, cache, prompt)
             cache.crop(num_read - cache.get_seq_length())
-        send({"depth": depth, "found": found, "probability": probability, "elapsed_s": stopwatch.elapsed_s})
+        send({"depth": depth, "elapsed_s": stopwatch.elapsed_s} | answer)
     return {}
 
 
 @torch.no_grad()
-def _answer(model: Any, cache: Any, prompt: Prompt) -> tuple[bool, float]:
-    """Whether the model gives the passkey after the rest of the prompt, and the probability that it does."""
+def _answer(model: Any, cache: Any, prompt: Prompt) -> Json:
+    """What the model says of each digit of the passkey after the rest of the prompt and the digits before."""
     first = read(model, prompt.after, cache)
     logits = [first[None]]
     if len(prompt.answer) > 1:
         ids = torch.tensor([prompt.answer[:-1]])
         logits.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float())
-    wanted = torch.tensor(prompt.answer)
     chances = torch.cat(logits).log_softmax(-1)
-    found = bool((chances.argmax(-1) == wanted).all())
-    return found, chances.gather(1, wanted[:, None]).sum().exp().item()
+    of_digits = chances.gather(1, torch.tensor(prompt.answer)[:, None])
+    ranks = (chances > of_digits).sum(1).tolist()
+    return {"found": not any(ranks), "ranks": ranks, "log_probabilities": of_digits[:, 0].tolist()}
+
+
+def _filling_text(config: PasskeyConfig) -> Text:
+    """What stands around the passkey, or what is repeated there."""
+    return Text(_SENTENCES, "three sentences, repeated") if config.filler == "sentences" else read_text(config.text)
 
 
 def prompts_of(config: PasskeyConfig, source: ModelSource, text: Text) -> list[Prompt]:
@@ -216,9 +238,13 @@ def prompts_of(config: PasskeyConfig, source: ModelSource, text: Text) -> list[P
         return plain_ids(tokenizer, content)
 
     framed_before, framed_after = user_turn(tokenizer, _TASK, _QUESTION)
+    if config.frame == "plain":
+        framed_before, framed_after = _TASK, f"{_QUESTION} "
     before, after = ids(framed_before), ids(framed_after + _ANSWER)
-    parts = [(ids(_NEEDLE.format(key=key)), ids(f" {key}")) for key in map(config.passkey, range(config.depths))]
-    around = len(before) + len(after) + max(len(needle) + len(answer) for needle, answer in parts)
+    needle_of = FILLERS[config.filler]
+    keys = [config.passkey(depth) for depth in range(config.depths)]
+    parts = [(ids(needle_of.format(key=key)), _space_and_digits(tokenizer, key)) for key in keys]
+    around = len(before) + len(after) + max(len(needle) + sum(map(len, answer)) for needle, answer in parts)
     room = config.num_tokens - around
     if room < config.depths:
         raise ValueError(
@@ -228,12 +254,23 @@ def prompts_of(config: PasskeyConfig, source: ModelSource, text: Text) -> list[P
     limit = longest_input(load_config(source))
     if limit is not None and config.num_tokens > limit:
         raise ValueError(f"tokens must be at most {limit}, the longest input of {source.name}, got {config.num_tokens}")
-    filler = first_tokens(text, tokenizer, room)[0].tolist()
+    if config.filler == "sentences":
+        sentences = ids(text.content)
+        filler, unit = (sentences * (room // len(sentences) + 1))[:room], len(sentences)
+    else:
+        filler, unit = first_tokens(text, tokenizer, room)[0].tolist(), 1
     prompts = []
-    for depth, (needle, answer) in enumerate(parts):
-        place = depth * room // config.depths
-        prompts.append(Prompt(before + filler[:place], needle + filler[place:] + after, answer))
+    for depth, (needle, (space, digits)) in enumerate(parts):
+        place = depth * room // config.depths // unit * unit
+        prompts.append(Prompt(before + filler[:place], needle + filler[place:] + after + space, digits))
     return prompts
+
+
+def _space_and_digits(tokenizer: Any, key: str) -> tuple[list[int], list[int]]:
+    """The tokens of a space, where it has some of its own, and those of the digits after it."""
+    tokens = plain_ids(tokenizer, f" {key}")
+    num_spaces = next((i for i, token in enumerate(tokens) if tokenizer.decode([token]).strip()), 0)
+    return tokens[:num_spaces], tokens[num_spaces:]
 
 
 def _point(config: PasskeyConfig, setting: Setting, depth: int, source: ModelSource, text: Text) -> Json:
@@ -242,6 +279,8 @@ def _point(config: PasskeyConfig, setting: Setting, depth: int, source: ModelSou
         "depth": depth,
         "depths": config.depths,
         "num_tokens": config.num_tokens,
+        "filler": config.filler,
+        "frame": config.frame,
         "passkey": config.passkey(depth),
         "model": [source.name, source.revision],
         "text": [text.source, text.sha256],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,20 +12,25 @@ from ..runs.ledger import newest, on_file
 from ..runs.records import Json, days_and_commits, reads, write_whole
 from ..show.html import counted
 
-NAME, SCHEMA = "passkey", "topk_attention/passkey/1"
-_SHARED = ("depths", "num_tokens", "model", "text")
+NAME, SCHEMA = "passkey", "topk_attention/passkey/2"
+_SHARED = ("depths", "num_tokens", "filler", "frame", "model", "text")
 
 
 @reads(f"{NAME}.jsonl")
 def report(out: Path) -> list[Path]:
-    """Write `passkey.md` of the records in a folder that share their settings with the last; returns its path."""
+    """Write `passkey.md` of the records in a folder that are of the last one's model: a table for each length and form
+    of the prompt. Returns its path.
+    """
     records = newest(on_file(out / f"{NAME}.jsonl", SCHEMA), lambda record: json.dumps(record["point"], sort_keys=True))
     if not records:
         return []
-    last = records[-1]["point"]
-    shown = [record for record in records if all(record["point"][name] == last[name] for name in _SHARED)]
+    tables: dict[str, list[Json]] = {}
+    for record in records:
+        if record["point"]["model"] == records[-1]["point"]["model"]:
+            shared = json.dumps([record["point"][name] for name in _SHARED])
+            tables.setdefault(shared, []).append(record)
     path = out / f"{NAME}.md"
-    write_whole(path, as_markdown(shown))
+    write_whole(path, "\n".join(map(as_markdown, tables.values())))
     return [path]
 
 
@@ -34,22 +40,23 @@ def redraw(results: Path) -> list[Path]:
 
 
 def table_rows(records: Sequence[Json]) -> list[list[str]]:
-    """Headings, then a row for each setting: at which depths it found the passkey, and the probability it gave it."""
+    """Headings, then a row for each setting: whether it found the passkeys, and at each depth how many digits."""
     depths = records[-1]["point"]["depths"]
-    rows = [["attention", "found", *(f"{depth / depths:.0%}" for depth in range(depths)), "seconds a depth"]]
+    places = [f"{depth / depths:.0%}" for depth in range(depths)]
+    rows = [["attention", "found", "digits first", "log-probability of a digit", *places, "seconds a depth"]]
     by_setting: dict[str, dict[int, Json]] = {}
     for record in records:
         by_setting.setdefault(setting_name(record["point"]["setting"]), {})[record["point"]["depth"]] = record
     for name, of in by_setting.items():
-        cells = [_cell(of[depth]) if depth in of else "" for depth in range(depths)]
+        cells = [str(of[depth]["ranks"].count(0)) if depth in of else "" for depth in range(depths)]
         seconds = sum(record["elapsed_s"] for record in of.values()) / len(of)
         number = sum(record["found"] for record in of.values())
-        rows.append([name, f"{number} of {len(of)}", *cells, f"{seconds:.1f}"])
+        ranks, chances = (
+            [x for record in of.values() for x in record[name]] for name in ("ranks", "log_probabilities")
+        )
+        first, mean = ranks.count(0) / len(ranks), sum(chances) / len(chances)
+        rows.append([name, f"{number} of {len(of)}", f"{first:.0%}", f"{mean:.2f}", *cells, f"{seconds:.1f}"])
     return rows
-
-
-def _cell(record: Json) -> str:
-    return f"{'yes' if record['found'] else 'no'} ({record['probability']:.2f})"
 
 
 def as_markdown(records: Sequence[Json]) -> str:
@@ -58,8 +65,10 @@ def as_markdown(records: Sequence[Json]) -> str:
     headings, *rows = table_rows(records)
     lines = [
         f"{point['model'][0]} looks for a passkey of five digits in {point['num_tokens']:,} tokens of "
-        f"{point['text'][0]}; columns: how deep it is hidden. Yes: each digit is the most likely token; in parentheses "
-        f"the probability of all. {here['cpu']}, {counted(point['threads'], 'thread')}, float32, PyTorch "
+        f"{point['text'][0]}, {'in its chat template' if point['frame'] == 'chat' else 'without a template'}. Each "
+        "digit is asked for after the right ones before it: how many are the likeliest of all tokens, and the natural "
+        f"logarithm of their probability (one of ten digits at random: {-math.log(10):.1f}). Found: all five. Then the "
+        f"digits found at each depth. {here['cpu']}, {counted(point['threads'], 'thread')}, float32, PyTorch "
         f"{here['torch']}, {days_and_commits(records)}. The text before the passkey is read once for all depths.",
         "",
         *("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)),

@@ -7,6 +7,7 @@ each row sends to all of them: `visible_keys`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,10 +40,16 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     if value.shape[3] == 0:  # the selection is wanted all the same
         value = torch.nn.functional.pad(value, (0, 1))
     sums = call.sums if call.sums is not None else (None, None, None)
-    save_selection = call.return_selection or needs_gradient(*call.differentiable())
+    wants_gradient = needs_gradient(*call.differentiable())
+    save_selection = call.return_selection or wants_gradient
+    run: Callable[..., tuple[Tensor, ...]]
     # An operator written in Python takes 0.1 ms a call. It is needed for gradients, compiled code and torch.func alone.
-    needs_operator = save_selection or is_transformed()
-    run: Callable[..., tuple[Tensor, ...]] = completed_attention_op if needs_operator else _forward
+    if wants_gradient or is_transformed():
+        run = completed_attention_op
+    elif backend == "cpu":
+        run = partial(_complete, partial(cpu.completed_forward, index=cpu.index_inputs(call)))
+    else:
+        run = _forward
     output, indices, weights, *_ = run(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale, call.sinks),
         *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),
@@ -84,6 +91,36 @@ def _forward(
     The selection, indices int32 and weights, is empty unless it is asked for. So are the sums, and where the backward
     pass sums anew: `VisibleKeys.saved_sums_shape`.
     """
+    tensors = (query, key, value, attn_mask, bias, relative_bias, mass_scale, sinks, seed)
+    sums = (key_sum, value_sum, product_sum)
+    options = (head_k, is_causal, scale, dropout_p, rest_lift, query_chunk_size, backend, save_selection)
+    return _complete(_BACKENDS[backend].completed_forward, *tensors, *sums, *options)
+
+
+def _complete(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    mass_scale: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    key_sum: Tensor | None,
+    value_sum: Tensor | None,
+    product_sum: Tensor | None,
+    head_k: Sequence[int],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    rest_lift: float,
+    query_chunk_size: int | None,
+    backend: str,
+    save_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_forward` by this function of the backend."""
     dtype = accumulation_dtype(query.dtype)
     saves_sums = sinks is not None and save_selection
     no_sums = (query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype))
@@ -106,7 +143,7 @@ def _forward(
         relative_bias = relative_bias.to(visible.dtype)
     tensors = (query, key, value, attn_mask, bias, relative_bias, sinks, seed)
     inputs = TopKInputs(*tensors, head_k, is_causal, scale, 0.0, dropout_p)
-    results = _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest)
+    results = forward(inputs, query_chunk_size, save_selection, rest)
     if not save_selection or visible.saved_sums_shape(totals is not None) is None:
         return *results, *no_sums
     assert rest.products is not None

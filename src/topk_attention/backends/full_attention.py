@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .operators import (
     differentiate_full_attention,
     empty_attention_gradients,
     needs_gradient,
+    once_differentiable,
     refuse_second_derivatives,
     save_full_attention,
 )
@@ -34,7 +36,8 @@ def attention(call: AttentionCall) -> Tensor:
     if not needs_gradient(call.query, call.key, call.value):
         return _without_gradient(call)
     if sdpa.takes_one_call(call) and _are_finite(call.query, call.key, call.value):
-        return sdpa.attention(call)
+        query, key, value = once_differentiable(call.query, call.key, call.value)
+        return sdpa.attention(replace(call, query=query, key=key, value=value))
     return full_attention_op(*FullInputs.of(call))[0]
 
 

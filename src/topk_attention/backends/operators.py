@@ -400,6 +400,47 @@ def refuse_second_derivatives(function: str) -> Callable[..., Any]:
     return backward
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Tensors as they are, whose gradients cannot be differentiated: for a function of torch whose own error names what
+    the caller has not called.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(_NeverDifferentiable.apply(x) if x is not None and x.requires_grad else x for x in gradients)
+
+
+class _NeverDifferentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        refuse_second_derivatives("topk_attention")(ctx)
+
+
+def once_differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; what is computed of them has a gradient, but that has none."""
+    return _OnceDifferentiable.apply(*tensors)  # type: ignore[no-any-return]
+
+
 def require_selection(ctx: Any, operator: str) -> None:
     if not ctx.has_selection:
         raise RuntimeError(f"{operator} needs save_selection=True for a backward pass")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import Completion, KeyIndex, KeySums, topk_attention
+from ..functional import Completion, KeySums, topk_attention
 from .cache_in_graph import layer_in_graph, layer_of
 from .cached_index import index_of_cached
 from .cached_sums import sums_of_cached
@@ -180,15 +180,8 @@ def _attend(call: _LayerCall, attn_mask: Tensor | None = None, *, is_causal: boo
         backend=call.settings.backend,
         completion=call.settings.completion,
         key_sums=_sums(call, attn_mask, is_causal),
-        key_index=_index(call, query),
+        key_index=index_of_cached(query, key, call.settings.kept_keys, call.settings.backend),
     )
-
-
-def _index(call: _LayerCall, query: Tensor) -> KeyIndex | None:
-    """The index that is kept beside a cache, for a call with few queries."""
-    if call.settings.completion is not None:
-        return None  # what is not kept needs all keys
-    return index_of_cached(query, call.key, call.settings.kept_keys, call.settings.backend)
 
 
 def _sums(call: _LayerCall, attn_mask: Tensor | None, is_causal: bool) -> KeySums | None:

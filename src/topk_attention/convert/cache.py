@@ -210,7 +210,8 @@ def topk_cache() -> Any:
                 `DynamicCache(config=config)` would give them; without it every layer grows
         storage a folder for files that hold the keys and values of the layers that grow; it needs `config`. A new or
                 empty folder begins a cache, one with a cache of this model continues it
-        progress  progress(name of the work, steps done, steps in all) while a folder is read through
+        progress  progress(name of the work, steps done, steps in all) while a folder is read through, and for each
+                layer whose stored keys the first token has indexed
 
         It takes the place of a `DynamicCache` wherever that is used: `model(..., past_key_values=cache)`, `generate`,
         beams, assisted and prompt-lookup decoding, a chat that keeps its cache, `copy.deepcopy`, pickle. Tokens are the

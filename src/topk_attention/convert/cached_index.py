@@ -7,6 +7,8 @@ call makes a new one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,11 @@ class CachedIndex:
     """The index of one layer's keys. There is none until a call asks for it.
 
     keys_in_files  as `KeyIndex` has it
+    when_made      called whenever all keys have been indexed, which takes long where there are many
     """
 
-    def __init__(self, keys_in_files: bool = False) -> None:
-        self._keys_in_files = keys_in_files
+    def __init__(self, keys_in_files: bool = False, when_made: Callable[[], None] | None = None) -> None:
+        self._keys_in_files, self._when_made = keys_in_files, when_made
         self._index: KeyIndex | None = None
         self._version: int | None = None
 
@@ -47,7 +50,7 @@ class CachedIndex:
 
         begins_with_these  whether it begins with the keys that are indexed, or has only these
         """
-        if not begins_with_these:
+        if not begins_with_these or key.shape[-2] == 0:  # without a key, those of another batch may follow
             self._index = None
         elif self._index is not None and self._index.length > key.shape[-2]:
             self._index.crop(key.shape[-2])
@@ -65,6 +68,8 @@ class CachedIndex:
             self.go_on_with(key, False)
         if self._index is None:
             self._index = KeyIndex(key, keys_in_files=self._keys_in_files)
+            if self._when_made is not None:
+                self._when_made()
         elif not is_of(self._index, key):
             self._index.append(key)
         return self._index

@@ -33,7 +33,8 @@ def stored_in(
 ) -> StoredCache:
     """Let the layers of a cache that are of the class `growing` keep their rows in the files of a folder.
 
-    A folder that holds a cache already is read through once.
+    A folder that holds a cache already is read through once. The indexes of its keys are not kept there: each layer's
+    is made when the first token asks for it, in memory.
 
     Raises:
         OSError, RuntimeError, ValueError: as `StoredCache`, and where the model cannot be continued.
@@ -63,10 +64,15 @@ def stored_in(
     except BaseException:
         stored.close()
         raise
-    for index in growing_ones:
-        layer = layers[index]
+    ours = [layers[index] for index in growing_ones]
+
+    def when_indexed() -> None:
+        if progress is not None:
+            progress("Indexing the stored keys", sum(layer._index.is_made for layer in ours), len(ours))
+
+    for index, layer in zip(growing_ones, ours, strict=True):
         layer.__class__ = stored_layer()
-        layer._stored, layer._number, layer._index = stored, index, CachedIndex(True)
+        layer._stored, layer._number, layer._index = stored, index, CachedIndex(True, when_indexed)
         if stored.num_tokens:
             layer.lazy_initialization(layer.keys, layer.values)
     return stored

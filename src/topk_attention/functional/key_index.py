@@ -37,8 +37,7 @@ class KeyIndex:
 
     It takes about D + 1 bytes for each key and key head, and room for a quarter more. It also holds on to the tensor.
     Where no call can use it (tensors on other devices, float64, no compiled kernels) it takes none, and calls do
-    without it; so do those that need a gradient, completion, a k of all keys, other backends or more queries, and
-    compiled code.
+    without it; so do those that need a gradient, a k of all keys, other backends or more queries, and compiled code.
 
     Raises:
         TypeError: key is no tensor.

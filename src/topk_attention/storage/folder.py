@@ -134,6 +134,9 @@ class StoredCache:
             )
         try:
             form = RowFormat.of(key, value)
+            if rows is not None and form != rows.form and not any(self._lengths.values()):
+                self._forget_rows()
+                rows = None
             if rows is not None and form != rows.form:
                 raise ValueError(
                     f"the cache in {self.folder} holds {rows.form} of layer {layer}, got {form}; give an empty folder "
@@ -155,6 +158,15 @@ class StoredCache:
             raise
         self._lengths[layer] = rows.length
         return rows.key, rows.value
+
+    def _forget_rows(self) -> None:
+        """Have no rows, as in a new folder, where no token is held: after a first pass that failed, or a reset."""
+        self._write_manifest(0, {})
+        self._committed, self._checksums, self._changed = 0, {}, False
+        for rows in self._rows.values():
+            rows.close()
+            rows.path.unlink(missing_ok=True)  # tensors that were handed out are read from the old file
+        self._rows = {}
 
     def _begin_pass(self, length: int) -> None:
         """What is done once for all layers, before any of them holds a token more."""
@@ -198,7 +210,8 @@ class StoredCache:
             return
         unchanged = min(num_tokens, self._committed)
         checksums = {}
-        for layer, rows in self._rows.items():
+        # Without a token nothing is said of rows: others may follow.
+        for layer, rows in self._rows.items() if num_tokens else ():
             rows.flush()
             checksums[layer] = rows.checksums(num_tokens, self._checksums.get(layer, []), unchanged)
         self._write_manifest(num_tokens, checksums)

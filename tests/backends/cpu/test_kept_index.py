@@ -88,6 +88,10 @@ def additions(num_heads, queries, keys):
     yield {"attn_mask": torch.where(chance < 0.2, -torch.inf, 30 * noise)}
     yield {"attn_mask": torch.where(chance < 0.5, torch.finfo(torch.float32).min, 0)}
     yield {"bias": noise, "attn_mask": torch.rand(1, 1, queries, keys) < 0.02}
+    yield {"attn_mask": torch.where(chance < 0.5, -1e9, noise)}
+    yield {"attn_mask": torch.where(chance < 0.98, -1e9 * (1 + chance), noise)}
+    yield {"attn_mask": torch.where(chance < 0.5, -1000 - noise, torch.where(chance < 0.9, -500 - noise, noise))}
+    yield {"attn_mask": torch.full(full, -2000.0)}
     yield {"relative_bias": torch.randn(num_heads, queries + keys - 1)}
     yield {"bias": torch.where(chance < 0.01, torch.nan, torch.where(chance < 0.02, torch.inf, noise * 1e30))}
 
@@ -97,8 +101,22 @@ def test_an_index_misses_no_key_whatever_misleads_it(cpu_target, family):
     query, key = FAMILIES[family](torch.randn(1, 4, 2, 37), torch.randn(1, 2, 900, 37))
     value, index = torch.randn(1, 2, 900, 5), built(key)
     for options in additions(4, 2, 900):
-        for k in (1, 64, [300, 20, 5, 900]):
+        for k in (1, 50, [300, 20, 5, 900]):
             assert_the_index_changes_nothing(index, 900, query, key, value, k, **options)
+
+
+@pytest.mark.parametrize("k", [20, 300, [20, 1400, 20, 1600, 1, 700]])
+def test_rows_whose_bounds_exclude_too_little_are_right_beside_others(cpu_target, several_threads, k):
+    """Rows of three kinds: of ties, of zeros, and of scores that bounds tell apart."""
+    query, key, value = torch.randn(1, 6, 2, 40), torch.randn(1, 2, 5000, 40), torch.randn(1, 2, 5000, 8)
+    key[..., 0] = 1
+    query[:, ::2, 0] = query[:, 1, 1] = torch.eye(40)[0]
+    query[:, 4, 1] = query[:, 5] = 0
+    index = built(key)
+    inputs = inputs_of(query, key, value, k, is_causal=True)
+    expected = operators.cpu_attention_forward(*inputs)
+    for result in several_threads(lambda: operators.cpu_attention_forward_indexed(*inputs, *index.tensors, 5000)):
+        assert_same_bits(result, expected)
 
 
 def test_an_index_may_grow_in_any_pieces_and_be_cropped(cpu_target):
@@ -171,7 +189,11 @@ def test_an_index_takes_one_byte_a_number_and_20_a_panel():
     assert cpu.problem() is None
 
 
-@pytest.mark.parametrize("hiding", [-torch.inf, torch.finfo(torch.float32).min, None], ids=["inf", "lowest", "bool"])
+@pytest.mark.parametrize(
+    "hiding",
+    [-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4, None],
+    ids=["inf", "lowest", "-1e9", "-1e4", "bool"],
+)
 def test_hidden_keys_among_others_do_not_make_the_others_be_read(cpu_target, hiding):
     """Keys that cannot be among the best are spoiled after they were indexed: reading one of them would show."""
     query, value = torch.ones(1, 2, 1, 16), torch.randn(1, 2, 640, 8)

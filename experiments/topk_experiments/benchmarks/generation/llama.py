@@ -60,7 +60,8 @@ class LlamaModel:
         """The text of tokens, as this model understands them."""
         import llama_cpp
 
-        # The package's own detokenize (0.3.36) leaves out tokens of more than 32 bytes, such as a deep indentation.
+        # The package's own detokenize leaves out long tokens:
+        # findings/llama_cpp_python_detokenize_drops_long_tokens.sh
         buffer = ctypes.create_string_buffer(_LONGEST_TOKEN)
         pieces = []
         for token in token_ids:

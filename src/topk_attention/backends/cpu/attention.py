@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, KeyPanels, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
+from ..calls import AttentionCall, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
 from ..operators import (
     AttentionGradients,
     TopKBackwardInputs,
@@ -28,6 +28,7 @@ _INDEXED = "topk_attention::cpu_attention_forward_indexed"
 _BACKWARD = "topk_attention::cpu_attention_backward"
 forward_op = torch.ops.topk_attention.cpu_attention_forward.default
 indexed_op = torch.ops.topk_attention.cpu_attention_forward_indexed.default
+completed_op = torch.ops.topk_attention.cpu_completed_attention_forward.default
 backward_op = torch.ops.topk_attention.cpu_attention_backward.default
 
 
@@ -39,24 +40,27 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None
     """
     if call.relative_bias is not None:
         call = replace(call, relative_bias=call.relative_bias.to(accumulation_dtype(call.query.dtype)))
-    if is_indexed(call):
-        assert call.key_index is not None
-        return run_topk_attention(call, _indexed_forward(call.key_index, call), padded_entries)
-    return run_topk_attention(call, _forward, padded_entries)
+    index = index_inputs(call)
+    if index is None:
+        return run_topk_attention(call, _forward, padded_entries)
+    return run_topk_attention(call, lambda *inputs: indexed_op(*inputs, *index), padded_entries)
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward_op`. Where nothing needs a gradient, torch is not asked for its backward pass, which takes 8 us."""
     call = TopKInputs(*inputs[: len(TopKInputs._fields)])
-    if is_transformed() or needs_gradient(call.query, call.key, call.value, call.bias, call.relative_bias):
+    if is_transformed() or needs_gradient(call.query, call.key, call.value, call.bias, call.relative_bias, call.sinks):
         return forward_op(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return forward_op(*inputs)
 
 
-def _indexed_forward(index: KeyPanels, call: AttentionCall) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """`forward_op` that finds its keys in an index of all of them."""
-    return lambda *inputs: indexed_op(*inputs, *index, call.key.shape[2], call.keys_in_files)
+def index_inputs(call: AttentionCall) -> tuple[Tensor | int | bool, ...] | None:
+    """What the operators read of the index of a call that uses one; None for others."""
+    if not is_indexed(call):
+        return None
+    assert call.key_index is not None
+    return *call.key_index, call.key.shape[2], call.keys_in_files
 
 
 def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
@@ -77,10 +81,14 @@ def completed_forward(
     query_chunk_size: int | None,
     save_selection: bool,
     rest: RestInputs,
+    index: tuple[Tensor | int | bool, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, indices, weights, log_sums, and the rest's weight at a scale of 1 and the entry that scores least."""
+    """Output, indices, weights, log_sums, and the rest's weight at a scale of 1 and which entry scores least, [B, H, N].
+
+    index  `index_inputs` of the call
+    """
     del query_chunk_size
-    return torch.ops.topk_attention.cpu_completed_attention_forward(*inputs, save_selection, *rest)
+    return completed_op(*inputs, save_selection, *rest, *(index or ()))
 
 
 def completed_backward(

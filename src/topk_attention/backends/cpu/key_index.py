@@ -46,7 +46,7 @@ def index_keys(key: Tensor, start: int, panels: KeyPanels) -> None:
 
 def is_indexed(call: AttentionCall) -> bool:
     """Whether this call reads the index that it has. Without it the result is the same."""
-    if call.key_index is None or call.is_completed() or call.is_full_attention():
+    if call.key_index is None or call.is_full_attention():
         return False
     rows = call.query.shape[1] // call.key.shape[1] * call.query.shape[2]
     return 0 < rows <= MOST_ROWS and not needs_gradient(*call.differentiable())

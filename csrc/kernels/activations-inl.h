@@ -25,14 +25,20 @@ inline DoubleVector normal_cdf(DoubleVector x) {
   return result;
 }
 
+// x / (1 + exp(-slope * x)), without an exponential that overflows.
+template <class A>
+inline Vector<A> times_sigmoid(Vector<A> x, A slope) {
+  const Vector<A> e = exponential(-absolute<A>(slope * x));
+  return (x < Vector<A>{} ? x * e : x) / (A(1) + e);
+}
+
 template <class A>
 inline Vector<A> activate(Activation activation, Vector<A> x) {
   switch (activation) {
     case Activation::relu: return x <= Vector<A>{} ? Vector<A>{} : x;  // NaN stays
-    case Activation::silu: {
-      const Vector<A> e = exponential(-absolute<A>(x));
-      return (x < Vector<A>{} ? x * e : x) / (A(1) + e);
-    }
+    case Activation::relu_squared: return x <= Vector<A>{} ? Vector<A>{} : x * x;
+    case Activation::silu: return times_sigmoid<A>(x, A(1));
+    case Activation::quick_gelu: return times_sigmoid<A>(x, A(1.702));
     case Activation::gelu: return x * normal_cdf(x);
     case Activation::gelu_tanh: {
       // (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))

@@ -38,11 +38,18 @@ inline Number pre_activation(const Layer& layer, const Array& weights, const Arr
   return sum;
 }
 
+// At least the largest slope of an activation up to the size of z.
+inline double steepness(Activation activation, long double z) {
+  return activation == Activation::relu_squared ? 2 * double(std::fabs(z)) : 1.13;
+}
+
 inline long double activated(Activation activation, long double z) {
   switch (activation) {
     case Activation::identity: return z;
     case Activation::relu: return z <= 0 ? 0 : z;
+    case Activation::relu_squared: return z <= 0 ? 0 : z * z;
     case Activation::silu: return z / (1 + std::exp(-z));
+    case Activation::quick_gelu: return z / (1 + std::exp(-1.702L * z));
     case Activation::gelu: return z * (1 + std::erf(z / std::sqrt(2.0L))) / 2;
     case Activation::gelu_tanh:
       return z * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0L)) * (z + 0.044715L * z * z * z))) / 2;
@@ -55,9 +62,8 @@ inline Number rank_of(const Layer& layer, int64_t token, int64_t neuron) {
   Number rank = pre_activation(layer, layer.w_in, layer.b_in, token, neuron);
   if (layer.w_gate.exists()) {
     const Number gate = pre_activation(layer, layer.w_gate, layer.b_gate, token, neuron);
-    // Errors of the gate reach the product with a slope of 1.13 at most.
     rank = {std::fabs(activated(layer.activation, gate.value) * rank.value),
-            1.13 * gate.mass * double(std::fabs(rank.value)) +
+            steepness(layer.activation, gate.value) * gate.mass * double(std::fabs(rank.value)) +
                 rank.mass * double(std::fabs(activated(layer.activation, gate.value)))};
   }
   return std::isnan(rank.value) ? Number(kInf) : rank;

@@ -289,7 +289,8 @@ void a_plain_layer_ranks_by_value_and_a_gated_one_by_magnitude() {
 
 void every_activation_keeps_the_best_to_rounding() {
   for (Activation activation :
-       {Activation::identity, Activation::relu, Activation::silu, Activation::gelu, Activation::gelu_tanh})
+       {Activation::identity, Activation::relu, Activation::silu, Activation::gelu, Activation::gelu_tanh,
+        Activation::quick_gelu, Activation::relu_squared})
     for (DType dtype : {DType::float32, DType::float64})
       for (int64_t tokens : {3, 14})
         for (int64_t k : {1, 40, 299}) {

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
 from ..functional import StandIn
-from ..nn.feed_forward import StandInTensors, added_to_call, full_name, is_plain_linear, weight_and_bias, why_call
+from ..nn.feed_forward import (
+    StandInTensors,
+    added_to_call,
+    full_name,
+    is_plain_linear,
+    store_as_usual,
+    store_by_neuron,
+    weight_and_bias,
+    why_call,
+)
 from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
@@ -54,6 +63,28 @@ class FeedForwardSite:
     def num_neurons(self) -> int:
         """How many neurons the first layer computes; 0 where it is no linear layer."""
         return num_neurons(self.linears_in[0])
+
+    @property
+    def neurons_in_words(self) -> str:
+        return f"{self.num_neurons} neurons"
+
+    @property
+    def why_no_stand_in(self) -> str | None:
+        """Why nothing can be added for the neurons that are not kept; None where it can."""
+        return None
+
+    @property
+    def weight_out(self) -> Any:
+        """The weight of the last layer."""
+        return self.linear_out.weight
+
+    def store_by_neuron(self) -> None:
+        for linear_in in self.linears_in:
+            store_by_neuron(linear_in=linear_in)
+        store_by_neuron(linear_out=self.linear_out)
+
+    def store_as_usual(self) -> None:
+        store_as_usual(*self.linears_in, self.linear_out)
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -506,7 +506,8 @@ topk::Entries entries_of(const Tensor& neurons, const Tensor& coefficients) {
 // a gate) in the accumulation dtype. Biases come in the accumulation dtype.
 std::tuple<Tensor, Tensor, Tensor> choose_neurons(Tensor x, Tensor w_in, std::optional<Tensor> w_gate,
                                                   std::optional<Tensor> b_in, std::optional<Tensor> b_gate,
-                                                  int64_t activation, int64_t k) {
+                                                  int64_t activation, std::optional<double> limit, double offset,
+                                                  int64_t k) {
   const ScalarType accumulated = accumulation_dtype(x);
   Tensor neurons = empty({x.size(0), k}, ScalarType::Int);
   Tensor values = empty({x.size(0), k}, accumulated);
@@ -523,6 +524,8 @@ std::tuple<Tensor, Tensor, Tensor> choose_neurons(Tensor x, Tensor w_in, std::op
   call.b_in = data_of(b_in);
   call.b_gate = data_of(b_gate);
   call.activation = topk::Activation(activation);
+  if (limit.has_value()) call.limit = *limit;
+  call.offset = offset;
   call.neurons = static_cast<int32_t*>(neurons.mutable_data_ptr());
   call.values = values.mutable_data_ptr();
   call.gates = gates.mutable_data_ptr();
@@ -579,7 +582,7 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
 // than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
 // indexes of keys. 5: cpu_attention_forward_indexed reads ahead. 6: more activations, sinks and soft caps, completed attention
-// takes an index.
+// takes an index, cpu_choose_neurons cuts the gate.
 int64_t kernel_interface() { return 6; }
 
 // Targets that this processor can run, best first, separated by spaces.
@@ -639,8 +642,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(topk_attention, m) {
       "Tensor value_weights, Tensor cross_weights, float scale, Tensor? mask, int interval, Tensor(a!)? grad_key, "
       "Tensor(b!)? grad_value) -> ()");
   m.def(
-      "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, int k) "
-      "-> (Tensor, Tensor, Tensor)");
+      "cpu_choose_neurons(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate, int activation, "
+      "float? limit, float offset, int k) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_sum_neurons(Tensor table, Tensor neurons, Tensor coefficients) -> Tensor");
   m.def("cpu_dot_neurons(Tensor rows, Tensor table, Tensor neurons) -> Tensor");
   m.def("cpu_add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor(a!) sums, Tensor(b!)? bias) -> ()");

@@ -24,6 +24,8 @@ struct ChooseNeurons {
   Matrix x, w_in, w_gate;     // [T, D], [F, D], [F, D]; w_gate.data may be null
   const void *b_in, *b_gate;  // A [F]; may be null
   Activation activation;      // of the gate; neurons are ranked by |activation(gate) * in|, without a gate by `in`
+  // A gated layer cuts the gate at this number from above and `in` at both signs of it, then adds the offset to `in`.
+  double limit = __builtin_inf(), offset = 0;  // infinity cuts nothing
   int32_t* neurons;           // written: [T, k], ascending
   void* values;               // written: A [T, k], x w_in' + b_in of the chosen neurons
   void* gates;                // written where there is a gate: A [T, k]

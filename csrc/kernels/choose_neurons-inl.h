@@ -13,6 +13,16 @@ int64_t padded_neurons(int64_t num_neurons) {
   return ceil_div<int64_t>(num_neurons, kPanel<A>) * kPanel<A> + kLanes<A>;
 }
 
+// |activation(gate) * in| of a gated layer, with what it cuts and adds; NaN stays.
+template <class A>
+inline Vector<A> gated_rank(const ChooseNeurons& call, Vector<A> value, Vector<A> gate) {
+  const Vector<A> most = broadcast(A(call.limit));
+  gate = gate > most ? most : gate;
+  value = value > most ? most : value;
+  value = value < -most ? -most : value;
+  return absolute<A>(activate<A>(call.activation, gate) * (value + A(call.offset)));
+}
+
 // The k best of a token's neurons, from its pre-activations; `spare` holds as many.
 template <class A>
 void choose_neurons_of_token(const ChooseNeurons& call, int64_t token, A* in, A* gate, A* spare) {
@@ -25,7 +35,7 @@ void choose_neurons_of_token(const ChooseNeurons& call, int64_t token, A* in, A*
   const Vector<A> best = broadcast(kInfinity<A>);
   for (int64_t i = 0; i < padded; i += kLanes<A>) {
     const Vector<A> value = load(in + i);
-    const Vector<A> rank = gate == nullptr ? value : absolute<A>(activate<A>(call.activation, load(gate + i)) * value);
+    const Vector<A> rank = gate == nullptr ? value : gated_rank<A>(call, value, load(gate + i));
     store<A>(spare + i, rank != rank ? best : rank);
   }
   Vector<A> lowest = broadcast(kInfinity<A>);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from topk_attention import convert
 
@@ -12,15 +13,25 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
+class OddExperts(nn.Module):
+    """Experts in a form that nothing knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(4, 48, 32)), nn.Parameter(torch.randn(4, 32, 48))
+
+
 def test_experts_are_listed():
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
     )
+    for layer in model.model.layers:
+        layer.mlp.experts = OddExperts()
     report = convert(model, attention_k=4, feed_forward_k=4)
     assert [entry.path for entry in report.skipped] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert report.skipped[0].reason == (
-        "transformers.models.mixtral.modeling_mixtral.MixtralExperts holds the weights of all its experts in tensors "
-        "of three axes, and these have no top-k form"
+        f"{__name__}.OddExperts holds the weights of all its experts in tensors of three axes, in a form that is not "
+        "known here"
     )
     assert report.not_found == ()
     assert len(convert(model, attention_k=4).entries) == 2  # of the kind that was asked for alone

@@ -1,4 +1,7 @@
-"""Activations of feed-forward layers and their derivatives, by the names in transformers' configurations."""
+"""Activations of feed-forward layers and their derivatives, by the names in transformers' configurations.
+
+Gated layers multiply activation(gate) by their pre-activations; some cut both first, and add a number to the latter.
+"""
 
 from __future__ import annotations
 
@@ -61,3 +64,42 @@ def activate(pre_activation: Tensor, name: str) -> Tensor:
 def activate_backward(grad: Tensor, pre_activation: Tensor, name: str) -> Tensor:
     """The gradient with respect to the pre-activation, given the gradient with respect to the activation."""
     return ACTIVATIONS[name].derivative(grad, pre_activation)
+
+
+class Cut(NamedTuple):
+    """What some gated layers do before they multiply: activation(min(gate, limit)) * (clamp(in, +-limit) + offset).
+
+    limit   None cuts nothing
+    offset  added to `in` once it is cut
+    """
+
+    limit: float | None = None
+    offset: float = 0.0
+
+
+NO_CUT = Cut()
+
+
+def gated(values: Tensor, gates: Tensor, activation: str, cut: Cut) -> Tensor:
+    """The hidden layer of a gated network, from its pre-activations; the argument itself is never returned."""
+    if cut.limit is not None:
+        values, gates = values.clamp(-cut.limit, cut.limit), gates.clamp(max=cut.limit)
+    if cut.offset:
+        values = values + cut.offset
+    return activate(gates, activation) * values
+
+
+def gated_backward(grad: Tensor, values: Tensor, gates: Tensor, activation: str, cut: Cut) -> tuple[Tensor, Tensor]:
+    """The gradients with respect to `values` and `gates`, given the gradient with respect to `gated`."""
+    uncut_values, uncut_gates = values, gates
+    if cut.limit is not None:
+        values, gates = values.clamp(-cut.limit, cut.limit), gates.clamp(max=cut.limit)
+    if cut.offset:
+        values = values + cut.offset
+    grad_values = grad * activate(gates, activation)
+    grad_gates = activate_backward(grad * values, gates, activation)
+    if cut.limit is not None:
+        # At the limit itself the gradient passes, as in torch.clamp.
+        grad_values = torch.where(uncut_values.abs() > cut.limit, 0, grad_values)
+        grad_gates = torch.where(uncut_gates > cut.limit, 0, grad_gates)
+    return grad_values, grad_gates

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .activations import NO_CUT, Cut
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which scores, weights and sums are kept: float64 for float64, float32 for all others."""
@@ -190,6 +192,7 @@ class FeedForwardCall:
     b_in, b_gate  [F] or None
     b_out   [O] or None
     k       neurons kept per token, in 1..F; None keeps all
+    cut     what a gated layer does before it multiplies
     seed    int64 scalar that decides the dropout draw; None without dropout
     """
 
@@ -205,3 +208,4 @@ class FeedForwardCall:
     dropout_p: float
     seed: Tensor | None
     token_chunk_size: int | None
+    cut: Cut = NO_CUT

@@ -109,6 +109,8 @@ class FeedForwardInputs(NamedTuple):
     seed: Tensor | None
     k: int
     activation: str
+    limit: float | None
+    offset: float
     dropout_p: float
 
 
@@ -327,7 +329,10 @@ def save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     # b_out is not needed again.
     ctx.save_for_backward(call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate, call.seed, *output[1:])
     own_options = inputs[len(FeedForwardInputs._fields) : -1]
-    ctx.options, ctx.has_selection = (call.activation, call.dropout_p, *own_options), inputs[-1]
+    ctx.options, ctx.has_selection = (
+        (call.activation, call.limit, call.offset, call.dropout_p, *own_options),
+        inputs[-1],
+    )
     ctx.num_inputs = len(inputs)
 
 

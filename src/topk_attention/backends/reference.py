@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, gated
 from .calls import AttentionCall, FeedForwardCall, accumulation_dtype
 from .dropout import keep_mask
 
@@ -119,7 +119,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
         ranked_by = pre_activation
     else:
         gate = F.linear(x, call.w_gate.to(dtype), _to(call.b_gate, dtype))
-        hidden = activate(gate, call.activation) * pre_activation
+        hidden = gated(pre_activation, gate, call.activation, call.cut)
         ranked_by = hidden.abs()
     if call.k is not None:
         order = ranked_by.argsort(dim=-1, descending=True, stable=True)

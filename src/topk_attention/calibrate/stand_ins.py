@@ -137,7 +137,7 @@ def fit_stand_ins(
     progress        progress(name of the current work, steps done, steps in all) is called after each step
 
     Returns `StandIns` with these k: `convert(model, feed_forward_k=fit_stand_ins(model, batches, feed_forward_k=384))`.
-    Layers that keep every neuron get none.
+    Layers that keep every neuron get none, and so do experts, which keep their k.
 
     The cost is a forward pass of the model in full and each network once more. A rank above 0 also costs, for each
     layer, a few products of its input size squared with the number of tokens, and two matrices of its input and output
@@ -163,20 +163,26 @@ def fit_stand_ins(
         }
     if not given:
         raise ValueError("feed_forward_k must leave neurons out in a layer at least, got all neurons for each of them")
-    for path in given:
+    fitted = {path: k for path, k in given.items() if sites[path].why_no_stand_in is None}
+    if not fitted:
+        raise ValueError(
+            "model must have a feed-forward layer other than experts, of which each would need a stand-in of its own, "
+            f"got experts alone: {', '.join(given)}"
+        )
+    for path in fitted:
         if rank > (most := min(sites[path].sizes)):
             raise ValueError(f"rank must be at most {most}, the smaller of the sizes of {path}, got {rank}")
-    sums = _sums(model, batches, given, with_products=rank > 0, progress=progress)
+    sums = _sums(model, batches, fitted, with_products=rank > 0, progress=progress)
     if not sums:
         raise ValueError(
-            f"batches must run a layer that leaves neurons out, got none of {', '.join(given)} run in {len(batches)} "
+            f"batches must run a layer that leaves neurons out, got none of {', '.join(fitted)} run in {len(batches)} "
             "batches; give inputs that the model passes through them, or feed_forward_k for layers that run"
         )
     for path, of_layer in sums.items():
         of_layer.check_finite(path)
     about = {"tokens": max(of_layer.num_tokens for of_layer in sums.values()), "rank": rank}
     return StandIns(
-        {path: k for path, k in given.items() if path in sums},
+        {path: k for path, k in given.items() if path in sums or path not in fitted},
         {path: _fitted(path, of_layer, rank) for path, of_layer in sums.items()},
         about,
     )

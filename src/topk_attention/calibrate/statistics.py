@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.activations import activate
+from ..backends.activations import activate, gated
 from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
 from ..functional.completion import Completion
 
@@ -302,7 +302,7 @@ def neurons_of(call: FeedForwardCall, x: Tensor) -> tuple[Tensor, Tensor]:
     value = linear(call.w_in, call.b_in)
     if call.w_gate is None:
         return activate(value, call.activation), value
-    hidden = activate(linear(call.w_gate, call.b_gate), call.activation) * value
+    hidden = gated(value, linear(call.w_gate, call.b_gate), call.activation, call.cut)
     return hidden, hidden.abs()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backends import choose_backend
 from ..functional import Completion
-from ..nn.feed_forward import is_frozen, store_as_usual, store_by_neuron
+from ..nn.feed_forward import is_frozen
 from . import cached_sums, position_bias, torch_layers
 from .by_name import (
     configs_around,
@@ -203,14 +203,12 @@ def _order_in_memory(model: nn.Module, plan: Plan) -> None:
     """
     frozen = is_frozen(model)
     sites = [site for site, entry in plan.feed_forward if entry.replaced]
-    uses = Counter(id(site.linear_out.weight) for site in sites)
+    uses = Counter(id(site.weight_out) for site in sites)
     for site in sites:
-        if frozen and uses[id(site.linear_out.weight)] == 1:
-            for linear_in in site.linears_in:
-                store_by_neuron(linear_in=linear_in)
-            store_by_neuron(linear_out=site.linear_out)
+        if frozen and uses[id(site.weight_out)] == 1:
+            site.store_by_neuron()
         else:
-            store_as_usual(*site.linears_in, site.linear_out)
+            site.store_as_usual()
 
 
 def _remember(model: nn.Module, configs: Sequence[Any], plan: Plan, wanted: Wanted) -> None:

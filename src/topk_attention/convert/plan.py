@@ -188,7 +188,7 @@ def _plan_feed_forward(
         if isinstance(layer_k, tuple):
             raise TypeError(f"feed_forward_k for {site.path} must be an int, got {list(layer_k)}")
         if layer_k is not None:
-            reason = f"k = {layer_k} of {site.num_neurons} neurons"
+            reason = f"k = {layer_k} of {site.neurons_in_words}"
             if layer_stand_in is not None:
                 _check_stand_in_at(site, layer_k, layer_stand_in, stand_in)
                 if layer_k == ALL or layer_k >= site.num_neurons:
@@ -265,6 +265,8 @@ def _stand_in_per_path(
 
 def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: AnyStandIn | None) -> None:
     """Raise unless the stand-in fits the network at this site, and its k if it was fitted for one."""
+    if (reason := site.why_no_stand_in) is not None:
+        raise ValueError(f"stand_in for {site.path} must be None, as {reason}; give the others theirs by path")
     check_stand_in(f"stand_in for {site.path}", stand_in, *site.sizes)
     if any(tensor.requires_grad for tensor in stand_in.tensors().values()):
         raise ValueError(
@@ -273,10 +275,9 @@ def _check_stand_in_at(site: FeedForwardSite, k: K, stand_in: StandIn, given: An
         )
     if stand_in.bias.is_meta:
         raise ValueError(f"stand_in for {site.path} must hold numbers, got tensors on meta; load it first")
-    if site.linear_out.weight.is_meta:
+    if site.weight_out.is_meta:
         raise ValueError(f"stand_in for {site.path} needs a network with weights, got one on meta; load it first")
-    linear_out: Any = site.linear_out
-    dtype = linear_out.weight.dtype
+    dtype = site.weight_out.dtype
     if too_large := [
         name for name, tensor in stand_in.to(dtype).tensors().items() if not bool(tensor.isfinite().all())
     ]:

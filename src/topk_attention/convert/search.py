@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from . import inline_network, network_module, split_network, torch_layers
+from . import experts, inline_network, network_module, split_network, torch_layers
 from .sites import AttentionSite, FeedForwardSite, full_name_of, own_forward
 
 
@@ -39,9 +39,14 @@ def _asks_interface(function: object) -> bool:
 
 def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
     """Every feed-forward network of the model, one file per form that a network can have."""
-    # A network that several layers share is replaced in each of them; its weights stay shared.
+    seen = set()
+    # A network that several layers share is replaced in each of them; its weights stay shared. Experts stay the same
+    # module, so one place is enough.
     for path, module in model.named_modules(remove_duplicate=False):
         yield from network_module.feed_forward_sites(model, path, module)
+        if module not in seen:
+            yield from experts.feed_forward_sites(path, module)
+        seen.add(module)
     for path, module in model.named_modules():
         yield from split_network.feed_forward_sites(model, path, module)
         yield from inline_network.feed_forward_sites(model, path, module)

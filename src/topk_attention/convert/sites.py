@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
 from ..functional import StandIn
-from ..nn.feed_forward import StandInTensors
+from ..nn.feed_forward import StandInTensors, store_as_usual, store_by_neuron
 from ..nn.linears import added_to_call, full_name, linear_sizes, why_call, why_not_stored, without_adapters
 from .tensor_parallel import cut_over_processes
 
@@ -70,6 +70,28 @@ class FeedForwardSite:
         """How many neurons the last layer reads; 0 where it is no linear layer."""
         sizes = linear_sizes(self.linear_out)
         return 0 if sizes is None else sizes[0]
+
+    @property
+    def neurons_in_words(self) -> str:
+        return f"{self.num_neurons} neurons"
+
+    @property
+    def why_no_stand_in(self) -> str | None:
+        """Why nothing can be added for the neurons that are not kept; None where it can."""
+        return None
+
+    @property
+    def weight_out(self) -> Any:
+        """The weight of the last layer."""
+        return self.linear_out.weight
+
+    def store_by_neuron(self) -> None:
+        for linear_in in self.linears_in:
+            store_by_neuron(linear_in=linear_in)
+        store_by_neuron(linear_out=self.linear_out)
+
+    def store_as_usual(self) -> None:
+        store_as_usual(*self.linears_in, self.linear_out)
 
     @property
     def sizes(self) -> tuple[int, int]:

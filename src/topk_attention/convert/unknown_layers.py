@@ -14,7 +14,7 @@ from .report import ReportEntry
 # What model families call such layers. Their parts have other names, so the innermost layer that matches is meant.
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _FEED_FORWARD = re.compile(
-    r"mlp|ffn|feed_?forward|experts?(?![a-z])|moe|intermediate|glu(?![a-z])|ff(?![a-z])", re.IGNORECASE
+    r"mlp|ffn|feed_?forward|experts?(?![a-z])|moe(?:block)?$|intermediate|glu(?![a-z])|ff(?![a-z])", re.IGNORECASE
 )
 # The two linear layers of a network that a whole layer computes in its own code.
 _PAIRS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("wi", "wo"), ("w1", "w2"))
@@ -77,8 +77,8 @@ def _reason(kind: str, module: nn.Module) -> str:
     if kind == "attention":
         return f"{name} computes attention in its own code and does not ask transformers' attention interface"
     matrices = _matrices(module)
-    if any(weight.ndim == 3 for weight in matrices.values()):
-        return f"{name} holds the weights of all its experts in tensors of three axes, and these have no top-k form"
+    if any(p.ndim == 3 for p in module.parameters(recurse=False)):
+        return f"{name} holds the weights of all its experts in tensors of three axes, in a form that is not known here"
     if fused := next(iter(_fused(module)), None):
         return f"{name} holds gate and up in one matrix, {fused}, and this has no top-k form"
     return f"{name} is a form of feed-forward network that is not known here ({', '.join(matrices)})"

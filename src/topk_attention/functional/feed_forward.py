@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Literal
 
 from torch import Tensor
 
 from ..backends import choose_backend
-from ..backends.activations import ACTIVATIONS
+from ..backends.activations import ACTIVATIONS, Cut
 from ..backends.autocast import autocast_off, in_autocast_dtype
 from ..backends.calls import FeedForwardCall
 from ..backends.dropout import draw_seed
@@ -34,6 +35,8 @@ def topk_feed_forward(
     b_out: Tensor | None = None,
     b_gate: Tensor | None = None,
     activation: str = "relu",
+    gate_limit: float | None = None,
+    in_offset: float = 0.0,
     dropout_p: float = 0.0,
     backend: str = "auto",
     token_chunk_size: int | None = None,
@@ -53,6 +56,9 @@ def topk_feed_forward(
     b_out       [O]
     activation  "relu", "relu2" (squared), "gelu", "gelu_tanh", "quick_gelu", "silu", "identity", or another name that
                 transformers gives to one of them
+    gate_limit  for a gated layer: before they are multiplied the gate is cut at this number from above and x w_in' at
+                this number and its negative, as gpt-oss does; None cuts nothing
+    in_offset   for a gated layer: what is added to x w_in' after that (gpt-oss: 1)
     dropout_p   probability of dropping a kept neuron's activation
     backend     "auto", "cpu" (compiled kernels), "chunked" (plain PyTorch, any device) or "reference"; a named one runs
                 or raises; for k=None "cpu" chunks tokens as "chunked" does, because its kernels would save every neuron
@@ -65,8 +71,8 @@ def topk_feed_forward(
     Returns [..., O] in the dtype of x.
 
     A plain layer keeps the k largest pre-activations x w_in' + b_in. For ReLU-like activations these are the largest
-    activations. A gated layer keeps the k largest |activation(gate) * in|. Of tied neurons the one with the lower index
-    is kept. With k >= F this is the dense layer.
+    activations. A gated layer keeps the k largest |activation(gate) * in|, with what is cut and added. Of tied neurons
+    the one with the lower index is kept. With k >= F this is the dense layer.
 
     NaN counts as the best neuron of all. A token that holds NaN gets an output of NaN and changes no other token's. In
     the backward pass the NaN reaches the gradients of the neurons that the token keeps, as far as the activation's
@@ -79,7 +85,7 @@ def topk_feed_forward(
 
     Raises:
         TypeError: k or the stand-in is of the wrong type.
-        ValueError: a shape, dtype, device, k, the activation or the backend's name does not fit.
+        ValueError: a shape, dtype, device, k, the activation, the limit or the backend's name does not fit.
         RuntimeError: the backend asked for cannot run here.
         NotImplementedError: an input carries a tangent, as under `torch.func.jvp`, and the backend cannot use it.
 
@@ -101,6 +107,7 @@ def topk_feed_forward(
     check_dropout(dropout_p)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    cut = _checked_cut(gate_limit, in_offset, w_gate)
     if stand_in is not None:
         check_stand_in("stand_in", stand_in, x.shape[-1], w_out.shape[0])
         stand_in = stand_in.in_autocast_dtype()
@@ -122,6 +129,7 @@ def topk_feed_forward(
         dropout_p=dropout_p,
         seed=draw_seed(x.device) if dropout_p > 0 else None,
         token_chunk_size=token_chunk_size,
+        cut=cut,
     )
     output = _run(call, backend)
     notify_observer(call, output)
@@ -151,6 +159,19 @@ def _run(call: FeedForwardCall, backend: str) -> Tensor:
 
                 return chunked.feed_forward(call)
     raise AssertionError(choice)
+
+
+def _checked_cut(gate_limit: float | None, in_offset: float, w_gate: Tensor | None) -> Cut:
+    for name, number in (("gate_limit", gate_limit), ("in_offset", in_offset)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__} {number!r}")
+    if gate_limit is not None and not gate_limit > 0:
+        raise ValueError(f"gate_limit must be above 0, got {gate_limit}; None cuts nothing")
+    if not isfinite(in_offset):
+        raise ValueError(f"in_offset must be finite, got {in_offset}")
+    if w_gate is None and (gate_limit is not None or in_offset != 0):
+        raise ValueError("gate_limit and in_offset need w_gate, got None; a layer without a gate has neither")
+    return Cut(None if gate_limit is None else float(gate_limit), float(in_offset))
 
 
 def _check_shapes(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import activate, activate_backward
+from ..activations import Cut, activate, activate_backward, gated, gated_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
@@ -45,6 +45,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
         call.seed,
         min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
         call.activation,
+        *call.cut,
         call.dropout_p,
         call.token_chunk_size,
         save_selection,
@@ -65,6 +66,8 @@ def feed_forward_op(
     seed: Tensor | None,
     k: int,
     activation: str,
+    limit: float | None,
+    offset: float,
     dropout_p: float,
     token_chunk_size: int | None,
     save_selection: bool,
@@ -76,6 +79,7 @@ def feed_forward_op(
     computes the pre-activations again.
     """
     layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
+    cut = Cut(limit, offset)
     num_tokens, num_neurons = x.shape[0], w_in.shape[0]
     num_saved = num_tokens if save_selection and k < num_neurons else 0
     saved_neurons = torch.empty(num_saved, k, dtype=torch.int32, device=x.device)
@@ -87,14 +91,16 @@ def feed_forward_op(
         values, gates = layer.pre_activations(x[part])
         neurons = None
         if k < num_neurons:
-            _, neurons = select_topk(values if gates is None else layer.hidden(values, gates, activation).abs_(), k)
+            _, neurons = select_topk(
+                values if gates is None else layer.hidden(values, gates, activation, cut).abs_(), k
+            )
             values = values.gather(1, neurons)
             gates = gates.gather(1, neurons) if gates is not None else None
             if save_selection:
                 saved_neurons[part], saved_values[part] = neurons, values
                 if gates is not None:
                     saved_gates[part] = gates
-        hidden = layer.hidden(values, gates, activation)
+        hidden = layer.hidden(values, gates, activation, cut)
         if seed is not None:
             hidden = hidden * _dropout_factor(seed, tokens, neurons, dropout_p, hidden)
         sums = hidden @ layer.w_out_t if neurons is None else weighted_sum_of_rows(layer.w_out_t, neurons, hidden)
@@ -130,6 +136,8 @@ def feed_forward_backward_op(
     values: Tensor,
     gates: Tensor,
     activation: str,
+    limit: float | None,
+    offset: float,
     dropout_p: float,
     token_chunk_size: int | None,
     wanted: Sequence[bool],
@@ -137,6 +145,7 @@ def feed_forward_backward_op(
     """Returns the gradients of x, w_in, w_out transposed [F, O], w_gate, b_in and b_gate; empty for absent ones and for
     weights (not biases) that are not `wanted`, in the order w_in, w_out, w_gate."""
     layer = _Layer.of(x, w_in, w_out, w_gate, b_in, b_gate)
+    cut = Cut(limit, offset)
     num_tokens, num_neurons = x.shape[0], w_in.shape[0]
     k = neurons.shape[1]
     w_in_wanted, w_out_wanted, w_gate_wanted = wanted
@@ -157,11 +166,11 @@ def feed_forward_backward_op(
         else:
             kept, value, gate = neurons[part], values[part], None if w_gate is None else gates[part]
         grad_hidden = layer.grad_hidden(rows_grad, kept)
-        hidden = layer.hidden(value, gate, activation)
+        hidden = layer.hidden(value, gate, activation, cut)
         if seed is not None:
             factor = _dropout_factor(seed, tokens, kept, dropout_p, hidden)
             hidden, grad_hidden = hidden * factor, grad_hidden * factor
-        grad_value, grad_gate = layer.grad_pre_activations(grad_hidden, value, gate, activation)
+        grad_value, grad_gate = layer.grad_pre_activations(grad_hidden, value, gate, activation, cut)
         sums: _DenseSums | _SparseSums = _DenseSums() if kept is None else _SparseSums(kept, num_neurons)
         rows_grad_x = sums.over_neurons(layer.w_in, grad_value)
         if w_in_wanted:
@@ -236,8 +245,8 @@ class _Layer(NamedTuple):
         return F.linear(x, self.w_in, self.b_in), gates
 
     @staticmethod
-    def hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
-        return activate(values, activation) if gates is None else activate(gates, activation) * values
+    def hidden(values: Tensor, gates: Tensor | None, activation: str, cut: Cut) -> Tensor:
+        return activate(values, activation) if gates is None else gated(values, gates, activation, cut)
 
     def grad_hidden(self, rows_grad: Tensor, neurons: Tensor | None) -> Tensor:
         """The gradient of the hidden layer [T, k], from that of the output [T, O]; neurons = None are all."""
@@ -249,12 +258,12 @@ class _Layer(NamedTuple):
 
     @staticmethod
     def grad_pre_activations(
-        grad_hidden: Tensor, values: Tensor, gates: Tensor | None, activation: str
+        grad_hidden: Tensor, values: Tensor, gates: Tensor | None, activation: str, cut: Cut
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of the pre-activations and, in a gated layer, of those of the gate."""
         if gates is None:
             return activate_backward(grad_hidden, values, activation), None
-        return grad_hidden * activate(gates, activation), activate_backward(grad_hidden * values, gates, activation)
+        return gated_backward(grad_hidden, values, gates, activation, cut)
 
 
 class _DenseSums:

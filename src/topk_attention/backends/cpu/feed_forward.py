@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..activations import activate, activate_backward
+from ..activations import Cut, activate, activate_backward, gated, gated_backward
 from ..autocast import without_autocast
 from ..calls import FeedForwardCall, accumulation_dtype
 from ..dropout import keep_mask
@@ -47,7 +47,7 @@ _ACTIVATIONS = {
 
 
 @torch.library.register_fake("topk_attention::cpu_choose_neurons")
-def _(x, w_in, w_gate, b_in, b_gate, activation, k):
+def _(x, w_in, w_gate, b_in, b_gate, activation, limit, offset, k):
     dtype = accumulation_dtype(x.dtype)
     return (
         x.new_empty(x.shape[0], k, dtype=torch.int32),
@@ -72,6 +72,7 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
         call.seed,
         min(call.k or call.w_in.shape[0], call.w_in.shape[0]),
         call.activation,
+        *call.cut,
         call.dropout_p,
         save_selection,
     )
@@ -90,6 +91,8 @@ def _feed_forward(
     seed: Tensor | None,
     k: int,
     activation: str,
+    limit: float | None,
+    offset: float,
     dropout_p: float,
     save_selection: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,12 +106,14 @@ def _feed_forward(
         None if b_in is None else b_in.to(dtype).contiguous(),
         None if b_gate is None else b_gate.to(dtype).contiguous(),
         _ACTIVATIONS[activation],
+        limit,
+        offset,
         k,
     )
-    w_out_t = _whole_rows_or_columns(w_out.t())
+    w_out_t, cut = _whole_rows_or_columns(w_out.t()), Cut(limit, offset)
     output = x.new_empty(x.shape[0], w_out.shape[0])
     for first, part in _token_chunks(x.shape[0], k):
-        hidden = _hidden(values[part], None if w_gate is None else gates[part], activation)
+        hidden = _hidden(values[part], None if w_gate is None else gates[part], activation, cut)
         if seed is not None:
             hidden *= _dropout_factor(seed, first, neurons[part], dropout_p, dtype)
         sums = _kernels.cpu_sum_neurons(w_out_t, neurons[part], hidden)
@@ -148,6 +153,8 @@ def feed_forward_backward_op(
     values: Tensor,
     gates: Tensor,
     activation: str,
+    limit: float | None,
+    offset: float,
     dropout_p: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -156,7 +163,7 @@ def feed_forward_backward_op(
     dtype = values.dtype
     w_in_wanted, w_out_wanted, w_gate_wanted = wanted
     x, grad_output, w_in, w_out_t = (_whole_rows(part) for part in (x, grad_output, w_in, w_out.t()))
-    num_neurons = w_in.shape[0]
+    num_neurons, cut = w_in.shape[0], Cut(limit, offset)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_w_in, grad_w_out_t, grad_w_gate = (
         torch.zeros(w.shape if w is not None and is_wanted else 0, dtype=dtype)
@@ -165,20 +172,20 @@ def feed_forward_backward_op(
     grad_b_in, grad_b_gate = (torch.zeros(num_neurons if b is not None else 0, dtype=dtype) for b in (b_in, b_gate))
     for first, part in _token_chunks(x.shape[0], neurons.shape[1]):
         kept, value, gate = neurons[part], values[part], None if w_gate is None else gates[part]
-        hidden = _hidden(value, gate, activation)
+        hidden = _hidden(value, gate, activation, cut)
         grad_hidden = _kernels.cpu_dot_neurons(grad_output[part], w_out_t, kept)
         if seed is not None:
             factor = _dropout_factor(seed, first, kept, dropout_p, dtype)
             hidden, grad_hidden = hidden * factor, grad_hidden.mul_(factor)
         _add_tokens(grad_output[part], kept, hidden, grad_w_out_t, None)
+        grad_gate = None
         if gate is None:
             grad_value = activate_backward(grad_hidden, value, activation)
         else:
-            grad_value = grad_hidden * activate(gate, activation)
+            grad_value, grad_gate = gated_backward(grad_hidden, value, gate, activation, cut)
         rows_grad_x = _kernels.cpu_sum_neurons(w_in, kept, grad_value)
         _add_tokens(x[part], kept, grad_value, grad_w_in, None if b_in is None else grad_b_in)
-        if gate is not None and w_gate is not None:
-            grad_gate = activate_backward(grad_hidden.mul_(value), gate, activation)
+        if grad_gate is not None and w_gate is not None:
             rows_grad_x += _kernels.cpu_sum_neurons(_whole_rows(w_gate), kept, grad_gate)
             _add_tokens(x[part], kept, grad_gate, grad_w_gate, None if b_gate is None else grad_b_gate)
         grad_x[part] = rows_grad_x
@@ -210,11 +217,11 @@ def _token_chunks(num_tokens: int, k: int) -> Iterator[tuple[int, slice]]:
         yield first, slice(first, first + size)
 
 
-def _hidden(values: Tensor, gates: Tensor | None, activation: str) -> Tensor:
+def _hidden(values: Tensor, gates: Tensor | None, activation: str, cut: Cut) -> Tensor:
     """The hidden layer, as a new tensor: "identity" alone would return the saved one."""
-    hidden = activate(values if gates is None else gates, activation)
     if gates is not None:
-        return hidden * values
+        return gated(values, gates, activation, cut)
+    hidden = activate(values, activation)
     return hidden.clone() if hidden is values else hidden
 
 

@@ -39,7 +39,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     value = call.value
     if value.shape[3] == 0:  # the selection is wanted all the same
         value = torch.nn.functional.pad(value, (0, 1))
-    sums = call.sums if call.sums is not None else (None, None, None)
+    sums: Any = call.sums if call.sums is not None else (None, None, None)
     wants_gradient = needs_gradient(*call.differentiable())
     save_selection = call.return_selection or wants_gradient
     run: Callable[..., tuple[Tensor, ...]]
@@ -93,7 +93,7 @@ def _forward(
     """
     tensors = (query, key, value, attn_mask, bias, relative_bias, mass_scale, sinks, seed)
     sums = (key_sum, value_sum, product_sum)
-    options = (head_k, is_causal, scale, dropout_p, rest_lift, query_chunk_size, backend, save_selection)
+    options: Any = (head_k, is_causal, scale, dropout_p, rest_lift, query_chunk_size, backend, save_selection)
     return _complete(_BACKENDS[backend].completed_forward, *tensors, *sums, *options)
 
 

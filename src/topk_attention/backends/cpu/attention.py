@@ -83,7 +83,7 @@ def completed_forward(
     rest: RestInputs,
     index: tuple[Tensor | int | bool, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, indices, weights, log_sums, and the rest's weight at a scale of 1 and which entry scores least, [B, H, N].
+    """Output, indices, weights, log_sums; the rest's weight at a scale of 1 and which entry scores least, [B, H, N].
 
     index  `index_inputs` of the call
     """

@@ -6,7 +6,7 @@
 //   2. Score all other panels. Compare each score while it is in a register, and store only what reaches the threshold.
 //      A row whose store is full keeps its k best and raises its threshold to the worst of them.
 //   3. Take the k best of what was stored. If fewer than k keys reached a guessed threshold, compute the row again
-//      without a guess.
+//      with a lower one, at last without.
 
 // Rows of one head group that are worked on together.
 struct RowBlock {
@@ -109,7 +109,24 @@ class Forward {
     visit_sample(num_sampled);
     visit(num_panels - num_sampled);
     if (call_.rest.active) prepare_rest();
-    // Rows that found too few keys move together, so that they share tiles.
+    int64_t num_left = finish_found();
+    if (num_left == 0) return;
+    for (int64_t p = 0; p < num_panels; ++p) panels_[p] = int32_t(p);
+    for (int64_t tries = 0; num_left > 0; ++tries) {
+      block_.num_rows = num_left;
+      for (int64_t r = 0; r < num_left; ++r) {
+        thresholds_[r] = lower_guess(r, tries == 2);
+        Candidates<A>& found = rows_[r].found;
+        found = {found.scores, found.indices, 0, 0, thresholds_[r]};
+      }
+      pack_queries();
+      visit(num_panels);
+      num_left = finish_found();
+    }
+  }
+
+  // Finish the rows that found their keys. The others move together, so that they share tiles; returns how many they are.
+  int64_t finish_found() {
     int64_t num_left = 0;
     for (int64_t r = 0; r < block_.num_rows; ++r) {
       const Row& row = rows_[r];
@@ -118,17 +135,18 @@ class Forward {
       else
         rows_[num_left++] = row;
     }
-    if (num_left == 0) return;
-    block_.num_rows = num_left;
-    for (int64_t r = 0; r < num_left; ++r) {
-      Candidates<A>& found = rows_[r].found;
-      thresholds_[r] = -Types<A>::largest;
-      found = {found.scores, found.indices, 0, 0, thresholds_[r]};
-    }
-    pack_queries();
-    for (int64_t p = 0; p < num_panels; ++p) panels_[p] = int32_t(p);
-    visit(num_panels);
-    for (int64_t r = 0; r < num_left; ++r) finish(r);
+    return num_left;
+  }
+
+  // The next guess of a row that found too few keys, half as far again below the best score as the one before, or what all
+  // keys reach. Without any a row would store and cut most of its keys.
+  A lower_guess(int64_t r, bool takes_all) {
+    Row& row = rows_[r];
+    A best = row.found.threshold;
+    for (int64_t i = 0; i < row.found.count; ++i) best = larger(best, row.found.scores[i]);
+    const A lower = best - A(1.5) * (best - row.found.threshold);
+    row.is_guess = !takes_all && lower < row.found.threshold && lower > -Types<A>::largest;
+    return row.is_guess ? lower : -Types<A>::largest;
   }
 
   void start(const RowBlock& block) {

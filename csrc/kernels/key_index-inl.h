@@ -164,10 +164,12 @@ class KeyIndexBuilder {
         norms_[lane] = square_root(sum_of_floats(squares)) * (1 + 1e-5f);
       }
     }
-    // One key far above the rest of its panel would leave no digits for them.
+    // A few keys far above the rest of their panel would leave no digits for them. Many are what queries choose from: they need the
+    // digits, and a key of which none are left lies far below them.
     const float limit = 16 * median_of_panel(sizes_);
-    for (int64_t lane = 0; limit > 0 && lane < kIndexPanel; ++lane)
-      if (sizes_[lane] > limit) unscreened_ |= 1u << lane;
+    uint32_t far_above = 0;
+    for (int64_t lane = 0; limit > 0 && lane < kIndexPanel; ++lane) far_above |= uint32_t(sizes_[lane] > limit) << lane;
+    if (count_bits(far_above) <= kFewKeys) unscreened_ |= far_above;
   }
 
   void quantise(int64_t p) {
@@ -213,6 +215,7 @@ class KeyIndexBuilder {
     x_.has_unscreened = x_.has_unscreened || unscreened_ != 0;
   }
 
+  static constexpr int kFewKeys = 3;  // of a panel
   static constexpr uint32_t kOffsets = kKeyOffset * 0x01010101u;  // of four zeros
 
   KeyIndex& x_;

@@ -55,7 +55,7 @@ class ScreenedForward : public Forward<T, float> {
   using Base = Forward<T, float>;
   using Row = typename Base::Row;
   using Base::additive_part_, Base::block_, Base::call_, Base::capacity_, Base::finish, Base::keys_of_block;
-  using Base::largest_k_, Base::make_room, Base::prepare_rest, Base::query_row, Base::rows_;
+  using Base::largest_k_, Base::lower_guess, Base::make_room, Base::prepare_rest, Base::query_row, Base::rows_;
   using Base::s_, Base::score_block, Base::start, Base::thresholds_;
 
  public:
@@ -115,7 +115,10 @@ class ScreenedForward : public Forward<T, float> {
     int64_t left = finish_found(block_.num_rows);
     if (left > block_.num_rows / 4) return false;
     for (int64_t tries = 0; left > 0; ++tries) {
-      for (int64_t i = 0; i < left; ++i) lower_guess(order_[i], tries == 3);
+      for (int64_t i = 0; i < left; ++i) {
+        set_threshold(order_[i], lower_guess(order_[i], tries == 3));
+        rows_[order_[i]].found.count = rows_[order_[i]].found.second_run = 0;
+      }
       screen_sample(left);
       visit(left, false);
       left = finish_found(left);
@@ -136,17 +139,6 @@ class ScreenedForward : public Forward<T, float> {
         finish(r);
     }
     return left;
-  }
-
-  // Half as far again below the best score as the guess that failed.
-  void lower_guess(int64_t r, bool takes_all) {
-    Row& row = rows_[r];
-    float best = row.found.threshold;
-    for (int64_t i = 0; i < row.found.count; ++i) best = larger(best, row.found.scores[i]);
-    const float lower = best - 1.5f * (best - row.found.threshold);
-    row.is_guess = !takes_all && lower < row.found.threshold && lower > -Types<float>::largest;
-    set_threshold(r, row.is_guess ? lower : -Types<float>::largest);
-    row.found.count = row.found.second_run = 0;
   }
 
   void set_threshold(int64_t r, float score) {

@@ -42,14 +42,8 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     sums: Any = call.sums if call.sums is not None else (None, None, None)
     wants_gradient = needs_gradient(*call.differentiable())
     save_selection = call.return_selection or wants_gradient
-    run: Callable[..., tuple[Tensor, ...]]
     # An operator written in Python takes 0.1 ms a call. It is needed for gradients, compiled code and torch.func alone.
-    if wants_gradient or is_transformed():
-        run = completed_attention_op
-    elif backend == "cpu":
-        run = partial(_complete, partial(cpu.completed_forward, index=cpu.index_inputs(call)))
-    else:
-        run = _forward
+    run = completed_attention_op if wants_gradient or is_transformed() else _without_operator(call, backend)
     output, indices, weights, *_ = run(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale, call.sinks),
         *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),
@@ -60,6 +54,12 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
         return output, None, None
     padded = _BACKENDS[backend].padded_entries
     return output, padded(indices, call, call.head_k, -1), padded(weights, call, call.head_k, 0)
+
+
+def _without_operator(call: AttentionCall, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    if backend != "cpu":
+        return _forward
+    return partial(_complete, partial(cpu.completed_forward, index=cpu.index_inputs(call)))
 
 
 def _forward(

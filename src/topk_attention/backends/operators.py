@@ -443,7 +443,7 @@ class _NeverDifferentiable(torch.autograd.Function):
 
 def once_differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; what is computed of them has a gradient, but that has none."""
-    return _OnceDifferentiable.apply(*tensors)  # type: ignore[no-any-return]
+    return _OnceDifferentiable.apply(*tensors)
 
 
 def require_selection(ctx: Any, operator: str) -> None:

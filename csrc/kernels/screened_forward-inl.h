@@ -3,7 +3,7 @@
 //   1. Approximate scores of a sample, every period-th key, give each row a guessed threshold.
 //   2. All other keys are screened against it. Those that may reach it are scored in float32 and stored if they do.
 //   3. A row of which fewer than k keys reached the guess is screened again with a lower one.
-// Where a fifth of the keys pass, as with keys that are all alike, the block is given up and all its keys are scored.
+// Where one in kKeysPerPassed keys passes, as with keys that are all alike, the block is given up and all its keys are scored.
 
 // Fewer rows of a key head do not repay its index; nor does screening where k is this share of the keys.
 constexpr int64_t kFewestScreenedRows = 64, kFewestScreenedKeys = 1024, kKeysPerKept = 8;
@@ -16,6 +16,12 @@ constexpr int64_t kLargestPeriod = 57;          // no longer than a word of bits
 // screened again costs little.
 constexpr double kSampleDeviations = 2, kShortDeviations = 1.5;
 constexpr int64_t kShortRow = 4096;
+// Where more pass, scoring all takes less time. Without VNNI screening is half as cheap.
+#if defined(TOPK_SUMS_OF_16_BITS)
+constexpr int64_t kKeysPerPassed = 7;
+#else
+constexpr int64_t kKeysPerPassed = 5;
+#endif
 
 inline bool screening_pays(const AttentionForward& call) {
   const Sizes& s = call.sizes;
@@ -180,7 +186,7 @@ class ScreenedForward : public Forward<T, float> {
   }
 
   // Scoring a key that passed takes three times as long as scoring one of many.
-  bool too_many_pass() const { return num_passed_ > num_screened_ / 5 + kTileRows * largest_k_; }
+  bool too_many_pass() const { return num_passed_ > num_screened_ / kKeysPerPassed + kTileRows * largest_k_; }
 
   // Set the threshold to a score that, judging by the sample, a few more than k keys reach.
   void guess(int64_t r, const float* scores, int64_t visible) {

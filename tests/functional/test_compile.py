@@ -38,6 +38,7 @@ def assert_compiled_equals_eager(function, *tensors, compiler="aot_eager"):
     "name",
     [
         *("plain", "causal", "padding_mask", "k_per_head", "dense_bias", "relative_bias", "bucketed_bias", "alibi"),
+        *("sinks", "soft_cap"),
         *COMPLETED_NAMES,
     ],
 )

@@ -161,6 +161,8 @@ def _counts(families: dict[str, list[Json]]) -> str:
 def _cells(record: Json) -> tuple[str, str, str]:
     attention, networks = verdict(record), verdict_on_networks(record)
     remarks = [attention.reason]
+    if without := record.get("attention", {}).get("without_completion"):
+        remarks.append(without)
     if networks.reason and networks.reason != attention.reason:
         remarks.append(f"networks: {networks.reason}" if attention.reason else networks.reason)
     return attention.word, networks.word, " ".join(filter(None, map(_short, remarks)))

@@ -303,12 +303,13 @@ class _Check:
             self._compare(RESTORED, self._all({"plain": self.exercises["plain"]}), self.own)
 
     def _acts(self, what: str, few: Outcomes, every: Outcomes) -> None:
-        """Where few give the output of all, nothing was left out, and the comparison says nothing."""
-        one, all_of_them = few["plain"], every["plain"]
-        if not isinstance(one, Exception) and not isinstance(all_of_them, Exception):
-            value = difference(one, all_of_them)
-            if value == 0:
-                self.not_judged.setdefault(what, {})["plain"] = "few give what all give"
+        """Where few give what all give in every exercise, nothing was left out, and comparisons say nothing."""
+        pairs = [(one, every[name]) for name, one in few.items()]
+        if not any(
+            isinstance(one, Exception) or isinstance(right, Exception) or difference(one, right) != 0
+            for one, right in pairs
+        ):
+            self.not_judged.setdefault(what, {})["all"] = "no input that was tried reaches the layers"
 
     def _all(self, chosen: Mapping[str, Exercise], model: Any = None) -> Outcomes:
         model = self.model if model is None else model
@@ -353,7 +354,7 @@ def _of_report(report: ConversionReport, kind: str) -> Json:
 
 def in_words(error: BaseException) -> str:
     """An error in a line, with the last places of the code that raised it."""
-    first = str(error).strip().split("\n")[0][:400]
+    first = " ".join(str(error).split())[:400]
     places = [
         f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)

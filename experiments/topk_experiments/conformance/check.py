@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import traceback
@@ -22,7 +23,7 @@ from ..runs.records import Json
 from . import judges
 from .catalogue import Model
 from .exercises import FEW, GENERATED, OF_NUMBERS, OF_TRUTHS, Exercise, Results, exercises, find_inputs, forget
-from .judges import Difference, best_scores_in, dense_attention, dense_networks, difference
+from .judges import Difference, best_scores_in, dense_attention, dense_experts, dense_networks, difference
 from .report import OF_A_PART, WITHOUT_CLASS, is_rounding
 from .tiny import tiny_model
 
@@ -97,8 +98,6 @@ class _Check:
         self.differences: dict[str, dict[str, Difference]] = {}
         self.not_judged: dict[str, dict[str, str]] = {}
         self.own = self._all(self.exercises)
-        if OF_NUMBERS in self.own:
-            self.own[OF_TRUTHS] = self.own[OF_NUMBERS]
 
     def changes(self) -> str | None:
         """Why the model cannot be compared with itself; None where it can."""
@@ -126,13 +125,14 @@ class _Check:
             report = convert(self.model, attention_k="all")
         except Exception as error:
             return self._refused("attention", error)
+        if OF_NUMBERS in self.own and not any(entry.kind == "attention" for entry in report.skipped):
+            self.own[OF_TRUTHS] = self.own[OF_NUMBERS]  # layers left in the model's own code go on adding truth values
         every_key = self._all(self.exercises)
         self._compare(ALL_KEYS, every_key, self.own)
         self._restore()
         self._leave_out_what_sdpa_gives(every_key)
-        layers = [entry.path for entry in report.replaced]
-        self._few_keys(layers, every_key)
-        return _of_report(report, "attention")
+        refused = self._few_keys([entry.path for entry in report.replaced], every_key)
+        return _of_report(report, "attention") | ({"without_completion": refused} if refused else {})
 
     def _leave_out_what_sdpa_gives(self, found: Outcomes) -> None:
         """Where transformers' eager attention and its PyTorch attention contradict each other, either is right."""
@@ -160,8 +160,11 @@ class _Check:
             del differences[name]
             self.own[name] = _NoJudgeError(why)
 
-    def _few_keys(self, layers: Sequence[str], every_key: Outcomes) -> None:
-        """Keep few keys, then complete them: against dense attention where that is the model's own with all keys."""
+    def _few_keys(self, layers: Sequence[str], every_key: Outcomes) -> str | None:
+        """Keep few keys, then complete them: against dense attention where that is the model's own with all keys.
+
+        Returns why the library does not complete this model's attention; None where it does.
+        """
         by_interface, others, wrong = self._reached(layers)
 
         def dense(completed: bool, chosen: Mapping[str, Exercise]) -> Outcomes:
@@ -179,7 +182,7 @@ class _Check:
             convert(self.model, attention_k=ATTENTION_K)
         except Exception as error:
             self.differences[FEW_KEYS] = {"conversion": in_words(error)}
-            return
+            return None
         found = self._all(self.exercises)
         self._compare(FEW_KEYS, found, expected)
         self._acts(FEW_KEYS, found, every_key)
@@ -196,11 +199,14 @@ class _Check:
         try:
             convert(self.model, attention_k=ATTENTION_K, completion=Completion())
         except Exception as error:
+            if isinstance(error, ValueError) and str(error).startswith("completion for "):
+                return str(error)
             self.differences[COMPLETED] = {"conversion": in_words(error)}
-            return
+            return None
         if expected:
             self._compare(COMPLETED, self._all(shorter), expected)
         self._restore()
+        return None
 
     def _reached(self, layers: Sequence[str]) -> tuple[list[str], list[nn.Module], Outcomes]:
         """Layers that ask transformers' interface, the other layers, and exercises that have no judge.
@@ -242,24 +248,23 @@ class _Check:
         every_neuron = self._all(self.few)
         self._compare(ALL_NEURONS, every_neuron, self.own)
         self._restore()
-        networks = []
+        networks, experts = [], []
         for entry in report.replaced:
-            site = sites[entry.path]
-            first, last = getattr(site, "linears_in", ()), getattr(site, "linear_out", None)
-            if not first or not isinstance(last, nn.Module) or not all(isinstance(one, nn.Module) for one in first):
-                self.not_judged[FEW_NEURONS] = {"all": f"{entry.path} has no layers whose neurons a hook can drop"}
-                break
-            networks.append((first, last))
-        try:
-            if len(networks) == len(report.replaced):
-                with dense_networks(networks, FEED_FORWARD_K):
-                    expected = self._all(self.few)
+            first, last = sites[entry.path].linears_in, sites[entry.path].linear_out
+            if len(first) > 0:
+                networks.append((first, last))
             else:
-                expected = {}
+                experts.append(self.model.get_submodule(entry.path))
+        try:
+            with dense_networks(networks, FEED_FORWARD_K), dense_experts(experts, FEED_FORWARD_K) as reached:
+                expected = self._all(self.few)
             convert(self.model, feed_forward_k=FEED_FORWARD_K)
         except Exception as error:
             self.differences[FEW_NEURONS] = {"conversion": in_words(error)}
             return _of_report(report, "feed_forward")
+        if len(reached) < len(experts):
+            self.not_judged[FEW_NEURONS] = {"all": "no weight of the last product of experts has a known name"}
+            expected = {}
         found = self._all(self.few)
         if expected:
             self._compare(FEW_NEURONS, found, expected)
@@ -298,12 +303,13 @@ class _Check:
             self._compare(RESTORED, self._all({"plain": self.exercises["plain"]}), self.own)
 
     def _acts(self, what: str, few: Outcomes, every: Outcomes) -> None:
-        """Where few give the output of all, nothing was left out, and the comparison says nothing."""
-        one, all_of_them = few["plain"], every["plain"]
-        if not isinstance(one, Exception) and not isinstance(all_of_them, Exception):
-            value = difference(one, all_of_them)
-            if value == 0:
-                self.not_judged.setdefault(what, {})["plain"] = "few give what all give"
+        """Where few give what all give in every exercise, nothing was left out, and comparisons say nothing."""
+        pairs = [(one, every[name]) for name, one in few.items()]
+        if not any(
+            isinstance(one, Exception) or isinstance(right, Exception) or difference(one, right) != 0
+            for one, right in pairs
+        ):
+            self.not_judged.setdefault(what, {})["all"] = "no input that was tried reaches the layers"
 
     def _all(self, chosen: Mapping[str, Exercise], model: Any = None) -> Outcomes:
         model = self.model if model is None else model
@@ -335,11 +341,10 @@ class _NoJudgeError(Exception):
 
 
 def _use_own_attention(model: Any) -> None:
-    """Eager attention, where the model has it."""
-    try:
+    """Eager attention, and eager experts, where the model has them."""
+    model.set_experts_implementation("eager")
+    with contextlib.suppress(ValueError):  # a family with one form of attention keeps it
         model.set_attn_implementation("eager")
-    except ValueError:
-        return  # a family with one form of attention keeps it
 
 
 def _of_report(report: ConversionReport, kind: str) -> Json:
@@ -349,7 +354,7 @@ def _of_report(report: ConversionReport, kind: str) -> Json:
 
 def in_words(error: BaseException) -> str:
     """An error in a line, with the last places of the code that raised it."""
-    first = str(error).strip().split("\n")[0][:400]
+    first = " ".join(str(error).split())[:400]
     places = [
         f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)

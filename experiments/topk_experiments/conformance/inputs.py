@@ -47,7 +47,7 @@ def likely_inputs(model: Any) -> Iterator[Inputs]:
     if "bbox" in names:
         also["bbox"] = make.boxes()
     seen = list(make.images(names))
-    if text and "bbox" in names:
+    if text and ("bbox" in names or not hasattr(model, "get_image_features")):  # images come in by no other way
         yield from ({**text, **image, **also} for image in seen)
     if text:
         yield {**text, **also}

@@ -8,6 +8,7 @@ code, every softmax over keys within the layer is one over the k best scores.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -24,6 +25,8 @@ NAME = "dense_topk"
 # A gradient that is zero apart from rounding has no scale of its own.
 _LEAST_SHARE = 1e-3
 _LIFT = 0.35
+# What families call the last weight of their experts.
+_LAST_WEIGHT = re.compile(r"down|w2|output")
 
 Difference = float | str  # a share, or what is wrong in words
 
@@ -256,6 +259,56 @@ def dense_networks(networks: Sequence[tuple[Sequence[nn.Module], nn.Module]], k:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def dense_experts(modules: Sequence[nn.Module], k: int) -> Iterator[set[int]]:
+    """Experts whose last product sees only the k best neurons of each token, within the eager code of their families.
+
+    Yields the ids of those modules in which a last product was seen: one with a weight whose name says so.
+    """
+    reached: set[int] = set()
+    inside: list[tuple[nn.Module, set[int]]] = []
+    before: Tensor | None = None
+
+    def enter(module: nn.Module, _: Any) -> None:
+        last = {one.data_ptr() for name, one in module.named_parameters() if _LAST_WEIGHT.search(name)}
+        inside.append((module, last))
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    def of_best(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def multiply(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+            nonlocal before
+            if not inside:
+                return original(x, weight, *rest, **options)
+            module, last = inside[-1]
+            if weight.untyped_storage().data_ptr() not in last:
+                before = original(x, weight, *rest, **options)
+                return before
+            ranked = x.abs() if before is None or before.shape != x.shape or _has_gate(module) else before
+            reached.add(id(module))
+            return original(x.masked_fill(~kept_keys(ranked, k), 0), weight, *rest, **options)
+
+        return multiply
+
+    hooks = [module.register_forward_pre_hook(enter) for module in modules]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in modules]
+    products = ((F, "linear"), (torch, "matmul"), (torch, "bmm"), (Tensor, "matmul"), (Tensor, "__matmul__"))
+    try:
+        with contextlib.ExitStack() as stack:
+            for owner, name in products:
+                stack.enter_context(mock.patch.object(owner, name, of_best(getattr(owner, name))))
+            yield reached
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _has_gate(experts: nn.Module) -> bool:
+    """By the names of their weights: in DBRX gate and up are two products of one width."""
+    return any(re.search(r"gate|v1", name) for name, _ in experts.named_parameters())
 
 
 def difference(found: Results, expected: Results) -> Difference:

@@ -25,6 +25,7 @@ _IN_NETWORKS = ("all neurons", "6 neurons")
 # Of differences from the truth, as a share of the largest number of the tensor.
 _ROUNDING = 5e-5
 _ROUNDING_OF_GRADIENTS = 1e-3
+_LONGEST_REMARK = 240
 _PARTS = "Parts of models, and others"
 
 
@@ -74,7 +75,14 @@ def _verdict(record: Json, kind: str, compared: Sequence[str]) -> Verdict:
             name, value = next(iter(wrong.items()))
             others = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return Verdict(DIFFERS, f"{what}, {name}: {value}{others}")
-    return Verdict(IN_PART, _reasons(converted)) if converted["skipped"] else Verdict(EXACT)
+    unjudged = [
+        f"{what} not judged: {reasons['all']}"
+        for what, reasons in record["not_judged"].items()
+        if what in compared and "all" in reasons
+    ]
+    if converted["skipped"]:
+        return Verdict(IN_PART, "; ".join([*converted["skipped"], *unjudged]))
+    return Verdict(EXACT, "; ".join(unjudged))
 
 
 def _reasons(converted: Json) -> str:
@@ -161,15 +169,18 @@ def _counts(families: dict[str, list[Json]]) -> str:
 def _cells(record: Json) -> tuple[str, str, str]:
     attention, networks = verdict(record), verdict_on_networks(record)
     remarks = [attention.reason]
+    if without := record.get("attention", {}).get("without_completion"):
+        remarks.append(without)
     if networks.reason and networks.reason != attention.reason:
         remarks.append(f"networks: {networks.reason}" if attention.reason else networks.reason)
-    return attention.word, networks.word, " ".join(filter(None, map(_short, remarks)))
+    return attention.word, networks.word, "; ".join(filter(None, map(_short, remarks)))
 
 
 def _short(reason: str) -> str:
     """A reason for a cell: classes without their modules, no places in code, no bars."""
     reason = re.sub(r"transformers\.models\.[\w.]+\.(\w+)", r"\1", reason)
     reason = re.sub(r" \([\w-]+/\w+\.py:\d+(, [\w-]+/\w+\.py:\d+)*\)", "", reason)
+    reason = reason if len(reason) <= _LONGEST_REMARK else f"{reason[:_LONGEST_REMARK]} ..."
     return reason.replace("|", "/").replace("<", "&lt;").replace("*", r"\*").replace("_", r"\_")
 
 

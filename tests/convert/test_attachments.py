@@ -267,7 +267,7 @@ def test_lora_on_all_linear_layers_works_in_both_orders(family, first):
     else:
         whole = adapted(model)
         report = convert(model, attention_k=1000, feed_forward_k=NEURONS)
-        assert {entry.kind for entry in report.skipped} == {"feed_forward"}
+        assert bool(report.skipped) == (family == "bart")  # it takes the weights out of its layers
         assert all("is peft.tuners.lora.layer.Linear, not nn.Linear" in entry.reason for entry in report.skipped)
     output = output_of(whole, inputs)
     output.sum().backward()

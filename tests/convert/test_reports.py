@@ -37,11 +37,24 @@ def test_experts_are_listed():
     assert len(convert(model, attention_k=4).entries) == 2  # of the kind that was asked for alone
 
 
+class FusedMLP(torch.nn.Module):
+    """A network with gate and up in one matrix, under names that no model family has."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = torch.nn.Linear(32, 96), torch.nn.Linear(48, 32)
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, -1)
+        return self.down(torch.nn.functional.silu(gate) * up)
+
+
 def test_gate_and_up_in_one_matrix_are_named():
-    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES, num_key_value_heads=2))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    model.model.layers[1].mlp = FusedMLP()
     report = convert(model, attention_k=4, feed_forward_k=4)
-    assert [entry.path for entry in report.skipped] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert "Phi3MLP holds gate and up in one matrix, gate_up_proj, and this" in report.skipped[0].reason
+    assert [entry.path for entry in report.skipped] == ["model.layers.1.mlp"]
+    assert "FusedMLP holds gate and up in one matrix, both, and this" in report.skipped[0].reason
 
 
 def test_an_activation_that_no_configuration_names_is_known_by_its_values():
@@ -82,9 +95,10 @@ def test_no_trial_runs_where_no_network_was_asked_for(monkeypatch):
 
 
 def test_a_network_whose_trial_fails_is_skipped_with_the_error():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
-    model = transformers.MoshiForCausalLM(transformers.MoshiConfig(vocab_size=99, ffn_dim=48, head_dim=8, **sizes))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    for layer in model.model.layers:
+        layer.mlp.down_proj = torch.nn.Linear(47, 32)
     training = [module.training for module in model.modules()]
-    with pytest.raises(ValueError, match=r"MoshiGatingMLP could not be tried, RuntimeError: mat1 and mat2 shapes"):
+    with pytest.raises(ValueError, match=r"LlamaMLP could not be tried, RuntimeError: mat1 and mat2 shapes"):
         convert(model, feed_forward_k=4)
     assert [module.training for module in model.modules()] == training

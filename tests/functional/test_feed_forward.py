@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from comparison import (
     ACTIVATION_FORMULAS,
+    OTHER_NAMES,
     assert_same,
     assert_within_measured_allowance,
     dense_feed_forward,
@@ -50,10 +51,7 @@ def test_with_all_neurons_it_is_the_ordinary_layer(backend, tiling, k):
     assert_same([output], [expected])
 
 
-@pytest.mark.parametrize(
-    ("name", "formula"),
-    [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("swish", "silu")],
-)
+@pytest.mark.parametrize(("name", "formula"), OTHER_NAMES.items())
 def test_names_from_transformers_mean_the_same_activations(backend, name, formula):
     layer = random_layer("gated")
     assert_same(layer.run(k=4, activation=name, backend=backend), layer.run_dense(k=4, activation=formula))

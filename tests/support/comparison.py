@@ -326,7 +326,20 @@ ACTIVATION_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
     "gelu_tanh": lambda z: z * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
     "silu": lambda z: z * torch.sigmoid(z),
+    "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
+    "relu2": lambda z: torch.where(z > 0, z * z, 0),
     "identity": lambda z: z,
+}
+# Other names that transformers gives to them.
+OTHER_NAMES = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_python": "gelu",
+    "swish": "silu",
+    "linear": "identity",
 }
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..functional import StandIn, topk_feed_forward
-from ..nn.feed_forward import added_to_call, full_name, stand_in_of, store_as_usual
+from ..nn.feed_forward import stand_in_of, store_as_usual
+from ..nn.linears import added_to_call, full_name
 from .sites import FeedForwardSite, activation_of, hold_stand_in, obstacle_of, own_forward, share_hooks
 
 _NETWORK = re.compile(
@@ -129,7 +130,7 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
             return f"fc1 is {full_name(type(fc1))}, put there after an earlier conversion"
         else:
             linears, bypassed = {}, {"fc1": fc1, "fc2": fc2, "activation_fn": layer.activation_fn}
-        obstacle = obstacle_of(linears, activation, act, bypassed)
+        obstacle = obstacle_of(linears, activation, act, bypassed, moves_weights=True)
         if obstacle is None and not _computes_the_network(layer):
             obstacle = f"{type(layer).__name__} computes something else than fc2(activation_fn(fc1(x)))"
         return obstacle

@@ -13,20 +13,25 @@ from torch import Tensor, nn
 
 from ..backends.activations import ACTIVATIONS, activate
 from ..functional import StandIn
-from ..nn.feed_forward import (
-    StandInTensors,
-    added_to_call,
-    full_name,
-    is_plain_linear,
-    store_as_usual,
-    store_by_neuron,
-    weight_and_bias,
-    why_call,
-)
+from ..nn.feed_forward import StandInTensors, store_as_usual, store_by_neuron
+from ..nn.linears import added_to_call, full_name, linear_sizes, why_call, why_not_stored, without_adapters
 from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
-_ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
+_ACTIVATION_NAMES = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "dense_act_fn",
+    "activation",
+    "mlp_hidden_act",
+    "encoder_hidden_act",
+    "decoder_hidden_act",
+    "encoder_activation_function",
+    "decoder_activation_function",
+    "speech_encoder_hidden_act",
+    "projection_hidden_act",
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class FeedForwardSite:
 
     @property
     def num_neurons(self) -> int:
-        """How many neurons the first layer computes; 0 where it is no linear layer."""
-        return num_neurons(self.linears_in[0])
+        """How many neurons the last layer reads; 0 where it is no linear layer."""
+        sizes = linear_sizes(self.linear_out)
+        return 0 if sizes is None else sizes[0]
 
     @property
     def neurons_in_words(self) -> str:
@@ -89,11 +95,19 @@ class FeedForwardSite:
     @property
     def sizes(self) -> tuple[int, int]:
         """The sizes of the input and the output of a network that can be replaced."""
-        return weight_and_bias(self.linears_in[0])[0].shape[1], weight_and_bias(self.linear_out)[0].shape[0]
+        sizes_in, sizes_out = linear_sizes(self.linears_in[0]), linear_sizes(self.linear_out)
+        assert sizes_in is not None
+        assert sizes_out is not None
+        return sizes_in[0], sizes_out[1]
 
 
 def obstacle_of(
-    linears: Mapping[str, nn.Module], activation: Any, act: Any, bypassed: Mapping[str, Any] | None = None
+    linears: Mapping[str, nn.Module],
+    activation: Any,
+    act: Any,
+    bypassed: Mapping[str, Any] | None = None,
+    *,
+    moves_weights: bool = False,
 ) -> str | None:
     """Why these layers cannot become a top-k network; None where they can.
 
@@ -101,11 +115,12 @@ def obstacle_of(
     activation  the activation's name, by the configuration or by its values
     act         the function or module that the model calls
     bypassed    further parts by name that the top-k network computes itself and does not call
+    moves_weights  whether the top-k network takes weight and bias out of the layers, so that they must be all there is
     """
     for name, linear in linears.items():
-        if (reason := cut_over_processes(linear)) is not None:
+        if (reason := cut_over_processes(without_adapters(linear))) is not None:
             return f"{name} {reason}"
-        if (reason := why_call(name, linear)) is not None:
+        if (reason := (why_not_stored if moves_weights else why_call)(name, linear)) is not None:
             return f"{reason}; a top-k network reads only weights"
     if (reason := added_to(bypassed or {})) is not None:
         return reason
@@ -172,7 +187,8 @@ def full_name_of(function: Any) -> str:
 def activation_of(model: nn.Module, path: str, module: nn.Module, act: Any) -> str | None:
     """The activation's name in the configuration of a module, of a module around it or of one of its parts.
 
-    Where no configuration names one, the values of `act` decide: the name, or None where they are of no known one.
+    Where they name several (an encoder's and a decoder's), the values of `act` decide, or the first counts. Where none
+    names one, the values decide: the name, or None where they are of no known one.
     """
     parts = path.split(".")
     holders = [
@@ -180,23 +196,17 @@ def activation_of(model: nn.Module, path: str, module: nn.Module, act: Any) -> s
         *(model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1)),
         *module.modules(),
     ]
-    for config in (getattr(holder, "config", None) for holder in holders):
-        for name in _ACTIVATION_NAMES:
-            if isinstance(activation := getattr(config, name, None), str):
-                return activation
-    return known_activation(act)
+    configs = [getattr(holder, "config", None) for holder in holders]
+    values = [getattr(config, name, None) for config in configs for name in _ACTIVATION_NAMES]
+    named = list(dict.fromkeys(value for value in values if isinstance(value, str)))
+    if not named:
+        return known_activation(act)
+    return next((name for name in named if name in ACTIVATIONS and is_activation(act, name)), named[0])
 
 
 def known_activation(act: Any) -> str | None:
     """The name of the activation whose values these are; None where they are of none that has a top-k form."""
     return next((name for name in ACTIVATIONS if is_activation(act, name)), None)
-
-
-def num_neurons(linear_in: Any) -> int:
-    """How many neurons the first layer of a network computes; 0 where it is no linear layer."""
-    if not is_plain_linear(linear_in):
-        return 0
-    return int(linear_in.weight.shape[0 if type(linear_in) is nn.Linear else 1])
 
 
 def own_forward(module: nn.Module) -> Any:

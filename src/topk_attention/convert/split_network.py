@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..functional import StandIn
-from ..nn.feed_forward import added_to_call, stand_in_of, store_as_usual, topk_network
+from ..nn.feed_forward import stand_in_of, store_as_usual, topk_network
+from ..nn.linears import added_to_call
 from .sites import FeedForwardSite, activation_of, added_to, hold_stand_in, obstacle_of, share_hooks
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import StandIn, topk_attention
-from ..nn.feed_forward import added_to_call, full_name, stand_in_of, store_as_usual, topk_network
+from ..nn.feed_forward import stand_in_of, store_as_usual, topk_network
+from ..nn.linears import added_to_call, full_name
 from .settings import LayerSettings, layer_settings, set_layer_settings
 from .sites import FeedForwardSite, added_to, hold_stand_in, known_activation, name_of, obstacle_of
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..nn.feed_forward import full_name, is_plain_linear, weight_and_bias
+from ..nn.linears import full_name, is_plain_linear, weight_and_bias
 from .report import ReportEntry
 
 # What model families call such layers. Their parts have other names, so the innermost layer that matches is meant.

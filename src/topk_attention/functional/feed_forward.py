@@ -54,7 +54,8 @@ def topk_feed_forward(
     b_in        [F]
     b_gate      [F]  needs w_gate
     b_out       [O]
-    activation  "relu", "gelu", "gelu_tanh", "silu", "identity", or another name that transformers gives to one of them
+    activation  "relu", "relu2" (squared), "gelu", "gelu_tanh", "quick_gelu", "silu", "identity", or another name that
+                transformers gives to one of them
     gate_limit  for a gated layer: before they are multiplied the gate is cut at this number from above and x w_in' at
                 this number and its negative, as gpt-oss does; None cuts nothing
     in_offset   for a gated layer: what is added to x w_in' after that (gpt-oss: 1)

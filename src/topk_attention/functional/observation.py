@@ -30,3 +30,8 @@ def notify_observer(call: AttentionCall | FeedForwardCall, output: Tensor) -> No
     """Give a call and its output to the observer, if there is one."""
     if _observer is not None:
         _observer(call, output)
+
+
+def is_observed() -> bool:
+    """Whether there is an observer."""
+    return _observer is not None

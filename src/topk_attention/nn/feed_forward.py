@@ -8,74 +8,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends.activations import activate
 from ..functional import StandIn, topk_feed_forward
+from ..functional.observation import is_observed
 from ..functional.stand_in import UncheckedStandIn
+from .linears import LinearParts, halves, is_conv1d, linear_sizes, parts_of, why_call, without_adapters
+from .made_weights import MadeWeights
 
-# Where a module keeps the hooks that act on a call.
-_CALL_HOOKS = {
-    "_forward_pre_hooks": "a forward pre-hook",
-    "_forward_hooks": "a forward hook",
-    "_backward_pre_hooks": "a backward pre-hook",
-    "_backward_hooks": "a backward hook",
-}
-
-
-def is_plain_linear(layer: object) -> bool:
-    """Whether this is nn.Linear itself, or transformers' Conv1D, a linear layer whose weight is transposed."""
-    return type(layer) is nn.Linear or _is_conv1d(layer)
-
-
-def _is_conv1d(layer: object) -> bool:
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
-
-
-def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias [out] of a plain linear layer."""
-    return (layer.weight.t() if _is_conv1d(layer) else layer.weight), layer.bias
-
-
-def full_name(cls: type) -> str:
-    """A class's name with that of its module."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def added_to_call(module: nn.Module, *, but: str = "") -> str | None:
-    """What acts when a module is called and is lost where it is not; None where nothing does.
-
-    but  the one kind of hooks that is not looked for, e.g. "_forward_hooks"
-    """
-    for hooks, words in _CALL_HOOKS.items():
-        if hooks != but and (registered := getattr(module, hooks)):
-            hook = next(iter(registered.values()))
-            return f"{words} ({full_name(hook if hasattr(hook, '__qualname__') else type(hook))})"
-    if "forward" in vars(module):
-        offloads = hasattr(module, "_hf_hook")
-        return "weights that accelerate moves for each call" if offloads else "a forward method of its own"
-    return None
-
-
-def why_call(name: str, linear: Any) -> str | None:
-    """Why the weight and bias of this layer do not say all that it computes; None where they do."""
-    if is_parametrized(linear):
-        return f"{name} has a parametrization"
-    if not is_plain_linear(linear):
-        return f"{name} is {full_name(type(linear))}, not nn.Linear"
-    if (added := added_to_call(linear)) is not None:
-        return f"{name} has {added}"
-    for part in ("weight", "bias"):
-        if not _is_ordinary(getattr(linear, part)):
-            return f"the {part} of {name} is {full_name(type(getattr(linear, part)))}, no ordinary tensor"
-    return None
-
-
-def _is_ordinary(tensor: Tensor | None) -> bool:
-    """Not sharded, quantized or otherwise of a type with its own arithmetic. Export and compilation trace fake ones."""
-    return tensor is None or type(tensor) in (nn.Parameter, Tensor) or isinstance(tensor, FakeTensor | FunctionalTensor)
+# Below this many tokens layers whose weights would have to be made are called: every neuron of so few takes little
+# memory, and to make a weight costs as much as to multiply several tokens with it.
+_FEW_TOKENS = 64
 
 
 def topk_network(
@@ -91,26 +34,43 @@ def topk_network(
     token_chunk_size: int | None = None,
     stand_in: StandIn | None = None,
     names: tuple[str, str, str] = ("linear_in", "linear_out", "linear_gate"),
+    gate_rows: Literal["first", "last"] | None = None,
 ) -> Tensor:
     """The top-k network of these layers, read from their weights.
 
-    If one of them does more than its weights say (an adapter, a hook, a parametrization, an offloaded or sharded
-    weight), all are called instead, and every neuron of every token stands in memory.
+    gate_rows  where linear_in computes the gate too: which half of its rows the gate has
+
+    Weights with adapters (LoRA, DoRA) and quantised ones are made for the call, and again for its backward pass. If a
+    layer does more than its parts say (a hook, a parametrization, an offloaded or sharded weight, another adapter), all
+    are called instead, and every neuron of every token stands in memory.
     """
-    reason = None
-    for name, layer in zip(names, (linear_in, linear_out, linear_gate), strict=True):
-        if reason is None and layer is not None:
-            reason = why_call(name, layer)
+    layers = dict(zip(names, (linear_in, linear_out, linear_gate), strict=True))
+    reason = next(
+        (
+            reason
+            for name, layer in layers.items()
+            if layer is not None and (reason := why_call(name, layer)) is not None
+        ),
+        None,
+    )
+    called = (x, linear_in, linear_out, linear_gate, gate_rows, k, activation, dropout_p, stand_in)
     if reason is not None:
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                f"a top-k network calls its layers and computes every neuron, because {reason}; that costs the memory "
-                "and time that it would save, so leave the network out with where= or remove what was added",
-                stacklevel=3,
-            )
-        return _called_network(x, linear_in, linear_out, linear_gate, k, activation, dropout_p, stand_in)
-    (w_in, b_in), (w_out, b_out) = weight_and_bias(linear_in), weight_and_bias(linear_out)
-    w_gate, b_gate = (None, None) if linear_gate is None else weight_and_bias(linear_gate)
+        return _called_network(*called, because=reason)
+    part_in, part_out = parts_of(linear_in), parts_of(linear_out)
+    part_gate = None if linear_gate is None else parts_of(linear_gate)
+    options: dict[str, Any] = {"k": k, "activation": activation, "dropout_p": dropout_p, "backend": backend}
+    options["token_chunk_size"] = token_chunk_size
+    if all(part is None or part.is_stored for part in (part_in, part_out, part_gate)):
+        w_in, w_out, w_gate = part_in.weight, part_out.weight, None if part_gate is None else part_gate.weight
+    elif (reason := _why_call_now(names, part_in, part_out, part_gate)) is not None:
+        return _called_network(*called, because=reason)
+    elif is_observed():  # by what reads the weights of the call, without gradients
+        w_in, w_out, w_gate = part_in.whole(), part_out.whole(), None if part_gate is None else part_gate.whole()
+    elif x.numel() < _FEW_TOKENS * x.shape[-1]:
+        return _called_network(*called)
+    else:
+        return _made_network(x, part_in, part_out, part_gate, gate_rows, stand_in, options)
+    b_in, b_out, b_gate = part_in.bias, part_out.bias, None if part_gate is None else part_gate.bias
     if w_out.dtype != w_in.dtype:  # T5 keeps its last layer in float32
         dtype = torch.promote_types(w_in.dtype, w_out.dtype)
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
@@ -118,21 +78,100 @@ def topk_network(
             None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out, b_gate)
         )
         stand_in = None if stand_in is None else stand_in.to(dtype)
+    if gate_rows is not None:
+        w_gate, w_in = halves(w_in, gate_rows)
+        b_gate, b_in = (None, None) if b_in is None else halves(b_in, gate_rows)
     return topk_feed_forward(
-        x,
-        w_in,
-        w_out,
-        k=k,
-        w_gate=w_gate,
-        b_in=b_in,
-        b_out=b_out,
-        b_gate=b_gate,
-        activation=activation,
-        dropout_p=dropout_p,
-        backend=backend,
-        token_chunk_size=token_chunk_size,
-        stand_in=stand_in,
+        x, w_in, w_out, w_gate=w_gate, b_in=b_in, b_out=b_out, b_gate=b_gate, stand_in=stand_in, **options
     )
+
+
+def _why_call_now(names: tuple[str, ...], *parts: LinearParts | None) -> str | None:
+    """Why layers with adapters have to be called in this mode: dropout on the way to an adapter is one more input.
+
+    The first layers take it beside x. The last one reads neurons, of which only the kept ones are there.
+    """
+    for place, (name, part) in enumerate(zip(names, parts, strict=True)):
+        if part is None or not any(adapter.drops for adapter in part.adapters):
+            continue
+        if place == 1 or part.magnitude is not None or is_observed():
+            return f"{name} has an adapter with dropout, in training"
+    return None
+
+
+def _made_network(
+    x: Tensor,
+    part_in: LinearParts,
+    part_out: LinearParts,
+    part_gate: LinearParts | None,
+    gate_rows: Literal["first", "last"] | None,
+    stand_in: StandIn | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The top-k network of layers with adapters, or of quantised ones.
+
+    What an adapter puts between its two matrices is more of the input, with more columns of the first weights, and more
+    of the output, with more rows of the last weight. So the chosen neurons are computed with the adapters, which are
+    never rounded to the steps of the weight that they change.
+    """
+    made = MadeWeights()
+    lows_in = [adapter.low(x) for adapter in part_in.adapters]
+    lows_gate = [] if part_gate is None else [adapter.low(x) for adapter in part_gate.adapters]
+    ranks_in, ranks_gate = (sum(low.shape[-1] for low in lows) for lows in (lows_in, lows_gate))
+    wide = torch.cat([x, *lows_in, *lows_gate], dim=-1) if lows_in or lows_gate else x
+    with made.again_in_backward():
+        w_in = _wide_rows(made, part_in, 0, ranks_gate)
+        w_gate = None if part_gate is None else _wide_rows(made, part_gate, ranks_in, 0)
+        w_out = _long_columns(made, part_out)
+        b_in, b_gate = part_in.bias, None if part_gate is None else part_gate.bias
+        if w_out.dtype != w_in.dtype:  # T5 keeps its last layer in float32
+            dtype = torch.promote_types(w_in.dtype, w_out.dtype)
+            wide, w_in, w_out = wide.to(dtype), w_in.to(dtype), w_out.to(dtype)
+            w_gate, b_in, b_gate = (None if t is None else t.to(dtype) for t in (w_gate, b_in, b_gate))
+        if gate_rows is not None:
+            w_gate, w_in = halves(w_in, gate_rows)
+            b_gate, b_in = (None, None) if b_in is None else halves(b_in, gate_rows)
+        long = topk_feed_forward(wide, w_in, w_out, w_gate=w_gate, b_in=b_in, b_gate=b_gate, **options)
+    ranks = [adapter.down.shape[0] for adapter in part_out.adapters]
+    output, *lows = long.split([long.shape[-1] - sum(ranks), *ranks], dim=-1)
+    for low, adapter in zip(lows, part_out.adapters, strict=True):
+        output = output + F.linear(low.to(adapter.up.dtype), adapter.up).to(output.dtype)
+    scales = part_out.scales(part_out.numbers()) if part_out.magnitude is not None else None
+    if scales is not None:
+        output = output * scales.to(output.dtype)
+    if part_out.bias is not None:
+        output = output + part_out.bias.to(output.dtype)
+    k, num_neurons = options["k"], w_out.shape[1]
+    if stand_in is not None and k is not None and k < num_neurons:
+        stand_in = stand_in.to(output.dtype)
+        output = stand_in.added_to(output, x.to(output.dtype)) + stand_in.bias
+    return output
+
+
+def _wide_rows(made: MadeWeights, part: LinearParts, zeros_before: int, zeros_after: int) -> Tensor:
+    """The rows of a first layer [F, D + ranks]: those of its weight, then those of its adapters among zeros."""
+
+    def make() -> Tensor:
+        weight = part.numbers()
+        before, after = (weight.new_zeros(weight.shape[0], count) for count in (zeros_before, zeros_after))
+        ups = [adapter.up.to(weight.dtype) for adapter in part.adapters]
+        if (scales := part.scales(weight)) is not None:
+            scales = scales.to(weight.dtype).unsqueeze(1)
+            weight, ups = weight * scales, [up * scales for up in ups]
+        return torch.cat([weight, before, *ups, after], dim=1)
+
+    is_made = not part.is_stored or zeros_before or zeros_after
+    return made.add(make, part.tensors()) if is_made else part.weight
+
+
+def _long_columns(made: MadeWeights, part: LinearParts) -> Tensor:
+    """The columns of a last layer [O + ranks, F], one after another in memory, in which order they are read."""
+
+    def make() -> Tensor:
+        weight = part.numbers()
+        return torch.cat([weight.t(), *(adapter.down.to(weight.dtype).t() for adapter in part.adapters)], dim=1).t()
+
+    return part.weight if part.is_stored else made.add(make, part.tensors())
 
 
 def _called_network(
@@ -140,16 +179,29 @@ def _called_network(
     linear_in: nn.Module,
     linear_out: nn.Module,
     linear_gate: nn.Module | None,
+    gate_rows: Literal["first", "last"] | None,
     k: int | None,
     activation: str,
     dropout_p: float,
     stand_in: StandIn | None,
+    *,
+    because: str | None = None,
 ) -> Tensor:
+    """The same by calls of the layers, with every neuron in memory; with the reason where that is a loss."""
+    if because is not None and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"a top-k network calls its layers and computes every neuron, because {because}; that costs the memory and "
+            "time that it would save, so leave the network out with where= or remove what was added",
+            stacklevel=4,
+        )
     hidden = ranked_by = linear_in(x)
-    if linear_gate is None:
+    gate = None if linear_gate is None else linear_gate(x)
+    if gate_rows is not None:
+        gate, hidden = halves(hidden, gate_rows, dim=-1)
+    if gate is None:
         hidden = activate(hidden, activation)
     else:
-        hidden = activate(linear_gate(x), activation) * hidden
+        hidden = activate(gate, activation) * hidden
         ranked_by = hidden.abs()
     if k is not None and k < hidden.shape[-1]:
         # A stable sort leaves tied neurons in index order, so the lower index comes first.
@@ -178,10 +230,11 @@ def store_by_neuron(linear_out: nn.Module | None = None, *, linear_in: nn.Module
     DDP's buckets want them contiguous.
     """
     for linear, neuron_axis in ((linear_in, 0), (linear_out, 1)):
+        linear = without_adapters(linear)
         weight = getattr(linear, "weight", None)
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.ndim != 2 or weight.is_meta:
             continue
-        if neuron_axis != (1 if _is_conv1d(linear) else 0) and not weight.t().is_contiguous():
+        if neuron_axis != (1 if is_conv1d(linear) else 0) and not weight.t().is_contiguous():
             weight.data = weight.t().contiguous().t()
 
 
@@ -238,6 +291,8 @@ class TopKFeedForward(nn.Module):
     linear_in    nn.Linear(C, F)
     linear_out   nn.Linear(F, O)
     linear_gate  nn.Linear(C, F) for a gated network, activation(gate) * in, or None
+    gate_rows    "first" or "last" where linear_in is nn.Linear(C, 2 F) and computes the gate too, as in Phi-3: which
+                 half of its rows the gate has
     k            neurons kept per token, or "all" or None for all
     activation   as in `topk_feed_forward`
     dropout_p    probability of dropping a kept activation, in training mode only
@@ -266,6 +321,7 @@ class TopKFeedForward(nn.Module):
         *,
         k: int | Literal["all"] | None,
         linear_gate: nn.Linear | None = None,
+        gate_rows: Literal["first", "last"] | None = None,
         activation: str = "relu",
         dropout_p: float = 0.0,
         backend: str = "auto",
@@ -274,6 +330,8 @@ class TopKFeedForward(nn.Module):
         names: tuple[str, str, str] = ("linear_in", "linear_out", "linear_gate"),
     ) -> None:
         super().__init__()
+        _check_gate_rows(gate_rows, linear_in, linear_out, linear_gate)
+        self.gate_rows = gate_rows
         self._names = names
         for name, linear in zip(names, (linear_in, linear_out, linear_gate), strict=True):
             self.add_module(name, linear)
@@ -298,6 +356,7 @@ class TopKFeedForward(nn.Module):
             token_chunk_size=self.token_chunk_size,
             stand_in=stand_in_of(self),
             names=self._names,
+            gate_rows=self.gate_rows,
         )
 
     def _store_by_neuron(self) -> None:
@@ -307,3 +366,18 @@ class TopKFeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, activation={self.activation!r}, backend={self.backend!r}"
+
+
+def _check_gate_rows(gate_rows: object, linear_in: Any, linear_out: Any, linear_gate: Any) -> None:
+    if gate_rows is None:
+        return
+    if gate_rows not in ("first", "last"):
+        raise ValueError(f'gate_rows must be "first", "last" or None, got {gate_rows!r}')
+    if linear_gate is not None:
+        raise ValueError("gate_rows says that linear_in computes the gate, but there is a linear_gate too; pass one")
+    sizes_in, sizes_out = linear_sizes(linear_in), linear_sizes(linear_out)
+    if sizes_in is not None and sizes_out is not None and sizes_in[1] != 2 * sizes_out[0]:
+        raise ValueError(
+            f"gate_rows needs a linear_in with {2 * sizes_out[0]} outputs, two for each of the {sizes_out[0]} neurons "
+            f"that linear_out reads, got {sizes_in[1]}"
+        )

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from comparison import (
+    OTHER_NAMES,
     assert_same,
     largest_errors,
     output_and_gradients,
@@ -91,7 +92,7 @@ def test_any_model_and_output_size(model, dtype, kind):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_and_dtype(activation, dtype, kind):
-    formula = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}.get(activation, activation)
+    formula = OTHER_NAMES.get(activation, activation)
     cases = [(random_layer(kind, tokens, 24, 100, 20, dtype), k) for tokens in (2, 40) for k in (1, 25, 100)]
     assert_close_to_float64(*cases, activation=formula)
     for layer, k in cases:

@@ -125,6 +125,8 @@ def test_adapters_are_switched_merged_saved_and_loaded_on_a_converted_model(firs
         merged = whole.merge_and_unload(adapter_names=["default", "other"])
         torch.testing.assert_close(merged(tokens).logits, both)
         assert merged is model
+        convert(merged)  # it remembers the k under its own names
+        torch.testing.assert_close(merged(tokens).logits, both)
         unconvert(merged)
         dense = merged(tokens).logits
         convert(merged, feed_forward_k=1000)
@@ -340,3 +342,17 @@ def test_pefts_layers_are_those_that_are_known(peft):
     known = [linears.full_name(lora.layer.Linear), linears.full_name(lora.torchao.TorchaoLoraLinear)]
     assert known == list(linears._LORA)
     assert linears.full_name(lora.variants.DoraLinearVariant) == linears._DORA
+
+
+def test_a_network_with_adapters_compiles_into_one_graph(peft, monkeypatch):
+    monkeypatch.setattr(feed_forward, "_FEW_TOKENS", 0)
+    whole = adapted(peft, tiny_llama())
+    convert(whole, feed_forward_k=K)
+    network = whole.base_model.model.model.layers[0].mlp
+    x = torch.randn(1, 40, 32, dtype=torch.float64, requires_grad=True)
+    trained = [x, *(p for p in network.parameters() if p.requires_grad)]
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for one, other in zip(
+        torch.autograd.grad(compiled(x).sum(), trained), torch.autograd.grad(network(x).sum(), trained), strict=True
+    ):
+        torch.testing.assert_close(one, other)

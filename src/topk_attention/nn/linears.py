@@ -193,7 +193,7 @@ class LinearParts(NamedTuple):
     @property
     def is_stored(self) -> bool:
         """Whether the weight says everything as it is."""
-        return not self.adapters and _is_ordinary(self.weight)
+        return len(self.adapters) == 0 and _is_ordinary(self.weight)
 
     def numbers(self) -> Tensor:
         """The weight [out, in] as an ordinary tensor."""

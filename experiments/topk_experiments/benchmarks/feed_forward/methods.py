@@ -14,6 +14,7 @@ from torch import Tensor
 
 from topk_attention.backends.activations import activate
 from topk_attention.functional import topk_feed_forward
+from topk_attention.nn.linears import halves
 
 from ...rivals.feed_forward import in_chunks, sparse_topk_feed_forward
 from ...rivals.names import TOPK, kept
@@ -28,7 +29,10 @@ def why_not(method: str, work: Work) -> str | None:
 
 
 def new_method(method: str, work: Work) -> Method:
-    """The method, ready for `new_inputs`: x [T, C], w_in [F, C], w_out [C, F] and, if gated, w_gate [F, C]."""
+    """The method, ready for `new_inputs`: x [T, C], w_in [F, C], w_out [C, F] and, if gated, w_gate [F, C].
+
+    Where gate and up are one weight, w_in is [2 F, C], the gate's rows first, and there is no w_gate.
+    """
     # In the records of rounds, the dense layer is "dense"; in those of layers it is "vanilla".
     dense = functools.partial(_dense, work)
     match method:
@@ -67,7 +71,9 @@ def paper_chunk(tokens: int) -> int:
 def new_inputs(work: Work) -> Tensors:
     """x, w_in, w_out and w_gate: random weights as nn.Linear holds them; rows of pre-activations have variance 1."""
     weights = [(work.d_ff, work.d_model), (work.d_model, work.d_ff), (work.d_ff, work.d_model)]
-    shapes = weights if work.is_gated else weights[:2]
+    if work.is_fused:
+        weights[0] = (2 * work.d_ff, work.d_model)
+    shapes = weights if work.is_gated and not work.is_fused else weights[:2]
     return torch.randn(work.tokens, work.d_model), *(torch.randn(shape).div_(shape[1] ** 0.5) for shape in shapes)
 
 
@@ -75,10 +81,15 @@ def _topk(
     work: Work, k: int | None, backend: str, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None
 ) -> Tensor:
     """`topk_feed_forward` with the options of the work."""
+    if work.is_fused:
+        w_gate, w_in = halves(w_in, "first")
     return topk_feed_forward(x, w_in, w_out, k=k, w_gate=w_gate, activation=work.activation, backend=backend)
 
 
 def _dense(work: Work, x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None) -> Tensor:
+    if work.is_fused:  # as the models compute it
+        gate, up = halves(F.linear(x, w_in), "first", dim=-1)
+        return F.linear(activate(gate, work.activation) * up, w_out)
     if w_gate is None:
         return F.linear(activate(F.linear(x, w_in), work.activation), w_out)
     return F.linear(activate(F.linear(x, w_gate), work.activation) * F.linear(x, w_in), w_out)
@@ -111,6 +122,9 @@ def first_products(work: Work, inputs: Tensors) -> Callable[[], None]:
 def is_clear(method: str, work: Work, tensors: Tensors) -> Tensor | float:
     """0 for tokens whose k-th best neuron is close to the next, otherwise 1: [T, 1]."""
     x, w_in, _, *w_gate = (tensor.double() for tensor in tensors)
+    if work.is_fused:
+        gate_rows, w_in = halves(w_in, "first")
+        w_gate = [gate_rows]
     k = kept(method, work.k)
     if k is None or k >= work.d_ff:
         return 1.0

@@ -31,7 +31,10 @@ PAPERS = ("dense-chunks", "vanilla-chunks", "topk-torch-sparse")
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A feed-forward layer without biases in float32: x [tokens, d_model], weights [d_ff, d_model] and back."""
+    """A feed-forward layer without biases in float32: x [tokens, d_model], weights [d_ff, d_model] and back.
+
+    is_fused  gate and up are the halves of one weight [2 d_ff, d_model], as in Phi-3
+    """
 
     d_model: Annotated[int, "Size of a token."] = 768
     d_ff: int
@@ -39,15 +42,19 @@ class Work:
     tokens: Annotated[int, "Tokens; the paper's are 262144."] = 4096
     is_gated: bool = False
     activation: str = "relu"
+    is_fused: bool = False
 
     def __post_init__(self) -> None:
         check_count("k", self.k)
         check_one_of(list(ACTIVATIONS), self, "activation")
         check_at_least(1, self, "d_model", "d_ff", "tokens")
+        if self.is_fused and not self.is_gated:
+            raise ValueError("is_fused needs is_gated, got False: one weight holds gate and up; pass both or neither")
 
     def as_record(self) -> Json:
         """The fields that distinguish a work."""
-        return asdict(self)
+        fields = asdict(self)
+        return fields if self.is_fused else {name: fields[name] for name in fields if name != "is_fused"}
 
     @property
     def gradients_mib(self) -> float:
@@ -57,6 +64,7 @@ class Work:
     def __str__(self) -> str:
         tokens = f"{self.tokens:,} token{'s' if self.tokens > 1 else ''}"
         kind = f"gated {self.activation}" if self.is_gated else self.activation
+        kind += " of one matrix" if self.is_fused else ""
         return f"d_model = {self.d_model:,}, d_ff = {self.d_ff:,}, k = {self.k}, {tokens}, {kind}"
 
 
@@ -80,10 +88,12 @@ class Point(Work, rounds.Setting):
 
 _T5_BASE = Work(d_model=768, d_ff=3072, k=256, tokens=8192)
 _SMOLLM2 = Work(d_model=576, d_ff=1536, k=384, tokens=4096, is_gated=True, activation="silu")
+_PHI3 = Work(d_model=3072, d_ff=8192, k=1024, tokens=1024, is_gated=True, activation="silu", is_fused=True)
 _ROWS = {
     "t5-11b": (Work(d_model=1024, d_ff=65536, k=256, tokens=1024), Goal(1.5, 4.0, 1 / 20)),
     "t5-base": (_T5_BASE, Goal(1.0, 1.8, 1 / 4)),
     "smollm2": (_SMOLLM2, Goal(1.0, 1.3, 1 / 2)),
+    "phi3-mini": (_PHI3, Goal(1.0, 1.3, 1 / 2)),
 } | {
     f"{name}-{tokens}": (replace(work, tokens=tokens), Goal(1.0, None))
     for name, work in (("t5-base", _T5_BASE), ("smollm2", _SMOLLM2))

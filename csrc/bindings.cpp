@@ -581,9 +581,9 @@ void add_tokens(Tensor rows, Tensor neurons, Tensor coefficients, Tensor sums, s
 
 // Raised, here and in backends/cpu/library.py, where what an operator is promised or promises changes: Python that is newer
 // than the kernels then says so, where it would read memory wrongly. 2: the table of sum_neurons may be transposed. 4: kept
-// indexes of keys. 5: cpu_attention_forward_indexed reads ahead. 6: more activations, sinks and soft caps, completed attention
+// indexes of keys. 5: cpu_attention_forward_indexed reads ahead. 8: more activations, sinks and soft caps, completed attention
 // takes an index, cpu_choose_neurons cuts the gate.
-int64_t kernel_interface() { return 6; }
+int64_t kernel_interface() { return 8; }
 
 // Targets that this processor can run, best first, separated by spaces.
 std::string cpu_targets() {

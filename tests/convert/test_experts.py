@@ -51,7 +51,7 @@ def converted_experts_alone(model, k=K, **options):
     return convert(model, feed_forward_k=dict.fromkeys(experts_of(model), k), **options)
 
 
-@pytest.mark.parametrize("k", ["all", NEURONS, 1000])
+@pytest.mark.parametrize("k", ["all", NEURONS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_all_neurons_the_output_is_the_originals(family, k, ids):
     model = tiny_moe(family)
@@ -121,7 +121,7 @@ def test_experts_without_tokens_are_left_out_and_get_a_gradient_of_zero(ids):
     assert empty.shape == (0, MODEL)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_converted_model_generates_what_the_whole_sequence_gives(family, ids):
     model = tiny_moe(family)
     model.generation_config.eos_token_id = None
@@ -137,7 +137,7 @@ def test_a_converted_model_generates_what_the_whole_sequence_gives(family, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_is_an_ordinary_checkpoint_that_remembers_every_k(family, ids, tmp_path):
-    model = tiny_moe(family)
+    model = tiny_moe(family).requires_grad_(family not in KINDS)  # frozen ones are stored by neuron, and saved so
     names = list(model.state_dict())
     in_full = model(ids).logits.detach()
     ks = {path: K + number for number, path in enumerate(experts_of(model))}
@@ -156,7 +156,7 @@ def test_a_saved_model_is_an_ordinary_checkpoint_that_remembers_every_k(family, 
 
 
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trains", "frozen"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_unconvert_gives_the_original_back(family, is_frozen, ids):
     model = tiny_moe(family).requires_grad_(not is_frozen)
     classes = {path: type(module) for path, module in model.named_modules()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,8 +70,12 @@ def stepwise(model: Any, *, compiled: bool = False, one_dnn: bool = True) -> Cal
     def call(input_ids: Tensor, **arguments: Any) -> Any:
         if input_ids.shape[1] > 1:
             return model(input_ids=input_ids, **arguments)
-        with nullcontext() if one_dnn else torch.backends.mkldnn.flags(enabled=False):
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = before and one_dnn
+        try:
             return one_token(input_ids=input_ids, **arguments)
+        finally:
+            torch.backends.mkldnn.enabled = before
 
     return call
 

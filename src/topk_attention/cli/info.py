@@ -48,8 +48,8 @@ def _scores(target: str) -> str:
         return "which screens keys by products of 8-bit integers and scores in float32 those that may be kept"
     return (
         "which scores every key, as only avx512vnni (AVX-512 with VNNI and VBMI2), avx512screen (AVX-512), avxvnni "
-        "(AVX-VNNI), avx2screen (AVX2; not chosen on AMD before Zen 3 and Intel before Skylake, where it may be "
-        "slower) and neondot (NEON with dot products) screen them first"
+        "(AVX-VNNI), avx2screen (AVX2; not chosen on AMD before Zen 3 and Intel before Skylake, which it may slow) "
+        "and neondot (NEON with dot products) screen them first"
     )
 
 

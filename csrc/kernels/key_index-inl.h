@@ -16,7 +16,7 @@ struct KeyIndex {
   uint8_t* keys;          // [num_panels, quads, 32, 4], K + kKeyOffset
   float *scale, *inverse; // [num_panels], s and 1 / s
   float *error, *norm;    // [num_panels], the largest |error of j| / s, roundings of its float32 score with it, and |K_j|
-  uint32_t* unscreened;   // [num_panels], a bit for each key that has no bound: not finite, or far larger than its panel
+  uint32_t* unscreened;   // [num_panels], a bit for each key that has no bound: not finite, or one of few far larger than its panel
   bool has_unscreened, has_broken;  // is there any, is any not finite
 
   KeyIndex(int64_t num_keys, int64_t head_dim, int64_t period)

@@ -23,11 +23,17 @@ constexpr int64_t kKeysPerPassed = 7;
 constexpr int64_t kKeysPerPassed = 5;
 #endif
 
+// How many keys a row sees on average, but for masks.
+inline int64_t keys_of_row(const AttentionForward& call) {
+  const Sizes& s = call.sizes;
+  return s.num_keys - (call.is_causal ? smaller(s.num_queries, s.num_keys) / 2 : 0);
+}
+
 inline bool screening_pays(const AttentionForward& call) {
   const Sizes& s = call.sizes;
   return s.num_keys >= kFewestScreenedKeys && s.num_keys <= kMostScreenedKeys && s.head_dim >= 16 && s.head_dim <= 4096 &&
          s.num_heads / s.num_key_heads * s.num_queries >= kFewestScreenedRows &&
-         largest_k_of(call.head_k, s.num_heads) * kKeysPerKept <= s.num_keys;
+         largest_k_of(call.head_k, s.num_heads) * kKeysPerKept <= keys_of_row(call);
 }
 
 // Bits of passed keys are listed a word at a time, which begins with a key of the sample: a whole number of periods, of which eight
@@ -468,9 +474,7 @@ template <class T>
 bool run_screened_forward(const AttentionForward& call, const Parallel& parallel) {
   const Sizes& s = call.sizes;
   const int64_t num_indexes = s.batch * s.num_key_heads;
-  // What a row sees on average under causality.
-  const int64_t keys_of_row = s.num_keys - (call.is_causal ? smaller(s.num_queries, s.num_keys) / 2 : 0);
-  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k_of(call.head_k, s.num_heads), keys_of_row));
+  const KeyIndex blank(s.num_keys, s.head_dim, sample_period(largest_k_of(call.head_k, s.num_heads), keys_of_row(call)));
   struct State {
     const AttentionForward& call;
     KeyIndex* indexes;

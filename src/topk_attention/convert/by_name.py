@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from . import torch_layers
+from . import adapters, torch_layers
 from .configurations import parts_of
 from .search import attention_obstacle, feed_forward_sites, reads_attention_interface
 from .settings import NAME, ModelSettings
@@ -39,7 +39,7 @@ def hand_written_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers, by path, that compute attention in their own code."""
     for path, module in model.named_modules():
         name = type(module).__name__.lower()
-        is_known = torch_layers.is_attention(module) or reads_attention_interface(module)
+        is_known = torch_layers.is_attention(module) or reads_attention_interface(module) or adapters.is_adapted(module)
         if ("attention" in name or "attn" in name) and not is_known and _computes_scores(type(module)):
             yield path, module
 
@@ -83,7 +83,9 @@ def refusal_of_name(model: Any) -> str | None:
     if len(reasons) > _SHOWN_LAYERS:
         shown += f"; and {len(reasons) - _SHOWN_LAYERS} more"
     if any(
-        torch_layers.is_attention(module) or (reads_attention_interface(module) and attention_obstacle(module) is None)
+        torch_layers.is_attention(module)
+        or adapters.has_adapter(module)
+        or (reads_attention_interface(module) and attention_obstacle(module) is None)
         for module in model.modules()
     ):
         way_out = _WAY_OUT

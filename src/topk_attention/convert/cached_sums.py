@@ -104,7 +104,7 @@ def keep_no_sums(module: nn.Module) -> None:
 def _prepare_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Make the layer's plain growing cache layers such that keep sums. Sliding-window, static, quantized and all other
     cache layers stay as they are."""
-    index = getattr(module, "layer_idx", None)
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
     held = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     if torch.compiler.is_compiling() or held is None or index is None:
         return

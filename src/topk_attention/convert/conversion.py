@@ -12,7 +12,7 @@ from torch import nn
 from ..backends import choose_backend
 from ..functional import Completion
 from ..nn.feed_forward import is_frozen
-from . import cached_sums, position_bias, torch_layers
+from . import adapters, cached_sums, position_bias, torch_layers
 from .by_name import (
     configs_around,
     every_config,
@@ -171,11 +171,13 @@ def _convert(
 
 def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
     """Change the layers as planned."""
-    if any(site.reads_interface and entry.replaced for site, entry in plan.attention):
+    if any(site.has_adapter and entry.replaced for site, entry in plan.attention):
+        adapters.adapt_attention(model, configs_around(model))
+    if any(site.takes_function and entry.replaced for site, entry in plan.attention):
         _use_topk_attention(model, plan)
     for site, entry in plan.attention:
         settings = LayerSettings(entry.k, wanted.attention_backend, completion=entry.completion)
-        if not site.reads_interface:
+        if not site.takes_function:
             torch_layers.use_topk_attention(site.module, settings)
         elif implementation_of(site.module, config) == NAME:
             if site.obstacle is not None:
@@ -263,7 +265,7 @@ def _unconvert(model: Any) -> None:
     give_own_configuration(model)
     config = _config_of(model)
     for site in attention:
-        if site.reads_interface:
+        if site.takes_function:
             set_layer_settings(site.module, None)
             position_bias.give_bias_back(site.module)
             cached_sums.keep_no_sums(site.module)
@@ -276,6 +278,7 @@ def _unconvert(model: Any) -> None:
     if config is None:
         return
     _give_attention_back(model)
+    adapters.give_attention_back(model)
     for part in _configs(config, attention):
         if hasattr(part, CONFIG_ATTRIBUTE):
             delattr(part, CONFIG_ATTRIBUTE)
@@ -286,7 +289,7 @@ def _attention_sites(model: Any) -> list[AttentionSite]:
     if hasattr(model, "set_attn_implementation"):
         return sites
     obstacle = "it belongs to a transformers model inside this one: convert that"
-    return [replace(site, obstacle=obstacle) if site.reads_interface else site for site in sites]
+    return [replace(site, obstacle=obstacle) if site.takes_function else site for site in sites]
 
 
 def _config_of(model: nn.Module) -> Any:
@@ -308,14 +311,19 @@ def _use_topk_attention(model: Any, plan: Plan) -> None:
     converted = {
         id(_config_around(site.module, model))
         for site, entry in plan.attention
-        if entry.replaced and site.reads_interface
+        if entry.replaced and site.takes_function
     }
     obstructed = [site.path for site, _ in plan.attention if site.obstacle is not None]
     around = dict(configs_around(model))
     alone = [around[path] for path in (*obstructed, *(path for path, _ in hand_written_attention(model)))]
     alone = [config for config in alone if id(config) not in converted]
     before = [(config, config._attn_implementation) for config in every_config(model)]
-    set_by_transformers(model, NAME)
+    if any(site.reads_interface for site, _ in plan.attention):
+        set_by_transformers(model, NAME)
+    adapted = {
+        id(_config_around(site.module, model)) for site, entry in plan.attention if site.has_adapter and entry.replaced
+    }
+    set_implementations([(config, NAME) for config, _ in before if id(config) in adapted])
     if not converted <= {id(config) for config in every_config(model) if config._attn_implementation == NAME}:
         set_implementations(before)
         raise ValueError(f"{type(model).__name__} does not take its attention from transformers' attention interface")

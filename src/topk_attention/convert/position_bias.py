@@ -18,8 +18,9 @@ from ..functional import BucketedBias, RelativeBias
 from .settings import NAME
 
 _HOOK = "_topk_attention_hook"
-# A layer's argument for the cache, whose name transformers changed in 5.24.
-CACHE_NAMES = ("past_key_values", "cache")
+# A layer's argument for the cache, whose name transformers changed in 5.24; BLOOM, Falcon, GPT-J and GPT-Neo have their
+# own.
+CACHE_NAMES = ("past_key_values", "cache", "layer_past")
 
 Bias = BucketedBias | RelativeBias
 

@@ -7,21 +7,32 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from . import experts, inline_network, network_module, split_network, torch_layers
-from .sites import AttentionSite, FeedForwardSite, full_name_of, own_forward
+from . import adapters, experts, inline_network, network_module, split_network, torch_layers
+from .sites import AttentionSite, FeedForwardSite, asks_interface, full_name_of, own_forward
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
     """Every attention layer of the model, in the order of its modules."""
+    why_not_adapted = _why_not_adapted(model)
     for path, module in model.named_modules():
         if reads_attention_interface(module):
             obstacle = attention_obstacle(module)
             yield AttentionSite(path, module, _num_heads(module), obstacle, True, soft_cap(module))
-        elif _asks_interface(inspect.unwrap(type(module).forward)):
+        elif asks_interface(inspect.unwrap(type(module).forward)):
             obstacle = f"its forward method was replaced by {full_name_of(own_forward(module))}, which does not ask "
             yield AttentionSite(path, module, None, obstacle + "transformers' attention interface", False)
+        elif adapters.has_adapter(module):
+            yield AttentionSite(path, module, _num_heads(module), why_not_adapted, False, has_adapter=True)
         elif torch_layers.is_attention(module):
             yield AttentionSite(path, module, _num_heads(module), torch_layers.attention_obstacle(module), False)
+
+
+def _why_not_adapted(model: nn.Module) -> str | None:
+    """Why the layers that have an adapter cannot be adapted: all or none, as layers around them work for all."""
+    for path, module in model.named_modules():
+        if adapters.has_adapter(module) and (obstacle := adapters.adapter_obstacle(module)) is not None:
+            return f"{path}: {obstacle}"
+    return None
 
 
 def reads_attention_interface(module: nn.Module) -> bool:
@@ -29,12 +40,7 @@ def reads_attention_interface(module: nn.Module) -> bool:
 
     Model families give different names to their projections. Only the code of the layer tells the two kinds apart.
     """
-    return _asks_interface(own_forward(module))
-
-
-def _asks_interface(function: object) -> bool:
-    code = getattr(function, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return asks_interface(own_forward(module))
 
 
 def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:

@@ -36,7 +36,8 @@ _ACTIVATION_NAMES = (
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention layer: PyTorch's own, or one that reads its function from transformers' attention interface."""
+    """An attention layer: PyTorch's own, one that reads its function from transformers' attention interface, or one
+    that computes attention in its own code and has an adapter."""
 
     path: str
     module: nn.Module
@@ -44,6 +45,12 @@ class AttentionSite:
     obstacle: str | None  # why it cannot be replaced
     reads_interface: bool
     soft_cap: float | None = None  # on the scores that it hands to attention
+    has_adapter: bool = False
+
+    @property
+    def takes_function(self) -> bool:
+        """Whether it can call the attention function of this library."""
+        return self.reads_interface or self.has_adapter
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,12 @@ def own_forward(module: nn.Module) -> Any:
     """
     function = inspect.unwrap(module.forward)
     return inspect.unwrap(getattr(function, "__func__", function))
+
+
+def asks_interface(function: object) -> bool:
+    """Whether this code looks up an attention function in transformers' table."""
+    code = getattr(function, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def attribute_owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

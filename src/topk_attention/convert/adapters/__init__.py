@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from ..sites import asks_interface
-from . import bloom, falcon, gpt_neo, gptj, mpnet
+from . import bloom, deberta, falcon, gpt_neo, gptj, mpnet
 from .adapter import AdaptedLayer, adapt, give_back, is_adapted, name_of, obstacle_of
 
 _MODELS = "transformers.models."
 _ATTENTION: dict[str, type[AdaptedLayer]] = {
     f"{_MODELS}bloom.modeling_bloom.BloomAttention": bloom.BloomAttention,
+    f"{_MODELS}deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": deberta.DebertaV2Attention,
     f"{_MODELS}falcon.modeling_falcon.FalconAttention": falcon.FalconAttention,
     f"{_MODELS}gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": gpt_neo.GPTNeoAttention,
     f"{_MODELS}gptj.modeling_gptj.GPTJAttention": gptj.GPTJAttention,
@@ -25,6 +26,7 @@ _ATTENTION: dict[str, type[AdaptedLayer]] = {
 }
 # Layers around them that compute something for all of them.
 _AROUND: dict[str, type[AdaptedLayer]] = {
+    f"{_MODELS}deberta_v2.modeling_deberta_v2.DebertaV2Encoder": deberta.DebertaV2Encoder,
     f"{_MODELS}mpnet.modeling_mpnet.MPNetEncoder": mpnet.MPNetEncoder,
 }
 _FALCON_MODEL = f"{_MODELS}falcon.modeling_falcon.FalconModel"

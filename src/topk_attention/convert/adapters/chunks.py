@@ -1,0 +1,47 @@
+"""Attention with a bias of its own for every query and key, of which one chunk of queries exists at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .adapter import attend
+
+# Queries whose bias exists at a time: [batch, heads, 128, keys]. At 16,384 keys a head's part takes 8 MiB.
+_CHUNK = 128
+
+
+def attend_in_chunks(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias_of: Callable[[range], Tensor],
+    **options: Any,
+) -> Tensor:
+    """Attention as the settings of the layer say, [B, N, H, E].
+
+    mask     [B, 1, 1|N, M], as the original layer takes it, bool or added to scores
+    bias_of  the bias of a range of queries, [B|1, H, n, M]
+    options  those of `attend`
+
+    Where gradients are needed each chunk is a checkpoint: its bias is computed again in the backward pass.
+    """
+
+    def part(start: int) -> Tensor:
+        queries = range(start, min(start + _CHUNK, query.shape[2]))
+        rows = slice(queries.start, queries.stop)
+        mask_of_part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        return attend(layer, query[:, :, rows], key, value, mask_of_part, position_bias=bias_of(queries), **options)
+
+    starts = range(0, query.shape[2], _CHUNK)
+    if len(starts) == 1:
+        return part(0)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(part, start, use_reentrant=False) for start in starts], dim=1)
+    return torch.cat([part(start) for start in starts], dim=1)

@@ -167,7 +167,7 @@ def _plan_attention(
                 reason += (
                     ", so completion has nothing to add" if layer_k == ALL else f", completed ({layer_completion})"
                 )
-            if position_bias.builds_bias_in_full(site.module):
+            if site.reads_interface and position_bias.builds_bias_in_full(site.module):
                 reason += "; its code builds the position bias in full, [1, heads, queries, keys]"
         completes = layer_k is not None and layer_k != ALL
         entry = ReportEntry(site.path, "attention", layer_k, reason, layer_completion if completes else None)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..sites import asks_interface
-from . import bloom, deberta, falcon, gpt_neo, gptj, mpnet
+from . import bloom, deberta, falcon, gpt_neo, gptj, layoutlmv3, mpnet
 from .adapter import AdaptedLayer, adapt, give_back, is_adapted, name_of, obstacle_of
 
 _MODELS = "transformers.models."
@@ -22,11 +22,13 @@ _ATTENTION: dict[str, type[AdaptedLayer]] = {
     f"{_MODELS}falcon.modeling_falcon.FalconAttention": falcon.FalconAttention,
     f"{_MODELS}gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": gpt_neo.GPTNeoAttention,
     f"{_MODELS}gptj.modeling_gptj.GPTJAttention": gptj.GPTJAttention,
+    f"{_MODELS}layoutlmv3.modeling_layoutlmv3.LayoutLMv3SelfAttention": layoutlmv3.LayoutLMv3Attention,
     f"{_MODELS}mpnet.modeling_mpnet.MPNetSelfAttention": mpnet.MPNetAttention,
 }
 # Layers around them that compute something for all of them.
 _AROUND: dict[str, type[AdaptedLayer]] = {
     f"{_MODELS}deberta_v2.modeling_deberta_v2.DebertaV2Encoder": deberta.DebertaV2Encoder,
+    f"{_MODELS}layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": layoutlmv3.LayoutLMv3Encoder,
     f"{_MODELS}mpnet.modeling_mpnet.MPNetEncoder": mpnet.MPNetEncoder,
 }
 _FALCON_MODEL = f"{_MODELS}falcon.modeling_falcon.FalconModel"

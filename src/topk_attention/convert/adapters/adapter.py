@@ -107,15 +107,17 @@ def attend(
     dropout: Any = None,
     position_bias: Tensor | TableBias | None = None,
     output_attentions: bool = False,
+    is_causal: bool | None = None,
 ) -> Tensor:
     """Attention as the settings of the layer say, [B, N, H, E].
 
     B batch, H heads, G key heads, N queries, M keys
 
-    query    [B, H, N, D]
-    key      [B, G, M, D]
-    value    [B, G, M, E]
-    dropout  the layer's nn.Dropout for weights, which is not called
+    query      [B, H, N, D]
+    key        [B, G, M, D]
+    value      [B, G, M, E]
+    is_causal  what no mask means; by default as the layer says
+    dropout    the layer's nn.Dropout for weights, which is not called
     """
     output, _ = topk_attention_forward(
         layer,
@@ -127,6 +129,7 @@ def attend(
         dropout=dropout.p if dropout is not None and layer.training else 0.0,
         position_bias=position_bias,
         output_attentions=output_attentions,
+        is_causal=is_causal,
     )
     return output
 

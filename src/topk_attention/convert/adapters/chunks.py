@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..masks import CompactMask
 from .adapter import attend
 
 # Queries whose bias exists at a time: [batch, heads, 128, keys]. At 16,384 keys a head's part takes 8 MiB.
@@ -20,13 +21,13 @@ def attend_in_chunks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: CompactMask | Tensor | None,
     bias_of: Callable[[range], Tensor],
     **options: Any,
 ) -> Tensor:
     """Attention as the settings of the layer say, [B, N, H, E].
 
-    mask     [B, 1, 1|N, M], as the original layer takes it, bool or added to scores
+    mask     [B, 1, 1|N, M], bool or added to scores
     bias_of  the bias of a range of queries, [B|1, H, n, M]
     options  those of `attend`
 
@@ -36,8 +37,9 @@ def attend_in_chunks(
     def part(start: int) -> Tensor:
         queries = range(start, min(start + _CHUNK, query.shape[2]))
         rows = slice(queries.start, queries.stop)
-        mask_of_part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        return attend(layer, query[:, :, rows], key, value, mask_of_part, position_bias=bias_of(queries), **options)
+        return attend(
+            layer, query[:, :, rows], key, value, _rows_of(mask, queries), position_bias=bias_of(queries), **options
+        )
 
     starts = range(0, query.shape[2], _CHUNK)
     if len(starts) == 1:
@@ -45,3 +47,12 @@ def attend_in_chunks(
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(part, start, use_reentrant=False) for start in starts], dim=1)
     return torch.cat([part(start) for start in starts], dim=1)
+
+
+def _rows_of(mask: CompactMask | Tensor | None, queries: range) -> Tensor | None:
+    """What these queries may see."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if isinstance(mask, CompactMask):
+        return mask.key_padding() if mask.mask_function is bidirectional_mask_function else mask.dense(queries)
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, queries.start : queries.stop]

@@ -232,6 +232,28 @@ def test_a_layer_of_its_own_takes_gate_and_up_in_one_matrix(backend):
             layer.zero_grad()
 
 
+@pytest.mark.parametrize("model", ["Moonshine", "Moshi"])
+def test_which_half_is_the_gate_is_found_by_a_trial_and_never_guessed(model):
+    """Moonshine's decoder and Moshi have other halves under the same names."""
+    if model == "Moonshine":
+        build, path = KINDS["moonshine"].build, "model.decoder.layers.0.mlp"
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+        config = transformers.MoshiConfig(vocab_size=99, ffn_dim=96, head_dim=8, **sizes)
+        build, path = lambda: transformers.MoshiForCausalLM(config).eval(), "model.layers.0.mlp"
+    with torch.device("meta"):
+        reasons = {entry.path: entry.reason for entry in convert(build(), attention_k=4, feed_forward_k=K).skipped}
+    assert "which half is which shows only with weights; load it first" in reasons[path]
+    converted = build()
+    network, x = converted.get_submodule(path), torch.randn(1, 9, 32, dtype=converted.dtype)
+    expected = network(x)
+    convert(converted, feed_forward_k=1000)
+    assert converted.get_submodule(path).gate_rows == ("last" if model == "Moonshine" else "first")
+    torch.testing.assert_close(converted.get_submodule(path)(x), expected)
+    convert(converted, feed_forward_k=1001)
+    torch.testing.assert_close(converted.get_submodule(path)(x), expected)
+
+
 def test_gate_rows_that_do_not_fit_are_named():
     both, out = nn.Linear(8, 2 * NEURONS), nn.Linear(NEURONS, 6)
     with pytest.raises(ValueError, match='gate_rows must be "first", "last" or None, got \'second\''):

@@ -23,7 +23,6 @@ from .sites import (
     activation_of,
     attribute_owner,
     hold_stand_in,
-    known_activation,
     obstacle_of,
     own_forward,
     share_hooks,
@@ -33,7 +32,8 @@ from .sites import (
 class _Kind(NamedTuple):
     """The names of a network's layers, of its dropouts, and what its code alone says.
 
-    gate_rows       where linear_in computes the gate too: which half of its rows the gate has
+    gate_rows       where linear_in computes the gate too: which half of its rows the gate has; "either" where families
+                    differ under the same names, so that a trial shows it
     neuron_dropout  of the neurons, a module or a number; likewise output_dropout
     activation      where the code names it and the module holds none
     act             the one name of the module's activation: others with layers of these names are no networks
@@ -42,7 +42,7 @@ class _Kind(NamedTuple):
     linear_in: str
     linear_out: str
     linear_gate: str | None = None
-    gate_rows: Literal["first", "last"] | None = None
+    gate_rows: Literal["first", "last", "either"] | None = None
     neuron_dropout: str | None = None
     output_dropout: str | None = None
     activation: str | None = None
@@ -69,8 +69,7 @@ _KINDS = (
     _Kind("gate_up_proj", "down_proj", gate_rows="first"),  # Phi-3, GLM-4, ...
     _Kind("Wi", "Wo", gate_rows="first", neuron_dropout="drop"),  # ModernBERT
     _Kind("input_linear", "output_linear", gate_rows="first"),  # shared experts of GraniteMoE
-    _Kind("fc1", "fc2", gate_rows="last"),  # Moonshine's decoder
-    _Kind("fc1", "fc2", gate_rows="first"),  # Moshi
+    _Kind("fc1", "fc2", gate_rows="either"),  # Moonshine's decoder (last), Moshi (first)
     _Kind("w3", "w2", "w1", activation="silu"),  # LFM2
     _Kind("wi_1", "wo", "wi_0", neuron_dropout="dropout"),  # flan-T5
     _Kind("wi", "wo", neuron_dropout="dropout"),  # T5
@@ -140,15 +139,16 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     def examine() -> str | None:
         obstacle = obstacle_of(linears, activation, act, {str(act_name): act, **dropouts})
         if obstacle is None and original is module:  # a converted one passed the trial
-            obstacle = _obstacle(original, kind, str(activation), others)
+            obstacle = _obstacle(original, _with_known_rows(original, kind, str(activation)), str(activation), others)
         return obstacle
 
     def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
+        known: Any = module if isinstance(module, TopKNetwork) else _with_known_rows(original, kind, str(activation))
         layer = TopKNetwork(
             linears[kind.linear_in],
             linears[kind.linear_out],
             linear_gate=None if kind.linear_gate is None else linears[kind.linear_gate],
-            gate_rows=kind.gate_rows,
+            gate_rows=known.gate_rows,
             k=k,
             activation=str(activation),
             dropout_p=_probability(dropouts.get(str(kind.neuron_dropout))),
@@ -195,6 +195,8 @@ def _obstacle(network: nn.Module, kind: _Kind, activation: str, others: set[str]
         return f"{name} does more than its projections: {', '.join(sorted(others))}"
     if (dropout := _own_dropout(network, kind)) is not None:
         return f"{name} applies dropout in its own code ({dropout}), at an unknown place"
+    if kind.gate_rows == "either":
+        return f"{name} holds gate and up in one matrix, and which half is which shows only with weights; load it first"
     drops_out = [dropout for dropout, module in _dropouts(network, kind).items() if _probability(module) > 0]
     try:
         is_plain = _is_plain(network, kind, activation)
@@ -214,8 +216,6 @@ def _obstacle(network: nn.Module, kind: _Kind, activation: str, others: set[str]
 def _kind_of(module: Any) -> _Kind | None:
     kinds = [kind for kind in _KINDS if _fits(module, kind)]
     kinds = [kind for kind in kinds if len(_dropouts(module, kind)) == len(kind.dropouts)] or kinds
-    if {kind.gate_rows for kind in kinds} == {"first", "last"}:  # the halves of a matrix have no names
-        return next((kind for kind in kinds if _is_tried(module, kind)), kinds[0])
     return kinds[0] if kinds else None
 
 
@@ -229,15 +229,18 @@ def _fits(module: Any, kind: _Kind) -> bool:
     return is_fused == (kind.gate_rows is not None)
 
 
-def _is_tried(network: nn.Module, kind: _Kind) -> bool:
-    act = getattr(network, str(_activation_name(network)), None)
-    activation = known_activation(act)
+def _with_known_rows(network: nn.Module, kind: _Kind, activation: str) -> _Kind:
+    """The kind with the half that is the gate's, as a trial of both shows it."""
+    weight: Any = getattr(network, kind.linear_in).weight
+    if kind.gate_rows != "either" or weight.is_meta:
+        return kind
+    first, last = kind._replace(gate_rows="first"), kind._replace(gate_rows="last")
     try:
-        return activation is not None and _is_plain(network, kind, activation)
+        return first if _is_plain(network, first, activation) else last
     except MemoryError:
         raise
-    except Exception:  # `examine` says so
-        return False
+    except Exception:  # `_obstacle` tries again and says what it was
+        return last
 
 
 def _activation_name(module: nn.Module) -> str | None:

@@ -306,8 +306,8 @@ class TopKFeedForward(nn.Module):
     The weights are not copied. Where none of them requires a gradient, that of linear_out changes its strides, so that
     each neuron's output weights lie together in memory. That is faster for a few tokens at a time.
 
-    LoRA or DoRA of PEFT on the layers, and weights that torchao quantised, are part of what is computed. Another adapter,
-    a hook or a parametrization on one of the layers acts; every neuron is then computed, with a warning.
+    LoRA or DoRA of PEFT on the layers, and weights that torchao quantised, are part of what is computed. Another
+    adapter, a hook or a parametrization on one of the layers acts; every neuron is then computed, with a warning.
 
     >>> import torch
     >>> layer = TopKFeedForward(nn.Linear(64, 256), nn.Linear(256, 64), k=32, activation="gelu")

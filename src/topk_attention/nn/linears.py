@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def linear_sizes(layer: Any) -> tuple[int, int] | None:
     return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else None
 
 
-def halves(tensor: Tensor, gate_rows: Literal["first", "last"] | None, dim: int = 0) -> tuple[Tensor, Tensor]:
+def halves(tensor: Tensor, gate_rows: str | None, dim: int = 0) -> tuple[Tensor, Tensor]:
     """The gate's half and the other one of what one layer computes for both. They are views."""
     first, last = tensor.chunk(2, dim)
     return (first, last) if gate_rows == "first" else (last, first)

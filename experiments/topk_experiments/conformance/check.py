@@ -149,7 +149,7 @@ class _Check:
         for name, right in by_sdpa.items():
             one = found[name]
             if isinstance(one, Exception) or isinstance(right, Exception):
-                if type(one) is not type(right):
+                if not isinstance(right, Exception) or type(one) is not type(right):
                     continue
                 why = f"transformers' PyTorch attention fails as well: {in_words(right)}"
             else:

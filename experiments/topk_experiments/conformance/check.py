@@ -125,8 +125,9 @@ class _Check:
             report = convert(self.model, attention_k="all")
         except Exception as error:
             return self._refused("attention", error)
-        if OF_NUMBERS in self.own and not any(entry.kind == "attention" for entry in report.skipped):
-            self.own[OF_TRUTHS] = self.own[OF_NUMBERS]  # layers left in the model's own code go on adding truth values
+        if OF_NUMBERS in self.own:
+            in_own_code = any(entry.kind == "attention" for entry in report.skipped)
+            self.own[OF_TRUTHS] = _TRUTHS_ARE_ADDED if in_own_code else self.own[OF_NUMBERS]
         every_key = self._all(self.exercises)
         self._compare(ALL_KEYS, every_key, self.own)
         self._restore()
@@ -338,6 +339,9 @@ class _Check:
 
 class _NoJudgeError(Exception):
     """There is nothing to compare an exercise with."""
+
+
+_TRUTHS_ARE_ADDED = _NoJudgeError("layers left on their own attention add truth values as if they were numbers")
 
 
 def _use_own_attention(model: Any) -> None:

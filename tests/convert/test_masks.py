@@ -116,7 +116,10 @@ def test_a_learned_mask_of_torchs_own_attention_trains(shape, padded):
 def test_no_mask_is_full_attention_in_families_that_have_eager_attention_alone():
     # The layers of the cross-modal encoder say is_causal=True, which eager attention does not read.
     config = transformers.BridgeTowerConfig(
-        **{"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2},
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_hidden_layers=2,
         text_config={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99},
         vision_config={"hidden_size": 64, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4},
         attn_implementation="eager",

@@ -157,7 +157,7 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     """
     if is_causal is not None:
         return is_causal
-    return getattr(module, "is_causal", True) and not _is_eager_alone(type(module).__module__)
+    return bool(getattr(module, "is_causal", True)) and not _is_eager_alone(type(module).__module__)
 
 
 @cache
@@ -165,9 +165,9 @@ def _is_eager_alone(modeling: str) -> bool:
     """Whether none of the models of the Python module with this name supports PyTorch's attention."""
     from transformers import PreTrainedModel
 
-    found = vars(sys.modules[modeling]).values() if modeling in sys.modules else ()
+    found: Any = list(vars(sys.modules[modeling]).values()) if modeling in sys.modules else []
     models = [x for x in found if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == modeling]
-    return bool(models) and not any(model._supports_sdpa for model in models)
+    return bool(models) and not any(getattr(model, "_supports_sdpa", False) for model in models)
 
 
 def _of_own_heads(module: nn.Module, settings: LayerSettings, num_heads: int) -> LayerSettings:

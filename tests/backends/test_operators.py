@@ -213,7 +213,8 @@ def feed_forward_arguments(case, requires_grad):
     if case == "dropout":
         seed = torch.tensor(17)
     k = NEURONS if case == "all neurons" else 3
-    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", 0.3 if seed is not None else 0.0, 4
+    cut = (0.5, 1.0) if case == "gated" else (None, 0.0)
+    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", *cut, 0.3 if seed is not None else 0.0, 4
 
 
 FEED_FORWARD_CASES = pytest.mark.parametrize("case", ["plain", "transposed", "gated", "all neurons", "dropout"])
@@ -229,11 +230,11 @@ def test_feed_forward_is_a_proper_operator(case, requires_grad):
 def test_feed_forward_backward_is_a_proper_operator(case):
     arguments = feed_forward_arguments(case, False)
     output, *selection = feed_forward.feed_forward_op(*arguments, True)
-    *tensors, _, seed, _, activation, dropout_p, chunk = arguments
+    tensors, seed, options = arguments[:6], arguments[7], arguments[9:]
     for wanted in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
             feed_forward.feed_forward_backward_op,
-            (torch.randn_like(output), *tensors, seed, *selection, activation, dropout_p, chunk, wanted),
+            (torch.randn_like(output), *tensors, seed, *selection, *options, wanted),
         )
 
 

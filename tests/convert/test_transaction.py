@@ -12,7 +12,7 @@ from torch import nn
 
 from convert_models import FAMILIES, inputs_of, output_of, tiny_llama
 from topk_attention import Completion, convert, unconvert
-from topk_attention.convert import conversion
+from topk_attention.convert import conversion, sites
 
 FOLDERS = tuple(str(Path(conversion.__file__).parents[1] / folder) for folder in ("convert", "nn"))
 # Not there: what puts the model back, and the trials, whose errors are reasons to skip a layer.
@@ -129,7 +129,7 @@ def test_a_failure_at_any_step_leaves_a_model_without_half_a_completion(name):
 def test_memory_that_runs_out_while_weights_are_stored_by_neuron_leaves_the_former_order(fail_at, monkeypatch):
     model = tiny_llama().requires_grad_(False)
     strides, calls = [p.stride() for p in model.parameters()], []
-    store = conversion.store_by_neuron
+    store = sites.store_by_neuron
 
     def fails(*args, **kwargs):
         calls.append(1)
@@ -137,7 +137,7 @@ def test_memory_that_runs_out_while_weights_are_stored_by_neuron_leaves_the_form
             raise MemoryError
         store(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "store_by_neuron", fails)
+    monkeypatch.setattr(sites, "store_by_neuron", fails)
     with pytest.raises(MemoryError):
         convert(model, attention_k=3, feed_forward_k=5)
     assert [p.stride() for p in model.parameters()] == strides

@@ -240,7 +240,7 @@ def _sinks(sizes: Sizes, dtype: torch.dtype) -> Call:
 
 
 def _soft_cap(sizes: Sizes, dtype: torch.dtype) -> Call:
-    return Call(attention_inputs(sizes, dtype), {"softcap": 0.8, "is_causal": True, "scale": 1.3})
+    return Call(attention_inputs(sizes, dtype), {"softcap": 3.0, "is_causal": True})
 
 
 def _soft_cap_with_sinks_and_a_relative_bias(sizes: Sizes, dtype: torch.dtype) -> Call:

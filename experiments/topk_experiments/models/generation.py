@@ -70,12 +70,8 @@ def stepwise(model: Any, *, compiled: bool = False, one_dnn: bool = True) -> Cal
     def call(input_ids: Tensor, **arguments: Any) -> Any:
         if input_ids.shape[1] > 1:
             return model(input_ids=input_ids, **arguments)
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = before and one_dnn
-        try:
+        with torch.backends.mkldnn.flags(enabled=bool(torch.backends.mkldnn.enabled) and one_dnn):
             return one_token(input_ids=input_ids, **arguments)
-        finally:
-            torch.backends.mkldnn.enabled = before
 
     return call
 

@@ -292,8 +292,9 @@ def gradient_of_sinks(sinks: Tensor | None, log_sums: Tensor, mean_grads: Tensor
     """
     if sinks is None:
         return None
-    weights = (sinks.unsqueeze(1) - log_sums).exp()
-    return -(weights * mean_grads).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+    # In float64: rows may nearly cancel one another.
+    weights = (sinks.double().unsqueeze(1) - log_sums).exp()
+    return -(weights * mean_grads).sum((0, 2)).to(sinks.dtype)
 
 
 def empty_attention_gradients(

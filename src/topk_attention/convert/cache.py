@@ -77,7 +77,7 @@ def growing_layer() -> Any:
             layer.keys, layer.values, layer._handle = keys, values, new_handle(layer)
 
         @property
-        def keys(self) -> Tensor | None:
+        def keys(self) -> Any:
             return self._now(self._keys, of_keys=True)
 
         @keys.setter
@@ -86,7 +86,7 @@ def growing_layer() -> Any:
             self._count = None if rows is None or rows.numel() == 0 else torch.empty(rows.shape[-2], 0, device="cpu")
 
         @property
-        def values(self) -> Tensor | None:
+        def values(self) -> Any:
             return self._now(self._values, of_keys=False)
 
         @values.setter

@@ -323,7 +323,8 @@ def operator_arguments(case, requires_grad, tokens=14):
     if case == "dropout":
         seed = torch.tensor(17)
     k = 40 if case == "all neurons" else 9
-    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", 0.3 if seed is not None else 0.0
+    cut = (0.5, 1.0) if case == "gated" else (None, 0.0)
+    return x, w_in, w_out, w_gate, b_in, b_gate, b_out, seed, k, "gelu", *cut, 0.3 if seed is not None else 0.0
 
 
 CASES = pytest.mark.parametrize("case", ["plain", "transposed", "gated", "all neurons", "dropout"])
@@ -340,10 +341,11 @@ def test_the_forward_operator_keeps_torchs_rules(case, requires_grad):
 
 @CASES
 def test_the_backward_operator_keeps_torchs_rules(case):
-    *tensors, b_out, seed, k, activation, dropout_p = operator_arguments(case, False)
-    output, *selection = cpu_feed_forward.feed_forward_op(*tensors, b_out, seed, k, activation, dropout_p, True)
+    forward_arguments = operator_arguments(case, False)
+    tensors, seed, options = forward_arguments[:6], forward_arguments[7], forward_arguments[9:]
+    output, *selection = cpu_feed_forward.feed_forward_op(*forward_arguments, True)
     for wanted in ([True, True, True], [False, True, False]):
-        arguments = (torch.randn_like(output), *tensors, seed, *selection, activation, dropout_p, wanted)
+        arguments = (torch.randn_like(output), *tensors, seed, *selection, *options, wanted)
         torch.library.opcheck(cpu_feed_forward.feed_forward_backward_op, arguments)
 
 

@@ -386,3 +386,42 @@ def test_chunks_of_queries_change_nothing(name, monkeypatch):
     expected = gradients(model, tokens, mask)
     monkeypatch.setattr(chunks, "_CHUNK", 7)
     torch.testing.assert_close(gradients(model, tokens, mask), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mpnet", "falcon", "gptj", "gpt_neo", "layoutlmv3"])
+def test_a_mask_for_each_query_and_key_is_taken(name, tokens):
+    """Float, as the family's own code adds it to scores: each query sees the ten last keys, less every third one."""
+    rows, columns = torch.arange(24)[:, None], torch.arange(24)
+    visible = (columns <= rows) & (columns > rows - 10) & ((columns % 3 != 1) | (columns == rows))
+    mask = torch.zeros(1, 1, 24, 24).masked_fill(~visible, torch.finfo(torch.float32).min).expand(2, 1, -1, -1)
+    model = made(name)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+        convert(model, attention_k="all")
+        torch.testing.assert_close(model(tokens, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT with this transformers
+def test_lora_on_projections_of_adapted_layers_acts_and_trains(tokens):
+    peft = pytest.importorskip("peft")
+    base = made("gptj")
+    targets = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, targets).eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    convert(model, attention_k="all")
+    torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    model(input_ids=tokens).logits.sum().backward()
+    assert all(p.grad is not None for path, p in model.named_parameters() if "lora_" in path)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # BLOOM's activation, traced
+@pytest.mark.parametrize("name", ["bloom", "deberta_v3", "falcon_alibi", "gpt_neo"])
+def test_an_adapted_model_compiles_without_a_break(name, tokens):
+    model = made(name)
+    convert(model, attention_k=4)
+    model.config.use_cache = False
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)

@@ -69,9 +69,10 @@ def convert(
 ) -> ConversionReport:
     """Change a model in place: each query uses its k best keys, each token its k best feed-forward neurons.
 
-    model           a transformers model whose layers take their attention from transformers' attention interface, a
-                    SentenceTransformer or PeftModel around one, or any module that holds nn.MultiheadAttention,
-                    nn.TransformerEncoderLayer or ...DecoderLayer
+    model           a transformers model whose layers take their attention from transformers' attention interface, or
+                    one of MPNet, BLOOM, Falcon, GPT-J, GPT-Neo, DeBERTa v2 and v3 and LayoutLMv3; a SentenceTransformer
+                    or PeftModel around one; or any module that holds nn.MultiheadAttention, nn.TransformerEncoderLayer
+                    or ...DecoderLayer
     attention_k     keys kept per query: an int, "all", one entry per attention layer (each an int, one int per head as
                     a list, tuple or 1-D tensor, "all", or None to leave it as it is), or a mapping from layer path to
                     such an entry; with None attention stays as it is

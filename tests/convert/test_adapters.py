@@ -164,8 +164,6 @@ def test_falcons_bias_of_positions_is_added_once(tokens, monkeypatch):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", GENERATING)
 def test_generation_with_a_cache_is_that_without(name, cache, tokens):
-    if cache == "static" and name in ("gpt_neo", "falcon_alibi"):
-        pytest.skip("the family's own code takes no static cache")
     model, mask = made(name), padding("left")
     convert(model, attention_k=4)
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

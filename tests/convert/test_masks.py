@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from fuzz_families import outputs_of, results
 from small_models import inputs_for, small_model
-from topk_attention import convert
+from topk_attention import convert, unconvert
 from topk_attention.convert.masks import compact_mask
 
 
@@ -110,3 +111,24 @@ def test_a_learned_mask_of_torchs_own_attention_trains(shape, padded):
     actual = layers[0](x, x, x, attn_mask=bias, **options)[0]
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual.square().sum(), bias)[0], gradient)
+
+
+def test_no_mask_is_full_attention_in_families_that_have_eager_attention_alone():
+    # The layers of the cross-modal encoder say is_causal=True, which eager attention does not read.
+    config = transformers.BridgeTowerConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        text_config={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99},
+        vision_config={"hidden_size": 64, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4},
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.BridgeTowerModel(config).eval()
+    inputs = {"input_ids": torch.arange(10)[None] + 5, "pixel_values": torch.randn(1, 3, 16, 16)}
+    expected = model(**inputs).image_features
+    for k in ("all", 1000):
+        convert(model, attention_k=k)
+        torch.testing.assert_close(model(**inputs).image_features, expected)
+        unconvert(model)

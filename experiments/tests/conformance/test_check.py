@@ -53,6 +53,14 @@ def test_a_model_without_attention_has_none_and_one_in_its_own_code_is_refused_w
     assert "FunnelRelMultiheadAttention computes attention in its own code" in refused.reason
 
 
+@pytest.mark.parametrize("model", [Model("zamba2", "Zamba2ForCausalLM"), Model("mask2former", "Mask2FormerModel")])
+def test_attention_that_layers_share_and_a_plain_function_for_an_activation_are_converted_and_restored(model):
+    """Zamba2 tells its attention at each call for which layer it is; Mask2Former keeps relu, no module, in a layer."""
+    record = check_model(model, generating={"generation": {}}) | {"outcome": "finished"}
+    assert DIFFERS not in (verdict(record).word, verdict_on_networks(record).word)
+    assert record["attention"]["replaced"] > 0
+
+
 def test_one_key_more_than_asked_for_is_found(monkeypatch):
     convert = check.convert
 

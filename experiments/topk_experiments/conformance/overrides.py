@@ -300,7 +300,16 @@ OVERRIDES: Mapping[str, Fields] = {
 
 _ENCODERS = (
     *("bert", "roberta", "camembert", "electra", "ernie", "xlm-roberta", "xlm-roberta-xl", "data2vec-text"),
-    *("bert-generation", "megatron-bert", "rembert", "roberta-prelayernorm", "roformer", "big_bird", "xmod"),
+    *(
+        "bert-generation",
+        "megatron-bert",
+        "rembert",
+        "roberta-prelayernorm",
+        "roformer",
+        "roc_bert",
+        "big_bird",
+        "xmod",
+    ),
 )
 _PAIRS = (
     *("bart", "mbart", "pegasus", "blenderbot", "blenderbot-small", "marian", "mvp", "plbart", "bigbird_pegasus"),

@@ -188,4 +188,5 @@ def _inputs_of(name: str, weight: Tensor) -> float:
 
 
 def _floating(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    """Weights that train: others are made anew where a model is loaded, as Marian's positions."""
+    return ((name, one) for name, one in model.named_parameters() if one.is_floating_point() and one.requires_grad)

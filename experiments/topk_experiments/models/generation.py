@@ -70,8 +70,12 @@ def stepwise(model: Any, *, compiled: bool = False, one_dnn: bool = True) -> Cal
     def call(input_ids: Tensor, **arguments: Any) -> Any:
         if input_ids.shape[1] > 1:
             return model(input_ids=input_ids, **arguments)
-        with torch.backends.mkldnn.flags(enabled=bool(torch.backends.mkldnn.enabled) and one_dnn):
+        # Not `flags`, which warns of a setting for Intel's GPUs that it sets as well (PyTorch 2.13).
+        before, *_ = torch.backends.mkldnn.set_flags(bool(torch.backends.mkldnn.enabled) and one_dnn)
+        try:
             return one_token(input_ids=input_ids, **arguments)
+        finally:
+            torch.backends.mkldnn.set_flags(before)
 
     return call
 

@@ -134,7 +134,8 @@ def full_attention_backward_op(
     bias_shape: Sequence[int],
     relative_bias_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns `AttentionGradients`; empty tensors for those not wanted."""
+    """Returns `AttentionGradients`; empty tensors for those not wanted, and for the means: no call here has sinks."""
+    wanted = (query_wanted, key_wanted, value_wanted, False)
     if not is_pytorchs:
         return chunked.full_attention_backward_op(
             grad_output,
@@ -142,9 +143,8 @@ def full_attention_backward_op(
             log_sums,
             *(query, key, value, attn_mask, bias, relative_bias, sinks, seed),
             *(is_causal, scale, softcap, dropout_p, query_chunk_size),
-            *(query_wanted, key_wanted, value_wanted, means_wanted, bias_shape, relative_bias_shape),
+            *(*wanted, bias_shape, relative_bias_shape),
         )
-    wanted = (query_wanted, key_wanted, value_wanted, means_wanted)
     gradients = sdpa.backward(grad_output, output, log_sums.squeeze(3), query, key, value, attn_mask, is_causal, scale)
     empty = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, log_sums.dtype)
     grad_query, grad_key, grad_value = (
@@ -156,7 +156,8 @@ def full_attention_backward_op(
 
 @full_attention_backward_op.register_fake
 def _(grad_output, output, log_sums, is_pytorchs, query, key, value, *options):
-    *wanted, bias_shape, relative_shape = options[-6:]
+    query_wanted, key_wanted, value_wanted, _, bias_shape, relative_shape = options[-6:]
+    wanted = (query_wanted, key_wanted, value_wanted, False)
     return tuple(empty_attention_gradients(query, key, value, wanted, bias_shape, relative_shape, log_sums.dtype))
 
 

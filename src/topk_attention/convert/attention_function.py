@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,12 +132,14 @@ def topk_attention_forward(
     elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
         return _attend_in_graph(layer, call), None
     elif settings.k is None and call.is_plain():
+        if attention_mask is None:
+            is_causal = _is_causal(module, is_causal)
         return _full_attention(call, module, is_causal, kwargs)
     elif attention_mask is None:
         window = kwargs.get("sliding_window")
         if window is not None and key.shape[2] > window:
             raise ValueError('attn_implementation="topk" got sliding_window= without a mask that applies it')
-        output = _attend(call, is_causal=is_causal if is_causal is not None else getattr(module, "is_causal", True))
+        output = _attend(call, is_causal=_is_causal(module, is_causal))
     elif isinstance(attention_mask, CompactMask):
         output = _attend_compact(call, attention_mask)
     elif attention_mask.requires_grad:  # a learned bias: a mask would get no gradient
@@ -144,6 +147,27 @@ def topk_attention_forward(
     else:
         output = _attend(call, _hide_lowest(attention_mask))
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether attention without a mask is causal: as the model's call says, or else its layer.
+
+    Of the two attentions of a model only PyTorch's reads what the layer says. The models of families that have eager
+    attention alone say True as well where every key is seen (BridgeTower).
+    """
+    if is_causal is not None:
+        return is_causal
+    return bool(getattr(module, "is_causal", True)) and not _is_eager_alone(type(module).__module__)
+
+
+@cache
+def _is_eager_alone(modeling: str) -> bool:
+    """Whether none of the models of the Python module with this name supports PyTorch's attention."""
+    from transformers import PreTrainedModel
+
+    found: Any = list(vars(sys.modules[modeling]).values()) if modeling in sys.modules else []
+    models = [x for x in found if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == modeling]
+    return bool(models) and not any(getattr(model, "_supports_sdpa", False) for model in models)
 
 
 def _of_own_heads(module: nn.Module, settings: LayerSettings, num_heads: int) -> LayerSettings:

@@ -104,14 +104,15 @@ def keep_no_sums(module: nn.Module) -> None:
 def _prepare_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Make the layer's plain growing cache layers such that keep sums. Sliding-window, static, quantized and all other
     cache layers stay as they are."""
-    index = getattr(module, "layer_idx", None)
+    # Zamba2's layers share one module of attention, which is told at each call for which of them it is.
+    index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     held = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     if torch.compiler.is_compiling() or held is None or index is None:
         return
     keeping = sum_keeping_layer()
     for part in (getattr(held, "self_attention_cache", held), getattr(held, "cross_attention_cache", None)):
         layers = getattr(part, "layers", ())
-        if index < len(layers) and type(layers[index]) is keeping.__base__:
+        if 0 <= index < len(layers) and type(layers[index]) is keeping.__base__:
             layers[index].__class__ = keeping
 
 

@@ -156,6 +156,8 @@ def feed_forward_sites(model: nn.Module, path: str, layer: Any) -> Iterator[Feed
         take_weights()
         store_as_usual(original.fc1, original.fc2)
         layer.fc1, layer.fc2 = original.fc1.train(layer.training), original.fc2.train(layer.training)
+        if not isinstance(original.activation_fn, nn.Module):
+            del layer.activation_fn  # the place of a child module takes no plain function
         layer.activation_fn = original.activation_fn
         if original.activation_dropout is not None:
             layer.activation_dropout = original.activation_dropout

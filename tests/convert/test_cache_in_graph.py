@@ -177,6 +177,55 @@ def test_whatever_is_done_to_a_cache_between_steps_counts(tokens, compiled):
     assert caches[1].get_seq_length() == caches[0].get_seq_length() == 14
 
 
+def grow_and_crop(model, tokens, cache):
+    first = model(tokens, past_key_values=cache).logits
+    cache.crop(-2)
+    return first, model(tokens + 1, past_key_values=cache).logits
+
+
+def grow_and_reorder(model, tokens, cache):
+    first = model(tokens, past_key_values=cache).logits
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return first, model(tokens + 1, past_key_values=cache).logits
+
+
+def prompt_and_step(model, tokens, cache):
+    cache.reset()
+    first = model(torch.cat([tokens, tokens + 2], 1), past_key_values=cache).logits[:, -1:]
+    return first, model(tokens + 1, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("change", [grow_and_crop, grow_and_reorder, prompt_and_step])
+def test_what_is_done_to_a_cache_inside_a_graph_counts(change, tokens):
+    model = converted()
+    caches = [TopKCache(config=model.config) for _ in range(2)]
+    step = torch.compile(change, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens[:, :PROMPT], past_key_values=cache)
+        for end in range(PROMPT, PROMPT + 3):
+            part = tokens[:, end : end + 1].clone()
+            for expected, found in zip(
+                (*change(model, part, caches[0]), model(part, past_key_values=caches[0]).logits),
+                (*step(model, part, caches[1]), model(part, past_key_values=caches[1]).logits),
+                strict=True,
+            ):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+def test_layers_that_compiled_code_makes_hold_its_rows(tokens):
+    model = converted()
+    results = []
+    for step in (model, torch.compile(model, backend="eager", dynamic=True, fullgraph=True)):
+        cache = TopKCache()  # without a configuration layers are made for the first rows
+        with torch.no_grad():
+            first = step(tokens[:, :PROMPT].clone(), past_key_values=cache).logits
+            results.append(torch.cat([first, step(tokens[:, PROMPT:], past_key_values=cache).logits], 1))
+        assert cache.get_seq_length() == tokens.shape[1]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
 def test_with_gradients_rows_are_joined(tokens):
     model = converted()
     results = []

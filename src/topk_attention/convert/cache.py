@@ -23,7 +23,10 @@ from .cache_in_graph import (
     grows_in_graph,
     has_grown_in_graph,
     new_handle,
+    no_sets,
+    note_set_in_graph,
     rows_in_graph,
+    was_set_in_graph,
 )
 from .cached_index import CachedIndex
 from .cached_sums import known_sums, pass_sums_on, sum_keeping_layer
@@ -63,18 +66,27 @@ def growing_layer() -> Any:
         _memory: tuple[GrowingRows, GrowingRows] | None = None
         # Of the keys, while the memory is this layer's own.
         _index: CachedIndex | None = None
-        _handle: Tensor
+        # None for a layer that compiled code has made, which cannot make this, until other code has come here.
+        _handle: Tensor | None = None
+        # How often compiled code put keys here, and the number at which it last did.
+        _sets: Tensor
+        _set_at: int = -1
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._handle = new_handle(self)
+            self._begin_handle()
 
         @classmethod
         def take_over(cls, layer: Any) -> None:
             """Let a plain DynamicLayer grow in place from now on."""
             keys, values = (vars(layer).pop(name, None) for name in ("keys", "values"))
             layer.__class__ = cls
-            layer.keys, layer.values, layer._handle = keys, values, new_handle(layer)
+            layer._begin_handle()
+            layer.keys, layer.values = keys, values
+
+        def _begin_handle(self) -> None:
+            if not torch.compiler.is_compiling():
+                self._handle, self._sets = new_handle(self), no_sets()
 
         @property
         def keys(self) -> Any:
@@ -82,6 +94,9 @@ def growing_layer() -> Any:
 
         @keys.setter
         def keys(self, rows: Tensor | None) -> None:
+            if rows is not None and self._is_set_in_graph():
+                self._values = self.values  # as they have grown, which the next line forgets
+                note_set_in_graph(self)
             self._keys, self._grown = rows, NOT_GROWN
             self._count = None if rows is None or rows.numel() == 0 else torch.empty(rows.shape[-2], 0, device="cpu")
 
@@ -91,7 +106,12 @@ def growing_layer() -> Any:
 
         @values.setter
         def values(self, rows: Tensor | None) -> None:
+            if rows is not None and self._is_set_in_graph() and not was_set_in_graph(self):
+                self.keys = self.keys
             self._values = rows
+
+        def _is_set_in_graph(self) -> bool:
+            return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self._handle is not None
 
         def _now(self, rows: Tensor | None, *, of_keys: bool) -> Tensor | None:
             if torch.compiler.is_compiling() and rows is not None and has_grown_in_graph(self):
@@ -115,6 +135,8 @@ def growing_layer() -> Any:
                 return super().update(key_states, value_states, *args, **kwargs)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            if self._handle is None:
+                self._begin_handle()
             before = known_sums(self.keys, self.values)
             index = self._index or CachedIndex()
             keys_are_indexed = index.is_of(self.keys)
@@ -177,14 +199,14 @@ def growing_layer() -> Any:
 
         def __getstate__(self) -> dict[str, Any]:
             """What copies and pickles hold: the rows alone, in memory of their own."""
-            own = ("_memory", "_index", "_keys", "_values", "_count", "_grown", "_handle")
+            own = ("_memory", "_index", "_keys", "_values", "_count", "_grown", "_handle", "_sets", "_set_at")
             rows = {name: None if (x := getattr(self, name)) is None else x.clone() for name in ("keys", "values")}
             return {name: value for name, value in vars(self).items() if name not in own} | rows
 
         def __setstate__(self, state: dict[str, Any]) -> None:
+            self._begin_handle()
             for name, value in state.items():
                 setattr(self, name, value)
-            self._handle = new_handle(self)
 
     return GrowingLayer
 

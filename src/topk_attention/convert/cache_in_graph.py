@@ -25,6 +25,7 @@ _numbers = itertools.count()
 _library = torch.library.Library("topk_attention", "FRAGMENT")
 # The handle counts as changed, so that whatever reads it, or appends further rows, stays behind this in the order.
 _library.define("cache_append(Tensor(a!) handle, Tensor key, Tensor value) -> ()", tags=torch.Tag.cudagraph_unsafe)
+_library.define("cache_note_set(Tensor(a!) handle) -> ()", tags=torch.Tag.cudagraph_unsafe)
 _library.define(
     "cache_rows(Tensor handle, Tensor new, SymInt length, bool of_keys) -> Tensor", tags=torch.Tag.cudagraph_unsafe
 )
@@ -44,13 +45,15 @@ def layer_of(handle: Tensor) -> Any:
 
 def grows_in_graph(layer: Any, *new: Tensor) -> bool:
     """Whether the operators can serve a layer where code is compiled: nothing needs a gradient, and new rows fit to
-    those that are there."""
+    those that are there, which the layer itself holds already."""
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and not torch.is_grad_enabled()
         and layer.is_initialized
         and layer._count is not None
+        and layer._handle is not None
+        and not was_set_in_graph(layer)
         and all(x.dtype == layer.dtype and x.device == layer.device for x in new)
         and not autocast_is_on(layer.device.type)
     )
@@ -63,6 +66,25 @@ def has_grown_in_graph(layer: Any) -> bool:
     note away.
     """
     return layer._count is not None and layer._grown[0] == len(layer._count)
+
+
+def no_sets() -> Tensor:
+    """As many rows as there were sets of compiled code, and two: compiled code is made anew for none and for one."""
+    return torch.empty(2, 0, device="cpu")
+
+
+def note_set_in_graph(layer: Any) -> None:
+    """Note that compiled code puts keys into a layer, which the layer itself has when that code has run, not earlier.
+
+    The number of sets that it notes is then no longer that of the layer, which an operator counts.
+    """
+    layer._set_at = len(layer._sets)
+    torch.ops.topk_attention.cache_note_set(layer._handle)
+
+
+def was_set_in_graph(layer: Any) -> bool:
+    """Whether keys were put into a layer since compiled code began to run, so that its operators see others."""
+    return bool(layer._set_at == len(layer._sets))
 
 
 def append_in_graph(layer: Any, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +117,11 @@ def _append(handle: Tensor, key: Tensor, value: Tensor) -> None:
     layer_of(handle).update(key, value)
 
 
+def _note_set(handle: Tensor) -> None:
+    layer = layer_of(handle)
+    layer._sets = torch.empty(len(layer._sets) + 1, 0, device="cpu")
+
+
 def _rows(handle: Tensor, new: Tensor, length: int, of_keys: bool) -> Tensor:
     del new
     layer = layer_of(handle)
@@ -103,11 +130,17 @@ def _rows(handle: Tensor, new: Tensor, length: int, of_keys: bool) -> Tensor:
 
 
 _library.impl("cache_append", _append, "CompositeExplicitAutograd")
+_library.impl("cache_note_set", _note_set, "CompositeExplicitAutograd")
 _library.impl("cache_rows", _rows, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("topk_attention::cache_append")
 def _(handle, key, value):
+    return None
+
+
+@torch.library.register_fake("topk_attention::cache_note_set")
+def _(handle):
     return None
 
 

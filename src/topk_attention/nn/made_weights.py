@@ -37,6 +37,9 @@ class MadeWeights:
 
     def __init__(self) -> None:
         self._made: list[_Made] = []
+        # They are known by their addresses, which must not become those of other tensors, as where their caller needs
+        # another dtype and drops them.
+        self._alive: list[Tensor] = []
 
     def add(self, make: Callable[[], Tensor], made_of: list[Tensor]) -> Tensor:
         """What `make` returns, a new tensor that depends on nothing but the tensors `made_of`."""
@@ -52,6 +55,7 @@ class MadeWeights:
 
         if self._is_active():
             versions = tuple((part, part._version) for part in made_of)
+            self._alive.append(tensor)
             self._made.append(_Made(tensor.untyped_storage().data_ptr(), make_again, versions))
         return tensor
 
@@ -86,6 +90,7 @@ class MadeWeights:
             yield
         # Their memory is free for other tensors now.
         self._made.clear()
+        self._alive.clear()
 
     @staticmethod
     def _is_active() -> bool:

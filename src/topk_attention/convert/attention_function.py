@@ -160,9 +160,14 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True)) and not _is_eager_alone(type(module).__module__)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_eager_alone(modeling: str) -> bool:
     """Whether none of the models of the Python module with this name supports PyTorch's attention."""
+    return _has_no_model_with_sdpa(modeling)
+
+
+@cache
+def _has_no_model_with_sdpa(modeling: str) -> bool:
     from transformers import PreTrainedModel
 
     found: Any = list(vars(sys.modules[modeling]).values()) if modeling in sys.modules else []

@@ -47,6 +47,7 @@ METHODS = {
     "static": Method("SDPA, static cache", cache="static", is_exact=True),
     "static-compiled": Method("SDPA, static cache, compiled", cache="static", is_exact=True, compiled=True),
     "static-bfloat16": Method("SDPA, static cache, bfloat16", "bfloat16", "static"),
+    "static-bfloat16-plain": Method("SDPA, static cache, bfloat16 without oneDNN", "bfloat16", "static", one_dnn=False),
     "sdpa-topk-cache": Method("SDPA, TopKCache", cache="topk", is_exact=True),
     "quanto": Method("SDPA, 4-bit cache (quanto)", cache="quanto"),
     "hqq": Method("SDPA, 4-bit cache (HQQ)", cache="hqq"),

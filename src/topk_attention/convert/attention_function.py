@@ -160,7 +160,7 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True)) and not _is_eager_alone(type(module).__module__)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _is_eager_alone(modeling: str) -> bool:
     """Whether none of the models of the Python module with this name supports PyTorch's attention."""
     return _has_no_model_with_sdpa(modeling)

@@ -65,6 +65,8 @@ def attention_obstacle(module: nn.Module) -> str | None:
         return "it has attention sinks that it does not hand to attention as s_aux="
     if "sinks" in arguments:
         return "its attention sinks differ from query to query"
+    if getattr(module, "compressor", None) is not None:  # DeepSeek-V4
+        return "it adds compressed keys to the others, and hands on a mask that knows of the others alone"
     return None
 
 

@@ -9,7 +9,7 @@ DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 
 .PHONY: help install demo test check format lint types docs check-native check-exact check-generation bench bench-full \
-	bench-attention bench-feed-forward bench-model bench-generation report clean
+	bench-attention bench-feed-forward bench-model bench-generation bench-misleading report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ check-native: ## check the C++ kernels by themselves, under sanitizers
 
 check-exact: install ## compare screened keys with those of all scores, to the bit, on 100,000 misleading rows
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/adversarial.py 12
+
+bench-misleading: install ## times of screened attention on misleading data, beside those of scoring every key
+	$(BIN)/python tests/support/misleading_times.py
 
 check-generation: install ## compare a kept index with all scores, to the bit, at each of 1,000 tokens of SmolLM2
 	$(BIN)/python tests/support/exact_generation.py

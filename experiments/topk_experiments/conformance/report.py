@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from ..runs.ledger import is_finished, newest, on_file
 from ..runs.records import Json, days_and_commits, reads, write_whole
+from ..show.markdown import markdown_table
+from .catalogue import OTHERS
 
 SCHEMA = "topk_attention/conformance/1"
 FILE = "conformance.jsonl"
@@ -26,7 +28,6 @@ _IN_NETWORKS = ("all neurons", "6 neurons")
 _ROUNDING = 5e-5
 _ROUNDING_OF_GRADIENTS = 1e-3
 _LONGEST_REMARK = 240
-_PARTS = "Parts of models, and others"
 
 
 class Verdict(NamedTuple):
@@ -122,9 +123,9 @@ def as_markdown(records: Sequence[Json]) -> str:
     """The page of these records: counts, then a table for each family."""
     families: dict[str, list[Json]] = {}
     for record in sorted(
-        records, key=lambda record: (record.get("family", _PARTS) == _PARTS, record.get("family", ""))
+        records, key=lambda record: (record.get("family", OTHERS) == OTHERS, record.get("family", ""))
     ):
-        families.setdefault(record.get("family", _PARTS), []).append(record)
+        families.setdefault(record.get("family", OTHERS), []).append(record)
     parts = [_summary(records), _counts(families)]
     for family, of_family in families.items():
         parts.append(f"## {family}")
@@ -134,7 +135,7 @@ def as_markdown(records: Sequence[Json]) -> str:
             if record.get("reason") != WITHOUT_CLASS
         ]
         if rows:
-            parts.append(_table(("model type", "class", "attention", "networks", "remarks"), rows))
+            parts.append(markdown_table(("model type", "class", "attention", "networks", "remarks"), rows))
         without = [record["model_type"] for record in of_family if record.get("reason") == WITHOUT_CLASS]
         if without:
             parts.append(f"Not tried, as {WITHOUT_CLASS}: {', '.join(without)}.")
@@ -163,7 +164,7 @@ def _counts(families: dict[str, list[Json]]) -> str:
     everything = [record for records in families.values() for record in records]
     rows = [row(name, records, verdict) for name, records in families.items()]
     rows += [row("**all**", everything, verdict), row("**networks of all**", everything, verdict_on_networks)]
-    return _table(("attention", *WORDS), rows)
+    return markdown_table(("attention", *WORDS), rows)
 
 
 def _cells(record: Json) -> tuple[str, str, str]:
@@ -186,7 +187,3 @@ def _short(reason: str) -> str:
 
 def _code(name: str) -> str:
     return f"`{name}`"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))

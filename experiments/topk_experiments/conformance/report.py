@@ -12,6 +12,7 @@ from ..runs.ledger import is_finished, newest, on_file
 from ..runs.records import Json, days_and_commits, reads, write_whole
 from ..show.markdown import markdown_table
 from .catalogue import OTHERS
+from .comparisons import OF_ATTENTION, OF_NETWORKS, is_rounding
 
 SCHEMA = "topk_attention/conformance/1"
 FILE = "conformance.jsonl"
@@ -22,11 +23,6 @@ _BEFORE = (466, 359, 340)
 # Why a class is no row of the page, or stands there untried.
 OF_A_PART = "takes the configuration of a part of its type, which is a type by itself"
 WITHOUT_CLASS = "transformers has no table with a class for it: a part of other models"
-_IN_ATTENTION = ("all keys", "k = 3", "k = 3, completed", "saved and loaded", "restored")
-_IN_NETWORKS = ("all neurons", "6 neurons")
-# Of differences from the truth, as a share of the largest number of the tensor.
-_ROUNDING = 5e-5
-_ROUNDING_OF_GRADIENTS = 1e-3
 _LONGEST_REMARK = 240
 
 
@@ -41,21 +37,14 @@ EXACT, IN_PART, DIFFERS, REFUSED, HAS_NONE, NOT_TRIED = "exact", "in part", "dif
 WORDS = (EXACT, IN_PART, DIFFERS, REFUSED, HAS_NONE, NOT_TRIED)
 
 
-def is_rounding(exercise: str, value: float | str) -> bool:
-    """Whether a difference in an exercise is rounding and no more."""
-    if isinstance(value, str):
-        return False
-    return value <= (_ROUNDING_OF_GRADIENTS if exercise.startswith("gradients") else _ROUNDING)
-
-
 def verdict(record: Json) -> Verdict:
     """What to say of the attention of a model."""
-    return _verdict(record, "attention", _IN_ATTENTION)
+    return _verdict(record, "attention", OF_ATTENTION)
 
 
 def verdict_on_networks(record: Json) -> Verdict:
     """What to say of its feed-forward networks."""
-    return _verdict(record, "feed_forward", _IN_NETWORKS)
+    return _verdict(record, "feed_forward", OF_NETWORKS)
 
 
 def _verdict(record: Json, kind: str, compared: Sequence[str]) -> Verdict:

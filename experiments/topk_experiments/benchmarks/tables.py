@@ -13,6 +13,7 @@ from ..runs.progress import say
 from ..runs.records import Json, days_and_commits, reads, write_whole
 from ..runs.timing import busy_note
 from ..show.console import print_table
+from ..show.markdown import markdown_table
 from ..show.plots import MEMORY_AND_TIME, draw_memory_and_time
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Page:
     def as_markdown(self) -> str:
         notes = ["\n".join(f"- {line}" for line in self.notes)] if self.has_list else self.notes
         parts = [f"**{self.title}**", *([self.head] if self.head else [])]
-        parts += ["\n".join(markdown_table(self.headings, self.rows)), *notes]
+        parts += [markdown_table(self.headings, self.rows), *notes]
         return "\n\n".join(parts).rstrip() + "\n"
 
 
@@ -170,11 +171,6 @@ class PointTable:
         over_k = [record for record in records if record["point"][size] == most and name(record["point"])]
         picture, title = out / f"{self.name}-k{suffix}.png", f"{title}, {heading} = {most:,}"
         return pictures + draw_sweep(over_k, picture, x="k", x_label=axis, title=title, name=name)
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in markdown."""
-    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
 
 
 def head(records: Sequence[Json], *, threads: int, device: str = "cpu", dtype: str = "") -> str:

@@ -141,9 +141,8 @@ def dense_attention(
     Raises:
         ValueError: transformers gives the model no other attention.
     """
-    modules = None if layers is None else [model.get_submodule(path) for path in layers]
     ATTENTION.k, ATTENTION.completed = k, completed
-    ATTENTION.modules = None if modules is None else {id(module) for module in modules}
+    ATTENTION.modules = None if layers is None else {id(model.get_submodule(path)) for path in layers}
     ATTENTION.called = set()
     before = {id(config): (config, config._attn_implementation) for config in _configurations(model)}
     model.set_attn_implementation(NAME)
@@ -238,7 +237,7 @@ def dense_networks(networks: Sequence[tuple[Sequence[nn.Module], nn.Module]], k:
               gives, one with a gate by the size of what the last layer is given
     """
     hooks = []
-    for number_of_first, (first, last) in zip(map(len, (one for one, _ in networks)), networks, strict=True):
+    for first, last in networks:
         given: dict[str, Tensor] = {}
 
         def remember(_: nn.Module, __: Any, output: Tensor, given: dict[str, Tensor] = given) -> None:
@@ -251,7 +250,7 @@ def dense_networks(networks: Sequence[tuple[Sequence[nn.Module], nn.Module]], k:
                 ranked = hidden.abs()
             return (hidden.masked_fill(~kept_keys(ranked, k), 0), *inputs[1:])
 
-        if number_of_first == 1:
+        if len(first) == 1:
             hooks.append(first[0].register_forward_hook(remember))
         hooks.append(last.register_forward_pre_hook(keep_best))
     try:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from ..runs.ledger import is_finished, newest, on_file
 from ..runs.records import Json, days_and_commits, reads, write_whole
+from ..show.markdown import markdown_table
+from .catalogue import OTHERS
+from .comparisons import OF_ATTENTION, OF_NETWORKS, is_rounding
 
 SCHEMA = "topk_attention/conformance/1"
 FILE = "conformance.jsonl"
@@ -20,13 +23,7 @@ _BEFORE = (466, 359, 340)
 # Why a class is no row of the page, or stands there untried.
 OF_A_PART = "takes the configuration of a part of its type, which is a type by itself"
 WITHOUT_CLASS = "transformers has no table with a class for it: a part of other models"
-_IN_ATTENTION = ("all keys", "k = 3", "k = 3, completed", "saved and loaded", "restored")
-_IN_NETWORKS = ("all neurons", "6 neurons")
-# Of differences from the truth, as a share of the largest number of the tensor.
-_ROUNDING = 5e-5
-_ROUNDING_OF_GRADIENTS = 1e-3
 _LONGEST_REMARK = 240
-_PARTS = "Parts of models, and others"
 
 
 class Verdict(NamedTuple):
@@ -40,21 +37,14 @@ EXACT, IN_PART, DIFFERS, REFUSED, HAS_NONE, NOT_TRIED = "exact", "in part", "dif
 WORDS = (EXACT, IN_PART, DIFFERS, REFUSED, HAS_NONE, NOT_TRIED)
 
 
-def is_rounding(exercise: str, value: float | str) -> bool:
-    """Whether a difference in an exercise is rounding and no more."""
-    if isinstance(value, str):
-        return False
-    return value <= (_ROUNDING_OF_GRADIENTS if exercise.startswith("gradients") else _ROUNDING)
-
-
 def verdict(record: Json) -> Verdict:
     """What to say of the attention of a model."""
-    return _verdict(record, "attention", _IN_ATTENTION)
+    return _verdict(record, "attention", OF_ATTENTION)
 
 
 def verdict_on_networks(record: Json) -> Verdict:
     """What to say of its feed-forward networks."""
-    return _verdict(record, "feed_forward", _IN_NETWORKS)
+    return _verdict(record, "feed_forward", OF_NETWORKS)
 
 
 def _verdict(record: Json, kind: str, compared: Sequence[str]) -> Verdict:
@@ -122,9 +112,9 @@ def as_markdown(records: Sequence[Json]) -> str:
     """The page of these records: counts, then a table for each family."""
     families: dict[str, list[Json]] = {}
     for record in sorted(
-        records, key=lambda record: (record.get("family", _PARTS) == _PARTS, record.get("family", ""))
+        records, key=lambda record: (record.get("family", OTHERS) == OTHERS, record.get("family", ""))
     ):
-        families.setdefault(record.get("family", _PARTS), []).append(record)
+        families.setdefault(record.get("family", OTHERS), []).append(record)
     parts = [_summary(records), _counts(families)]
     for family, of_family in families.items():
         parts.append(f"## {family}")
@@ -134,7 +124,7 @@ def as_markdown(records: Sequence[Json]) -> str:
             if record.get("reason") != WITHOUT_CLASS
         ]
         if rows:
-            parts.append(_table(("model type", "class", "attention", "networks", "remarks"), rows))
+            parts.append(markdown_table(("model type", "class", "attention", "networks", "remarks"), rows))
         without = [record["model_type"] for record in of_family if record.get("reason") == WITHOUT_CLASS]
         if without:
             parts.append(f"Not tried, as {WITHOUT_CLASS}: {', '.join(without)}.")
@@ -163,7 +153,7 @@ def _counts(families: dict[str, list[Json]]) -> str:
     everything = [record for records in families.values() for record in records]
     rows = [row(name, records, verdict) for name, records in families.items()]
     rows += [row("**all**", everything, verdict), row("**networks of all**", everything, verdict_on_networks)]
-    return _table(("attention", *WORDS), rows)
+    return markdown_table(("attention", *WORDS), rows)
 
 
 def _cells(record: Json) -> tuple[str, str, str]:
@@ -186,7 +176,3 @@ def _short(reason: str) -> str:
 
 def _code(name: str) -> str:
     return f"`{name}`"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))

@@ -99,7 +99,8 @@ class _Workers:
         self._queue: queue.SimpleQueue[list[Model]] = queue.SimpleQueue()
         for start in range(0, len(models), _MODELS_OF_A_PROCESS):
             self._queue.put(list(models[start : start + _MODELS_OF_A_PROCESS]))
-        self._limits, self._workers = sweep.limits, min(sweep.workers, self._queue.qsize())
+        self._workers = min(sweep.workers, self._queue.qsize())
+        self._limits: Json = {"time_limit_s": sweep.limits.time_s, "memory_limit_gib": sweep.limits.memory_gib}
         self._ledger, self._finished = ledger, finished
         self._killed: list[Model] = []
         self._lock = threading.Lock()
@@ -139,11 +140,7 @@ class _Workers:
                 done = message["number"] + 1
                 self._keep(models[message["number"]], message["record"])
 
-        request = {
-            "models": [list(model) for model in models],
-            "time_limit_s": self._limits.time_s,
-            "memory_limit_gib": self._limits.memory_gib,
-        }
+        request = {"models": [list(model) for model in models], **self._limits}
         try:
             run_in_fresh_process(f"{__package__}.worker:check_models", request, on_message=take)
         except WorkerError as error:
@@ -153,14 +150,13 @@ class _Workers:
                 # The system ends whom it likes where memory is short; nobody knows whose fault it was.
                 self._killed.append(models[begun])
                 return models[begun:]
-            is_late = time.monotonic() - begun_at > self._limits.time_s
+            is_late = time.monotonic() - begun_at > self._limits["time_limit_s"]
             outcome = "time limit" if is_late else error.outcome
             self._keep(models[begun], {"outcome": outcome, "message": str(error)})
             return models[begun + 1 :]
         return []
 
     def _keep(self, model: Model, found: Json) -> None:
-        limits = {"time_limit_s": self._limits.time_s, "memory_limit_gib": self._limits.memory_gib}
-        stopped = {} if found["outcome"] == "finished" else limits
+        stopped = {} if found["outcome"] == "finished" else self._limits
         with self._lock:
             self._finished(self._ledger.new_record(configuration(model)) | found | stopped)

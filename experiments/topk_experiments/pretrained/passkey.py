@@ -28,7 +28,7 @@ from ..models.pretrained import (
 )
 from ..models.settings import Setting, convert_model, one_at_a_time
 from ..models.text import Text, first_tokens, read_text
-from ..runs.checks import check_at_least, check_ks
+from ..runs.checks import check_at_least, check_ks, check_one_of
 from ..runs.ledger import Ledger, is_finished, made_when
 from ..runs.process import Send, failures_named, run_in_fresh_process
 from ..runs.progress import Say, line_printer
@@ -86,9 +86,8 @@ class PasskeyConfig:
         check_ks("k", self.k)
         check_ks("completed-k", self.completed_k)
         check_at_least(1, self, "depths", "threads", "num_tokens")
-        for name, given, known in (("filler", self.filler, FILLERS), ("frame", self.frame, FRAMES)):
-            if given not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+        check_one_of(list(FILLERS), self, "filler")
+        check_one_of(FRAMES, self, "frame")
         if self.filler == "sentences" and self.text is not None:
             raise ValueError(
                 f'text is for filler "text", which stands around the passkey, got {self.text} with filler "sentences"'

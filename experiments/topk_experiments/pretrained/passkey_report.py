@@ -11,6 +11,7 @@ from ..models.settings import setting_name
 from ..runs.ledger import newest, on_file
 from ..runs.records import Json, days_and_commits, reads, write_whole
 from ..show.html import counted
+from ..show.markdown import markdown_table
 
 NAME, SCHEMA = "passkey", "topk_attention/passkey/2"
 _SHARED = ("depths", "num_tokens", "filler", "frame", "model", "text")
@@ -71,6 +72,6 @@ def as_markdown(records: Sequence[Json]) -> str:
         f"digits found at each depth. {here['cpu']}, {counted(point['threads'], 'thread')}, float32, PyTorch "
         f"{here['torch']}, {days_and_commits(records)}. The text before the passkey is read once for all depths.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)),
+        markdown_table(headings, rows),
     ]
     return "\n".join(lines) + "\n"

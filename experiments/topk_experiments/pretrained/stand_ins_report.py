@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..runs.records import Json, days_and_commits, read_json, reads, write_whole
 from ..show.console import print_table
 from ..show.html import counted
+from ..show.markdown import markdown_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +73,7 @@ def as_markdown(record: Json) -> str:
         f"stand-in. {counted(config['threads'], 'thread')}, float32, PyTorch {here['torch']}, "
         f"{days_and_commits([record])}.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)),
+        markdown_table(headings, rows),
     ]
     return "\n".join(lines) + "\n"
 

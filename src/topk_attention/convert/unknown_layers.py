@@ -80,7 +80,7 @@ def _reason(kind: str, module: nn.Module) -> str:
     if any(p.ndim == 3 for p in module.parameters(recurse=False)):
         return f"{name} holds the weights of all its experts in tensors of three axes, in a form that is not known here"
     if fused := next(iter(_fused(module)), None):
-        return f"{name} holds gate and up in one matrix, {fused}, and this has no top-k form"
+        return f"{name} holds gate and up in one matrix, {fused}, and this form of network is not known here"
     return f"{name} is a form of feed-forward network that is not known here ({', '.join(matrices)})"
 
 

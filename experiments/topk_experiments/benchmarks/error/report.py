@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ...runs.ledger import is_finished, newest, on_file
 from ...runs.progress import say
 from ...runs.records import Json, reads, write_whole
+from ...show.markdown import markdown_table
 from ...show.plots import QUOTED, legend_below, new_figure, plain_numbers, save, styles
-from ..tables import Page, busy_notes, by_setting, head, markdown_table
+from ..tables import Page, busy_notes, by_setting, head
 from .measure import METHODS
 
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ def as_markdown(records: Sequence[Json]) -> str:
     """A page: how it was measured, then for each length all points, and what random features reach at equal cost."""
     parts = [f"# {title(records)}", *notes(records)]
     for page, of_length in zip(_pages(records), by_setting(records, ("length",)), strict=True):
-        parts += [f"## {page.title}", "\n".join(markdown_table(page.headings, page.rows))]
+        parts += [f"## {page.title}", markdown_table(page.headings, page.rows)]
         for cost in _COSTS:
             if rows := equal_cost(of_length, cost):
                 others = (METHODS[method].description for method in _compared_with(of_length))
                 headings = ("top-k", cost, "its error", *others)
                 parts.append(f"The lowest error of each within the {cost} of top-k attention:")
-                parts.append("\n".join(markdown_table(headings, rows)))
+                parts.append(markdown_table(headings, rows))
     return "\n\n".join(parts) + "\n"
 
 

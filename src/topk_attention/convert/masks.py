@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,12 +105,11 @@ class CompactMask:
         """[B, 1, 1, M] bool, or None where every key is a real token."""
         if self.padding is None:
             return None
-        if torch.compiler.is_compiling():
-            return self._key_padding()
-        if "known_padding" not in vars(self):  # once for all layers
-            vars(self)["known_padding"] = self._key_padding()
-        known: Tensor | None = vars(self)["known_padding"]
-        return known
+        return self._key_padding() if torch.compiler.is_compiling() else self._known_padding
+
+    @cached_property  # once for all layers
+    def _known_padding(self) -> Tensor | None:
+        return self._key_padding()
 
     def _key_padding(self) -> Tensor | None:
         from transformers.masking_utils import prepare_padding_mask

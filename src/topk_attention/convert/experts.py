@@ -20,11 +20,10 @@ from ..functional import StandIn
 from ..nn.experts import ExpertWeights, Routing, routing_of, sum_of_experts
 from .sites import FeedForwardSite, added_to, full_name_of, known_activation, own_forward
 from .subclasses import Subclassed, subclass_of
+from .trials import SCALES, evaluating, failure, is_same
 
 _SETTINGS = "_topk_attention_experts"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Scales of the random inputs that show whether experts compute what is expected of them.
-_TRIAL_SCALES = (8.0, 1.0, 0.125)
 # What activations, and the limits of gates that are cut, are called.
 _ACTIVATIONS = ("act_fn", "activation", "mlp.activation_fn")
 _LIMITS = ("limit", "swiglu_limit")
@@ -183,7 +182,7 @@ def feed_forward_sites(path: str, module: Any) -> Iterator[FeedForwardSite]:
         except MemoryError:
             raise
         except Exception as error:  # whatever its code raises: no reason to give up on the other layers
-            return f"{class_name} could not be tried, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            return failure(class_name, error)
         return None if is_plain else f"{class_name} computes something else than its weights and its activation say"
 
     def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
@@ -278,21 +277,14 @@ def _is_plain(module: Any, form: _Form, settings: _Settings) -> bool:
     if weight.is_meta:
         return True
     unscaled = torch.randn(4, form.weights(module).size_in, generator=torch.Generator().manual_seed(0))
-    training = {part: part.training for part in module.modules()}
-    try:
-        module.eval()
-        with torch.no_grad():
-            for scale in _TRIAL_SCALES:
-                arguments = form.trial(module, (scale * unscaled).to(weight.device, weight.dtype))
-                # Not the module's call: the trial is nothing that its hooks should see. Nor its experts_implementation.
-                expected = own_forward(module)(module, *arguments)
-                got = form.forward(module, settings, *arguments)
-                if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-                    return False
-        return True
-    finally:
-        for part, was_training in training.items():
-            part.training = was_training
+    with evaluating(module), torch.no_grad():
+        for scale in SCALES:
+            arguments = form.trial(module, (scale * unscaled).to(weight.device, weight.dtype))
+            # Not the module's call: the trial is nothing that its hooks should see. Nor its experts_implementation.
+            expected = own_forward(module)(module, *arguments)
+            if not is_same(form.forward(module, settings, *arguments), expected):
+                return False
+    return True
 
 
 def _gate_of(module: Any) -> tuple[str, Cut] | str:

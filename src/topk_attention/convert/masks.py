@@ -54,6 +54,20 @@ class CompactMask:
         """Part of the mask as a tensor, for models whose own selector of keys reads it."""
         return self.dense()[index]
 
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether nothing but padding is hidden."""
+        from transformers.masking_utils import bidirectional_mask_function
+
+        return self.mask_function is bidirectional_mask_function
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether nothing but padding and later keys is hidden."""
+        from transformers.masking_utils import causal_mask_function
+
+        return self.mask_function is causal_mask_function
+
     # Without this line Python would take an object with __getitem__ alone for an endless sequence.
     __iter__ = None
 

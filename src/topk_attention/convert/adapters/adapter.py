@@ -76,6 +76,11 @@ def give_back(module: Any) -> None:
         delattr(module, _LENT)
 
 
+def heads_of(x: Tensor, num_heads: int) -> Tensor:
+    """[..., tokens, H * D] as [..., H, tokens, D]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+
+
 def attend(
     layer: nn.Module,
     query: Tensor,

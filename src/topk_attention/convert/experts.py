@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..backends.activations import ACTIVATIONS, Cut, gated
 from ..functional import StandIn
 from ..nn.experts import ExpertWeights, Routing, routing_of, sum_of_experts
+from ..nn.linears import added_forward
 from .sites import FeedForwardSite, added_to, full_name_of, known_activation, own_forward
 from .subclasses import Subclassed, subclass_of
 from .trials import SCALES, evaluating, failure, is_same
@@ -164,11 +165,8 @@ def feed_forward_sites(path: str, module: Any) -> Iterator[FeedForwardSite]:
             found.append((settings.activation, settings.cut))
             return reason
         class_name = type(module).__name__
-        if "forward" in vars(module):
-            offloads = hasattr(module, "_hf_hook")
-            return f"{class_name} has " + (
-                "weights that accelerate moves for each call" if offloads else "a forward method of its own"
-            )
+        if (added := added_forward(module)) is not None:
+            return f"{class_name} has {added}"
         if getattr(module, "_is_expert_parallel", False):
             return f"{class_name} holds some of the experts, the others are in other processes"
         if reason is not None:

@@ -132,8 +132,6 @@ def topk_attention_forward(
     elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
         return _attend_in_graph(layer, call), None
     elif settings.k is None and call.is_plain():
-        if attention_mask is None:
-            is_causal = _is_causal(module, is_causal)
         return _full_attention(call, module, is_causal, kwargs)
     elif attention_mask is None:
         window = kwargs.get("sliding_window")
@@ -415,7 +413,9 @@ def _full_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     attention_mask = call.mask
-    if isinstance(attention_mask, CompactMask):
+    if attention_mask is None:
+        is_causal = _is_causal(module, is_causal)
+    elif isinstance(attention_mask, CompactMask):
         compact = attention_mask
         is_unpadded = compact.key_padding() is None
         if is_unpadded and compact.is_bidirectional:

@@ -50,7 +50,6 @@ def tiny_phi3():
 
 
 ADAPTED = {name: FAMILIES[name] for name in ("llama", "gpt2", "bert", "t5", "flan_t5")}
-ADAPTED["gpt2"] = ADAPTED["gpt2"]._replace(linear_in=".mlp.c_fc")
 ADAPTED["phi3"] = Family(tiny_phi3, "decoder", 2, 2, None, ".down_proj")
 CASES = [(family, "lora") for family in ADAPTED] + [(family, "dora") for family in ("llama", "gpt2", "phi3")]
 CASES += [("gpt2", "bias"), ("phi3", "bias"), ("llama", "rslora")]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert_models import FAMILIES, inputs_of, output_and_gradients, output_of, topk_eager
+from dense_networks import keep_best_neurons
 from topk_attention import convert, is_cross_attention, is_self_attention, topk_attention, unconvert
 
 GENERATING = ("t5", "flan_t5", "gpt2", "llama", "mistral", "qwen2", "bart", "whisper")
@@ -96,26 +97,9 @@ def test_every_layer_and_head_keeps_its_own_k(family, model, inputs, dense_topk)
 def test_a_topk_network_equals_a_dense_one_whose_other_neurons_are_zeroed(family, model, inputs):
     converted = copy.deepcopy(model)
     convert(converted, feed_forward_k=8)
-    ends = [module for path, module in model.named_modules() if path.endswith(family.linear_out) and _is_network(path)]
-    starts = [path for path, _ in model.named_modules() if family.linear_in and path.endswith(family.linear_in)]
-    assert len(ends) == family.num_networks
-    for number, linear_out in enumerate(ends):
-        ranked = {}
-        if family.linear_in:
-            model.get_submodule(starts[number]).register_forward_hook(
-                lambda module, inputs, output, ranked=ranked: ranked.update(by=output)
-            )
-
-        def keep_best(module, inputs, ranked=ranked):
-            by = ranked["by"] if ranked else inputs[0].abs()
-            return (inputs[0].masked_fill(by < by.topk(8).values[..., -1:], 0),)
-
-        linear_out.register_forward_pre_hook(keep_best)
+    num_networks = keep_best_neurons(model, 8, family.linear_out[1:], (family.linear_in or "")[1:])
+    assert num_networks == family.num_networks
     assert_same(output_and_gradients(converted, inputs), output_and_gradients(model, inputs))
-
-
-def _is_network(path):
-    return "attention." not in path
 
 
 def test_the_name_alone_runs_the_default_k(family, inputs):

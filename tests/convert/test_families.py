@@ -9,6 +9,7 @@ import torch
 
 import convert_models
 from convert_models import VOCABULARY, tiny_bert, tiny_llama, tiny_mistral, topk_eager
+from dense_networks import keep_best_neurons
 from topk_attention import convert, unconvert
 
 FAMILIES = {"llama": tiny_llama, "bert": tiny_bert}
@@ -102,22 +103,8 @@ def test_a_topk_network_equals_a_dense_one_whose_other_neurons_are_zeroed(model,
         converted = copy.deepcopy(model)
         convert(converted, feed_forward_k=k)
 
-        def keep_best(module, inputs):
-            hidden = inputs[0]
-            ranked = hidden.abs() if hasattr(module, "is_gated") else module.pre_activation
-            threshold = ranked.topk(k).values[..., -1:]
-            return (hidden.masked_fill(ranked < threshold, 0),)
-
-        for layer in getattr(model, "model", model).layers if hasattr(model, "model") else model.encoder.layer:
-            if hasattr(layer, "mlp"):
-                layer.mlp.down_proj.is_gated = True
-                layer.mlp.down_proj.register_forward_pre_hook(keep_best)
-            else:
-                first, second = layer.intermediate.dense, layer.output.dense
-                first.register_forward_hook(
-                    lambda module, inputs, output, second=second: setattr(second, "pre_activation", output)
-                )
-                second.register_forward_pre_hook(keep_best)
+        layers = ("down_proj",) if hasattr(model, "model") else ("output.dense", "intermediate.dense")
+        assert keep_best_neurons(model, k, *layers) == 2
         torch.testing.assert_close(hidden_states(converted, tokens), hidden_states(model, tokens), rtol=1e-4, atol=1e-4)
 
 

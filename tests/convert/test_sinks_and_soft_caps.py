@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from convert_models import topk_eager
+from convert_models import output_and_gradients, topk_eager
 from topk_attention import Completion, MeanK, calibrate, convert, unconvert
 
 SIZES = {
@@ -81,15 +81,6 @@ def inputs_of(name):
     mask[1, 12:] = 0
     more = {"decoder_input_ids": ids[:, :9]} if name == "T5Gemma" else {}
     return {"input_ids": ids, "attention_mask": mask} | more
-
-
-def output_and_gradients(model, inputs):
-    model.zero_grad()
-    output = model(**inputs).logits
-    real = inputs["attention_mask"].bool()
-    output = output if "decoder_input_ids" in inputs else output[real]
-    output.sin().sum().backward()
-    return output.detach(), {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(actual, expected, tolerance=1e-9):

@@ -203,7 +203,7 @@ FAMILIES = {
     "bert": Family(tiny_bert, "encoder", 2, 2, ".intermediate.dense", ".output.dense"),
     "roberta": Family(tiny_roberta, "encoder", 2, 2, ".intermediate.dense", ".output.dense"),
     "distilbert": Family(tiny_distilbert, "encoder", 2, 2, ".lin1", ".lin2"),
-    "gpt2": Family(tiny_gpt2, "decoder", 2, 2, ".c_fc", ".mlp.c_proj"),
+    "gpt2": Family(tiny_gpt2, "decoder", 2, 2, ".mlp.c_fc", ".mlp.c_proj"),
     "llama": Family(tiny_llama, "decoder", 2, 2, None, ".down_proj"),
     "mistral": Family(tiny_mistral, "decoder", 2, 2, None, ".down_proj"),
     "qwen2": Family(tiny_qwen2, "decoder", 2, 2, None, ".down_proj"),

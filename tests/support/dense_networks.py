@@ -6,15 +6,19 @@ import torch
 def keep_best_neurons(model, k, linear_out, linear_in=""):
     """Have the last layer of each network read zero for all neurons but the k best of each token.
 
+    Returns how many networks these are.
+
     linear_out  how the paths of the last layers end
     linear_in   the same of the first ones, by whose output neurons are ranked; "" ranks by the size of what they give
     """
-    modules = dict(model.named_modules())
+    modules, num_networks = dict(model.named_modules()), 0
     for path, module in modules.items():
         if path.endswith(f".{linear_out}"):
             first = modules.get(path.removesuffix(linear_out) + linear_in)
             if first is not None or not linear_in:  # BERT's attention has a layer of this name too
                 _keep_best(module, k, first if linear_in else None)
+                num_networks += 1
+    return num_networks
 
 
 def _keep_best(last, k, first):

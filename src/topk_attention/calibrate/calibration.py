@@ -20,6 +20,7 @@ from ..convert.by_name import is_in_force
 from ..convert.plan import AnyK
 from ..convert.search import attention_sites, feed_forward_sites
 from ..convert.settings import ALL
+from ..convert.trials import evaluating
 from ..convert.wrappers import puts_prompts, unwrapped
 from ..files import notes_as_json, write_whole
 from ..functional.checks import check_count
@@ -649,17 +650,6 @@ def _without_weight_gradients(model: Any) -> Iterator[None]:
     finally:
         for parameter, wanted in parameters.items():
             parameter.requires_grad_(wanted)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 @contextmanager

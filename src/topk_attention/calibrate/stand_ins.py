@@ -22,12 +22,13 @@ from ..backends.calls import AttentionCall, FeedForwardCall, accumulation_dtype
 from ..convert.plan import AnyK
 from ..convert.search import feed_forward_sites
 from ..convert.settings import ALL
+from ..convert.trials import evaluating
 from ..convert.wrappers import unwrapped
 from ..files import notes_as_json, write_whole
 from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
-from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, evaluating, started
+from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, started
 from .statistics import neurons_of
 
 _FORMAT = "topk_attention/stand-ins/1"

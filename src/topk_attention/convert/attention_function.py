@@ -132,8 +132,6 @@ def topk_attention_forward(
     elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
         return _attend_in_graph(layer, call), None
     elif settings.k is None and call.is_plain():
-        if attention_mask is None:
-            is_causal = _is_causal(module, is_causal)
         return _full_attention(call, module, is_causal, kwargs)
     elif attention_mask is None:
         window = kwargs.get("sliding_window")
@@ -239,11 +237,9 @@ def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:
 
 
 def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    if mask.mask_function is bidirectional_mask_function:
+    if mask.is_bidirectional:
         return _attend(call, mask.key_padding())
-    if mask.mask_function is causal_mask_function and not _offset_is_unknown(mask):
+    if mask.is_causal and not _offset_is_unknown(mask):
         # A static cache has room for future keys. Without them the last query sees the last key. That is what is_causal
         # means in topk_attention, for a prompt as for the tokens that follow it.
         num_keys = int(mask.q_offset) + mask.q_length - mask.kv_offset
@@ -263,8 +259,6 @@ _library.define(
 
 def _is_left_to_operator(call: _LayerCall) -> bool:
     """Whether attention to what a cache layer holds, in compiled code, takes nothing but this layer and the padding."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
     mask = call.mask
     return (
         isinstance(mask, CompactMask)
@@ -277,14 +271,12 @@ def _is_left_to_operator(call: _LayerCall) -> bool:
         and call.query.dtype == call.key.dtype
         and not isinstance(mask.q_offset, Tensor)
         and mask.kv_offset == 0
-        and mask.mask_function in (bidirectional_mask_function, causal_mask_function)
+        and (mask.is_bidirectional or mask.is_causal)
     )
 
 
 def _attend_in_graph(layer: Any, call: _LayerCall) -> Tensor:
     """Attention to what a layer of a cache holds once compiled code has come to here; returns [B, N, H, E]."""
-    from transformers.masking_utils import causal_mask_function
-
     k, completion, mask = call.settings.kept_keys, call.settings.completion, call.mask
     assert isinstance(mask, CompactMask)
     head_k = [k] if isinstance(k, int) else list(k or ())
@@ -292,13 +284,12 @@ def _attend_in_graph(layer: Any, call: _LayerCall) -> Tensor:
     if completion is not None:
         scales = completion.mass_scale
         numbers = [completion.lift, *(scales if isinstance(scales, tuple) else (scales,))]
-    is_causal = mask.mask_function is causal_mask_function
     return torch.ops.topk_attention.cache_attend(
         layer._handle,
         call.query,
         *(call.key.shape[2], call.value.shape[3]),
         mask.padding,
-        is_causal,
+        mask.is_causal,
         mask.q_offset,
         mask.kv_length,
         head_k,
@@ -420,17 +411,18 @@ def _full_attention(
 ) -> tuple[Tensor, None]:
     """PyTorch's own attention, for layers that `convert(where=...)` did not pick; returns [B, N, H, E]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     attention_mask = call.mask
-    if isinstance(attention_mask, CompactMask):
+    if attention_mask is None:
+        is_causal = _is_causal(module, is_causal)
+    elif isinstance(attention_mask, CompactMask):
         compact = attention_mask
         is_unpadded = compact.key_padding() is None
-        if is_unpadded and compact.mask_function is bidirectional_mask_function:
+        if is_unpadded and compact.is_bidirectional:
             attention_mask, is_causal = None, False
         elif (
             is_unpadded
-            and compact.mask_function is causal_mask_function
+            and compact.is_causal
             and not isinstance(compact.q_offset, Tensor)
             and compact.q_offset == 0
             and compact.q_length == compact.kv_length

@@ -1,7 +1,7 @@
 """Experts whose weights lie together in tensors (Mixtral, Qwen3-MoE, gpt-oss, Llama 4, DBRX, JetMoE, ...).
 
-A converted module remains the same module, with its weights, hooks and names. Only its class changes, to a subclass
-whose experts use their k best neurons. Routers, the weights of experts and auxiliary losses are not touched.
+A converted module remains the same module. Only its class changes, to a subclass whose experts use their k best
+neurons. Routers, the weights of experts and auxiliary losses are not touched.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +18,26 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..backends.activations import ACTIVATIONS, Cut, gated
 from ..functional import StandIn
 from ..nn.experts import ExpertWeights, Routing, routing_of, sum_of_experts
+from ..nn.linears import added_forward
 from .sites import FeedForwardSite, added_to, full_name_of, known_activation, own_forward
+from .subclasses import Subclassed, subclass_of
+from .trials import SCALES, evaluating, failure, is_same
 
 _SETTINGS = "_topk_attention_experts"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Scales of the random inputs that show whether experts compute what is expected of them.
-_TRIAL_SCALES = (8.0, 1.0, 0.125)
 # What activations, and the limits of gates that are cut, are called.
 _ACTIVATIONS = ("act_fn", "activation", "mlp.activation_fn")
 _LIMITS = ("limit", "swiglu_limit")
 
 
 class _Settings(NamedTuple):
-    """How converted experts compute: k of None keeps every neuron."""
+    """How converted experts compute.
 
+    form  the name of their form
+    k     None keeps every neuron
+    """
+
+    form: str
     k: int | None
     backend: str
     activation: str
@@ -71,46 +76,25 @@ class _Form:
     by_neuron: Callable[[Any], tuple[str, ...]]
 
 
-class TopKExperts(nn.Module):
+class TopKExperts(Subclassed):
     """What the classes of converted experts have in common; the other base is the original class."""
 
-    topk_form: _Form
-    topk_former_class: Any
+    @property
+    def topk_form(self) -> _Form:
+        return _FORMS[getattr(self, _SETTINGS).form]
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         form = self.topk_form
-        check_weights = next((reason for name in form.names if (reason := _why_not_read(self, name))), None)
-        reason = check_weights or added_to({name: _part(self, name) for name in form.bypassed})
-        if reason is not None:
+        if (reason := _why_not_computed(self, form)) is not None:
             raise RuntimeError(
                 f"{self.topk_former_class.__name__} is converted and its {reason}, since convert; remove that, or call "
                 "topk_attention.unconvert first, or leave the layer out with where="
             )
         return form.forward(self, getattr(self, _SETTINGS), *arguments, **named)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not _topk_class(self.topk_form_name, self.topk_former_class):
-            return super().__reduce_ex__(protocol)
-        return _empty, (self.topk_form_name, self.topk_former_class), self.__dict__.copy()
-
-    topk_form_name: str
-
     def extra_repr(self) -> str:
         settings = getattr(self, _SETTINGS)
         return f"k={settings.k}, activation={settings.activation!r}, backend={settings.backend!r}"
-
-
-@cache
-def _topk_class(form: str, former_class: Any) -> Any:
-    own = {"topk_form": _FORMS[form], "topk_form_name": form, "topk_former_class": former_class}
-    own["__module__"] = former_class.__module__
-    return type(f"TopK{former_class.__name__}", (TopKExperts, former_class), own)
-
-
-def _empty(form: str, former_class: Any) -> Any:
-    """A converted module without its state: the class of one cannot be found by its name."""
-    topk_class = _topk_class(form, former_class)
-    return topk_class.__new__(topk_class)
 
 
 @dataclass(frozen=True)
@@ -135,9 +119,7 @@ class ExpertsSite(FeedForwardSite):
     @property
     def sizes(self) -> tuple[int, int]:
         weights = self._weights
-        first = weights.w_in if weights.gate_in is None else weights.gate_in
-        assert first is not None
-        return int(first.shape[-1]), int(weights.w_out.shape[1])
+        return weights.size_in, int(weights.w_out.shape[1])
 
     @property
     def why_no_stand_in(self) -> str | None:
@@ -170,25 +152,21 @@ def _store_as_usual(module: nn.Module, form: _Form) -> None:
 
 def feed_forward_sites(path: str, module: Any) -> Iterator[FeedForwardSite]:
     is_converted = isinstance(module, TopKExperts)
-    name = module.topk_form_name if is_converted else _form_of(module)
+    name = getattr(module, _SETTINGS).form if is_converted else _form_of(module)
     if name is None:
         return
     form = _FORMS[name]
     found: list[tuple[str, Cut]] = []  # the activation, once the module was examined
 
     def examine() -> str | None:
-        reason = next((reason for part in form.names if (reason := _why_not_read(module, part))), None)
-        reason = reason or added_to({part: _part(module, part) for part in form.bypassed})
+        reason = _why_not_computed(module, form)
         if is_converted:
             settings: _Settings = getattr(module, _SETTINGS)
             found.append((settings.activation, settings.cut))
             return reason
         class_name = type(module).__name__
-        if "forward" in vars(module):
-            offloads = hasattr(module, "_hf_hook")
-            return f"{class_name} has " + (
-                "weights that accelerate moves for each call" if offloads else "a forward method of its own"
-            )
+        if (added := added_forward(module)) is not None:
+            return f"{class_name} has {added}"
         if getattr(module, "_is_expert_parallel", False):
             return f"{class_name} holds some of the experts, the others are in other processes"
         if reason is not None:
@@ -198,23 +176,23 @@ def feed_forward_sites(path: str, module: Any) -> Iterator[FeedForwardSite]:
             return gate
         found.append(gate)
         try:
-            is_plain = _is_plain(module, form, _Settings(None, "auto", *gate))
+            is_plain = _is_plain(module, form, _Settings(name, None, "auto", *gate))
         except MemoryError:
             raise
         except Exception as error:  # whatever its code raises: no reason to give up on the other layers
-            return f"{class_name} could not be tried, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            return failure(class_name, error)
         return None if is_plain else f"{class_name} computes something else than its weights and its activation say"
 
     def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
         if not found:
             examine()
-        setattr(module, _SETTINGS, _Settings(k, backend, *found[-1]))
+        setattr(module, _SETTINGS, _Settings(name, k, backend, *found[-1]))
         if not is_converted:
             former_class: Any = type(module)
-            module.__class__ = _topk_class(name, former_class)
+            module.__class__ = subclass_of(TopKExperts, former_class)
 
     def restore() -> None:
-        if type(module) is not _topk_class(name, module.topk_former_class):
+        if type(module) is not subclass_of(TopKExperts, module.topk_former_class):
             raise ValueError(
                 f"{path} must be what convert made of it, got {full_name_of(type(module))}; undo that before "
                 "topk_attention.unconvert"
@@ -266,6 +244,12 @@ def _part(module: Any, name: str) -> Any:
     return module
 
 
+def _why_not_computed(module: Any, form: _Form) -> str | None:
+    """Why the views of this form are not all that the module computes with; None where they are."""
+    reason = next((reason for name in form.names if (reason := _why_not_read(module, name))), None)
+    return reason or added_to({name: _part(module, name) for name in form.bypassed})
+
+
 def _why_not_read(module: Any, name: str) -> str | None:
     """Why a parameter does not say all that is computed with it; None where it does, or where there is none."""
     holder, _, last = name.rpartition(".")
@@ -290,25 +274,15 @@ def _is_plain(module: Any, form: _Form, settings: _Settings) -> bool:
     weight = _part(module, form.names[0])
     if weight.is_meta:
         return True
-    weights = form.weights(module)
-    first = weights.w_in if weights.gate_in is None else weights.gate_in
-    assert first is not None
-    unscaled = torch.randn(4, first.shape[-1], generator=torch.Generator().manual_seed(0))
-    training = {part: part.training for part in module.modules()}
-    try:
-        module.eval()
-        with torch.no_grad():
-            for scale in _TRIAL_SCALES:
-                arguments = form.trial(module, (scale * unscaled).to(weight.device, weight.dtype))
-                # Not the module's call: the trial is nothing that its hooks should see. Nor its experts_implementation.
-                expected = own_forward(module)(module, *arguments)
-                got = form.forward(module, settings, *arguments)
-                if not torch.allclose(got, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-                    return False
-        return True
-    finally:
-        for part, was_training in training.items():
-            part.training = was_training
+    unscaled = torch.randn(4, form.weights(module).size_in, generator=torch.Generator().manual_seed(0))
+    with evaluating(module), torch.no_grad():
+        for scale in SCALES:
+            arguments = form.trial(module, (scale * unscaled).to(weight.device, weight.dtype))
+            # Not the module's call: the trial is nothing that its hooks should see. Nor its experts_implementation.
+            expected = own_forward(module)(module, *arguments)
+            if not is_same(form.forward(module, settings, *arguments), expected):
+                return False
+    return True
 
 
 def _gate_of(module: Any) -> tuple[str, Cut] | str:
@@ -388,10 +362,19 @@ def _stacked_forward(
 
 
 def _stacked_trial(module: Any, x: Tensor) -> tuple[Any, ...]:
-    last = _stacked_weights(module).w_out.shape[0] - 1
+    return x, *_trial_routing(x, _stacked_weights(module).w_out.shape[0])
+
+
+def _trial_routing(x: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Each token to the first and the last expert, [T, 2], and their weights; [T, 1] where there is one expert."""
+    last = num_experts - 1
     index = torch.tensor([[0, last]] if last else [[0]], device=x.device).expand(x.shape[0], -1)
     weights = torch.tensor([0.75, 0.25], device=x.device, dtype=x.dtype)[: index.shape[1]]
-    return x, index, weights.expand(x.shape[0], -1)
+    return index, weights.expand(x.shape[0], -1)
+
+
+def _stacked_by_neuron(module: Any) -> tuple[str, ...]:
+    return ("gate_up_proj",) if _is_transposed(module) else ("down_proj",)
 
 
 def _presorted_forward(module: Any, settings: _Settings, hidden_states: Tensor) -> Tensor:
@@ -429,10 +412,7 @@ def _split_forward(
 
 
 def _split_trial(module: Any, x: Tensor) -> tuple[Any, ...]:
-    last = module.mlp.moe_num_experts - 1
-    index = torch.tensor([[0, last]] if last else [[0]], device=x.device).expand(x.shape[0], -1)
-    weights = torch.tensor([0.75, 0.25], device=x.device, dtype=x.dtype)[: index.shape[1]]
-    return x[None], index, weights.expand(x.shape[0], -1)
+    return x[None], *_trial_routing(x, module.mlp.moe_num_experts)
 
 
 def _between_routers_weights(module: Any) -> ExpertWeights:
@@ -458,7 +438,7 @@ _FORMS = {
         _stacked_weights,
         _stacked_forward,
         _stacked_trial,
-        lambda module: ("gate_up_proj",) if _is_transposed(module) else ("down_proj",),
+        _stacked_by_neuron,
     ),
     "presorted": _Form(
         ("down_proj", "gate_up_proj"),
@@ -466,7 +446,7 @@ _FORMS = {
         _stacked_weights,
         _presorted_forward,
         _presorted_trial,
-        lambda module: ("gate_up_proj",) if _is_transposed(module) else ("down_proj",),
+        _stacked_by_neuron,
     ),
     "split": _Form(
         ("mlp.w2", "mlp.w1", "mlp.v1"),

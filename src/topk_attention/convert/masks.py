@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,20 @@ class CompactMask:
     def __getitem__(self, index: Any) -> Tensor:
         """Part of the mask as a tensor, for models whose own selector of keys reads it."""
         return self.dense()[index]
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether nothing but padding is hidden."""
+        from transformers.masking_utils import bidirectional_mask_function
+
+        return self.mask_function is bidirectional_mask_function
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether nothing but padding and later keys is hidden."""
+        from transformers.masking_utils import causal_mask_function
+
+        return self.mask_function is causal_mask_function
 
     # Without this line Python would take an object with __getitem__ alone for an endless sequence.
     __iter__ = None
@@ -104,12 +119,11 @@ class CompactMask:
         """[B, 1, 1, M] bool, or None where every key is a real token."""
         if self.padding is None:
             return None
-        if torch.compiler.is_compiling():
-            return self._key_padding()
-        if "known_padding" not in vars(self):  # once for all layers
-            vars(self)["known_padding"] = self._key_padding()
-        known: Tensor | None = vars(self)["known_padding"]
-        return known
+        return self._key_padding() if torch.compiler.is_compiling() else self._known_padding
+
+    @cached_property  # once for all layers
+    def _known_padding(self) -> Tensor | None:
+        return self._key_padding()
 
     def _key_padding(self) -> Tensor | None:
         from transformers.masking_utils import prepare_padding_mask

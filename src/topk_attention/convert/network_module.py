@@ -27,6 +27,7 @@ from .sites import (
     own_forward,
     share_hooks,
 )
+from .trials import SCALES, evaluating, failure, is_same
 
 
 class _Kind(NamedTuple):
@@ -91,8 +92,6 @@ _KINDS = (
     _Kind("dense_h_to_4h", "dense_4h_to_h", output_dropout="hidden_dropout"),  # BLOOM
     _Kind("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Persimmon
 )
-# Scales of the random inputs that show whether a network computes what its configuration says.
-_PROBE_SCALES = (8.0, 1.0, 0.125)
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "gelu_impl", "gelu")
 # A replaced network keeps the original in this attribute: in a tuple, so that it is no submodule and its weights count
 # once.
@@ -204,7 +203,7 @@ def _obstacle(network: nn.Module, kind: _Kind, activation: str, others: set[str]
     except MemoryError:
         raise
     except Exception as error:  # whatever its code raises: no reason to give up on the other layers
-        return f"{name} could not be tried, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return failure(name, error)
     if not is_plain:
         formula = "down(act(gate) * up)" if kind.is_gated else f"{kind.linear_out}(act({kind.linear_in}))"
         return f"{name} computes something else than {formula}"
@@ -273,9 +272,8 @@ def _own_dropout(network: nn.Module, kind: _Kind) -> str | None:
 def _is_plain(network: Any, kind: _Kind, activation: str, *, training: bool = False) -> bool:
     """Whether the network computes out(act(in)) or out(act(gate) * in), in training with its dropouts in their places.
 
-    A few random tokens decide. Large inputs reveal a clamp, small ones an offset. Drawing them does not change the
-    global random state. Networks on other devices than the CPU are not tried in training: their random numbers are
-    others' too.
+    A few random tokens decide. Drawing them does not change the global random state. Networks on other devices than the
+    CPU are not tried in training: their random numbers are others' too.
     """
     linear_in, linear_out = getattr(network, kind.linear_in), getattr(network, kind.linear_out)
     weight = linear_in.weight
@@ -300,27 +298,21 @@ def _is_plain(network: Any, kind: _Kind, activation: str, *, training: bool = Fa
         hidden = nn.functional.dropout(hidden, p_neurons, training).to(linear_out.weight.dtype)
         return nn.functional.dropout(linear_out(hidden), p_output, training)
 
-    former = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng([]):
         for part in (network, *dropouts.values()):
             if isinstance(part, nn.Module):
                 part.training = training
-        with torch.no_grad(), torch.random.fork_rng([]):
-            for scale in _PROBE_SCALES:
-                x, residual = (scale * unscaled).to(weight.device, weight.dtype)
-                torch.default_generator.manual_seed(0)
-                wanted = expected(x)
-                torch.default_generator.manual_seed(0)
-                # Not network(x): the trial is nothing that its hooks should see.
-                if takes_residual:
-                    residual = residual[..., :1].expand_as(wanted)
-                    wanted, output = wanted + residual, network.forward(x, residual)
-                else:
-                    output = network.forward(x)
-                if not torch.allclose(output, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
-                    return False
-            return True
-    finally:
-        for module, was_training in former.items():
-            module.training = was_training
+        for scale in SCALES:
+            x, residual = (scale * unscaled).to(weight.device, weight.dtype)
+            torch.default_generator.manual_seed(0)
+            wanted = expected(x)
+            torch.default_generator.manual_seed(0)
+            # Not network(x): the trial is nothing that its hooks should see.
+            if takes_residual:
+                residual = residual[..., :1].expand_as(wanted)
+                wanted, output = wanted + residual, network.forward(x, residual)
+            else:
+                output = network.forward(x)
+            if not is_same(output, wanted):
+                return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from torch import nn
@@ -18,7 +17,7 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
         if reads_attention_interface(module):
             obstacle = attention_obstacle(module)
             yield AttentionSite(path, module, _num_heads(module), obstacle, True, soft_cap(module))
-        elif asks_interface(inspect.unwrap(type(module).forward)):
+        elif asks_interface(type(module).forward):
             obstacle = f"its forward method was replaced by {full_name_of(own_forward(module))}, which does not ask "
             yield AttentionSite(path, module, None, obstacle + "transformers' attention interface", False)
         elif adapters.has_adapter(module):

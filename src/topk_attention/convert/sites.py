@@ -226,9 +226,9 @@ def own_forward(module: nn.Module) -> Any:
     return inspect.unwrap(getattr(function, "__func__", function))
 
 
-def asks_interface(function: object) -> bool:
-    """Whether this code looks up an attention function in transformers' table."""
-    code = getattr(function, "__code__", None)
+def asks_interface(function: Callable[..., Any]) -> bool:
+    """Whether this code, or what it is wrapped around, looks up an attention function in transformers' table."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 

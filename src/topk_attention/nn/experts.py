@@ -35,6 +35,12 @@ class ExpertWeights(NamedTuple):
     b_gate: Tensor | None = None
     b_out: Tensor | None = None
 
+    @property
+    def size_in(self) -> int:
+        first = self.w_in if self.gate_in is None else self.gate_in
+        assert first is not None
+        return first.shape[-1]
+
 
 class Routing(NamedTuple):
     """Which experts compute which tokens.

@@ -77,10 +77,15 @@ def added_to_call(module: nn.Module, *, but: str = "") -> str | None:
         if hooks != but and (registered := getattr(module, hooks)):
             hook = next(iter(registered.values()))
             return f"{words} ({full_name(hook if hasattr(hook, '__qualname__') else type(hook))})"
-    if "forward" in vars(module):
-        offloads = hasattr(module, "_hf_hook")
-        return "weights that accelerate moves for each call" if offloads else "a forward method of its own"
-    return None
+    return added_forward(module)
+
+
+def added_forward(module: nn.Module) -> str | None:
+    """What replaced the forward method of a module's class; None where nothing did."""
+    if "forward" not in vars(module):
+        return None
+    offloads = hasattr(module, "_hf_hook")
+    return "weights that accelerate moves for each call" if offloads else "a forward method of its own"
 
 
 def why_not_stored(name: str, linear: Any) -> str | None:

@@ -1,13 +1,12 @@
 """How a layer that computes attention in its own code becomes one that asks for top-k attention.
 
-The layer remains the same module, with its weights, hooks and names. Only its class changes, to a subclass whose code
-hands queries, keys and values to the attention function of this library instead of computing scores. While the
-configuration names another attention, the original code runs.
+The layer remains the same module. Only its class changes, to a subclass whose code hands queries, keys and values to
+the attention function of this library instead of computing scores. While the configuration names another attention, the
+original code runs.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,20 +17,13 @@ from ..masks import CompactMask
 from ..position_bias import TableBias
 from ..settings import NAME
 from ..sites import full_name_of, own_forward
+from ..subclasses import Subclassed, subclass_of
 
 _LENT = "_topk_attention_lent_config"
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Subclassed):
     """What the classes of adapted layers have in common; the other base is the original class."""
-
-    topk_adapter: Any
-    topk_former_class: Any
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not _adapted_class(self.topk_adapter, self.topk_former_class):
-            return super().__reduce_ex__(protocol)
-        return _empty, (self.topk_adapter, self.topk_former_class), self.__dict__.copy()
 
     def runs_topk(self) -> bool:
         """Whether the configuration names top-k attention now."""
@@ -43,18 +35,6 @@ class AdaptedLayer(nn.Module):
         """What this layer has that its adapter does not compute; None where there is nothing."""
         del layer
         return None
-
-
-@cache
-def _adapted_class(adapter: Any, former_class: Any) -> Any:
-    own = {"topk_adapter": adapter, "topk_former_class": former_class, "__module__": former_class.__module__}
-    return type(f"TopK{former_class.__name__}", (adapter, former_class), own)
-
-
-def _empty(adapter: Any, former_class: Any) -> Any:
-    """An adapted layer without its state: its class cannot be found by its name."""
-    adapted = _adapted_class(adapter, former_class)
-    return adapted.__new__(adapted)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -80,7 +60,7 @@ def adapt(module: Any, adapter: Any, config: Any) -> None:
     if is_adapted(module):
         return
     former_class: Any = type(module)
-    module.__class__ = _adapted_class(adapter, former_class)
+    module.__class__ = subclass_of(adapter, former_class)
     if getattr(module, "config", None) is None:
         module.config = config
         setattr(module, _LENT, True)
@@ -94,6 +74,11 @@ def give_back(module: Any) -> None:
     if hasattr(module, _LENT):
         del module.config
         delattr(module, _LENT)
+
+
+def heads_of(x: Tensor, num_heads: int) -> Tensor:
+    """[..., tokens, H * D] as [..., H, tokens, D]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
 
 
 def attend(

@@ -51,8 +51,6 @@ def attend_in_chunks(
 
 def _rows_of(mask: CompactMask | Tensor | None, queries: range) -> Tensor | None:
     """What these queries may see."""
-    from transformers.masking_utils import bidirectional_mask_function
-
     if isinstance(mask, CompactMask):
-        return mask.key_padding() if mask.mask_function is bidirectional_mask_function else mask.dense(queries)
+        return mask.key_padding() if mask.is_bidirectional else mask.dense(queries)
     return mask if mask is None or mask.shape[2] == 1 else mask[:, :, queries.start : queries.stop]

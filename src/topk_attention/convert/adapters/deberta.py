@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import AdaptedLayer, attend
+from .adapter import AdaptedLayer, attend, heads_of
 from .chunks import attend_in_chunks
 
 
@@ -43,7 +43,7 @@ class DebertaV2Attention(AdaptedLayer):
                 f"got {queries_from.shape[1]}; call topk_attention.unconvert(model) first"
             )
         query, key, value = (
-            self._of_heads(projection(x))
+            heads_of(projection(x), self.num_attention_heads)
             for projection, x in (
                 (self.query_proj, queries_from),
                 (self.key_proj, hidden_states),
@@ -65,11 +65,6 @@ class DebertaV2Attention(AdaptedLayer):
             output = attend(self, query, key, value, mask, **options)
         return output.flatten(2), None
 
-    def _of_heads(self: Any, x: Tensor) -> Tensor:
-        """[..., tokens, H * D] as [..., H, tokens, D]."""
-        heads: Tensor = x.unflatten(-1, (self.num_attention_heads, -1)).transpose(-2, -3)
-        return heads
-
 
 class _Bias:
     """What positions add to the scores of a call.
@@ -84,14 +79,14 @@ class _Bias:
     def __init__(
         self, layer: Any, query: Tensor, key: Tensor, positions: Tensor, kinds: list[str], scaling: float
     ) -> None:
-        self.length = query.shape[2]
+        num_heads, self.length = query.shape[1:3]
         self.of_queries = self.of_keys = None
         if "c2p" in kinds:
             projection = layer.key_proj if layer.share_att_key else layer.pos_key_proj
-            self.of_queries = query @ (layer._of_heads(projection(positions)) * scaling).mT
+            self.of_queries = query @ (heads_of(projection(positions), num_heads) * scaling).mT
         if "p2c" in kinds:
             projection = layer.query_proj if layer.share_att_key else layer.pos_query_proj
-            self.of_keys = (layer._of_heads(projection(positions)) * scaling) @ key.mT
+            self.of_keys = (heads_of(projection(positions), num_heads) * scaling) @ key.mT
         distance = torch.arange(1 - self.length, self.length, device=query.device)
         if layer.position_buckets > 0:
             in_buckets = sys.modules[layer.topk_former_class.__module__].make_log_bucket_position

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapter import AdaptedLayer, attend
+from .adapter import AdaptedLayer, attend, heads_of
 from .chunks import attend_in_chunks
 
 
@@ -47,7 +47,7 @@ class LayoutLMv3Attention(AdaptedLayer):
         if not self.runs_topk():
             return super().forward(hidden_states, attention_mask, rel_pos, rel_2d_pos, **kwargs)
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            heads_of(projection(hidden_states), self.num_attention_heads)
             for projection in (self.query, self.key, self.value)
         )
         axes: Sequence[_Positions] = ()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...functional import BucketedBias
 from ..position_bias import TableBias
-from .adapter import AdaptedLayer, attend
+from .adapter import AdaptedLayer, attend, heads_of
 
 
 class MPNetAttention(AdaptedLayer):
@@ -25,8 +25,7 @@ class MPNetAttention(AdaptedLayer):
         if not self.runs_topk():
             return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for projection in (self.q, self.k, self.v)
+            heads_of(projection(hidden_states), self.num_attention_heads) for projection in (self.q, self.k, self.v)
         )
         output = attend(
             self,

@@ -21,6 +21,7 @@ from .operators import (
     TopKBackwardInputs,
     TopKInputs,
     empty_attention_gradients,
+    empty_topk_results,
     gradient_of_sinks,
     is_transformed,
     needs_gradient,
@@ -130,15 +131,11 @@ def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, sinks, seed
     key_sum, _, _, head_k, is_causal, scale, _, rest_lift, *_ = inputs
     save_selection = inputs[-1]
     dtype = accumulation_dtype(query.dtype)
-    num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
     visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
     shape = visible.saved_sums_shape(key_sum is not None) if save_selection and query.numel() > 0 else None
     dims = ((key.shape[3],), (value.shape[3],), (key.shape[3], value.shape[3]))
     return (
-        empty_output(query, value),
-        query.new_empty(num_entries, dtype=torch.int32),
-        query.new_empty(num_entries, dtype=dtype),
-        query.new_empty(query.shape[:3] if sinks is not None and save_selection else (0,), dtype=dtype),
+        *empty_topk_results(query, value, sinks, head_k, save_selection),
         query.new_empty(query.shape[:3], dtype=dtype),
         query.new_empty(query.shape[:3], dtype=torch.int32),
         *(query.new_empty(0 if shape is None else (*shape, *dim), dtype=dtype) for dim in dims),

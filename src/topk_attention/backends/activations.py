@@ -82,20 +82,14 @@ NO_CUT = Cut()
 
 def gated(values: Tensor, gates: Tensor, activation: str, cut: Cut) -> Tensor:
     """The hidden layer of a gated network, from its pre-activations; the argument itself is never returned."""
-    if cut.limit is not None:
-        values, gates = values.clamp(-cut.limit, cut.limit), gates.clamp(max=cut.limit)
-    if cut.offset:
-        values = values + cut.offset
+    values, gates = _cut(values, gates, cut)
     return activate(gates, activation) * values
 
 
 def gated_backward(grad: Tensor, values: Tensor, gates: Tensor, activation: str, cut: Cut) -> tuple[Tensor, Tensor]:
     """The gradients with respect to `values` and `gates`, given the gradient with respect to `gated`."""
     uncut_values, uncut_gates = values, gates
-    if cut.limit is not None:
-        values, gates = values.clamp(-cut.limit, cut.limit), gates.clamp(max=cut.limit)
-    if cut.offset:
-        values = values + cut.offset
+    values, gates = _cut(values, gates, cut)
     grad_values = grad * activate(gates, activation)
     grad_gates = activate_backward(grad * values, gates, activation)
     if cut.limit is not None:
@@ -103,3 +97,11 @@ def gated_backward(grad: Tensor, values: Tensor, gates: Tensor, activation: str,
         grad_values = torch.where(uncut_values.abs() > cut.limit, 0, grad_values)
         grad_gates = torch.where(uncut_gates > cut.limit, 0, grad_gates)
     return grad_values, grad_gates
+
+
+def _cut(values: Tensor, gates: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    if cut.limit is not None:
+        values, gates = values.clamp(-cut.limit, cut.limit), gates.clamp(max=cut.limit)
+    if cut.offset:
+        values = values + cut.offset
+    return values, gates

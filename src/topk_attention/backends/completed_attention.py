@@ -21,6 +21,7 @@ from .operators import (
     TopKBackwardInputs,
     TopKInputs,
     empty_attention_gradients,
+    empty_topk_results,
     gradient_of_sinks,
     is_transformed,
     needs_gradient,
@@ -43,7 +44,9 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     wants_gradient = needs_gradient(*call.differentiable())
     save_selection = call.return_selection or wants_gradient
     # An operator written in Python takes 0.1 ms a call. It is needed for gradients, compiled code and torch.func alone.
-    run = completed_attention_op if wants_gradient or is_transformed() else _without_operator(call, backend)
+    run: Callable[..., tuple[Tensor, ...]] = completed_attention_op
+    if not wants_gradient and not is_transformed():
+        run = partial(_forward, cpu.index_inputs(call) if backend == "cpu" else None)
     output, indices, weights, *_ = run(
         *(call.query, call.key, value, call.attn_mask, call.bias, call.relative_bias, call.mass_scale, call.sinks),
         *(call.seed, *sums, call.head_k, call.is_causal, call.scale, call.dropout_p, call.rest_lift),
@@ -56,13 +59,8 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None,
     return output, padded(indices, call, call.head_k, -1), padded(weights, call, call.head_k, 0)
 
 
-def _without_operator(call: AttentionCall, backend: str) -> Callable[..., tuple[Tensor, ...]]:
-    if backend != "cpu":
-        return _forward
-    return partial(_complete, partial(cpu.completed_forward, index=cpu.index_inputs(call)))
-
-
 def _forward(
+    index: tuple[Tensor | int | bool, ...] | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,37 +88,9 @@ def _forward(
 
     The selection, indices int32 and weights, is empty unless it is asked for. So are the sums, and where the backward
     pass sums anew: `VisibleKeys.saved_sums_shape`.
+
+    index  what "cpu" reads of an index of the keys; None for other backends, and in the operator
     """
-    tensors = (query, key, value, attn_mask, bias, relative_bias, mass_scale, sinks, seed)
-    sums = (key_sum, value_sum, product_sum)
-    options: Any = (head_k, is_causal, scale, dropout_p, rest_lift, query_chunk_size, backend, save_selection)
-    return _complete(_BACKENDS[backend].completed_forward, *tensors, *sums, *options)
-
-
-def _complete(
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    bias: Tensor | None,
-    relative_bias: Tensor | None,
-    mass_scale: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    key_sum: Tensor | None,
-    value_sum: Tensor | None,
-    product_sum: Tensor | None,
-    head_k: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    rest_lift: float,
-    query_chunk_size: int | None,
-    backend: str,
-    save_selection: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_forward` by this function of the backend."""
     dtype = accumulation_dtype(query.dtype)
     saves_sums = sinks is not None and save_selection
     no_sums = (query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype))
@@ -143,7 +113,8 @@ def _complete(
         relative_bias = relative_bias.to(visible.dtype)
     tensors = (query, key, value, attn_mask, bias, relative_bias, sinks, seed)
     inputs = TopKInputs(*tensors, head_k, is_causal, scale, 0.0, dropout_p)
-    results = forward(inputs, query_chunk_size, save_selection, rest)
+    of_index = () if index is None else (index,)
+    results = _BACKENDS[backend].completed_forward(inputs, query_chunk_size, save_selection, rest, *of_index)
     if not save_selection or visible.saved_sums_shape(totals is not None) is None:
         return *results, *no_sums
     assert rest.products is not None
@@ -151,7 +122,7 @@ def _complete(
 
 
 completed_attention_op = torch.library.custom_op(
-    "topk_attention::completed_attention", without_autocast(_forward), mutates_args=()
+    "topk_attention::completed_attention", without_autocast(partial(_forward, None)), mutates_args=()
 )
 
 
@@ -160,15 +131,11 @@ def _(query, key, value, attn_mask, bias, relative_bias, mass_scale, sinks, seed
     key_sum, _, _, head_k, is_causal, scale, _, rest_lift, *_ = inputs
     save_selection = inputs[-1]
     dtype = accumulation_dtype(query.dtype)
-    num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
     visible = VisibleKeys(query, key, value, attn_mask, bias, relative_bias, is_causal, scale, rest_lift)
     shape = visible.saved_sums_shape(key_sum is not None) if save_selection and query.numel() > 0 else None
     dims = ((key.shape[3],), (value.shape[3],), (key.shape[3], value.shape[3]))
     return (
-        empty_output(query, value),
-        query.new_empty(num_entries, dtype=torch.int32),
-        query.new_empty(num_entries, dtype=dtype),
-        query.new_empty(query.shape[:3] if sinks is not None and save_selection else (0,), dtype=dtype),
+        *empty_topk_results(query, value, sinks, head_k, save_selection),
         query.new_empty(query.shape[:3], dtype=dtype),
         query.new_empty(query.shape[:3], dtype=torch.int32),
         *(query.new_empty(0 if shape is None else (*shape, *dim), dtype=dtype) for dim in dims),

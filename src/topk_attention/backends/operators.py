@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import AttentionCall
+from .calls import AttentionCall, accumulation_dtype, empty_output
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -295,6 +295,20 @@ def gradient_of_sinks(sinks: Tensor | None, log_sums: Tensor, mean_grads: Tensor
     # In float64: rows may nearly cancel one another.
     weights = (sinks.double().unsqueeze(1) - log_sums).exp()
     return -(weights * mean_grads).sum((0, 2)).to(sinks.dtype)
+
+
+def empty_topk_results(
+    query: Tensor, value: Tensor, sinks: Tensor | None, head_k: Sequence[int], save_selection: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors like those that operators with `TopKInputs` return."""
+    dtype = accumulation_dtype(query.dtype)
+    num_entries = query.shape[0] * query.shape[2] * sum(head_k) if save_selection else 0
+    return (
+        empty_output(query, value),
+        query.new_empty(num_entries, dtype=torch.int32),
+        query.new_empty(num_entries, dtype=dtype),
+        query.new_empty(query.shape[:3] if sinks is not None and save_selection else (0,), dtype=dtype),
+    )
 
 
 def empty_attention_gradients(

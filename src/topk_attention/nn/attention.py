@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -38,6 +38,9 @@ class TopKAttention(nn.Module):
     torch.Size([2, 100, 64])
     """
 
+    sinks: Tensor | None
+    mass_scale: float | Sequence[float] | Tensor
+
     def __init__(
         self,
         query_projection: nn.Module,
@@ -71,10 +74,7 @@ class TopKAttention(nn.Module):
         self.is_causal = is_causal
         self.dropout_p = dropout_p
         self.scale = scale
-        if isinstance(sinks, Tensor) and not isinstance(sinks, nn.Parameter):
-            self.register_buffer("sinks", sinks)
-        else:
-            self.sinks = sinks
+        self._hold("sinks", sinks)
         self.softcap = softcap
         self.backend = backend
         self.query_chunk_size = query_chunk_size
@@ -82,10 +82,14 @@ class TopKAttention(nn.Module):
         if completion is not None:
             check_completion("completion", completion, num_heads)
             self._lift = completion.lift
-            if isinstance(completion.mass_scale, Tensor) and not isinstance(completion.mass_scale, nn.Parameter):
-                self.register_buffer("mass_scale", completion.mass_scale)
-            else:
-                self.mass_scale = completion.mass_scale
+            self._hold("mass_scale", completion.mass_scale)
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Set an attribute: a tensor that is no parameter becomes a buffer."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
 
     @property
     def completion(self) -> Completion | None:

@@ -71,6 +71,22 @@ def topk_network(
     else:
         return _made_network(x, part_in, part_out, part_gate, gate_rows, stand_in, options)
     b_in, b_out, b_gate = part_in.bias, part_out.bias, None if part_gate is None else part_gate.bias
+    return _network_of(x, w_in, w_out, w_gate, b_in, b_out, b_gate, gate_rows, stand_in, options)
+
+
+def _network_of(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    b_gate: Tensor | None,
+    gate_rows: Literal["first", "last"] | None,
+    stand_in: StandIn | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The top-k network of these matrices, of which the first may hold the gate's rows too."""
     if w_out.dtype != w_in.dtype:  # T5 keeps its last layer in float32
         dtype = torch.promote_types(w_in.dtype, w_out.dtype)
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
@@ -124,14 +140,7 @@ def _made_network(
         w_gate = None if part_gate is None else _wide_rows(made, part_gate, ranks_in, 0)
         w_out = _long_columns(made, part_out)
         b_in, b_gate = part_in.bias, None if part_gate is None else part_gate.bias
-        if w_out.dtype != w_in.dtype:  # T5 keeps its last layer in float32
-            dtype = torch.promote_types(w_in.dtype, w_out.dtype)
-            wide, w_in, w_out = wide.to(dtype), w_in.to(dtype), w_out.to(dtype)
-            w_gate, b_in, b_gate = (None if t is None else t.to(dtype) for t in (w_gate, b_in, b_gate))
-        if gate_rows is not None:
-            w_gate, w_in = halves(w_in, gate_rows)
-            b_gate, b_in = (None, None) if b_in is None else halves(b_in, gate_rows)
-        long = topk_feed_forward(wide, w_in, w_out, w_gate=w_gate, b_in=b_in, b_gate=b_gate, **options)
+        long = _network_of(wide, w_in, w_out, w_gate, b_in, None, b_gate, gate_rows, None, options)
     ranks = [adapter.down.shape[0] for adapter in part_out.adapters]
     output, *lows = long.split([long.shape[-1] - sum(ranks), *ranks], dim=-1)
     for low, adapter in zip(lows, part_out.adapters, strict=True):
@@ -142,10 +151,8 @@ def _made_network(
     if part_out.bias is not None:
         output = output + part_out.bias.to(output.dtype)
     k, num_neurons = options["k"], w_out.shape[1]
-    if stand_in is not None and k is not None and k < num_neurons:
-        stand_in = stand_in.to(output.dtype)
-        output = stand_in.added_to(output, x.to(output.dtype)) + stand_in.bias
-    return output
+    keeps_all = k is None or k >= num_neurons
+    return output if stand_in is None or keeps_all else _with_stand_in(output, x, stand_in)
 
 
 def _wide_rows(made: MadeWeights, part: LinearParts, zeros_before: int, zeros_after: int) -> Tensor:
@@ -215,8 +222,10 @@ def _called_network(
     if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         hidden = hidden.to(weight.dtype)  # T5 keeps its last layer in float32
     output: Tensor = linear_out(hidden)
-    if stand_in is None:
-        return output
+    return output if stand_in is None else _with_stand_in(output, x, stand_in)
+
+
+def _with_stand_in(output: Tensor, x: Tensor, stand_in: StandIn) -> Tensor:
     stand_in = stand_in.to(output.dtype)
     return stand_in.added_to(output, x.to(output.dtype)) + stand_in.bias
 

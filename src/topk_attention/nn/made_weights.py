@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.autocast import autocast_off, in_autocast_dtype
+from ..backends.operators import is_transformed
 
 
 class _Made(NamedTuple):
@@ -96,12 +97,7 @@ class MadeWeights:
     def _is_active() -> bool:
         """Not in code that is compiled or traced, which decides itself what it computes again, nor under torch.func,
         which has no such hooks."""
-        return (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch._C._len_torch_dispatch_stack() == 0
-        )
+        return torch.is_grad_enabled() and not is_transformed() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _check_version(tensor: Tensor, version: int) -> None:

@@ -134,14 +134,14 @@ class StoredCache:
             )
         try:
             form = RowFormat.of(key, value)
-            if rows is not None and form != rows.form and not any(self._lengths.values()):
+            if rows is not None and form != rows.form:
+                if any(self._lengths.values()):
+                    raise ValueError(
+                        f"the cache in {self.folder} holds {rows.form} of layer {layer}, got {form}; give an empty "
+                        "folder for another batch, model or dtype"
+                    )
                 self._forget_rows()
                 rows = None
-            if rows is not None and form != rows.form:
-                raise ValueError(
-                    f"the cache in {self.folder} holds {rows.form} of layer {layer}, got {form}; give an empty folder "
-                    "for another batch, model or dtype"
-                )
             if length == max(self._lengths.values()):
                 self._begin_pass(length + num_new)
             if length < self._committed:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..calls import AttentionCall, RestGradients, RestInputs, accumulation_dtype, empty_output
+from ..calls import AttentionCall, RestGradients, RestInputs, empty_output
 from ..dropout import keep_mask
 from ..operators import (
     AttentionGradients,
@@ -18,6 +18,7 @@ from ..operators import (
     TopKInputs,
     differentiate_topk_attention,
     empty_attention_gradients,
+    empty_topk_results,
     refuse_second_derivatives,
     run_topk_attention,
     save_topk_attention,
@@ -158,17 +159,7 @@ def completed_forward(
 
 @topk_attention_op.register_fake
 def _(query, key, value, attn_mask, bias, relative_bias, sinks, seed, head_k, *options) -> tuple[Tensor, ...]:
-    batch, _, num_queries, _ = query.shape
-    save_selection = options[-1]
-    num_saved = num_entries(head_k, batch, num_queries) if save_selection else 0
-    return (
-        empty_output(query, value),
-        query.new_empty(num_saved, dtype=torch.int32),
-        query.new_empty(num_saved, dtype=accumulation_dtype(query.dtype)),
-        query.new_empty(
-            query.shape[:3] if sinks is not None and save_selection else (0,), dtype=accumulation_dtype(query.dtype)
-        ),
-    )
+    return empty_topk_results(query, value, sinks, head_k, options[-1])
 
 
 @torch.library.custom_op("topk_attention::chunked_topk_attention_backward", mutates_args=())
@@ -351,9 +342,7 @@ class _Chosen(NamedTuple):
     saved_indices: Tensor  # [rows, k], -1 in empty slots
     scores: Tensor  # [rows, k], -inf in empty slots
     weights: Tensor  # [rows, k], 0 in empty slots
-    log_sums: (
-        Tensor | None
-    )  # [rows, 1], of exp(score) with the row's sink, inf in rows without keys; None without sinks
+    log_sums: Tensor | None  # [rows, 1], of exp(score) and the sink, inf in rows without keys; None without sinks
     empty_slots: Tensor | None  # [rows, k], None where every slot of the step is filled
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, KeySums, RestGradients, RestInputs, accumulation_dtype, empty_output
+from ..calls import AttentionCall, KeySums, RestGradients, RestInputs, accumulation_dtype
 from ..operators import (
     AttentionGradients,
     TopKBackwardInputs,
     TopKInputs,
     differentiate_topk_attention,
+    empty_topk_results,
     is_transformed,
     needs_gradient,
     refuse_second_derivatives,
@@ -153,14 +154,7 @@ def _(*inputs):
 
 
 def _empty_forward(inputs, save_selection):
-    query, dtype = inputs.query, accumulation_dtype(inputs.query.dtype)
-    num_entries = query.shape[0] * query.shape[2] * sum(inputs.head_k) if save_selection else 0
-    return (
-        empty_output(query, inputs.value),
-        query.new_empty(num_entries, dtype=torch.int32),
-        query.new_empty(num_entries, dtype=dtype),
-        query.new_empty(query.shape[:3] if save_selection and inputs.sinks is not None else (0,), dtype=dtype),
-    )
+    return empty_topk_results(inputs.query, inputs.value, inputs.sinks, inputs.head_k, save_selection)
 
 
 @torch.library.register_fake(_BACKWARD)

@@ -90,7 +90,9 @@ def check(model_type: str, seed: int = 0) -> str:
         _assert_name_is_refused(model)
         return "refused"
     assert report.replaced
-    _assert_equal(results(model, inputs), expected)
+    # With sinks all keys are attended to by code of ours, which adds up in another order.
+    has_sinks = any(getattr(module, "sinks", None) is not None for module in model.modules())
+    _assert_equal(results(model, inputs), expected, atol=2e-6 if has_sinks else 1e-6)
     _assert_generates_as_before(model_type, seed, options)
 
     has_attention = any(entry.kind == "attention" for entry in report.replaced)
@@ -148,8 +150,8 @@ def _implementations(model: Any) -> list[str]:
     return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
 
 
-def _assert_equal(actual: Any, expected: Any, *, exact: bool = False) -> None:
-    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 2e-6}  # float32; sums in another order
+def _assert_equal(actual: Any, expected: Any, *, exact: bool = False, atol: float = 1e-6) -> None:
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": atol}
     assert len(actual[0]) == len(expected[0])
     for number, (x, y) in enumerate(zip(actual[0], expected[0], strict=True)):
         torch.testing.assert_close(x, y, equal_nan=True, msg=lambda m, n=number: f"output {n}: {m}", **tolerance)

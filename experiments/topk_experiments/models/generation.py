@@ -33,7 +33,8 @@ def why_no_cache(kind: str) -> str | None:
             found = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:  # of the package around it
             found = False
-        return None if found else f"the package {package} is not installed"
+        if not found:
+            return f"the package {package} is not installed; pip install --no-deps -r requirements-generation.txt"
     return None
 
 

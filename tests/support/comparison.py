@@ -99,12 +99,12 @@ def output_and_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> l
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(output.dtype))]
 
 
-def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal to the rounding of float64, tensor by tensor, NaN to NaN."""
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], case: str = "") -> None:
+    """Equal to the rounding of float64, tensor by tensor, NaN to NaN; `case` begins the message."""
     assert len(actual) == len(expected)
     for position, (a, b) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(
-            a, b, **FLOAT64_TOLERANCE, equal_nan=True, msg=lambda words, position=position: f"[{position}] {words}"
+            a, b, **FLOAT64_TOLERANCE, equal_nan=True, msg=lambda words, at=position: f"{case}[{at}] {words}"
         )
 
 

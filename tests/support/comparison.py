@@ -116,13 +116,15 @@ def largest_errors(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
     return torch.tensor([errors[0], max(errors[1:])])
 
 
-def assert_within_measured_allowance(errors: Tensor, reference_errors: Tensor, dtype: torch.dtype) -> None:
+def assert_within_measured_allowance(
+    errors: Tensor, reference_errors: Tensor, dtype: torch.dtype, case: str = ""
+) -> None:
     """As close to float64 as twice what the reference manages in the same dtype, and one rounding.
 
     errors, reference_errors  [draws, 2], from `largest_errors`; the worst draw counts, as a single one may be lucky
     """
     error, allowance = errors.amax(0), 2 * reference_errors.amax(0) + torch.finfo(dtype).eps
-    assert (error <= allowance).all(), f"errors {error.tolist()} above {allowance.tolist()}"
+    assert (error <= allowance).all(), f"{case} errors {error.tolist()} above {allowance.tolist()}"
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def test_low_precision_is_as_close_to_float64_as_the_reference(cpu_targets, head
         for target in cpu_targets:
             with cpu.forced_cpu_target(target):
                 errors[target].append(largest_errors(output_and_gradients(attend("cpu"), *inputs), truth))
-    for of_target in errors.values():
-        assert_within_measured_allowance(torch.stack(of_target), torch.stack(reference_errors), dtype)
+    for target, of_target in errors.items():
+        assert_within_measured_allowance(torch.stack(of_target), torch.stack(reference_errors), dtype, target)
 
 
 def test_the_largest_and_smallest_numbers_of_float16_survive(cpu_target):

@@ -1,5 +1,6 @@
 """Fixtures that tests of all layers share."""
 
+import functools
 import importlib
 import os
 import sys
@@ -26,6 +27,15 @@ class ScoredTile(NamedTuple):
 def _one_thread():
     # Inputs of a few rows gain nothing from a second thread and wait 8 ms for it whenever the machine is busy.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sources_parsed_once():
+    # Each record has a hash of all code, which takes half a second; what a source says depends on the source alone.
+    environment = importlib.import_module("topk_attention.environment")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "_code_of", functools.cache(environment._code_of))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -42,20 +42,17 @@ class BuildKernels(build_ext):
             more = flags_of(Path(src).stem) if Path(src).parent.name == "kernels" else []
             compile_one(obj, src, ext, cc_args, [*extra_postargs, *more], pp_opts)
 
-        def compile_at_once(*args, **options):
-            pool = ThreadPoolExecutor(jobs())  # of threads that wait for compilers
-            started = []
-            self.compiler._compile = lambda *job: started.append(pool.submit(compile_with_flags, *job))
-            try:
-                objects = compile_all(*args, **options)
-                for job in started:
-                    job.result()  # raises what was raised
-            finally:
-                pool.shutdown(cancel_futures=True)
-                self.compiler._compile = compile_one
+        def compile_side_by_side(*args, **options):
+            waiting = []
+            self.compiler._compile = lambda *job: waiting.append(job)
+            objects = compile_all(*args, **options)
+            # Threads wait for compilers. The kernels, which take longest, come after the other sources: they begin.
+            with ThreadPoolExecutor(jobs()) as pool:
+                for _ in pool.map(lambda job: compile_with_flags(*job), reversed(waiting)):
+                    pass  # an error is raised here, and what has not begun is left
             return objects
 
-        self.compiler.compile = compile_at_once
+        self.compiler.compile = compile_side_by_side
         super().build_extension(ext)
 
     def knows_flags(self, flags: list[str]) -> bool:

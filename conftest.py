@@ -18,6 +18,24 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what would be the same test again: nothing but the chunked backend is cut into tiles.
+
+    What the compiled kernels do not compute is computed by the chunked backend, so they need no small tiles either.
+    """
+    twice = {item for item in items if _is_cut_in_vain(getattr(item, "callspec", None))}
+    if twice:
+        config.hook.pytest_deselected(items=[item for item in items if item in twice])
+        items[:] = [item for item in items if item not in twice]
+
+
+def _is_cut_in_vain(callspec):
+    if callspec is None or callspec.params.get("tiling") != "small_tiles":
+        return False
+    backends = [callspec.params[name] for name in ("backend", "fast_backend") if name in callspec.params]
+    return backends != [] and "chunked" not in backends
+
+
 class ScoredTile(NamedTuple):
     step: tiles.Step
     keys: range

@@ -1,5 +1,6 @@
 """Fixtures that tests of all layers share."""
 
+import functools
 import importlib
 import os
 import sys
@@ -17,6 +18,24 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what would be the same test again: nothing but the chunked backend is cut into tiles.
+
+    What the compiled kernels do not compute is computed by the chunked backend, so they need no small tiles either.
+    """
+    twice = {item for item in items if _is_cut_in_vain(getattr(item, "callspec", None))}
+    if twice:
+        config.hook.pytest_deselected(items=[item for item in items if item in twice])
+        items[:] = [item for item in items if item not in twice]
+
+
+def _is_cut_in_vain(callspec):
+    if callspec is None or callspec.params.get("tiling") != "small_tiles":
+        return False
+    backends = [callspec.params[name] for name in ("backend", "fast_backend") if name in callspec.params]
+    return backends != [] and "chunked" not in backends
+
+
 class ScoredTile(NamedTuple):
     step: tiles.Step
     keys: range
@@ -28,9 +47,21 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _sources_parsed_once():
+    # Each record has a hash of all code, which takes half a second; what a source says depends on the source alone.
+    environment = importlib.import_module("topk_attention.environment")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "_code_of", functools.cache(environment._code_of))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order():
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # which would write down the whole stack three times, for devices that are not there: half a millisecond
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Builds the CPU kernels in csrc/; everything else about the package is in pyproject.toml.
 
+The sources are compiled side by side, as many as there are cores or as MAX_JOBS says; MAX_JOBS=1 saves memory.
+
 Without torch at build time, or without a working compiler, the package installs without kernels and runs in plain
 PyTorch. Set TOPK_ATTENTION_KERNELS=required to make that an error, or =off to build no kernels.
 """
@@ -8,6 +10,7 @@ import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,13 +36,23 @@ class BuildKernels(build_ext):
                 print(f"topk_attention: no kernels for {name}, the compiler does not know its flags", file=sys.stderr)
                 ext.sources.remove(source)
                 ext.define_macros.append((f"TOPK_WITHOUT_{name.upper()}", None))
-        compile_one = self.compiler._compile
+        compile_all, compile_one = self.compiler.compile, self.compiler._compile
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
             more = flags_of(Path(src).stem) if Path(src).parent.name == "kernels" else []
             compile_one(obj, src, ext, cc_args, [*extra_postargs, *more], pp_opts)
 
-        self.compiler._compile = compile_with_flags
+        def compile_side_by_side(*args, **options):
+            waiting = []
+            self.compiler._compile = lambda *job: waiting.append(job)
+            objects = compile_all(*args, **options)
+            # Threads wait for compilers. The kernels, which take longest, come after the other sources: they begin.
+            with ThreadPoolExecutor(jobs()) as pool:
+                for _ in pool.map(lambda job: compile_with_flags(*job), reversed(waiting)):
+                    pass  # an error is raised here, and what has not begun is left
+            return objects
+
+        self.compiler.compile = compile_side_by_side
         super().build_extension(ext)
 
     def knows_flags(self, flags: list[str]) -> bool:
@@ -51,6 +64,12 @@ class BuildKernels(build_ext):
             except CompileError:
                 return False
         return True
+
+
+def jobs() -> int:
+    """How many sources are compiled at the same time: MAX_JOBS, as for PyTorch's own extensions, or one per core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(os.environ.get("MAX_JOBS") or cores))
 
 
 def targets() -> list[str]:

@@ -79,20 +79,20 @@ def test_topk_attention_without_a_saved_selection_is_a_proper_operator(case):
     torch.library.opcheck(attention.topk_attention_op, arguments)
 
 
-WANTED = pytest.mark.parametrize(
-    "wanted",
-    [
-        [True] * 4,
-        [True, False, False, False],
-        [False, True, False, False],
-        [False, False, True, False],
-        [False, False, False, True],
-    ],
-)
+ALL = [True] * 4
+ALONE = [[number == wanted for number in range(4)] for wanted in range(4)]
 
 
-@CASES
-@WANTED
+def backward_cases(cases):
+    """Every case with all gradients, and each gradient alone where everything has a part."""
+    pairs = [*((case, ALL) for case in cases), *(("everything", wanted) for wanted in ALONE)]
+    return pytest.mark.parametrize(("case", "wanted"), pairs)
+
+
+BACKWARD_CASES = backward_cases(CASES.args[1])
+
+
+@BACKWARD_CASES
 def test_topk_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     query, key, value, _, bias, relative_bias, _, seed = tensors
@@ -111,8 +111,7 @@ def test_chunked_full_attention_is_a_proper_operator(case, requires_grad):
     torch.library.opcheck(chunked_full_attention.full_attention_op, (*attention_tensors(case, requires_grad), *options))
 
 
-@CASES
-@WANTED
+@BACKWARD_CASES
 def test_chunked_full_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     _, *options = topk_options(case)
@@ -152,8 +151,7 @@ def test_full_attention_is_a_proper_operator(case, requires_grad):
     check_operator(full_attention.full_attention_op, arguments, case)
 
 
-@FULL_CASES
-@WANTED
+@backward_cases(FULL_CASES.args[1])
 def test_full_attention_backward_is_a_proper_operator(case, wanted):
     arguments = full_arguments(case, False)
     output, *saved = full_attention.full_attention_op(*arguments)
@@ -172,8 +170,7 @@ def test_cpu_attention_is_a_proper_operator(case, requires_grad, save_selection)
 
 
 @pytest.mark.usefixtures("kernels")
-@CASES
-@WANTED
+@BACKWARD_CASES
 def test_cpu_attention_backward_is_a_proper_operator(case, wanted):
     tensors = attention_tensors(case, False)
     query, key, value, _, bias, relative_bias, _, seed = tensors

@@ -17,30 +17,32 @@ FEWEST_CONVERTED, FEWEST_REFUSED = 120, 25
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """For each model type: "converted", "refused", or what was raised."""
+    """For each model type: "converted" or "refused", or the kind of what was raised and its words.
+
+    Not the exceptions: their tracebacks would hold every model that could not be made small, several GiB.
+    """
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many families' own code
         for model_type in model_types():
             try:
-                found[model_type] = check(model_type)
+                found[model_type] = check(model_type), ""
+            except NotBuiltError as error:
+                found[model_type] = "not built", str(error)
             except Exception as error:
-                found[model_type] = error
+                found[model_type] = "failed", f"{type(error).__name__}: {error}"
     return found
 
 
 def test_a_converted_model_of_any_type_is_the_original_with_every_key_kept(outcomes):
-    failed = {
-        name: f"{type(outcome).__name__}: {outcome}"
-        for name, outcome in outcomes.items()
-        if isinstance(outcome, Exception) and not isinstance(outcome, NotBuiltError)
-    }
-    assert not failed, "\n".join(f"{name}: {words}" for name, words in failed.items())
+    failed = [f"{name}: {words}" for name, (outcome, words) in outcomes.items() if outcome == "failed"]
+    assert not failed, "\n".join(failed)
 
 
 def test_the_fuzz_reaches_many_types_and_says_why_it_leaves_the_others_out(outcomes):
-    assert list(outcomes.values()).count("converted") >= FEWEST_CONVERTED
-    assert list(outcomes.values()).count("refused") >= FEWEST_REFUSED
-    left_out = {name: str(outcome) for name, outcome in outcomes.items() if isinstance(outcome, NotBuiltError)}
+    reached = [outcome for outcome, _ in outcomes.values()]
+    assert reached.count("converted") >= FEWEST_CONVERTED
+    assert reached.count("refused") >= FEWEST_REFUSED
+    left_out = {name: words for name, (outcome, words) in outcomes.items() if outcome == "not built"}
     assert all(left_out.values())
     print("\n".join(f"{name}: {reason}" for name, reason in left_out.items()))

@@ -28,7 +28,7 @@ def test_one_seed_drops_the_same_weights_as_in_the_reference(tiled_backend, name
 @K_OR_NONE
 @pytest.mark.parametrize("query_chunk_size", [1, 3])
 @pytest.mark.parametrize("name", CALL_NAMES)
-def test_one_seed_drops_the_same_weights_in_chunks(tiling, name, query_chunk_size, options):
+def test_one_seed_drops_the_same_weights_in_chunks(name, query_chunk_size, options):
     call = named_call(name)
     options = {"dropout_p": 0.4, **options}
     actual = run_with_seed(call, 11, backend="chunked", query_chunk_size=query_chunk_size, **options)

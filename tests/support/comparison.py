@@ -99,12 +99,12 @@ def output_and_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> l
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(output.dtype))]
 
 
-def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal to the rounding of float64, tensor by tensor, NaN to NaN."""
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], case: str = "") -> None:
+    """Equal to the rounding of float64, tensor by tensor, NaN to NaN; `case` begins the message."""
     assert len(actual) == len(expected)
     for position, (a, b) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(
-            a, b, **FLOAT64_TOLERANCE, equal_nan=True, msg=lambda words, position=position: f"[{position}] {words}"
+            a, b, **FLOAT64_TOLERANCE, equal_nan=True, msg=lambda words, at=position: f"{case}[{at}] {words}"
         )
 
 
@@ -116,13 +116,15 @@ def largest_errors(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
     return torch.tensor([errors[0], max(errors[1:])])
 
 
-def assert_within_measured_allowance(errors: Tensor, reference_errors: Tensor, dtype: torch.dtype) -> None:
+def assert_within_measured_allowance(
+    errors: Tensor, reference_errors: Tensor, dtype: torch.dtype, case: str = ""
+) -> None:
     """As close to float64 as twice what the reference manages in the same dtype, and one rounding.
 
     errors, reference_errors  [draws, 2], from `largest_errors`; the worst draw counts, as a single one may be lucky
     """
     error, allowance = errors.amax(0), 2 * reference_errors.amax(0) + torch.finfo(dtype).eps
-    assert (error <= allowance).all(), f"errors {error.tolist()} above {allowance.tolist()}"
+    assert (error <= allowance).all(), f"{case} errors {error.tolist()} above {allowance.tolist()}"
 
 
 @dataclass(frozen=True)

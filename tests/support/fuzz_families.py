@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from small_models import inputs_for, small_model
+from small_models import TooLargeError, at_most, inputs_for, small_model
 from topk_attention import convert, unconvert
 
 # Longer than any sequence here.
@@ -61,13 +61,12 @@ def check(model_type: str, seed: int = 0) -> str:
     if model_type in TOO_SLOW:
         raise NotBuiltError(TOO_SLOW[model_type])
     try:
-        model = small_model(model_type, seed=seed)
-        if sum(p.numel() for p in model.parameters()) > _LARGEST:
-            raise NotBuiltError("it is too large")
+        with at_most(_LARGEST):
+            model = small_model(model_type, seed=seed)
         inputs = inputs_for(model, seed)
         expected = results(model, inputs)
-    except NotBuiltError:
-        raise
+    except TooLargeError as error:
+        raise NotBuiltError(str(error)) from None
     except Exception as error:  # whatever its own code raises
         raise NotBuiltError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     if not expected[0]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 VOCABULARY, LENGTH, IMAGE, PATCH, MELS = 99, 12, 16, 4, 16
 
@@ -122,6 +125,35 @@ def _parts(config: Any) -> Any:
     for name in config.sub_configs:
         if getattr(config, name, None) is not None:
             yield from _parts(getattr(config, name))
+
+
+class TooLargeError(Exception):
+    """A model has more parameters than were allowed."""
+
+
+@contextlib.contextmanager
+def at_most(num_parameters: int) -> Iterator[None]:
+    """Models that are built meanwhile are given up at the first parameter too many, before it has numbers.
+
+    Raises:
+        TooLargeError: one has more.
+    """
+    seen: dict[int, torch.Tensor] = {}  # shared ones count once
+    total = 0
+
+    def count(module: Any, name: str, parameter: torch.Tensor | None) -> None:
+        nonlocal total
+        if parameter is not None and id(parameter) not in seen:
+            seen[id(parameter)] = parameter
+            total += parameter.numel()
+            if total > num_parameters:
+                raise TooLargeError(f"it has more than {num_parameters:,} parameters")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def small_model(model_type: str, *, with_head: bool = False, seed: int = 0) -> Any:

@@ -13,7 +13,7 @@ METHODS = ("topk-chunked", "sdpa", "query-chunks")
 
 
 @pytest.fixture
-def report(measurements, console, tmp_path):
+def report(measurements, console, tmp_path, unpainted_pictures):
     """Runs a benchmark with the given plan and returns its markdown."""
 
     def run(plan, name="table", **settings):

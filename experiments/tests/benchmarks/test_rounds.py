@@ -16,7 +16,7 @@ METHODS = ("topk-chunked", "sdpa")
 
 
 @pytest.fixture
-def benchmark(tmp_path):
+def benchmark(tmp_path, unpainted_pictures):
     return RoundBenchmark(ROUNDS, "table", {WORK: METHODS}, out=tmp_path, threads=1)
 
 

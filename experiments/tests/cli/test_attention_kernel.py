@@ -2,6 +2,7 @@ import pytest
 from typer.testing import CliRunner
 
 from topk_experiments.cli import app
+from topk_experiments.runs import steps
 from topk_experiments.runs.records import read_json_lines
 
 runner = CliRunner()
@@ -30,7 +31,8 @@ def layers(tiny_model, text_file, tmp_path):
     return [*(part for name, value in options.items() for part in (f"--{name}", value)), "--no-memory"]
 
 
-def test_layers_of_a_model_are_measured_with_their_own_queries_and_keys(layers, tmp_path):
+def test_layers_of_a_model_are_measured_with_their_own_queries_and_keys(layers, tmp_path, one_fresh_process):
+    one_fresh_process(steps)
     result = run(*layers)
     assert result.exit_code == 0, result.output
     records = read_json_lines(tmp_path / "out" / "layers.jsonl")

@@ -1,6 +1,7 @@
 from typer.testing import CliRunner
 
 from topk_experiments.cli import app
+from topk_experiments.runs import steps
 from topk_experiments.runs.records import read_json_lines
 
 runner = CliRunner()
@@ -10,7 +11,8 @@ def run(*arguments):
     return runner.invoke(app, ["benchmark", "chunk-size", *map(str, arguments)])
 
 
-def test_the_benchmark_runs_from_start_to_end(tmp_path):
+def test_the_benchmark_runs_from_start_to_end(tmp_path, one_fresh_process):
+    one_fresh_process(steps)
     arguments = ["--chunk-sizes", "16", "--methods", "vanilla-chunks,topk", "--length", 64, "--k", 4, "--heads", 2]
     result = run(*arguments, "--head-dim", 8, "--threads", 1, "--repetitions", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output

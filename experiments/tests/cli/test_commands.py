@@ -10,6 +10,9 @@ from typer.testing import CliRunner
 
 from topk_attention.backends import choose_backend
 from topk_experiments.cli import app
+from topk_experiments.pretrained import demo
+from topk_experiments.runs import steps
+from topk_experiments.runs.process import WorkerError
 
 runner = CliRunner()
 RUN_FIELDS = {
@@ -50,7 +53,8 @@ def demo_arguments(tiny_model, text_file, tmp_path):
     return [str(argument) for argument in arguments]
 
 
-def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_arguments, tmp_path):
+def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_arguments, tmp_path, one_fresh_process):
+    one_fresh_process(demo)
     result = runner.invoke(app, demo_arguments)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
@@ -101,7 +105,7 @@ def test_the_demo_runs_from_start_to_end_and_again_without_measuring_again(demo_
     assert (out / "demo.html").exists()
 
 
-def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_arguments, tmp_path):
+def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_arguments, tmp_path, one_fresh_process):
     record_path = tmp_path / "out" / "demo.json"
     process = subprocess.Popen(
         [sys.executable, "-c", _WITH_INTERRUPTS, *demo_arguments],
@@ -123,6 +127,7 @@ def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_
     finished = json.loads(record_path.read_text())["runs"]
     assert [run["k"] for run in finished] == [None]
 
+    one_fresh_process(demo)
     result = runner.invoke(app, demo_arguments)
     assert result.exit_code == 0, result.output
     assert "1 of 8 runs are on file" in result.output
@@ -135,8 +140,6 @@ def test_an_interrupted_demo_says_how_to_go_on_and_keeps_its_finished_runs(demo_
 
 
 def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments, tmp_path, monkeypatch):
-    from topk_experiments.pretrained import demo
-
     def measured(function, request, **options):
         numbers = {"k": request["k"], "perplexity": 9.0, "elapsed_s": 1.0, "peak_mib": 1.0, "total_peak_mib": 2.0}
         return numbers | {"num_parameters": len(request["windows"][0])}
@@ -159,9 +162,6 @@ def test_another_configuration_starts_anew_and_says_what_differs(demo_arguments,
 
 
 def test_a_run_that_fails_is_named_and_the_runs_before_it_are_kept(demo_arguments, tmp_path, monkeypatch):
-    from topk_experiments.pretrained import demo
-    from topk_experiments.runs.process import WorkerError
-
     def measured(function, request, **options):
         if request["k"] == 96:
             raise WorkerError("out of memory", "cannot allocate memory")
@@ -202,7 +202,8 @@ def test_what_a_user_can_put_right_ends_with_one_line_and_status_2(demo_argument
     assert "Traceback" not in result.output
 
 
-def test_the_attention_benchmark_runs_from_start_to_end_and_again_without_measuring_again(tmp_path):
+def test_the_attention_benchmark_runs_from_start_to_end_and_again_without_measuring_again(tmp_path, one_fresh_process):
+    one_fresh_process(steps)
     arguments = ["benchmark", "attention", "--lengths", "64,128", "--implementations", "topk,sdpa", "--k", "8"]
     arguments += ["--heads", "2", "--head-dim", "8", "--threads", "1", "--out", str(tmp_path)]
     result = runner.invoke(app, arguments)

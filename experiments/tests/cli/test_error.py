@@ -2,6 +2,7 @@ import pytest
 from typer.testing import CliRunner
 
 from topk_experiments.cli import app
+from topk_experiments.runs import steps
 from topk_experiments.runs.records import read_json_lines
 
 runner = CliRunner()
@@ -14,7 +15,8 @@ def arguments(tiny_model, text_file, tmp_path):
     return ["benchmark", "error", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
 
-def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(arguments, tmp_path):
+def test_the_benchmark_runs_from_start_to_end_and_again_without_measuring_again(arguments, tmp_path, one_fresh_process):
+    one_fresh_process(steps)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     records = read_json_lines(tmp_path / "out" / "error.jsonl")

@@ -16,6 +16,12 @@ def cpu_target(request):
 
 
 @pytest.fixture
+def cpu_targets():
+    """All of these, for tests whose truth takes longer than the kernels and is computed once for all."""
+    return TARGETS
+
+
+@pytest.fixture
 def several_threads():
     """Calls a function with one, two and three threads."""
     before = torch.get_num_threads()

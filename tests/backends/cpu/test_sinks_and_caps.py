@@ -5,6 +5,7 @@ import torch
 
 from comparison import output_and_gradients
 from topk_attention import KeyIndex, topk_attention
+from topk_attention.backends import cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -19,7 +20,7 @@ def test_a_kept_index_changes_nothing_beside_a_sink_and_a_cap(cpu_target, dtype)
 
 
 @pytest.mark.parametrize("num_keys", [300, 1500])
-def test_screened_and_unscreened_kernels_cap_alike(cpu_target, num_keys):
+def test_screened_and_unscreened_kernels_cap_alike(cpu_targets, num_keys):
     torch.manual_seed(5)
     query, key, value = (torch.randn(1, 2, n, 16) for n in (80, num_keys, num_keys))
     options = {"k": 9, "is_causal": True, "softcap": 0.7}
@@ -31,8 +32,13 @@ def test_screened_and_unscreened_kernels_cap_alike(cpu_target, num_keys):
         )
 
     truth = run("reference", *(x.double() for x in (query, key, value, sinks)))
-    for actual, expected in zip(run("cpu", query, key, value, sinks), truth, strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=2e-4, atol=2e-5)
+    for target in cpu_targets:
+        with cpu.forced_cpu_target(target):
+            results = run("cpu", query, key, value, sinks)
+        for actual, expected in zip(results, truth, strict=True):
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=2e-4, atol=2e-5, msg=lambda m, t=target: f"{t}: {m}"
+            )
 
 
 def test_the_kernels_cap_small_and_large_scores_to_the_last_bits(cpu_target):

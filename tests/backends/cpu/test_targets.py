@@ -19,7 +19,7 @@ from topk_attention.backends import cpu
 
 # Panels hold 4 to 32 keys; up to 512 visible keys the sample is all of them.
 NUM_KEYS = pytest.mark.parametrize("num_keys", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 511, 512, 513, 1100, 5000])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def ks_of(num_keys):
@@ -29,60 +29,67 @@ def ks_of(num_keys):
 
 @NUM_KEYS
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-def test_outputs_and_gradients_are_those_of_the_reference(cpu_target, is_causal, num_keys):
+def test_outputs_and_gradients_are_those_of_the_reference(cpu_targets, is_causal, num_keys):
     inputs = attention_inputs(Sizes(1, 2, 1, 13, num_keys, 5, 4))
     for k in ks_of(num_keys):
-        assert_equals_the_reference(*inputs, k=k, is_causal=is_causal, enable_gqa=True)
+        assert_equals_the_reference(*inputs, targets=cpu_targets, k=k, is_causal=is_causal, enable_gqa=True)
 
 
 @NUM_KEYS
-@DTYPES
-def test_of_many_ties_the_keys_of_the_reference_are_kept(cpu_target, dtype, num_keys):
-    inputs = integer_inputs(1, 2, 2, 19, num_keys, 6, 1, dtype)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_of_many_ties_the_keys_of_the_reference_are_kept(cpu_targets, is_causal, num_keys):
+    inputs, tried = integer_inputs(1, 2, 2, 19, num_keys, 6, 1), {"targets": cpu_targets, "dtypes": DTYPES}
     for k in ks_of(num_keys):
-        assert_keeps_what_the_reference_keeps(*inputs, k=k, scale=0.25)
-        assert_keeps_what_the_reference_keeps(*inputs, k=k, scale=0.25, is_causal=True)
+        assert_keeps_what_the_reference_keeps(*inputs, **tried, k=k, scale=0.25, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 25, 49, 97])
-def test_any_number_of_queries_fills_its_tiles(cpu_target, num_queries):
-    assert_equals_the_reference(*attention_inputs(Sizes(1, 1, 1, num_queries, 600, 4, 4)), k=9)
-    assert_equals_the_reference(*attention_inputs(Sizes(1, 3, 1, num_queries, 40, 4, 4)), k=9, enable_gqa=True)
+def test_any_number_of_queries_fills_its_tiles(cpu_targets, num_queries):
+    options = {"targets": cpu_targets, "k": 9, "enable_gqa": True}
+    assert_equals_the_reference(*attention_inputs(Sizes(1, 1, 1, num_queries, 600, 4, 4)), **options)
+    assert_equals_the_reference(*attention_inputs(Sizes(1, 3, 1, num_queries, 40, 4, 4)), **options)
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 7, 8, 9, 16, 24, 33, 40, 64, 80, 96, 127, 128, 256])
-def test_any_head_size_is_right(cpu_target, head_dim):
+def test_any_head_size_is_right(cpu_targets, head_dim):
     for value_dim in (head_dim, 1, 24, 64):
-        assert_equals_the_reference(*attention_inputs(Sizes(1, 2, 2, 7, 70, head_dim, value_dim)), k=9)
+        inputs = attention_inputs(Sizes(1, 2, 2, 7, 70, head_dim, value_dim))
+        assert_equals_the_reference(*inputs, targets=cpu_targets, k=9)
 
 
 @pytest.mark.parametrize("k", [40, 700])
 @pytest.mark.parametrize("name", CALL_NAMES)
-def test_every_kind_of_call_is_that_of_the_reference_beyond_the_sample(cpu_target, name, k):
+def test_every_kind_of_call_is_that_of_the_reference_beyond_the_sample(cpu_targets, name, k):
     call = named_call(name, Sizes(1, 4, 4, 20, 700, 6, 5), smallest_gap=0)
     options = {} if k < 700 and "k" in call.options else {"k": k}
     for dropout_p in (0.0, 0.3):
         torch.manual_seed(4)
-        actual = call.run(backend="cpu", dropout_p=dropout_p, **options)
-        torch.manual_seed(4)
-        assert_same(actual, call.run(backend="reference", dropout_p=dropout_p, **options))
+        expected = call.run(backend="reference", dropout_p=dropout_p, **options)
+        for target in cpu_targets:
+            torch.manual_seed(4)
+            with cpu.forced_cpu_target(target):
+                actual = call.run(backend="cpu", dropout_p=dropout_p, **options)
+            assert_same(actual, expected, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (40, 24), (64, 64), (80, 128), (128, 128), (33, 17)])
-def test_low_precision_is_as_close_to_float64_as_the_reference(cpu_target, head_dim, value_dim, dtype):
+def test_low_precision_is_as_close_to_float64_as_the_reference(cpu_targets, head_dim, value_dim, dtype):
     def attend(backend):
         return lambda *x: topk_attention(*x, k=20, scale=0.125, is_causal=True, backend=backend)
 
-    errors = []
+    errors, reference_errors = {target: [] for target in cpu_targets}, []
     for _ in range(3):
         # Queries and keys of whole numbers: rounding cannot reorder scores.
         query, key, _ = integer_inputs(1, 2, 2, 20, 600, head_dim, 1, dtype)
         inputs = (query.clamp(-1, 1), key.clamp(-1, 1), torch.randn(1, 2, 600, value_dim, dtype=dtype))
         truth = output_and_gradients(attend("reference"), *(x.double() for x in inputs))
-        runs = [output_and_gradients(attend(backend), *inputs) for backend in ("cpu", "reference")]
-        errors.append([largest_errors(run, truth) for run in runs])
-    assert_within_measured_allowance(*map(torch.stack, zip(*errors, strict=True)), dtype)
+        reference_errors.append(largest_errors(output_and_gradients(attend("reference"), *inputs), truth))
+        for target in cpu_targets:
+            with cpu.forced_cpu_target(target):
+                errors[target].append(largest_errors(output_and_gradients(attend("cpu"), *inputs), truth))
+    for target, of_target in errors.items():
+        assert_within_measured_allowance(torch.stack(of_target), torch.stack(reference_errors), dtype, target)
 
 
 def test_the_largest_and_smallest_numbers_of_float16_survive(cpu_target):

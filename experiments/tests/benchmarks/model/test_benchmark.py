@@ -33,7 +33,7 @@ def finished(point, seconds):
 
 
 @pytest.fixture
-def points_measured(monkeypatch):
+def points_measured(monkeypatch, unpainted_pictures):
     """Stands in for fresh processes: method -> what happens, by default a step of (length / 64)^2 seconds."""
     measured, errors = [], {}
 

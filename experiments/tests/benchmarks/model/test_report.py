@@ -10,7 +10,7 @@ from topk_experiments.runs.records import append_json_line
 
 
 @pytest.fixture
-def written(tmp_path, console):
+def written(tmp_path, console, unpainted_pictures):
     """Writes records of points and returns the report's markdown and the files."""
 
     def run(points, records):

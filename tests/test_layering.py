@@ -149,6 +149,7 @@ def test_the_search_for_circles_finds_one():
 LATE_IMPORTS = {
     "topk_attention/functional/attention.py": "each case of the dispatch imports the one backend that it calls",
     "topk_attention/functional/feed_forward.py": "each case of the dispatch imports the one backend that it calls",
+    "topk_attention/functional/feed_forward_shard.py": "each case of the dispatch imports the one backend that it calls",
     "topk_attention/cli/commands.py": "the command line starts fast: a command imports what it needs when it runs",
 }
 

@@ -6,19 +6,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..nn.shards import is_cut
+
 _PerHead = TypeVar("_PerHead", int, float)
 
 
 def cut_over_processes(linear: Any) -> str | None:
-    """Why a layer that holds some of the neurons is no layer of a top-k network; None for a whole layer.
-
-    The weights of fully sharded data parallelism are whole whenever the layer runs. Those of tensor parallelism are
-    not, and the layer calls the other processes in a forward or hooks of its own.
-    """
-    placements = getattr(getattr(linear, "weight", None), "placements", None)
-    if not placements or not any(placement.is_shard() for placement in placements):
-        return None
-    if "forward" not in vars(linear) and not linear._forward_pre_hooks and not linear._forward_hooks:
+    """Why a layer that holds some of the neurons is no layer of a top-k network; None for a whole layer."""
+    if not is_cut(linear):
         return None
     return "is cut over several processes (tensor parallel), and the k best neurons are chosen among all"
 

@@ -27,6 +27,7 @@ from .sites import (
     obstacle_of,
     own_forward,
     share_hooks,
+    sharded_by_itself,
 )
 from .trials import SCALES, evaluating, failure, is_same
 
@@ -137,6 +138,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     owner, name = attribute_owner(model, path)
 
     def examine() -> str | None:
+        if (sharded := sharded_by_itself({"the network": module})) is not None:
+            return sharded
         cut = _cut_of(linears, kind)
         if isinstance(cut, str):
             return f"it is cut over several processes (tensor parallel), and {cut}"
@@ -170,6 +173,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         setattr(owner, name, layer)
 
     def restore() -> None:
+        if (sharded := sharded_by_itself({"the network": module})) is not None:
+            raise RuntimeError(f"{path} cannot be restored: {sharded}")
         for linear in linears:
             setattr(original, linear, getattr(module, linear))
             store_as_usual(getattr(module, linear))

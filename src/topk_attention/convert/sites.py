@@ -15,7 +15,7 @@ from ..backends.activations import ACTIVATIONS, activate
 from ..functional import StandIn
 from ..nn.feed_forward import StandInTensors, store_as_usual, store_by_neuron
 from ..nn.linears import added_to_call, full_name, linear_sizes, why_call, why_not_stored, without_adapters
-from ..nn.shards import Cut
+from ..nn.shards import Cut, is_fully_sharded
 from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
@@ -150,6 +150,14 @@ def added_to(parts: Mapping[str, Any]) -> str | None:
         if isinstance(part, nn.Module) and (added := added_to_call(part)) is not None:
             return f"{name} has {added}; a top-k network does not call it"
     return None
+
+
+def sharded_by_itself(parts: Mapping[str, Any]) -> str | None:
+    """Why these parts cannot give their place to others; None where they can: `fully_shard` knows modules, not places."""
+    sharded = next((name for name, part in parts.items() if is_fully_sharded(part)), None)
+    return sharded and (
+        f"{sharded} is sharded by itself (fully_shard); convert or restore before that, or shard the layer around it"
+    )
 
 
 def share_hooks(former: nn.Module, module: nn.Module) -> None:

@@ -69,6 +69,9 @@ def cut_of(linear_in: Any, linear_out: Any, linear_gate: Any = None) -> Cut | st
     if any((of.weight.device_mesh, _axis_of_mesh(of.weight)) != (mesh, axis) for of in layers.values()):
         return "its layers are cut over different processes"
     num_neurons, num_processes = linear_out.weight.shape[1], mesh.size(axis)
+    is_strided = hasattr(linear_in.weight.placements[axis], "split_factor")
+    if is_strided != (linear_in.weight.shape[0] == 2 * num_neurons):
+        return "its first layer, gate and up in one matrix, is not cut by neurons: some hold gates, others the rest"
     most_neurons = -(-num_neurons // num_processes)
     if num_neurons <= most_neurons * (num_processes - 1):
         return f"one of {num_processes} processes holds none of its {num_neurons} neurons"

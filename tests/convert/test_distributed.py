@@ -126,7 +126,7 @@ def test_a_cut_model_is_calibrated_with_the_heads_of_all_processes(found_by):
 
 REFUSED = {
     "network sharded by itself": "the network is sharded by itself (fully_shard); convert or restore before that",
-    "restored after it was sharded by itself": "model.layers.0.mlp cannot be restored: the network is sharded by itself",
+    "restored after it was sharded by itself": "model.layers.0.mlp cannot be restored: the network is sharded",
     "gates apart": "is not cut by neurons: some hold gates, others the rest",
     "cut operand": "TypeError: query must be a tensor of this process alone, got DTensor",
     "calibrated neurons": "got model.layers.0.mlp cut over several processes (tensor parallel); load the model without",

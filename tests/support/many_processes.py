@@ -396,7 +396,8 @@ def calibrated() -> Found:
     for name, arguments in settings.items():
         model = made("llama")
         shared, one = (
-            calibrate(model, batches, queries_per_head=7, group=group, **arguments) for group in (dist.group.WORLD, None)
+            calibrate(model, batches, queries_per_head=7, group=group, **arguments)
+            for group in (dist.group.WORLD, None)
         )
         found[f"calibrated, {name}"] = _off_calibration(shared, one)
     shared, one = (

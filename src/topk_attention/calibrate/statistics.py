@@ -104,15 +104,14 @@ class Curves:
     def of_heads(parts: Sequence[Curves]) -> Curves:
         """The curves of all heads of a layer, of which each part has some."""
 
-        def join(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
-            there = [tensor for tensor in tensors if tensor is not None]
-            return torch.cat(there, dim) if there else None
-
-        first = parts[0]
-        joined = {
-            name: join([getattr(part, name) for part in parts]) for name in ("lost_mass", "loss_error", "mass_scale")
-        }
-        return replace(first, loss_change=join([part.loss_change for part in parts], 1), **joined)
+        scales = [part.mass_scale for part in parts if part.mass_scale is not None]
+        return replace(
+            parts[0],
+            lost_mass=torch.cat([part.lost_mass for part in parts]),
+            loss_error=torch.cat([part.loss_error for part in parts]),
+            loss_change=torch.cat([part.loss_change for part in parts], 1),
+            mass_scale=torch.cat(scales) if scales else None,
+        )
 
     def add(self, lost_mass: Tensor, loss_change: Tensor, *, signed: bool = True) -> None:
         """Add rows, in the order of the text, to the means; both tensors are [H, rows, K]."""

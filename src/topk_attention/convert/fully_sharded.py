@@ -6,7 +6,7 @@ whole for the trial: every process has to convert, as it has to call the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -40,8 +40,10 @@ def left_as_sharded(site: FeedForwardSite) -> FeedForwardSite:
     """The site of a network that takes its weights out of their layers, which `fully_shard` has noted."""
     if not any(map(_is_sharded, (*site.linears_in, site.linear_out))):
         return site
-    reason = "its weights are sharded (fully_shard) and would be taken out of their layers; convert before that"
-    examine: Callable[[], str | None] = lambda: reason  # noqa: E731
+
+    def examine() -> str:
+        return "its weights are sharded (fully_shard) and would be taken out of their layers; convert before that"
+
     return replace(site, examine=examine)
 
 

@@ -26,8 +26,8 @@ from .sites import (
     hold_stand_in,
     obstacle_of,
     own_forward,
-    share_hooks,
     sharded_by_itself,
+    share_hooks,
 )
 from .trials import SCALES, evaluating, failure, is_same
 

@@ -153,7 +153,7 @@ def added_to(parts: Mapping[str, Any]) -> str | None:
 
 
 def sharded_by_itself(parts: Mapping[str, Any]) -> str | None:
-    """Why these parts cannot give their place to others; None where they can: `fully_shard` knows modules, not places."""
+    """Why these parts cannot give their place to others; None where they can. `fully_shard` knows no places."""
     sharded = next((name for name, part in parts.items() if is_fully_sharded(part)), None)
     return sharded and (
         f"{sharded} is sharded by itself (fully_shard); convert or restore before that, or shard the layer around it"

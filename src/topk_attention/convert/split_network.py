@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional import StandIn
 from ..nn.feed_forward import stand_in_of, store_as_usual, topk_network
 from ..nn.linears import added_to_call
-from .sites import FeedForwardSite, activation_of, added_to, hold_stand_in, obstacle_of, share_hooks, sharded_by_itself
+from .sites import FeedForwardSite, activation_of, added_to, hold_stand_in, obstacle_of, sharded_by_itself, share_hooks
 
 
 class TopKIntermediate(nn.Module):

@@ -45,7 +45,8 @@ def is_cut(linear: Any) -> bool:
 def is_fully_sharded(module: object) -> bool:
     """Whether this module by itself has been given to torch's `fully_shard`."""
     return any(
-        kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.distributed") for kind in type(module).__mro__
+        kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.distributed")
+        for kind in type(module).__mro__
     )
 
 

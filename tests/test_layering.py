@@ -147,8 +147,14 @@ def test_the_search_for_circles_finds_one():
 
 # Files of the product that import their own package inside a function, and why they may.
 LATE_IMPORTS = {
-    "topk_attention/functional/attention.py": "each case of the dispatch imports the one backend that it calls",
-    "topk_attention/functional/feed_forward.py": "each case of the dispatch imports the one backend that it calls",
+    **dict.fromkeys(
+        (
+            "topk_attention/functional/attention.py",
+            "topk_attention/functional/feed_forward.py",
+            "topk_attention/functional/feed_forward_shard.py",
+        ),
+        "each case of the dispatch imports the one backend that it calls",
+    ),
     "topk_attention/cli/commands.py": "the command line starts fast: a command imports what it needs when it runs",
 }
 

@@ -20,6 +20,7 @@ from ..convert.by_name import is_in_force
 from ..convert.plan import AnyK
 from ..convert.search import attention_sites, feed_forward_sites
 from ..convert.settings import ALL
+from ..convert.tensor_parallel import group_of_heads
 from ..convert.trials import evaluating
 from ..convert.wrappers import puts_prompts, unwrapped
 from ..files import notes_as_json, write_whole
@@ -27,6 +28,7 @@ from ..functional.checks import check_count
 from ..functional.completion import Completion
 from ..functional.observation import observed
 from ..functional.words import full_attention_note
+from ..nn.shards import is_cut
 from .allocation import (
     Allocation,
     LossIncrease,
@@ -38,6 +40,7 @@ from .allocation import (
     with_mean_k,
     within_lost_mass,
 )
+from .processes import ALONE, Processes
 from .statistics import Collector, Curves
 
 # progress(name of the current work, steps done, steps in all)
@@ -211,6 +214,7 @@ def calibrate(
     queries_per_head: int = 512,
     largest_k: int = 2048,
     progress: Progress | None = None,
+    group: Any = None,
 ) -> Calibration:
     """Measure how many keys each head needs, on text like that of later use, and choose a k for each.
 
@@ -227,6 +231,9 @@ def calibrate(
     queries_per_head     queries of each sequence whose scores are sorted
     largest_k            the largest k that is considered
     progress             progress(name of the current work, steps done, steps in all) is called after each step
+    group                the processes that share the work, such as `torch.distributed.group.WORLD`: each has the model
+                         and all batches, measures every n-th batch of n processes, and returns the one result. None:
+                         this process alone
 
     A budget is spent according to a forecast of the loss for each head at every k. The forecast has two parts: the
     curvature, and the direction in which dropped keys move the loss. The direction counts as far as the earlier and the
@@ -260,7 +267,7 @@ def calibrate(
             "model must not put learned prompts before its input, got a PeftModel that does; calibrate "
             "model.get_base_model() on batches without prompts, and convert takes both"
         )
-    model = unwrapped(model)
+    model, processes = unwrapped(model), Processes.of(group)
     batches = checked_batches(batches)
     _check_budget(target, batches, largest_k)
     fit = isinstance(completion, str) and completion == "fit"
@@ -278,6 +285,7 @@ def calibrate(
         with_feed_forward=feed_forward_target is not None,
         needs_loss=isinstance(target, LossIncrease),
         progress=progress,
+        processes=processes,
     )
     feed_forward = {}
     if feed_forward_target is not None:
@@ -294,7 +302,7 @@ def calibrate(
         {"loss": loss, "target": repr(target), "tokens": sum(_token_ids(batch).numel() for batch in batches)},
     )
     if isinstance(target, LossIncrease):
-        calibration = _search(model, batches, objective, calibration, target, progress)
+        calibration = _search(model, batches, objective, calibration, target, progress, processes)
     else:
         calibration = calibration._with(_allocate(collector.attention, target))
     smallest = min((min(ks) for ks in calibration.values()), default=None)
@@ -328,6 +336,7 @@ def fit_completion(
     queries_per_head: int = 512,
     largest_k: int = 2048,
     progress: Progress | None = None,
+    group: Any = None,
 ) -> Calibration:
     """Fit the scale of a completion for each head, on text like that of later use, for k that are given.
 
@@ -341,7 +350,7 @@ def fit_completion(
         ValueError: there are no batches, a batch has no batch axis, the model was converted already, no layer has a
             k, or a k does not fit the model.
     """
-    model = unwrapped(model)
+    model, processes = unwrapped(model), Processes.of(group)
     batches = checked_batches(batches)
     check_unconverted(model)
     with converted(model, attention_k) as report:
@@ -353,7 +362,7 @@ def fit_completion(
     if not given:
         raise ValueError("attention_k must leave keys out in a layer at least, got all keys for each of them")
     collector = Collector(queries_per_head, largest_k, completion=Completion(), fit_scale=True)
-    loss = measure(model, batches, collector, objective=objective, progress=progress)
+    loss = measure(model, batches, collector, objective=objective, progress=progress, processes=processes)
     curves = {path: curves for path, curves in collector.attention.items() if path in given}
     attention = {
         path: k if isinstance(k := given[path], tuple) else (k,) * len(of_layer.lost_mass)
@@ -372,30 +381,42 @@ def measure(
     with_feed_forward: bool = False,
     needs_loss: bool = False,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> float:
     """Let the collector measure every attention layer (and feed-forward layer) in passes of the model in full.
+
+    processes  those that share the batches; the collector of each holds then what all have measured
 
     Returns the mean loss.
 
     Raises:
-        ValueError: the model was converted already, or a loss is needed and there is none.
+        ValueError: the model was converted already, a loss is needed and there is none, or the neurons of a network
+            are dealt out over processes.
     """
     check_unconverted(model)
+    check_whole(model, processes)
+    if with_feed_forward:
+        check_neurons_are_whole(model)
     if collector.completion is not None:
         _check_no_soft_cap(model)
     neurons = {site.path: site.num_neurons for site in feed_forward_sites(model) if site.obstacle is None}
     passed: set[tuple[int, str, str]] = set()
-    losses: list[float] = []
+    losses: dict[int, float] = {}
+    num_batches = len(range(processes.rank, len(batches), processes.count))
+    num_keys: dict[str, int] = {}
 
     def report(pass_name: str, path: str) -> None:
         passed.add((len(losses), pass_name, path))
         if progress is not None:
-            progress("measuring", len(passed), 2 * len(batches) * len(layers))
+            progress("measuring", len(passed), 2 * num_batches * len(layers))
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         path = path_of.get(running[-1], "")
         if isinstance(call, AttentionCall):
-            see = partial(collector.see_attention, path, collector.sample(call, len(running)))
+            num_keys.setdefault(path, call.key.shape[2])
+            # As if this process had run all batches before.
+            place = number * len(path_of) + len(running) - started_before
+            see = partial(collector.see_attention, path, collector.sample(call, place))
         else:
             see = partial(collector.see_feed_forward, path, call)
 
@@ -408,6 +429,11 @@ def measure(
             output.requires_grad_()
         output.register_hook(measure_errors)
 
+    def agree_on_grids() -> None:
+        for part in processes.gather(num_keys):
+            for path, number_of_keys in part.items():
+                collector.most_keys.setdefault(path, number_of_keys)
+
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(converted(model, _FULL_K, neurons if with_feed_forward else None))
@@ -419,16 +445,59 @@ def measure(
         path_of = {module: path for path, module in layers.items()}
         running = stack.enter_context(started(path_of))
         stack.enter_context(observed(observe))
-        for batch in batches:
-            loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=len(losses))
+        number, is_first = 0, True
+        for number, batch in processes.own(batches):
+            started_before = len(running)
+            loss, collector.signed = _loss(model, batch, objective, must_be_own=needs_loss, seed=number)
+            if is_first:  # the grids are those of the first batch that runs a layer, whoever runs it
+                agree_on_grids()
+            is_first = False
             (loss * _token_ids(batch).numel()).backward()
-            losses.append(loss.item())
+            losses[number] = loss.item()
+        if is_first:
+            agree_on_grids()
+    _join(collector, processes, model)
     # The backward pass visited the layers from the last to the first.
     for curves in (collector.attention, collector.feed_forward):
         in_order = {path: curves[path] for path in layers if path in curves}
         curves.clear()
         curves.update(in_order)
+    return _mean(processes.in_order(losses))
+
+
+def _mean(losses: list[float]) -> float:
     return sum(losses) / len(losses)
+
+
+def _join(collector: Collector, processes: Processes, model: nn.Module) -> None:
+    """Let the collector hold what all processes have measured, and of a layer that is cut over processes all heads."""
+    if processes.count > 1:
+        collector.join(processes.gather(collector))
+    for site in attention_sites(model):
+        curves = collector.attention.get(site.path)
+        if curves is not None and site.num_heads is not None and len(curves.lost_mass) < site.num_heads:
+            group = group_of_heads(site.module)
+            collector.attention[site.path] = Curves.of_heads(Processes.of(group).gather(curves))
+
+
+def check_whole(model: nn.Module, processes: Processes) -> None:
+    """Raise where processes that shall each run batches of their own hold one model together."""
+    sharded = next((name for name, weight in model.named_parameters() if hasattr(weight, "placements")), None)
+    if sharded is not None and processes.count > 1:
+        raise ValueError(
+            f"group needs a model that is whole on each of its processes, got {sharded} dealt out over processes; "
+            "leave group out: then they measure all batches together"
+        )
+
+
+def check_neurons_are_whole(model: nn.Module) -> None:
+    """Raise where the neurons of a network are dealt out over processes, which each see their own alone."""
+    cut = next((site.path for site in feed_forward_sites(model) if any(map(is_cut, site.linears_in))), None)
+    if cut is not None:
+        raise ValueError(
+            f"model must hold all neurons of a network, got {cut} cut over several processes (tensor parallel); load "
+            "the model without tp_plan, and share the batches with group="
+        )
 
 
 def _check_no_soft_cap(model: nn.Module) -> None:
@@ -569,6 +638,7 @@ def _search(
     calibration: Calibration,
     target: LossIncrease,
     progress: Progress | None,
+    processes: Processes,
 ) -> Calibration:
     """The smallest mean k within the bound, by bisection of its logarithm."""
     full = calibration.about["loss"]
@@ -580,7 +650,7 @@ def _search(
             progress("searching", step, _SEARCH_STEPS)
         mean_k = (low * high) ** 0.5
         candidate = calibration._with(with_mean_k(calibration.curves, mean_k))
-        increase = _loss_with(model, batches, objective, candidate) - full
+        increase = _loss_with(model, batches, objective, candidate, processes) - full
         tried.append({"mean_k": mean_k, "loss_increase": increase})
         if increase <= target.bound:
             best, high = candidate, mean_k
@@ -591,9 +661,16 @@ def _search(
     return replace(best, about={**calibration.about, "search": tried})
 
 
-def _loss_with(model: nn.Module, batches: list[Batch], objective: Objective | None, calibration: Calibration) -> float:
+def _loss_with(
+    model: nn.Module,
+    batches: list[Batch],
+    objective: Objective | None,
+    calibration: Calibration,
+    processes: Processes,
+) -> float:
     with torch.no_grad(), evaluating(model), converted(model, calibration):
-        return sum(_loss(model, batch, objective)[0].item() for batch in batches) / len(batches)
+        losses = {number: _loss(model, batch, objective)[0].item() for number, batch in processes.own(batches)}
+    return _mean(processes.in_order(losses))
 
 
 def _loss(

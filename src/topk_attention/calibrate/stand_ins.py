@@ -28,7 +28,17 @@ from ..files import notes_as_json, write_whole
 from ..functional import StandIn
 from ..functional.checks import check_count
 from ..functional.observation import observed
-from .calibration import Batch, Progress, check_unconverted, checked_batches, converted, started
+from .calibration import (
+    Batch,
+    Progress,
+    check_neurons_are_whole,
+    check_unconverted,
+    check_whole,
+    checked_batches,
+    converted,
+    started,
+)
+from .processes import Processes
 from .statistics import neurons_of
 
 _FORMAT = "topk_attention/stand-ins/1"
@@ -128,6 +138,7 @@ def fit_stand_ins(
     feed_forward_k: AnyK,
     rank: int = DEFAULT_RANK,
     progress: Progress | None = None,
+    group: Any = None,
 ) -> StandIns:
     """Fit a stand-in for the neurons that each feed-forward layer does not keep, on text like that of later use.
 
@@ -136,6 +147,7 @@ def fit_stand_ins(
     feed_forward_k  as `convert` takes it: one k, one for each layer, or a mapping such as `Calibration.feed_forward`
     rank            of what changes with a layer's input; 0 for a constant, the mean of what the dropped neurons give
     progress        progress(name of the current work, steps done, steps in all) is called after each step
+    group           the processes that share the batches, as in `calibrate`; None: this process alone
 
     Returns `StandIns` with these k: `convert(model, feed_forward_k=fit_stand_ins(model, batches, feed_forward_k=384))`.
     Layers that keep every neuron get none, and so do experts, which keep their k.
@@ -151,10 +163,12 @@ def fit_stand_ins(
             finite.
     """
     _check_rank(rank)
-    model = unwrapped(model)
+    model, processes = unwrapped(model), Processes.of(group)
     batches = checked_batches(batches)
     _check_unpadded(batches)
     check_unconverted(model)
+    check_whole(model, processes)
+    check_neurons_are_whole(model)
     sites = {site.path: site for site in feed_forward_sites(model) if site.obstacle is None}
     with converted(model, None, feed_forward_k) as report:
         given = {
@@ -173,7 +187,7 @@ def fit_stand_ins(
     for path in fitted:
         if rank > (most := min(sites[path].sizes)):
             raise ValueError(f"rank must be at most {most}, the smaller of the sizes of {path}, got {rank}")
-    sums = _sums(model, batches, fitted, with_products=rank > 0, progress=progress)
+    sums = _sums(model, batches, fitted, processes, with_products=rank > 0, progress=progress)
     if not sums:
         raise ValueError(
             f"batches must run a layer that leaves neurons out, got none of {', '.join(fitted)} run in {len(batches)} "
@@ -221,6 +235,12 @@ class _Sums:
             self.squares += (x.T @ x).double().cpu()
             self.products += (x.T @ dropped).double().cpu()
 
+    def add_up(self, processes: Processes) -> None:
+        """Hold the sums over the tokens of all processes."""
+        self.num_tokens = sum(processes.gather(self.num_tokens))
+        for sums in (self.x, self.dropped, *((self.squares, self.products) if self.with_products else ())):
+            processes.add_up(sums)
+
     def check_finite(self, path: str) -> None:
         """Raise, naming the layer, where the text met numbers that are not finite."""
         sums = {"inputs": [self.x], "outputs": [self.dropped]}
@@ -255,12 +275,18 @@ class _Sums:
 
 @torch.no_grad()
 def _sums(
-    model: nn.Module, batches: list[Batch], given: dict[str, int], *, with_products: bool, progress: Progress | None
+    model: nn.Module,
+    batches: list[Batch],
+    given: dict[str, int],
+    processes: Processes,
+    *,
+    with_products: bool,
+    progress: Progress | None,
 ) -> dict[str, _Sums]:
     """The sums of each layer, from passes of the model in full."""
     sums: dict[str, _Sums] = {}
     layers: dict[nn.Module, list[str]] = {}
-    done = 0
+    done, num_batches = 0, len(range(processes.rank, len(batches), processes.count))
 
     def observe(call: AttentionCall | FeedForwardCall, output: Tensor) -> None:
         nonlocal done
@@ -273,7 +299,7 @@ def _sums(
                 sums[path].add(*_input_and_dropped(call, x, given[path]))
             done += 1
             if progress is not None:
-                progress("measuring", done, max(done, len(batches) * len(given)))
+                progress("measuring", done, max(done, num_batches * len(given)))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -282,9 +308,16 @@ def _sums(
             layers.setdefault(model.get_submodule(path), []).append(path)
         running = stack.enter_context(started(layers))
         stack.enter_context(observed(observe))
-        for batch in batches:
+        for _, batch in processes.own(batches):
             model(**(batch if isinstance(batch, Mapping) else {"input_ids": batch}))
+    # A layer that another process alone has run is added to nothing.
+    for path, sizes in {path: of for part in processes.gather(_sizes(sums)) for path, of in part.items()}.items():
+        sums.setdefault(path, _Sums(*sizes, with_products=with_products)).add_up(processes)
     return {path: sums[path] for path in given if path in sums}
+
+
+def _sizes(sums: dict[str, _Sums]) -> dict[str, tuple[int, int]]:
+    return {path: (len(of_layer.x), len(of_layer.dropped)) for path, of_layer in sums.items()}
 
 
 def _input_and_dropped(call: FeedForwardCall, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ too. Then each scale of its mass costs one multiplication per row and k, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ _ROWS_AT_A_TIME = 128
 # The scales that are tried where a completion is fitted. The error is flat around the best one: at a step of sqrt(2)
 # from it the weight of the rest is off by a sixth at most.
 SCALES = (0.0, *(2.0 ** (step / 2) for step in range(-8, 13)))
+
+_Kept = TypeVar("_Kept")
 
 
 def k_grid(largest: int) -> tuple[int, ...]:
@@ -79,6 +81,38 @@ class Curves:
         nothing = torch.zeros(num_heads, len(ks), dtype=torch.float64)
         return Curves(ks, nothing, nothing.clone(), torch.stack([nothing, nothing]))
 
+    @staticmethod
+    def joined(parts: Sequence[Curves]) -> Curves:
+        """The means over the rows of all parts, which have one grid."""
+        rows = torch.tensor([part.num_rows for part in parts], dtype=torch.float64)
+        of_halves = torch.tensor([part._rows_of_halves for part in parts], dtype=torch.float64)  # [P, 2]
+
+        def mean(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+            return torch.tensordot(weights / weights.sum().clamp(min=1), torch.stack(list(tensors)), 1)
+
+        changes = [mean([part.loss_change[half] for part in parts], of_halves[:, half]) for half in (0, 1)]
+        return replace(
+            parts[0],
+            lost_mass=mean([part.lost_mass for part in parts], rows),
+            loss_error=mean([part.loss_error for part in parts], rows),
+            loss_change=torch.stack(changes),
+            num_rows=sum(part.num_rows for part in parts),
+            _rows_of_halves=[int(number) for number in of_halves.sum(0)],
+        )
+
+    @staticmethod
+    def of_heads(parts: Sequence[Curves]) -> Curves:
+        """The curves of all heads of a layer, of which each part has some."""
+
+        scales = [part.mass_scale for part in parts if part.mass_scale is not None]
+        return replace(
+            parts[0],
+            lost_mass=torch.cat([part.lost_mass for part in parts]),
+            loss_error=torch.cat([part.loss_error for part in parts]),
+            loss_change=torch.cat([part.loss_change for part in parts], 1),
+            mass_scale=torch.cat(scales) if scales else None,
+        )
+
     def add(self, lost_mass: Tensor, loss_change: Tensor, *, signed: bool = True) -> None:
         """Add rows, in the order of the text, to the means; both tensors are [H, rows, K]."""
         rows = lost_mass.shape[1]
@@ -111,6 +145,11 @@ class CurvesByScale:
     @staticmethod
     def empty(completion: Completion, scales: Tensor, ks: tuple[int, ...]) -> CurvesByScale:
         return CurvesByScale(completion, scales, [Curves.empty(scales.shape[1], ks) for _ in scales])
+
+    @staticmethod
+    def joined(parts: Sequence[CurvesByScale]) -> CurvesByScale:
+        of_scale = [Curves.joined(of_one) for of_one in zip(*(part.of_scale for part in parts), strict=True)]
+        return replace(parts[0], of_scale=of_scale)
 
     def add(self, rows: Rows, *, signed: bool) -> None:
         for scale, curves in zip(self.scales, self.of_scale, strict=True):
@@ -215,6 +254,7 @@ class Collector:
     signed            whether the sign of a change of the loss has a meaning
     completion        the completion that is on while curves are measured; None: none
     fit_scale         try all `SCALES` in place of the completion's own
+    most_keys         the keys that a layer's grid is for, by path, where they are known before the first row
     """
 
     queries_per_head: int
@@ -225,6 +265,16 @@ class Collector:
     attention: dict[str, Curves] = field(default_factory=dict)
     feed_forward: dict[str, Curves] = field(default_factory=dict)
     by_scale: dict[str, CurvesByScale] = field(default_factory=dict)
+    most_keys: dict[str, int] = field(default_factory=dict)
+
+    def join(self, others: Sequence[Collector]) -> None:
+        """Hold what several collectors have gathered, of which this may be one."""
+        self.by_scale = _joined([other.by_scale for other in others], CurvesByScale.joined)
+        self.feed_forward = _joined([other.feed_forward for other in others], Curves.joined)
+        if self.completion is None:
+            self.attention = _joined([other.attention for other in others], Curves.joined)
+        else:
+            self.attention = {path: curves.best() for path, curves in self.by_scale.items()}
 
     @torch.no_grad()
     def sample(self, call: AttentionCall, number: int) -> SampledCall:
@@ -240,7 +290,10 @@ class Collector:
         call = sampled.call
         batch, num_heads = call.query.shape[:2]
         num_keys = call.key.shape[2]
-        ks = self.attention[path].ks if path in self.attention else k_grid(min(self.largest_k, num_keys))
+        if path in self.attention:
+            ks = self.attention[path].ks
+        else:
+            ks = k_grid(min(self.largest_k, self.most_keys.get(path, num_keys)))
         at = torch.tensor([k - 1 for k in ks if k <= num_keys], device=call.query.device)
         places = torch.arange(len(sampled.queries), device=call.query.device)
         for b in range(batch):
@@ -291,6 +344,12 @@ class Collector:
             mass = hidden.abs().gather(1, order).cumsum(1)
             lost = (mass[:, -1:] - mass[:, at]) / mass[:, -1:].clamp(min=torch.finfo(mass.dtype).tiny)
             curves.add(lost.unsqueeze(0), (effect[:, at] - effect[:, -1:]).unsqueeze(0), signed=self.signed)
+
+
+def _joined(parts: Sequence[dict[str, _Kept]], join: Callable[[Sequence[_Kept]], _Kept]) -> dict[str, _Kept]:
+    """What was kept of each layer, by path, in the order in which the parts name them."""
+    paths = dict.fromkeys(path for part in parts for path in part)
+    return {path: join([part[path] for part in parts if path in part]) for path in paths}
 
 
 def neurons_of(call: FeedForwardCall, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +140,8 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model = load(loader, request.model, dtype=torch.float32, **options).eval()
     _check_neurons(request, model)
-    with console.status("") as status:
+    with _processes() as group, console.status("") as status:
+        is_first = group is None or group.rank() == 0
         calibration = measure(
             model,
             batches,
@@ -145,8 +149,10 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
             feed_forward_target=request.feed_forward_target,
             completion=request.attention_completion,
             progress=lambda step, done, total: status.update(f"{step}: {done} of {total}"),
+            group=group,
         )
-        calibration.save(request.out)
+        if is_first:
+            calibration.save(request.out)
         stand_ins = None
         if request.stand_ins is not None:
             stand_ins = fit_stand_ins(
@@ -155,8 +161,12 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
                 feed_forward_k=calibration.feed_forward,
                 rank=request.rank,
                 progress=lambda step, done, total: status.update(f"fitting stand-ins: {done} of {total}"),
+                group=group,
             )
-            stand_ins.save(request.stand_ins)
+            if is_first:
+                stand_ins.save(request.stand_ins)
+    if not is_first:
+        return
     lines = [
         f"{request.target} on {request.windows} windows of {batches[0].shape[1]:,} tokens",
         f"mean k = {calibration.mean_k:.1f}; per head from {_smallest(calibration)} to {_largest(calibration)}",
@@ -168,6 +178,23 @@ def run_calibration(request: CalibrationRequest, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _processes() -> Iterator[Any]:
+    """The processes that `torchrun` or `accelerate launch` has started, which share the windows; None for one alone."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise ValueError("several processes need gloo, which this torch lacks; start the command by itself")
+    dist.init_process_group("gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def _check_neurons(request: CalibrationRequest, model: Any) -> None:

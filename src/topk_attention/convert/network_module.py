@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ..functional import StandIn
 from ..nn import TopKFeedForward
 from ..nn.feed_forward import stand_in_of, store_as_usual
 from ..nn.linears import added_to_call, halves, linear_sizes
+from ..nn.shards import Cut, cut_of, network_of_shards, why_not_in_parts
 from .sites import (
     FeedForwardSite,
     activation_of,
@@ -25,6 +26,7 @@ from .sites import (
     hold_stand_in,
     obstacle_of,
     own_forward,
+    sharded_by_itself,
     share_hooks,
 )
 from .trials import SCALES, evaluating, failure, is_same
@@ -136,7 +138,14 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
     owner, name = attribute_owner(model, path)
 
     def examine() -> str | None:
-        obstacle = obstacle_of(linears, activation, act, {str(act_name): act, **dropouts})
+        if (sharded := sharded_by_itself({"the network": module})) is not None:
+            return sharded
+        cut = _cut_of(linears, kind)
+        if isinstance(cut, str):
+            return f"it is cut over several processes (tensor parallel), and {cut}"
+        obstacle = obstacle_of(linears, activation, act, {str(act_name): act, **dropouts}, cut=cut)
+        if obstacle is None and cut is not None:
+            obstacle = why_not_in_parts(activation, _probability(dropouts.get(str(kind.neuron_dropout))))
         if obstacle is None and original is module:  # a converted one passed the trial
             obstacle = _obstacle(original, _with_known_rows(original, kind, str(activation)), str(activation), others)
         return obstacle
@@ -164,6 +173,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         setattr(owner, name, layer)
 
     def restore() -> None:
+        if (sharded := sharded_by_itself({"the network": module})) is not None:
+            raise RuntimeError(f"{path} cannot be restored: {sharded}")
         for linear in linears:
             setattr(original, linear, getattr(module, linear))
             store_as_usual(getattr(module, linear))
@@ -216,6 +227,11 @@ def _kind_of(module: Any) -> _Kind | None:
     kinds = [kind for kind in _KINDS if _fits(module, kind)]
     kinds = [kind for kind in kinds if len(_dropouts(module, kind)) == len(kind.dropouts)] or kinds
     return kinds[0] if kinds else None
+
+
+def _cut_of(linears: Mapping[str, Any], kind: _Kind) -> Cut | str | None:
+    """How processes share the layers of a network; None where each has all, in words where it has no top-k form."""
+    return cut_of(*(None if name is None else linears[name] for name in kind[:3]))
 
 
 def _fits(module: Any, kind: _Kind) -> bool:
@@ -283,9 +299,17 @@ def _is_plain(network: Any, kind: _Kind, activation: str, *, training: bool = Fa
     unscaled = torch.randn(2, 1, 4, sizes[0], generator=torch.Generator().manual_seed(0))
     dropouts = _dropouts(network, kind)
     p_neurons, p_output = (_probability(dropouts.get(str(name))) for name in (kind.neuron_dropout, kind.output_dropout))
+    cut = _cut_of({name: getattr(network, name) for name in kind.linears}, kind)
     takes_residual = "residual" in inspect.signature(own_forward(network)).parameters
 
     def expected(x: Tensor) -> Tensor:
+        if isinstance(cut, Cut):  # its parts, as they will be computed
+            gate = None if kind.linear_gate is None else getattr(network, kind.linear_gate)
+            known: Any = kind.gate_rows
+            parts = {"k": None, "activation": activation, "backend": "auto", "gate_rows": known}
+            return nn.functional.dropout(
+                network_of_shards(x, cut, linear_in, linear_out, gate, **parts), p_output, training
+            )
         hidden = linear_in(x)
         if kind.is_gated:
             if kind.linear_gate is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from . import adapters, experts, inline_network, network_module, split_network, torch_layers
+from .fully_sharded import examined_whole, left_as_sharded
 from .sites import AttentionSite, FeedForwardSite, asks_interface, full_name_of, own_forward
 
 
@@ -48,13 +49,16 @@ def feed_forward_sites(model: nn.Module) -> Iterator[FeedForwardSite]:
     # A network that several layers share is replaced in each of them; its weights stay shared. Experts stay the same
     # module, so one place is enough.
     for path, module in model.named_modules(remove_duplicate=False):
-        yield from network_module.feed_forward_sites(model, path, module)
+        for site in network_module.feed_forward_sites(model, path, module):
+            yield examined_whole(model, site)
         if module not in seen:
             yield from experts.feed_forward_sites(path, module)
         seen.add(module)
     for path, module in model.named_modules():
-        yield from split_network.feed_forward_sites(model, path, module)
-        yield from inline_network.feed_forward_sites(model, path, module)
+        for site in split_network.feed_forward_sites(model, path, module):
+            yield examined_whole(model, site)
+        for site in inline_network.feed_forward_sites(model, path, module):
+            yield left_as_sharded(site)
         yield from torch_layers.feed_forward_sites(path, module)
 
 

@@ -15,6 +15,7 @@ from ..backends.activations import ACTIVATIONS, activate
 from ..functional import StandIn
 from ..nn.feed_forward import StandInTensors, store_as_usual, store_by_neuron
 from ..nn.linears import added_to_call, full_name, linear_sizes, why_call, why_not_stored, without_adapters
+from ..nn.shards import Cut, is_fully_sharded
 from .tensor_parallel import cut_over_processes
 
 # The names that model families use for the activation in their configurations.
@@ -116,6 +117,7 @@ def obstacle_of(
     bypassed: Mapping[str, Any] | None = None,
     *,
     moves_weights: bool = False,
+    cut: Cut | None = None,
 ) -> str | None:
     """Why these layers cannot become a top-k network; None where they can.
 
@@ -124,8 +126,9 @@ def obstacle_of(
     act         the function or module that the model calls
     bypassed    further parts by name that the top-k network computes itself and does not call
     moves_weights  whether the top-k network takes weight and bias out of the layers, so that they must be all there is
+    cut         how processes share the layers, of a network that can be computed in parts
     """
-    for name, linear in linears.items():
+    for name, linear in linears.items() if cut is None else ():
         if (reason := cut_over_processes(without_adapters(linear))) is not None:
             return f"{name} {reason}"
         if (reason := (why_not_stored if moves_weights else why_call)(name, linear)) is not None:
@@ -147,6 +150,14 @@ def added_to(parts: Mapping[str, Any]) -> str | None:
         if isinstance(part, nn.Module) and (added := added_to_call(part)) is not None:
             return f"{name} has {added}; a top-k network does not call it"
     return None
+
+
+def sharded_by_itself(parts: Mapping[str, Any]) -> str | None:
+    """Why these parts cannot give their place to others; None where they can. `fully_shard` knows no places."""
+    sharded = next((name for name, part in parts.items() if is_fully_sharded(part)), None)
+    return sharded and (
+        f"{sharded} is sharded by itself (fully_shard); convert or restore before that, or shard the layer around it"
+    )
 
 
 def share_hooks(former: nn.Module, module: nn.Module) -> None:

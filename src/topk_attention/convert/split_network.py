@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional import StandIn
 from ..nn.feed_forward import stand_in_of, store_as_usual, topk_network
 from ..nn.linears import added_to_call
-from .sites import FeedForwardSite, activation_of, added_to, hold_stand_in, obstacle_of, share_hooks
+from .sites import FeedForwardSite, activation_of, added_to, hold_stand_in, obstacle_of, sharded_by_itself, share_hooks
 
 
 class TopKIntermediate(nn.Module):
@@ -100,6 +100,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         if set(dict(original_output.named_children())) != {"dense", "LayerNorm", "dropout"}:
             return f"{type(original_output).__name__} does more than dense, dropout, residual and LayerNorm"
         halves = {"intermediate": intermediate, "output": output}
+        if (sharded := sharded_by_itself(halves)) is not None:
+            return sharded
         return obstacle_of(linears, activation, act, {"intermediate_act_fn": act}) or added_to(halves)
 
     def replace(k: int | None, backend: str, stand_in: StandIn | None) -> None:
@@ -109,6 +111,8 @@ def feed_forward_sites(model: nn.Module, path: str, module: nn.Module) -> Iterat
         module.intermediate, module.output = first.train(module.training), second.train(module.training)
 
     def restore() -> None:
+        if (sharded := sharded_by_itself({"intermediate": intermediate, "output": output})) is not None:
+            raise RuntimeError(f"{path} cannot be restored: {sharded}")
         original_intermediate.dense, original_output.dense = intermediate.dense, output.dense
         store_as_usual(original_intermediate.dense, original_output.dense)
         share_hooks(intermediate, original_intermediate)

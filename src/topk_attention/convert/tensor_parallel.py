@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
+
+from ..nn.shards import is_cut
 
 _PerHead = TypeVar("_PerHead", int, float)
 
 
 def cut_over_processes(linear: Any) -> str | None:
-    """Why a layer that holds some of the neurons is no layer of a top-k network; None for a whole layer.
-
-    The weights of fully sharded data parallelism are whole whenever the layer runs. Those of tensor parallelism are
-    not, and the layer calls the other processes in a forward or hooks of its own.
-    """
-    placements = getattr(getattr(linear, "weight", None), "placements", None)
-    if not placements or not any(placement.is_shard() for placement in placements):
-        return None
-    if "forward" not in vars(linear) and not linear._forward_pre_hooks and not linear._forward_hooks:
+    """Why a layer that holds some of the neurons is no layer of a top-k network; None for a whole layer."""
+    if not is_cut(linear):
         return None
     return "is cut over several processes (tensor parallel), and the k best neurons are chosen among all"
 
@@ -30,10 +26,23 @@ def of_own_heads(module: nn.Module, per_head: tuple[_PerHead, ...], num_heads: i
     """
     if len(per_head) == num_heads:
         return per_head
+    for mesh, axis in _cuts(module):
+        if mesh.size(axis) * num_heads == len(per_head):
+            first = mesh.get_local_rank(axis) * num_heads
+            return per_head[first : first + num_heads]
+    return per_head
+
+
+def group_of_heads(module: nn.Module) -> Any:
+    """The processes of which each has some heads of this attention layer; None for a layer that is not cut."""
+    if not any(map(is_cut, module.modules())):
+        return None
+    return next((mesh.get_group(axis) for mesh, axis in _cuts(module)), None)
+
+
+def _cuts(module: nn.Module) -> Iterator[tuple[Any, int]]:
+    """The meshes, and the axes of them, along which weights of a layer are cut by their outputs."""
     for weight in module.parameters():
         for axis, placement in enumerate(getattr(weight, "placements", ())):
-            mesh: Any = getattr(weight, "device_mesh", None)
-            if placement.is_shard(0) and mesh.size(axis) * num_heads == len(per_head):
-                first = mesh.get_local_rank(axis) * num_heads
-                return per_head[first : first + num_heads]
-    return per_head
+            if placement.is_shard(0):
+                yield getattr(weight, "device_mesh", None), axis

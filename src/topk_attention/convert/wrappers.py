@@ -1,4 +1,4 @@
-"""Models that hold the model to convert: those of sentence-transformers and of PEFT."""
+"""Models that hold the model to convert: those of sentence-transformers, of PEFT, and of data parallelism."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from .configurations import parts_of
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a SentenceTransformer or a PeftModel; any other model as it is.
+    """The transformers model inside a SentenceTransformer, a PeftModel or DistributedDataParallel; any other model as
+    it is.
 
     The k that a model remembers are then those of the model that is saved.
     """
+    if _is_of(model, "torch", "DistributedDataParallel"):
+        return unwrapped(model.module)
     if _is_of(model, "peft", "PeftModel"):
         return model.get_base_model()
     if _is_of(model, "sentence_transformers", "SentenceTransformer"):

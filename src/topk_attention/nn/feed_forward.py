@@ -15,6 +15,7 @@ from ..functional.observation import is_observed
 from ..functional.stand_in import UncheckedStandIn
 from .linears import LinearParts, halves, is_conv1d, linear_sizes, parts_of, why_call, without_adapters
 from .made_weights import MadeWeights
+from .shards import Cut, cut_of, network_of_shards
 
 # Below this many tokens layers whose weights would have to be made are called: every neuron of so few takes little
 # memory, and to make a weight costs as much as to multiply several tokens with it.
@@ -45,6 +46,27 @@ def topk_network(
     are called instead, and every neuron of every token stands in memory.
     """
     layers = dict(zip(names, (linear_in, linear_out, linear_gate), strict=True))
+    cut = cut_of(linear_in, linear_out, linear_gate)
+    if isinstance(cut, Cut) and dropout_p == 0:
+        output = network_of_shards(
+            x,
+            cut,
+            linear_in,
+            linear_out,
+            linear_gate,
+            k=k,
+            activation=activation,
+            backend=backend,
+            gate_rows=gate_rows,
+        )
+        keeps_all = k is None or k >= cut.num_neurons
+        return output if stand_in is None or keeps_all else _with_stand_in(output, x, stand_in)
+    if cut is not None:
+        raise RuntimeError(
+            "a top-k network was cut over several processes so that it cannot be computed: "
+            f"{cut if isinstance(cut, str) else 'each process would drop its neurons by a draw of its own'}; leave its "
+            "layers whole, or the network out with where="
+        )
     reason = next(
         (
             reason
@@ -202,6 +224,14 @@ def _called_network(
             stacklevel=4,
         )
     hidden = ranked_by = linear_in(x)
+    sizes = linear_sizes(linear_out)
+    if sizes is not None and hidden.shape[-1] != (1 if gate_rows is None else 2) * sizes[0]:
+        raise RuntimeError(
+            f"a top-k network must see all {sizes[0]} neurons of a token, but its first layer gave {hidden.shape[-1]} "
+            "numbers: its layers are cut over several processes, and it can only call them"
+            + (f", because {because}" if because is not None else "")
+            + "; leave its layers whole, or the network out with where="
+        )
     gate = None if linear_gate is None else linear_gate(x)
     if gate_rows is not None:
         gate, hidden = halves(hidden, gate_rows, dim=-1)

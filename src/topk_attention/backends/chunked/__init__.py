@@ -5,6 +5,15 @@ After a chunk only indices and weights of kept entries remain. The backward pass
 """
 
 from .attention import attention, completed_backward, completed_forward, padded_entries
-from .feed_forward import feed_forward
+from .feed_forward import choose_neurons, feed_forward, feed_forward_backward_op, sum_neurons
 
-__all__ = ["attention", "completed_backward", "completed_forward", "feed_forward", "padded_entries"]
+__all__ = [
+    "attention",
+    "choose_neurons",
+    "completed_backward",
+    "completed_forward",
+    "feed_forward",
+    "feed_forward_backward_op",
+    "padded_entries",
+    "sum_neurons",
+]

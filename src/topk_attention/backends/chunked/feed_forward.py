@@ -53,6 +53,32 @@ def feed_forward(call: FeedForwardCall) -> Tensor:
     return output
 
 
+def choose_neurons(call: FeedForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best neurons of each token, int32 [T, k] in rising order, their pre-activations [T, k] and their gate
+    pre-activations [T, k], empty without a gate."""
+    layer = _Layer.of(call.x, call.w_in, call.w_out, call.w_gate, call.b_in, call.b_gate)
+    num_tokens, num_neurons = call.x.shape[0], call.w_in.shape[0]
+    k = min(call.k or num_neurons, num_neurons)
+    neurons = torch.empty(num_tokens, k, dtype=torch.int32, device=call.x.device)
+    chosen_values = torch.empty(num_tokens, k, dtype=layer.dtype, device=call.x.device)
+    chosen_gates = torch.empty_like(chosen_values) if call.w_gate is not None else chosen_values.new_empty(0, k)
+    for tokens in _token_chunks(num_tokens, num_neurons, call.token_chunk_size, layer.dtype.itemsize):
+        part = slice(tokens.start, tokens.stop)
+        values, gates = layer.pre_activations(call.x[part])
+        ranked_by = values if gates is None else layer.hidden(values, gates, call.activation, call.cut).abs_()
+        _, chosen = select_topk(ranked_by, k)
+        neurons[part], chosen_values[part] = chosen, values.gather(1, chosen)
+        if gates is not None:
+            chosen_gates[part] = gates.gather(1, chosen)
+    return neurons, chosen_values, chosen_gates
+
+
+def sum_neurons(call: FeedForwardCall, neurons: Tensor, hidden: Tensor) -> Tensor:
+    """The output weights of chosen neurons [T, k], each times its entry of `hidden` [T, k], added up: [T, O]."""
+    w_out_t = call.w_out.t().to(hidden.dtype).contiguous()
+    return weighted_sum_of_rows(w_out_t, neurons, hidden).to(call.x.dtype)
+
+
 @torch.library.custom_op("topk_attention::chunked_feed_forward", mutates_args=())
 @without_autocast
 def feed_forward_op(
@@ -160,7 +186,7 @@ def feed_forward_backward_op(
     for tokens in _backward_token_chunks(num_tokens, num_neurons, k, token_chunk_size):
         part = slice(tokens.start, tokens.stop)
         rows_x, rows_grad = x[part].to(layer.dtype), grad_output[part].to(layer.dtype).contiguous()
-        if k == num_neurons:
+        if neurons.shape[0] < num_tokens:  # every neuron is kept, and none was saved
             kept = None
             value, gate = layer.pre_activations(x[part])
         else:

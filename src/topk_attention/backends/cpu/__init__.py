@@ -14,15 +14,18 @@ if problem() is None:
         send_rest,
         sum_intervals,
     )
-    from .feed_forward import feed_forward
+    from .feed_forward import choose_neurons, feed_forward, feed_forward_backward_op, sum_neurons
 
     __all__ += [
         "attention",
+        "choose_neurons",
         "completed_backward",
         "completed_forward",
         "feed_forward",
+        "feed_forward_backward_op",
         "index_inputs",
         "padded_entries",
         "send_rest",
         "sum_intervals",
+        "sum_neurons",
     ]

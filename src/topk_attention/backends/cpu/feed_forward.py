@@ -98,19 +98,9 @@ def _feed_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns output [T, O] and, if asked for, the selection: neurons int32 [T, k], their pre-activations [T, k] and
     their gate pre-activations [T, k]."""
-    dtype = accumulation_dtype(x.dtype)
-    neurons, values, gates = _kernels.cpu_choose_neurons(
-        _whole_rows(x),
-        _whole_rows(w_in),
-        None if w_gate is None else _whole_rows(w_gate),
-        None if b_in is None else b_in.to(dtype).contiguous(),
-        None if b_gate is None else b_gate.to(dtype).contiguous(),
-        _ACTIVATIONS[activation],
-        limit,
-        offset,
-        k,
-    )
-    w_out_t, cut = _whole_rows_or_columns(w_out.t()), Cut(limit, offset)
+    cut = Cut(limit, offset)
+    neurons, values, gates = _choose(x, w_in, w_gate, b_in, b_gate, activation, cut, k)
+    dtype, w_out_t = values.dtype, _whole_rows_or_columns(w_out.t())
     output = x.new_empty(x.shape[0], w_out.shape[0])
     for first, part in _token_chunks(x.shape[0], k):
         hidden = _hidden(values[part], None if w_gate is None else gates[part], activation, cut)
@@ -121,6 +111,52 @@ def _feed_forward(
     if save_selection:
         return output, neurons, values, gates
     return output, neurons[:0].clone(), values[:0].clone(), gates[:0].clone()
+
+
+def _choose(
+    x: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_gate: Tensor | None,
+    activation: str,
+    cut: Cut,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    chosen: tuple[Tensor, Tensor, Tensor] = _kernels.cpu_choose_neurons(
+        _whole_rows(x),
+        _whole_rows(w_in),
+        None if w_gate is None else _whole_rows(w_gate),
+        None if b_in is None else b_in.to(dtype).contiguous(),
+        None if b_gate is None else b_gate.to(dtype).contiguous(),
+        _ACTIVATIONS[activation],
+        *cut,
+        k,
+    )
+    return chosen
+
+
+def choose_neurons(call: FeedForwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best neurons of each token, int32 [T, k] in rising order, their pre-activations [T, k] and their gate
+    pre-activations [T, k], empty without a gate."""
+    num_neurons = call.w_in.shape[0]
+    return _choose(
+        call.x,
+        call.w_in,
+        call.w_gate,
+        call.b_in,
+        call.b_gate,
+        call.activation,
+        call.cut,
+        min(call.k or num_neurons, num_neurons),
+    )
+
+
+def sum_neurons(call: FeedForwardCall, neurons: Tensor, hidden: Tensor) -> Tensor:
+    """The output weights of chosen neurons [T, k], each times its entry of `hidden` [T, k], added up: [T, O]."""
+    sums: Tensor = _kernels.cpu_sum_neurons(_whole_rows_or_columns(call.w_out.t()), neurons, hidden)
+    return sums.to(call.x.dtype)
 
 
 feed_forward_op = torch.library.custom_op("topk_attention::cpu_feed_forward", _feed_forward, mutates_args=())

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -227,7 +228,7 @@ def low_precision_claims(mesh):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             expected = topk_attention(*whole, k=8, is_causal=True)
             output = sequence_parallel_attention(*mine, mesh, k=8, is_causal=True, method=method)
-        found[method] = [str(output.dtype), output.equal(shard_sequence(expected, mesh, dim=2))]
+        found[method] = [str(output.dtype), largest([off(output, shard_sequence(expected, mesh, dim=2))])]
     return found
 
 
@@ -576,7 +577,12 @@ def run_rank(folder, rank, num_ranks):
     store = dist.FileStore(str(folder / f"store-{num_ranks}"), num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=100))
     mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("cp",))
-    found = {name: claims(mesh) for name, claims in CLAIMS.items()}
+    found, seconds = {}, {}
+    for name, claims in CLAIMS.items():
+        begun = time.process_time()
+        found[name] = claims(mesh)
+        seconds[name] = round(time.process_time() - begun, 2)
+    found["seconds"] = seconds
     (folder / f"{num_ranks}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..backends.calls import accumulation_dtype
 from .spans import num_tokens, spans_of
 
-
 # Its name before torch 2.13, which warns of the former one.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 

@@ -169,6 +169,13 @@ def test_a_step_with_accelerate_has_the_gradients_of_one_process(processes):
     assert of_accelerate["gradients"] < 1e-12
 
 
+def test_steps_of_the_trainer_give_the_weights_of_one_process(found):
+    of_accelerate = found[2][0]["accelerate"]
+    if "missing" in of_accelerate:
+        pytest.skip(f"accelerate is not installed: {of_accelerate['missing']}")
+    assert of_accelerate["trainer"] < 1e-12
+
+
 def test_zigzag_parts_cover_a_sequence_once_and_differ_by_at_most_two_tokens():
     for length in (0, 1, 5, 16, 37):
         for num_ranks in (1, 2, 3, 4):

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -553,9 +554,59 @@ def accelerate_claims(mesh):
     one(**batch_of("llama")).loss.backward()
     gradients = [off(a.grad, b.grad) for a, b in zip(shared.parameters(), one.parameters(), strict=True)]
     AcceleratorState._reset_state(reset_partial_state=True)
+    after_training = trainer_claim(mesh) if mesh.size() == 2 else None  # it takes a second on each process
+    AcceleratorState._reset_state(reset_partial_state=True)
     theirs = error_of(lambda: Accelerator(cpu=True, parallelism_config=ParallelismConfig(cp_size=mesh.size())))
     AcceleratorState._reset_state(reset_partial_state=True)
-    return {"gradients": largest(gradients), "their context parallelism": theirs}
+    return {"gradients": largest(gradients), "trainer": after_training, "their context parallelism": theirs}
+
+
+def trainer_claim(mesh):
+    """How far weights are from those of one process after three steps of transformers' Trainer."""
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, TrainingArguments
+
+    class SequenceTrainer(Trainer):
+        """Every process reads whole sequences and keeps its tokens of each."""
+
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator)
+
+        def compute_loss(self, model, inputs, num_items_in_batch=None, **_):
+            return mesh.size() * model(**shard_batch(inputs, mesh, shift_labels=True)).loss
+
+    texts = torch.randint(3, 61, (6, 45), generator=torch.Generator().manual_seed(4))
+    one = tiny("llama")
+    convert(one, attention_k=6)
+    shared = copy.deepcopy(one)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = TrainingArguments(
+            folder,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            optim="sgd",
+            learning_rate=0.5,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            disable_tqdm=True,
+            gradient_checkpointing=True,
+            ddp_find_unused_parameters=False,
+        )
+        data = [{"input_ids": text, "labels": text} for text in texts]
+        trainer = SequenceTrainer(model=shared, args=arguments, train_dataset=data)
+        with sequence_parallel(shared, mesh):
+            trainer.train()
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.5)
+    for batch in texts.split(2):
+        optimizer.zero_grad()
+        one(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    return largest([off(a, b) for a, b in zip(shared.parameters(), one.parameters(), strict=True)])
 
 
 CLAIMS = {

@@ -16,7 +16,16 @@ PRODUCT = Path(topk_attention.__file__).parent
 EXPERIMENTS = Path(topk_experiments.__file__).parent
 # Whatever is beside these folders in a package is below all of them: versions, files.
 LAYERS = {
-    "topk_attention": [{"cli"}, {"calibrate"}, {"convert"}, {"nn"}, {"functional"}, {"backends"}, {"storage"}],
+    "topk_attention": [
+        {"cli"},
+        {"calibrate"},
+        {"convert"},
+        {"nn"},
+        {"distributed"},
+        {"functional"},
+        {"backends"},
+        {"storage"},
+    ],
     "topk_experiments": [
         {"cli"},
         {"results_page"},

@@ -155,6 +155,12 @@ SECTIONS = (
         "The attention of 16 layers over keys and values that lie in files, exact, with 100,000 and 1,000,000 tokens.",
     ),
     Section(
+        "sequence-parallel",
+        "One long sequence over processes",
+        None,
+        "A training step of 16,384 tokens on one process, and shared by two: time, and memory of each.",
+    ),
+    Section(
         "feed-forward-kernel",
         "The feed-forward operation alone",
         None,

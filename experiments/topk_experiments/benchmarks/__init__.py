@@ -10,6 +10,7 @@ decode/          one query against a long cache, as when a token is generated
 generation/      whole models that generate, beside other caches and llama.cpp
 error/           how far the output is from full attention, at equal time and memory
 long_cache/      a token over a context in files
+sequence_parallel/  a training step of one sequence over processes
 figures.py       the figures of Gupta et al. 2021, in sizes for two cores
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import attention, decode, error, feed_forward, generation, long_cache, model
+from . import attention, decode, error, feed_forward, generation, long_cache, model, sequence_parallel
 
 
 def redraw(results: Path) -> list[Path]:
@@ -38,4 +39,5 @@ def redraw(results: Path) -> list[Path]:
         *model.redraw(results),
         *error.report(results / "attention-error"),
         *long_cache.report(results / "long-cache"),
+        *sequence_parallel.report(results / "sequence-parallel"),
     ]

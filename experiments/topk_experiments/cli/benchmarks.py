@@ -26,6 +26,8 @@ from ..benchmarks.long_cache.measure import Point as LongCachePoint
 from ..benchmarks.model import ModelBenchmark
 from ..benchmarks.model import Point as ModelPoint
 from ..benchmarks.rounds import PointBenchmark, RoundBenchmark, Setting, run_and_show_points, run_and_show_rounds
+from ..benchmarks.sequence_parallel import SequenceParallelBenchmark, run_sequence_parallel
+from ..benchmarks.sequence_parallel.measure import Point as SequencePoint
 from ..models.pretrained import find_model
 from ..results_page import write_page
 from ..runs.progress import say
@@ -324,6 +326,31 @@ def long_cache(
     """
     points = [LongCachePoint(tokens=number, **point) for number in sorted(set(tokens))]
     run_long_cache(LongCacheBenchmark(points=points, limits=Limits(**limits), **how), new_console())
+
+
+@benchmark.command()
+@taking(
+    SequenceParallelBenchmark,
+    Limits,
+    (SequencePoint, "tokens", "k", "layers", "hidden", "heads", "key_heads", "neurons", "vocabulary", "method", "seed"),
+    time_s=3600.0,
+)
+def sequence_parallel(
+    how: Json,
+    limits: Json,
+    point: Json,
+    processes: Annotated[Sequence[int], "Processes that share the sequence; each has one thread."] = (2,),
+) -> None:
+    """A training step of one long sequence: on one process, with one thread and with more, and shared by several.
+
+    For each number of processes a process alone with as many threads is measured too, and one with one thread. Time of
+    a step, and peak memory of each process. Gradients are checked first.
+    """
+    numbers = sorted(set(processes) - {1})
+    alone = [SequencePoint(threads=threads, **point) for threads in (1, *numbers)]
+    shared = [SequencePoint(processes=number, **point) for number in numbers]
+    benchmark = SequenceParallelBenchmark(points=[*alone, *shared], limits=Limits(**limits), **how)
+    run_sequence_parallel(benchmark, new_console())
 
 
 @benchmark.command()

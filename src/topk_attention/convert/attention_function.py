@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..functional import Completion, KeySums, topk_attention
+from ..functional.shared_sequence import shared_sequence
 from .cache_in_graph import layer_in_graph, layer_of
 from .cached_index import index_of_cached
 from .cached_sums import sums_of_cached
 from .masks import CompactMask
 from .position_bias import Bias, NoBias, TableBias, computes_bias, keeps_bias_small
 from .settings import LayerSettings, layer_settings, left_alone
+from .shared_sequence import attend_to_shared
 from .tensor_parallel import of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
@@ -109,7 +111,13 @@ def topk_attention_forward(
     Raises:
         ValueError: an argument asks for what top-k attention does not compute.
     """
+    shared = shared_sequence(module)
     if (own := left_alone(module)) is not None:
+        if shared is not None:
+            raise ValueError(
+                f"{type(module).__name__} cannot share a sequence with other processes (sequence_parallel): it was not "
+                "converted"
+            )
         call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
         beside = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, "softcap": softcap}
         return _own_attention(own, module, call, kwargs | beside)
@@ -127,7 +135,10 @@ def topk_attention_forward(
     settings = _of_own_heads(module, layer_settings(module), query.shape[1])
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout, s_aux, softcap)
-    if (indices := kwargs.get("indices")) is not None:
+    if shared is not None:
+        causal = _is_causal(module, is_causal)
+        output = attend_to_shared(shared, module, call, is_causal=causal, beside=kwargs)
+    elif (indices := kwargs.get("indices")) is not None:
         output = _attend_to_chosen(call, indices)
     elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
         return _attend_in_graph(layer, call), None

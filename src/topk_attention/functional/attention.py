@@ -23,6 +23,7 @@ from .checks import (
     check_floating,
     check_no_tangent,
     check_same_dtype_and_device,
+    check_seed,
     shape_of,
 )
 from .completion import Completion
@@ -57,6 +58,7 @@ def topk_attention(
     bias: Tensor | Bias | None = ...,
     is_causal: bool = ...,
     dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
     sinks: Tensor | None = ...,
@@ -81,6 +83,7 @@ def topk_attention(
     bias: Tensor | Bias | None = ...,
     is_causal: bool = ...,
     dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
     sinks: Tensor | None = ...,
@@ -104,6 +107,7 @@ def topk_attention(
     bias: Tensor | Bias | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     sinks: Tensor | None = None,
@@ -131,6 +135,8 @@ def topk_attention(
     is_causal   query i sees keys j <= i + M - N: the last query sees all keys
     dropout_p   probability of dropping a kept weight; applies whenever it is above 0, as in
                 `scaled_dot_product_attention`
+    dropout_seed  decides the draw: an int of at least 0, or an int64 tensor of one number; by default torch's generator
+                gives one to each call
     scale       factor on query . key, 1 / sqrt(D) by default
     enable_gqa  key and value may have fewer heads, each shared by H / heads consecutive query heads
     sinks       [H] float: each query of head h gets one more score, sinks[h], which takes part in its softmax and has
@@ -191,7 +197,7 @@ def topk_attention(
     check_context_parallel()
     panels = _check_index(key_index, key)
     query, key, value = in_autocast_dtype(query), in_autocast_dtype(key), in_autocast_dtype(value)
-    _check_shapes(query, key, value, enable_gqa)
+    check_attention_shapes(query, key, value, enable_gqa)
     *batch, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[-2]
     check_dropout(dropout_p)
@@ -212,7 +218,7 @@ def topk_attention(
         sinks=_check_sinks(sinks, query, num_heads),
         softcap=_check_softcap(softcap, completion),
         dropout_p=dropout_p,
-        seed=draw_seed(query.device) if dropout_p > 0 else None,
+        seed=_seed_of(dropout_seed, dropout_p, query.device),
         query_chunk_size=query_chunk_size,
         return_selection=return_selection,
         mass_scale=_check_completion(completion, num_heads, query),
@@ -272,7 +278,8 @@ def _zero_of(tensor: Tensor) -> Tensor:
     return tensor.flatten()[:0].sum()
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def check_attention_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise unless these are tensors of one dtype and device whose shapes belong together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, tensor)
         if tensor.ndim < 3:
@@ -299,6 +306,18 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         )
     if key.shape[-2] >= 2**31:
         raise ValueError(f"key must have fewer than 2^31 rows because indices are int32, got {key.shape[-2]}")
+
+
+def _seed_of(dropout_seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    if dropout_seed is not None:
+        check_seed(dropout_seed)
+    if dropout_p == 0:
+        return None
+    if dropout_seed is None:
+        return draw_seed(device)
+    if isinstance(dropout_seed, Tensor):
+        return dropout_seed.reshape(()).to(device)
+    return torch.tensor(dropout_seed, dtype=torch.int64, device=device)
 
 
 def _check_sinks(sinks: Tensor | None, query: Tensor, num_heads: int) -> Tensor | None:

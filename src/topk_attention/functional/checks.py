@@ -102,8 +102,8 @@ def check_context_parallel() -> None:
     if attention is not _PYTORCHS_ATTENTION and getattr(attention, "__module__", "").startswith("torch.distributed"):
         raise RuntimeError(
             "topk_attention cannot run within torch's context_parallel: each process would attend to its own part of "
-            "the sequence alone; run it outside, or give the model its own attention back with "
-            "topk_attention.unconvert(model)"
+            "the sequence alone; run it outside, within topk_attention.distributed.sequence_parallel(model, mesh), or "
+            "give the model its own attention back with topk_attention.unconvert(model)"
         )
 
 
@@ -111,6 +111,19 @@ def check_dropout(dropout_p: float) -> None:
     """Raise unless this is a probability below 1."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+
+
+def check_seed(dropout_seed: object) -> None:
+    """Raise unless this is an int that int64 holds, at least 0, or a tensor of one such number."""
+    if isinstance(dropout_seed, Tensor):
+        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            raise TypeError(
+                f"dropout_seed must be an int64 tensor of one number, got {dropout_seed.dtype} {shape_of(dropout_seed)}"
+            )
+    elif isinstance(dropout_seed, bool) or not isinstance(dropout_seed, int):
+        raise TypeError(f"dropout_seed must be an int, a tensor or None, got {type(dropout_seed).__name__}")
+    elif not 0 <= dropout_seed < 2**63:
+        raise ValueError(f"dropout_seed must be at least 0 and below 2^63, got {dropout_seed}")
 
 
 def check_no_tangent(operation: str, backend: str, *tensors: Tensor | None) -> None:

@@ -57,6 +57,7 @@ class DenseAttention:
         position_bias: Tensor | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        sinks: Tensor | None = None,
         indices: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
@@ -77,7 +78,9 @@ class DenseAttention:
             chosen = torch.zeros(*indices.shape[:2], key.shape[2] + 1, dtype=torch.bool).scatter(-1, places, True)
             scores = scores.masked_fill(~chosen[:, None, :, :-1], -torch.inf)
         k = self.k if self.modules is None or id(module) in self.modules else None
-        output = _attend(scores, products, value, k, s_aux, self.completed)
+        if s_aux is not None:
+            sinks = s_aux.reshape(1, -1, 1, 1)
+        output = _attend(scores, products, value, k, sinks, self.completed)
         return output.to(value.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -108,12 +111,12 @@ def kept_keys(scores: Tensor, k: int | None) -> Tensor:
 def _attend(
     scores: Tensor, products: Tensor, value: Tensor, k: int | None, sinks: Tensor | None, completed: bool
 ) -> Tensor:
-    """Softmax over the kept scores and, beside them, the sink of each head and the entry for the rest."""
+    """Softmax over the kept scores and, beside them, the sinks [1|B, H, 1|N, 1] and the entry for the rest."""
     visible = scores != -torch.inf
     kept = kept_keys(scores, k) & visible
     columns, values = [scores.masked_fill(~kept, -torch.inf)], value
     if sinks is not None:
-        columns.append(sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1))
+        columns.append(sinks.expand(*scores.shape[:-1], 1))
     if completed:
         rest = (visible & ~kept).to(scores.dtype)
         number = rest.sum(-1, keepdim=True)

@@ -24,7 +24,6 @@ from .tensor_parallel import of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
-    "sinks": "attention sinks that differ from query to query",
     "block_indices": "key blocks chosen by the model's own selector",
     "cache": "a paged cache",
 }
@@ -91,6 +90,7 @@ def topk_attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | TableBias | NoBias | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +103,7 @@ def topk_attention_forward(
     value          [B, G, M, E]
     position_bias  [1|B, H, N, M], or the table that it is made from
     s_aux          [H], attention sinks
+    sinks          [B, H, N, 1], attention sinks that differ from query to query (Inkling 2)
 
     Returns output [B, N, H, E] and None in place of weights; weights come from a layer left on its own attention.
 
@@ -111,7 +112,8 @@ def topk_attention_forward(
     """
     if (own := left_alone(module)) is not None:
         call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
-        beside = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, "softcap": softcap}
+        beside = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, "sinks": sinks}
+        beside["softcap"] = softcap
         return _own_attention(own, module, call, kwargs | beside)
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -127,6 +129,8 @@ def topk_attention_forward(
     settings = _of_own_heads(module, layer_settings(module), query.shape[1])
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout, s_aux, softcap)
+    if sinks is not None:
+        call = _with_sinks_of_queries(call, sinks)
     if (indices := kwargs.get("indices")) is not None:
         output = _attend_to_chosen(call, indices)
     elif (layer := layer_in_graph(key, value)) is not None and _is_left_to_operator(call):
@@ -234,6 +238,24 @@ def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:
         )
     bias = _hide_lowest(mask)
     return replace(call, position_bias=bias if call.position_bias is None else bias + call.position_bias)
+
+
+def _with_sinks_of_queries(call: _LayerCall, sinks: Tensor) -> _LayerCall:
+    """The call with a sink of 0 for every head, and as much less on the scores of each query as its own sink is.
+
+    A softmax sees differences alone, so this is the same; which keys are best stays the same too, and the sinks get
+    their gradient as a bias does.
+
+    sinks  [B, H, N, 1]
+    """
+    query, bias = call.query, call.position_bias
+    if sinks.shape != (*query.shape[:3], 1) or isinstance(bias, TableBias) or call.sinks is not None or call.softcap:
+        raise ValueError(
+            f"sinks must have shape {[*query.shape[:3], 1]}, one for each query and head, and beside them there must be "
+            f'nothing but a position bias that is a tensor, got {list(sinks.shape)}; use attn_implementation="eager"'
+        )
+    less = -sinks.to(query.dtype)
+    return replace(call, position_bias=less if bias is None else bias + less, sinks=query.new_zeros(query.shape[1]))
 
 
 def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:

@@ -37,8 +37,10 @@ from .comparisons import (
 from .exercises import FEW, GENERATED, OF_NUMBERS, OF_TRUTHS, Exercise, Results, exercises, find_inputs, forget
 from .judges import Difference, best_scores_in, dense_attention, dense_experts, dense_networks, difference
 from .report import OF_A_PART, WITHOUT_CLASS
-from .tiny import tiny_model
+from .tiny import nudged, tiny_model
 
+# How often weights are moved by their last bits, to see whether rounding decides.
+_NUDGES = 3
 # Exercises that generate the same with two kinds of cache.
 DYNAMIC, STATIC = "generation", "generation, static cache"
 
@@ -135,6 +137,7 @@ class _Check:
         every_key = self._all(self.exercises)
         self._compare(ALL_KEYS, every_key, self.own)
         self._restore()
+        self._leave_out_what_rounding_decides()
         self._leave_out_what_sdpa_gives(every_key)
         refused = self._few_keys([entry.path for entry in report.replaced], every_key)
         return _of_report(report, "attention") | ({"without_completion": refused} if refused else {})
@@ -151,8 +154,7 @@ class _Check:
 
     def _leave_out_what_sdpa_gives(self, found: Outcomes) -> None:
         """Where transformers' eager attention and its PyTorch attention contradict each other, either is right."""
-        differences = self.differences[ALL_KEYS]
-        wrong = {name: self.exercises[name] for name, value in differences.items() if not is_rounding(name, value)}
+        wrong = self._wrong()
         if not wrong:
             return
         try:
@@ -170,10 +172,32 @@ class _Check:
             else:
                 if isinstance(one, Exception) or not is_rounding(name, difference(one, right)):
                     continue
-                why = f"transformers' PyTorch attention, which this equals, is not its eager one ({differences[name]})"
-            self.not_judged.setdefault(ALL_KEYS, {})[name] = why
-            del differences[name]
-            self.own[name] = _NoJudgeError(why)
+                value = self.differences[ALL_KEYS][name]
+                why = f"transformers' PyTorch attention, which this equals, is not its eager one ({value})"
+            self._leave_out(name, why)
+
+    def _leave_out_what_rounding_decides(self) -> None:
+        """Where weights that differ in their last bits make the original give something else, it is no judge: beams of
+        the same score, or two best tokens or experts that are as good."""
+        for seed in range(_NUDGES if self._wrong() else 0):
+            with nudged(self.model, seed):
+                again = self._all(self._wrong())
+            for name, one in again.items():
+                value = in_words(one) if isinstance(one, Exception) else difference(one, self.own[name])
+                if not is_rounding(name, value):
+                    why = "with weights that differ in the last bits the original gives something else"
+                    self._leave_out(name, f"rounding decides: {why} ({value})")
+
+    def _wrong(self) -> dict[str, Exercise]:
+        """The exercises in which a model that keeps every key is not the original."""
+        differences = self.differences[ALL_KEYS]
+        return {name: self.exercises[name] for name, value in differences.items() if not is_rounding(name, value)}
+
+    def _leave_out(self, name: str, why: str) -> None:
+        """Take an exercise out of every comparison: the original is no judge of it."""
+        self.not_judged.setdefault(ALL_KEYS, {})[name] = why
+        del self.differences[ALL_KEYS][name]
+        self.own[name] = _NoJudgeError(why)
 
     def _few_keys(self, layers: Sequence[str], every_key: Outcomes) -> str | None:
         """Keep few keys, then complete them: against dense attention where that is the model's own with all keys.

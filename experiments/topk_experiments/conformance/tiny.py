@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
@@ -176,6 +177,23 @@ def randomize(model: nn.Module, seed: int = 0, gain: float = 1.3) -> None:
         else:
             mean = float(parameter.float().mean()) if parameter.isfinite().all() else 0.0
             parameter.copy_(mean + 0.1 * noise)
+
+
+@contextlib.contextmanager
+def nudged(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within this context every weight is larger or smaller by some two roundings, by chance."""
+    draw = torch.Generator().manual_seed(seed)
+    before = [(one, one.detach().clone()) for _, one in _floating(model)]
+    try:
+        with torch.no_grad():
+            for one, weight in before:
+                noise = torch.randn(weight.shape, generator=draw, dtype=torch.float32).sign()
+                one.copy_(weight * (1 + 2 * torch.finfo(weight.dtype).eps * noise))
+        yield
+    finally:
+        with torch.no_grad():
+            for one, weight in before:
+                one.copy_(weight)
 
 
 def _inputs_of(name: str, weight: Tensor) -> float:

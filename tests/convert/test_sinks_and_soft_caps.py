@@ -173,7 +173,9 @@ def test_sinks_that_differ_from_query_to_query_are_one_more_score_each_and_train
 
 
 def test_sinks_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"sinks must have shape \[2, 4, 11, 1\], one for each query and head, .*got"):
+    with pytest.raises(
+        ValueError, match=r"sinks must have shape \[2, 4, 11, 1\], one for each query and head, .*got \[4\]; use"
+    ):
         attention_of(topk_attention_forward, torch.zeros(4).double(), None, k=3)
 
 

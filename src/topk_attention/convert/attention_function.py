@@ -251,8 +251,8 @@ def _with_sinks_of_queries(call: _LayerCall, sinks: Tensor) -> _LayerCall:
     query, bias = call.query, call.position_bias
     if sinks.shape != (*query.shape[:3], 1) or isinstance(bias, TableBias) or call.sinks is not None or call.softcap:
         raise ValueError(
-            f"sinks must have shape {[*query.shape[:3], 1]}, one for each query and head, and beside them there must be "
-            f'nothing but a position bias that is a tensor, got {list(sinks.shape)}; use attn_implementation="eager"'
+            f"sinks must have shape {[*query.shape[:3], 1]}, one for each query and head, beside no other sinks, no "
+            f'soft cap and no table of biases, got {list(sinks.shape)}; use attn_implementation="eager"'
         )
     less = -sinks.to(query.dtype)
     return replace(call, position_bias=less if bias is None else bias + less, sinks=query.new_zeros(query.shape[1]))

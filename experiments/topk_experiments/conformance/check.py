@@ -35,7 +35,15 @@ from .comparisons import (
     is_rounding,
 )
 from .exercises import FEW, GENERATED, OF_NUMBERS, OF_TRUTHS, Exercise, Results, exercises, find_inputs, forget
-from .judges import Difference, best_scores_in, dense_attention, dense_experts, dense_networks, difference
+from .judges import (
+    Difference,
+    best_scores_in,
+    dense_attention,
+    dense_experts,
+    dense_in_converted,
+    dense_networks,
+    difference,
+)
 from .report import OF_A_PART, WITHOUT_CLASS
 from .tiny import nudged, tiny_model
 
@@ -233,11 +241,8 @@ class _Check:
         shorter = {
             name: one for name, one in self.exercises.items() if name in (*FEW, "in pieces, padded", "generation")
         }
-        if others:
-            self.not_judged[COMPLETED] = {"all": "attention in the model's own code has no dense completion here"}
-            expected = {}
-        else:
-            expected = {**dense(True, shorter), **{name: why for name, why in wrong.items() if name in shorter}}
+        unjudged = {name: why for name, why in wrong.items() if name in shorter}
+        expected = {} if others else {**dense(True, shorter), **unjudged}
         try:
             convert(self.model, attention_k=ATTENTION_K, completion=Completion())
         except Exception as error:
@@ -245,10 +250,20 @@ class _Check:
                 return str(error)
             self.differences[COMPLETED] = {"conversion": in_words(error)}
             return None
-        if expected:
-            self._compare(COMPLETED, self._all(shorter), expected)
+        if others:
+            expected = {**self._completed_in_own_code(by_interface, shorter), **unjudged}
+        self._compare(COMPLETED, self._all(shorter), expected)
         self._restore()
         return None
+
+    def _completed_in_own_code(self, by_interface: Sequence[str], chosen: Mapping[str, Exercise]) -> Outcomes:
+        """What the converted model gives where its layers hand queries, keys and values to dense attention."""
+        others = contextlib.nullcontext()
+        if by_interface:
+            others = dense_attention(self.model, ATTENTION_K, completed=True, layers=by_interface)
+        with others, dense_in_converted(ATTENTION_K, completed=True) as reached:
+            found = self._all(chosen)
+        return found if reached else dict.fromkeys(found, _NoJudgeError("no layer in its own code was reached"))
 
     def _reached(self, layers: Sequence[str]) -> tuple[list[str], list[nn.Module], Outcomes]:
         """Layers that ask transformers' interface, the other layers, and exercises that have no judge.

@@ -112,8 +112,8 @@ def topk_attention_forward(
     """
     if (own := left_alone(module)) is not None:
         call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
-        beside = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, "sinks": sinks}
-        beside["softcap"] = softcap
+        beside: dict[str, Any] = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}
+        beside |= {"s_aux": s_aux, "sinks": sinks}
         return _own_attention(own, module, call, kwargs | beside)
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:

@@ -49,7 +49,8 @@ _SIZES = {
     16: """q_lora_rank kv_lora_rank o_lora_rank mla_lora_rank image_size img_size input_size video_size crop_size
         num_mel_bins num_mels n_mels feature_size mamba_d_head mamba_head_dim mamba_headdim num_conv_pos_embeddings""",
     VOCABULARY: """vocab_size text_vocab_size encoder_vocab_size decoder_vocab_size n_vocab src_vocab_size
-        tgt_vocab_size audio_vocab_size vocab_size_per_layer_input output_vocab_size num_audio_tokens""",
+        tgt_vocab_size audio_vocab_size vocab_size_per_layer_input output_vocab_size num_audio_tokens
+        unpadded_vocab_size""",
     128: """max_position_embeddings n_positions n_ctx max_source_positions max_target_positions
         max_2d_position_embeddings max_seq_len max_sequence_length seq_length original_max_position_embeddings
         max_seqlen max_encoder_position_embeddings max_decoder_position_embeddings text_max_position_embeddings""",

@@ -173,7 +173,8 @@ def is_activation(act: Any, name: str) -> bool:
     """Whether a callable is the activation of this name. Its values between -8 and 8 decide, and some far outside."""
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return False
-    near, far = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu"), torch.tensor([12.0, 64.0, 1000.0])
+    near = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
+    far = torch.tensor([12, 64, 1000], dtype=torch.float32, device="cpu")
     x = torch.cat([near, far, -far])
     with torch.no_grad():
         try:

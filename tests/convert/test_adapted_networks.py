@@ -279,6 +279,30 @@ def test_quantised_layers_of_a_class_of_their_own_are_never_read_by_their_weight
         torch.testing.assert_close(later(tokens).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_layers_of_bitsandbytes_are_refused_at_conversion_and_called_later(kind, tokens):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def quantise(model):
+        for layer in model.model.layers:
+            former = layer.mlp.up_proj
+            quantised = getattr(bitsandbytes.nn, kind)(former.in_features, former.out_features, bias=False)
+            quantised.load_state_dict(former.state_dict())
+            layer.mlp.up_proj = quantised.to("cpu")
+        return model
+
+    model, later = quantise(tiny_llama()), tiny_llama()
+    with pytest.raises(ValueError, match=rf"up_proj is bitsandbytes\..*\.{kind}, not nn\.Linear"):
+        convert(model, feed_forward_k=K)
+    convert(later, feed_forward_k=NEURONS)
+    quantise(later)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with pytest.warns(UserWarning, match=rf"because up_proj is bitsandbytes\..*\.{kind}, not nn\.Linear"):
+            torch.testing.assert_close(later(tokens).logits, expected)
+
+
 @pytest.fixture
 def torchao():
     return pytest.importorskip("torchao.quantization", reason="torchao is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from fuzz_families import outputs_of, results
 from small_models import inputs_for, small_model
 from topk_attention import convert, unconvert
+from topk_attention.convert.by_name import hand_written_attention
 from topk_attention.convert.masks import compact_mask
 
 
@@ -67,6 +69,58 @@ def test_families_that_compute_with_the_mask_are_the_original_with_every_key_kep
     convert(model, attention_k=1000)
     for actual, one in zip(outputs_of(model, inputs), expected, strict=True):
         torch.testing.assert_close(actual, one, rtol=1e-5, atol=1e-6)
+
+
+def informer(attention_type):
+    sizes = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+    config = transformers.InformerConfig(**sizes, attention_type=attention_type, encoder_layers=2, decoder_layers=2)
+    torch.manual_seed(0)
+    model = transformers.InformerModel(config).double().eval()
+    given = {name: torch.randn(2, 10).double() for name in ("past_values", "past_observed_mask")}
+    given |= {"past_time_features": torch.randn(2, 10, 1).double(), "future_values": torch.randn(2, 4).double()}
+    return model, given | {
+        "future_time_features": torch.randn(2, 4, 1).double(),
+        "past_observed_mask": torch.ones(2, 10),
+    }
+
+
+@pytest.mark.parametrize(("attention_type", "num_converted"), [("prob", 2), ("full", 6)])
+def test_layers_in_their_own_code_get_the_mask_of_their_own_attention(attention_type, num_converted):
+    """Informer's encoder halves its tokens between layers, and its decoder picks rows of the mask and adds them."""
+    model, given = informer(attention_type)
+    expected = results(model, given)
+    for k in ("all", 1000):
+        report = convert(model, attention_k=k)
+        assert len(report.replaced) == num_converted
+        actual = results(model, given)
+        for one, right in zip((*actual[0], *actual[1].values()), (*expected[0], *expected[1].values()), strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)
+    convert(model, attention_k=2)
+    assert (results(model, given)[0][0] - expected[0][0]).abs().max() > 1e-3
+    unconvert(model)
+    assert torch.equal(results(model, given)[0][0], expected[0][0])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_own_code_is_found_within_what_is_wrapped_around_it():
+    """As transformers 5.24 wraps methods whose arguments it renames."""
+
+    class WrappedAttention(nn.Module):
+        @functools.wraps(nn.Module.forward)
+        def wrapper(self, scores):
+            return self.forward.__wrapped__(self, scores)
+
+        def forward(self, scores):
+            return scores.softmax(-1)
+
+        wrapper.__wrapped__ = forward
+        forward = wrapper
+
+    class Gate(nn.Module):
+        forward = WrappedAttention.forward
+
+    model = nn.ModuleDict({"attention": WrappedAttention(), "gate": Gate()})
+    assert [path for path, _ in hand_written_attention(model)] == ["attention"]
 
 
 @pytest.mark.parametrize("model_type", ["swin", "parakeet_encoder", "canary", "cohere_asr", "doge"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from convert_models import FAMILIES, inputs_of, output_of, tiny_bart, tiny_gpt2, tiny_vit
+from convert_models import FAMILIES, NEURONS, inputs_of, output_of, tiny_bart, tiny_gpt2, tiny_vit
 from topk_attention import convert, unconvert
 from topk_attention.convert.sites import is_activation
 
@@ -68,13 +68,38 @@ def test_a_network_with_dropout_at_an_unknown_place_is_skipped_with_the_reason(n
     assert not any(module.training for module in model.modules())
 
 
+def gelu_cut_at_ten(x):
+    return nn.functional.gelu(x).clip(-10, 10)
+
+
 @pytest.mark.parametrize(
     ("family", "other"),
-    [("t5", nn.GELU()), ("t5", nn.functional.gelu), ("t5", nn.PReLU())]
-    + [(family, other) for family in ("bart", "vit", "bert") for other in (nn.Tanh(), nn.ReLU(), nn.GELU("tanh"))],
+    [("t5", nn.Softplus()), ("t5", nn.functional.softplus), ("t5", nn.PReLU())]
+    + [(family, other) for family in ("bart", "vit", "bert") for other in (nn.Tanh(), nn.ReLU6(), gelu_cut_at_ten)],
 )
 def test_an_activation_that_is_not_the_configurations_is_noticed(family, other):
     model = FAMILIES[family].build()
+    put_activations(model, other)
+    name_of_other = getattr(other, "__name__", type(other).__name__)
+    with pytest.raises(
+        ValueError, match=f"its activation, {name_of_other}, is not '.*', which the configuration names"
+    ):
+        convert(model, feed_forward_k=6)
+
+
+@pytest.mark.parametrize("other", [nn.LeakyReLU(0.0), nn.GELU("tanh"), nn.SiLU()])
+@pytest.mark.parametrize("family", ["bart", "vit", "bert"])
+def test_another_activation_than_the_configuration_names_is_used_where_its_values_are_known(family, other):
+    model, inputs = FAMILIES[family].build(), inputs_of(FAMILIES[family])
+    before = output_of(model.double(), inputs)
+    put_activations(model, other)
+    expected = output_of(model, inputs)
+    convert(model, feed_forward_k=NEURONS)
+    torch.testing.assert_close(output_of(model, inputs), expected)
+    assert not torch.allclose(expected, before)
+
+
+def put_activations(model, other):
     places = [
         (module, name)
         for module in model.modules()
@@ -86,11 +111,6 @@ def test_an_activation_that_is_not_the_configurations_is_noticed(family, other):
         if isinstance(getattr(module, name), nn.Module):
             delattr(module, name)
         setattr(module, name, other)
-    name_of_other = getattr(other, "__name__", type(other).__name__)
-    with pytest.raises(
-        ValueError, match=f"its activation, {name_of_other}, is not '.*', which the configuration names"
-    ):
-        convert(model, feed_forward_k=6)
 
 
 @pytest.mark.parametrize("other", [nn.GLU(), lambda x, y: x + y, lambda x: None, nn.PReLU()])

@@ -76,6 +76,7 @@ def topk_eager(
     dropout=0.0,
     position_bias=None,
     s_aux=None,
+    sinks=None,
     softcap=None,
     **kwargs,
 ):
@@ -96,8 +97,9 @@ def topk_eager(
     last = (torch.tensor(k).clamp(max=scores.shape[-1]) - 1).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     kth = scores.sort(-1, descending=True).values.gather(-1, last)
     scores = scores.masked_fill(scores < kth, -torch.inf)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    sinks = s_aux.view(1, -1, 1, 1) if s_aux is not None else sinks
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(-1).nan_to_num()[..., : key.shape[2]]
     return (weights @ value).transpose(1, 2).contiguous(), None
 

@@ -11,6 +11,7 @@ from torch import nn
 from topk_experiments.conformance import check, worker
 from topk_experiments.conformance.catalogue import Model, part
 from topk_experiments.conformance.check import check_model
+from topk_experiments.conformance.exercises import GENERATED
 from topk_experiments.conformance.judges import best_scores_in, dense_networks, difference
 from topk_experiments.conformance.report import (
     DIFFERS,
@@ -22,7 +23,7 @@ from topk_experiments.conformance.report import (
     verdict,
     verdict_on_networks,
 )
-from topk_experiments.conformance.tiny import tiny_configuration
+from topk_experiments.conformance.tiny import nudged, tiny_configuration
 
 LLAMA = Model("llama", "LlamaForCausalLM")
 RECORDS = Path(__file__).parents[3] / "results" / "conformance" / FILE
@@ -76,10 +77,14 @@ def test_one_key_more_than_asked_for_is_found(monkeypatch):
     assert min(record["differences"][check.FEW_KEYS].values()) > 1e-3
 
 
-def test_another_lift_of_completion_is_found(monkeypatch):
+@pytest.mark.parametrize("model", [LLAMA, Model("mpnet", "MPNetModel"), Model("siglip", "SiglipModel")])
+def test_another_lift_of_completion_is_found(model, monkeypatch):
+    """Also in layers that had computed attention in their own code: MPNet's, and PyTorch's in Siglip's head."""
     completion = check.Completion
     monkeypatch.setattr(check, "Completion", lambda: dataclasses.replace(completion(), lift=0.4))
-    differences = check_model(LLAMA, generating={})["differences"]
+    record = check_model(model, generating={})
+    differences = record["differences"]
+    assert not record["not_judged"].get(check.COMPLETED)
     assert min(differences[check.COMPLETED].values()) > 1e-3
     assert max(differences[check.FEW_KEYS].values()) < 1e-3
 
@@ -111,6 +116,24 @@ def test_weights_that_are_saved_wrong_are_found(monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", other_weights)
     record = check_model(LLAMA, generating={})
     assert verdict(record | {"outcome": "finished"}).reason.startswith("saved and loaded, plain: ")
+
+
+def test_beams_that_tie_are_not_judged_as_rounding_decides_between_them(monkeypatch):
+    model, beams = Model("m2m_100", "M2M100ForConditionalGeneration"), {"beams": GENERATED["beams"]}
+    assert check_model(model, generating=beams)["differences"][check.ALL_KEYS]["beams"] < 1e-5
+    monkeypatch.setitem(check.tiny_model.__globals__["OVERRIDES"], "m2m_100", {})
+    record = check_model(model, generating=beams)
+    assert record["not_judged"][check.ALL_KEYS]["beams"].startswith("rounding decides: ")
+    assert verdict(record | {"outcome": "finished"}).word == EXACT
+
+
+def test_weights_are_nudged_by_their_last_bits_and_given_back():
+    layer = nn.Linear(4, 6)
+    before = layer.weight.detach().clone()
+    with nudged(layer, 0):
+        share = (layer.weight / before - 1).abs()
+        assert 0 < share.min() < share.max() < 4e-7
+    assert torch.equal(layer.weight, before)
 
 
 def test_a_model_that_cannot_be_made_this_small_is_not_tried_and_the_reason_kept(monkeypatch):

@@ -35,10 +35,20 @@ from .comparisons import (
     is_rounding,
 )
 from .exercises import FEW, GENERATED, OF_NUMBERS, OF_TRUTHS, Exercise, Results, exercises, find_inputs, forget
-from .judges import Difference, best_scores_in, dense_attention, dense_experts, dense_networks, difference
+from .judges import (
+    Difference,
+    best_scores_in,
+    dense_attention,
+    dense_experts,
+    dense_in_converted,
+    dense_networks,
+    difference,
+)
 from .report import OF_A_PART, WITHOUT_CLASS
-from .tiny import tiny_model
+from .tiny import nudged, tiny_model
 
+# How often weights are moved by their last bits, to see whether rounding decides.
+_NUDGES = 3
 # Exercises that generate the same with two kinds of cache.
 DYNAMIC, STATIC = "generation", "generation, static cache"
 
@@ -135,6 +145,7 @@ class _Check:
         every_key = self._all(self.exercises)
         self._compare(ALL_KEYS, every_key, self.own)
         self._restore()
+        self._leave_out_what_rounding_decides()
         self._leave_out_what_sdpa_gives(every_key)
         refused = self._few_keys([entry.path for entry in report.replaced], every_key)
         return _of_report(report, "attention") | ({"without_completion": refused} if refused else {})
@@ -151,8 +162,7 @@ class _Check:
 
     def _leave_out_what_sdpa_gives(self, found: Outcomes) -> None:
         """Where transformers' eager attention and its PyTorch attention contradict each other, either is right."""
-        differences = self.differences[ALL_KEYS]
-        wrong = {name: self.exercises[name] for name, value in differences.items() if not is_rounding(name, value)}
+        wrong = self._wrong()
         if not wrong:
             return
         try:
@@ -170,10 +180,35 @@ class _Check:
             else:
                 if isinstance(one, Exception) or not is_rounding(name, difference(one, right)):
                     continue
-                why = f"transformers' PyTorch attention, which this equals, is not its eager one ({differences[name]})"
-            self.not_judged.setdefault(ALL_KEYS, {})[name] = why
-            del differences[name]
-            self.own[name] = _NoJudgeError(why)
+                value = self.differences[ALL_KEYS][name]
+                why = f"transformers' PyTorch attention, which this equals, is not its eager one ({value})"
+            self._leave_out(name, why)
+
+    def _leave_out_what_rounding_decides(self) -> None:
+        """Where weights that differ in their last bits make the original give something else, it is no judge: beams of
+        the same score, or two best tokens or experts that are as good."""
+        for seed in range(_NUDGES if self._wrong() else 0):
+            with nudged(self.model, seed):
+                again = self._all(self._wrong())
+            for name, one in again.items():
+                right = self.own[name]
+                if isinstance(right, Exception):
+                    continue
+                value = in_words(one) if isinstance(one, Exception) else difference(one, right)
+                if not is_rounding(name, value):
+                    why = "with weights that differ in the last bits the original gives something else"
+                    self._leave_out(name, f"rounding decides: {why} ({value})")
+
+    def _wrong(self) -> dict[str, Exercise]:
+        """The exercises in which a model that keeps every key is not the original."""
+        differences = self.differences[ALL_KEYS]
+        return {name: self.exercises[name] for name, value in differences.items() if not is_rounding(name, value)}
+
+    def _leave_out(self, name: str, why: str) -> None:
+        """Take an exercise out of every comparison: the original is no judge of it."""
+        self.not_judged.setdefault(ALL_KEYS, {})[name] = why
+        del self.differences[ALL_KEYS][name]
+        self.own[name] = _NoJudgeError(why)
 
     def _few_keys(self, layers: Sequence[str], every_key: Outcomes) -> str | None:
         """Keep few keys, then complete them: against dense attention where that is the model's own with all keys.
@@ -209,11 +244,8 @@ class _Check:
         shorter = {
             name: one for name, one in self.exercises.items() if name in (*FEW, "in pieces, padded", "generation")
         }
-        if others:
-            self.not_judged[COMPLETED] = {"all": "attention in the model's own code has no dense completion here"}
-            expected = {}
-        else:
-            expected = {**dense(True, shorter), **{name: why for name, why in wrong.items() if name in shorter}}
+        unjudged = {name: why for name, why in wrong.items() if name in shorter}
+        expected = {} if others else {**dense(True, shorter), **unjudged}
         try:
             convert(self.model, attention_k=ATTENTION_K, completion=Completion())
         except Exception as error:
@@ -221,10 +253,20 @@ class _Check:
                 return str(error)
             self.differences[COMPLETED] = {"conversion": in_words(error)}
             return None
-        if expected:
-            self._compare(COMPLETED, self._all(shorter), expected)
+        if others:
+            expected = {**self._completed_in_own_code(by_interface, shorter), **unjudged}
+        self._compare(COMPLETED, self._all(shorter), expected)
         self._restore()
         return None
+
+    def _completed_in_own_code(self, by_interface: Sequence[str], chosen: Mapping[str, Exercise]) -> Outcomes:
+        """What the converted model gives where its layers hand queries, keys and values to dense attention."""
+        with contextlib.ExitStack() as stack:
+            if by_interface:
+                stack.enter_context(dense_attention(self.model, ATTENTION_K, completed=True, layers=by_interface))
+            reached = stack.enter_context(dense_in_converted(ATTENTION_K, completed=True))
+            found = self._all(chosen)
+        return found if reached else dict.fromkeys(found, _NoJudgeError("no layer in its own code was reached"))
 
     def _reached(self, layers: Sequence[str]) -> tuple[list[str], list[nn.Module], Outcomes]:
         """Layers that ask transformers' interface, the other layers, and exercises that have no judge.

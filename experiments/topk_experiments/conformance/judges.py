@@ -1,5 +1,5 @@
-"""What converted models are judged by: dense attention and dense networks that drop all but the k best, and nothing of
-the library in them.
+"""What converted models are judged by: dense attention and dense networks that drop all but the k best, with nothing of
+what the library computes in them.
 
 Attention that asks transformers' interface gets `DenseAttention` in its place. In attention that computes in its own
 code, every softmax over keys within the layer is one over the k best scores.
@@ -18,6 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+
+from topk_attention.convert import torch_layers
+from topk_attention.convert.adapters import adapter
+from topk_attention.convert.masks import CompactMask
+from topk_attention.convert.position_bias import TableBias
 
 from .exercises import Results
 
@@ -57,6 +62,7 @@ class DenseAttention:
         position_bias: Tensor | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        sinks: Tensor | None = None,
         indices: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
@@ -77,7 +83,9 @@ class DenseAttention:
             chosen = torch.zeros(*indices.shape[:2], key.shape[2] + 1, dtype=torch.bool).scatter(-1, places, True)
             scores = scores.masked_fill(~chosen[:, None, :, :-1], -torch.inf)
         k = self.k if self.modules is None or id(module) in self.modules else None
-        output = _attend(scores, products, value, k, s_aux, self.completed)
+        if s_aux is not None:
+            sinks = s_aux.reshape(1, -1, 1, 1)
+        output = _attend(scores, products, value, k, sinks, self.completed)
         return output.to(value.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -108,12 +116,12 @@ def kept_keys(scores: Tensor, k: int | None) -> Tensor:
 def _attend(
     scores: Tensor, products: Tensor, value: Tensor, k: int | None, sinks: Tensor | None, completed: bool
 ) -> Tensor:
-    """Softmax over the kept scores and, beside them, the sink of each head and the entry for the rest."""
+    """Softmax over the kept scores and, beside them, the sinks [1|B, H, 1|N, 1] and the entry for the rest."""
     visible = scores != -torch.inf
     kept = kept_keys(scores, k) & visible
     columns, values = [scores.masked_fill(~kept, -torch.inf)], value
     if sinks is not None:
-        columns.append(sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1))
+        columns.append(sinks.expand(*scores.shape[:-1], 1))
     if completed:
         rest = (visible & ~kept).to(scores.dtype)
         number = rest.sum(-1, keepdim=True)
@@ -227,6 +235,73 @@ def best_scores_in(modules: Sequence[nn.Module], k: int | None) -> Iterator[None
         for hook in hooks:
             hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def dense_in_converted(k: int, *, completed: bool) -> Iterator[set[int]]:
+    """Converted layers that had computed attention in their own code hand queries, keys, values, masks and biases to
+    dense attention: those that have an adapter, and PyTorch's own.
+
+    That they hand on the right ones shows with all keys and with few, where their own code is the judge.
+
+    Yields the ids of the layers, or of their values, that reached it.
+    """
+    reached: set[int] = set()
+
+    def of_adapter(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: CompactMask | Tensor | None,
+        *,
+        scaling: float,
+        position_bias: Tensor | TableBias | None = None,
+        is_causal: bool | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if mask is None and is_causal is not False:
+            raise ValueError(f"{type(module).__name__} hands on no mask, and what that means is not known here")
+        reached.add(id(module))
+        if isinstance(mask, CompactMask):
+            mask = mask.dense()
+        if isinstance(position_bias, TableBias):
+            position_bias = _written_out(position_bias, query.shape[2], key.shape[2])
+        attention = DenseAttention()
+        attention.k, attention.completed = k, completed
+        return attention(module, query, key, value, mask, scaling, position_bias)
+
+    def of_torch(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        bias: Tensor | None,
+        is_causal: bool,
+        **_: Any,
+    ) -> Tensor:
+        reached.add(id(value))
+        products = query @ key.mT * query.shape[-1] ** -0.5
+        scores = products if bias is None else products + bias
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = _masked(scores, attn_mask)
+        return _attend(scores, products, value, k, None, completed)
+
+    with (
+        mock.patch.object(adapter, "topk_attention_forward", of_adapter),
+        mock.patch.object(torch_layers, "topk_attention", of_torch),
+    ):
+        yield reached
+
+
+def _written_out(bias: TableBias, num_queries: int, num_keys: int) -> Tensor:
+    """A bias of relative positions as [1, H, N, M]."""
+    by_distance = bias.at(num_queries, num_keys).relative_values(num_queries, num_keys)
+    distance = torch.arange(num_keys) - torch.arange(num_queries)[:, None]
+    return by_distance[:, distance + num_queries - 1][None]
 
 
 @contextlib.contextmanager

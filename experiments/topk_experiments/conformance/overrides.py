@@ -75,6 +75,9 @@ _SHIFTED: Fields = {
 _SERIES: Fields = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
 _OWN_BACKBONE: Fields = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
 _DETECTOR: Fields = {**_OWN_BACKBONE, "backbone_config": _resnet_of_last}
+# With random weights that are read out too, larger embeddings make every token repeat itself: beams that leave the
+# first one at different places then have the same score, and rounding decides which of them are kept.
+_UNSCALED: Fields = {"scale_embedding": False}
 _CODEC: Fields = {"num_filters": 8, "hidden_size": 32, "upsample_groups": 32, "num_residual_layers": 1}
 _LOCAL_AND_FULL = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
@@ -203,6 +206,7 @@ OVERRIDES: Mapping[str, Fields] = {
     "longformer": {"attention_window": [6, 6]},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": 16},
     "lxmert": {"num_attention_heads": 4, "l_layers": 2, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 16},
+    "m2m_100": _UNSCALED,
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
     "mask2former": {"feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "backbone_config": _swin_of_four},
     "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 32, "backbone_config": _swin_of_four},
@@ -228,6 +232,7 @@ OVERRIDES: Mapping[str, Fields] = {
         "n_groups": 2,
         "mamba_n_groups": 2,
     },
+    "nllb-moe": _UNSCALED,
     "paddleocr_vl": {"text_config": _TEXT_OF_AXES},
     "perceiver": {
         "d_model": 32,
@@ -274,6 +279,7 @@ OVERRIDES: Mapping[str, Fields] = {
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False, "concat_input": False},
     "sew": {**_WAVES, "squeeze_factor": 1},
     "sew-d": _WAVES,
+    "speech_to_text": _UNSCALED,
     "starcoder2": {"sliding_window": 6, "num_key_value_heads": 2},
     "swin": _SHIFTED,
     "swin2sr": {**_SHIFTED, "patch_size": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,8 @@ _SIZES = {
     16: """q_lora_rank kv_lora_rank o_lora_rank mla_lora_rank image_size img_size input_size video_size crop_size
         num_mel_bins num_mels n_mels feature_size mamba_d_head mamba_head_dim mamba_headdim num_conv_pos_embeddings""",
     VOCABULARY: """vocab_size text_vocab_size encoder_vocab_size decoder_vocab_size n_vocab src_vocab_size
-        tgt_vocab_size audio_vocab_size vocab_size_per_layer_input output_vocab_size num_audio_tokens""",
+        tgt_vocab_size audio_vocab_size vocab_size_per_layer_input output_vocab_size num_audio_tokens
+        unpadded_vocab_size""",
     128: """max_position_embeddings n_positions n_ctx max_source_positions max_target_positions
         max_2d_position_embeddings max_seq_len max_sequence_length seq_length original_max_position_embeddings
         max_seqlen max_encoder_position_embeddings max_decoder_position_embeddings text_max_position_embeddings""",
@@ -176,6 +178,23 @@ def randomize(model: nn.Module, seed: int = 0, gain: float = 1.3) -> None:
         else:
             mean = float(parameter.float().mean()) if parameter.isfinite().all() else 0.0
             parameter.copy_(mean + 0.1 * noise)
+
+
+@contextlib.contextmanager
+def nudged(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within this context every weight is larger or smaller by some two roundings, by chance."""
+    draw = torch.Generator().manual_seed(seed)
+    before = [(one, one.detach().clone()) for _, one in _floating(model)]
+    try:
+        with torch.no_grad():
+            for one, weight in before:
+                noise = torch.randn(weight.shape, generator=draw, dtype=torch.float32).sign()
+                one.copy_(weight * (1 + 2 * torch.finfo(weight.dtype).eps * noise))
+        yield
+    finally:
+        with torch.no_grad():
+            for one, weight in before:
+                one.copy_(weight)
 
 
 def _inputs_of(name: str, weight: Tensor) -> float:

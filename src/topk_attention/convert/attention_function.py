@@ -26,7 +26,6 @@ from .tensor_parallel import of_own_heads
 
 # Arguments that change what attention computes. To ignore one would silently change results.
 _UNSUPPORTED = {
-    "sinks": "attention sinks that differ from query to query",
     "block_indices": "key blocks chosen by the model's own selector",
     "cache": "a paged cache",
 }
@@ -93,6 +92,7 @@ def topk_attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | TableBias | NoBias | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +105,7 @@ def topk_attention_forward(
     value          [B, G, M, E]
     position_bias  [1|B, H, N, M], or the table that it is made from
     s_aux          [H], attention sinks
+    sinks          [B, H, N, 1], attention sinks that differ from query to query (Inkling 2)
 
     Returns output [B, N, H, E] and None in place of weights; weights come from a layer left on its own attention.
 
@@ -119,7 +120,8 @@ def topk_attention_forward(
                 "converted"
             )
         call = _LayerCall(LayerSettings(None), query, key, value, attention_mask, None, scaling, dropout)
-        beside = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, "softcap": softcap}
+        beside: dict[str, Any] = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}
+        beside |= {"s_aux": s_aux, "sinks": sinks}
         return _own_attention(own, module, call, kwargs | beside)
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -135,6 +137,8 @@ def topk_attention_forward(
     settings = _of_own_heads(module, layer_settings(module), query.shape[1])
     bias = None if isinstance(position_bias, NoBias) else position_bias
     call = _LayerCall(settings, query, key, value, attention_mask, bias, scaling, dropout, s_aux, softcap)
+    if sinks is not None:
+        call = _with_sinks_of_queries(call, sinks)
     if shared is not None:
         causal = _is_causal(module, is_causal)
         output = attend_to_shared(shared, module, call, is_causal=causal, beside=kwargs)
@@ -245,6 +249,24 @@ def _with_learned_mask(call: _LayerCall, mask: Tensor) -> _LayerCall:
         )
     bias = _hide_lowest(mask)
     return replace(call, position_bias=bias if call.position_bias is None else bias + call.position_bias)
+
+
+def _with_sinks_of_queries(call: _LayerCall, sinks: Tensor) -> _LayerCall:
+    """The call with a sink of 0 for every head, and as much less on the scores of each query as its own sink is.
+
+    A softmax sees differences alone, so this is the same; which keys are best stays the same too, and the sinks get
+    their gradient as a bias does.
+
+    sinks  [B, H, N, 1]
+    """
+    query, bias = call.query, call.position_bias
+    if sinks.shape != (*query.shape[:3], 1) or isinstance(bias, TableBias) or call.sinks is not None or call.softcap:
+        raise ValueError(
+            f"sinks must have shape {[*query.shape[:3], 1]}, one for each query and head, beside no other sinks, no "
+            f'soft cap and no table of biases, got {list(sinks.shape)}; use attn_implementation="eager"'
+        )
+    less = -sinks.to(query.dtype)
+    return replace(call, position_bias=less if bias is None else bias + less, sinks=query.new_zeros(query.shape[1]))
 
 
 def _attend_compact(call: _LayerCall, mask: CompactMask) -> Tensor:

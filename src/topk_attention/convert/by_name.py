@@ -8,6 +8,7 @@ mask. A model that holds one is refused when it is built or when the name is set
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -50,7 +51,8 @@ def _computes_scores(module_class: type[nn.Module]) -> bool:
         if base.__module__.startswith("torch."):
             return False
         for function in vars(base).values():
-            code = getattr(function, "__code__", None)
+            # transformers wraps methods whose arguments it renames.
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             names = " ".join(code.co_names).lower() if code is not None else ""
             if any(word in names for word in ("softmax", "logsumexp", "dot_product_attention", "attention_forward")):
                 return True

@@ -12,7 +12,7 @@ from torch import nn
 from ..backends import choose_backend
 from ..functional import Completion
 from ..nn.feed_forward import is_frozen
-from . import adapters, cached_sums, position_bias, torch_layers
+from . import adapters, cached_sums, own_masks, position_bias, torch_layers
 from .by_name import (
     configs_around,
     every_config,
@@ -176,6 +176,8 @@ def _apply(model: nn.Module, config: Any, plan: Plan, wanted: Wanted) -> None:
         adapters.adapt_attention(model, configs_around(model))
     if any(site.takes_function and entry.replaced for site, entry in plan.attention):
         _use_topk_attention(model, plan)
+        for _, module in hand_written_attention(model):
+            own_masks.give_own_masks(module)
     for site, entry in plan.attention:
         settings = LayerSettings(entry.k, wanted.attention_backend, completion=entry.completion)
         if not site.takes_function:
@@ -279,6 +281,8 @@ def _unconvert(model: Any) -> None:
     if config is None:
         return
     _give_attention_back(model)
+    for module in model.modules():
+        own_masks.give_no_own_masks(module)
     adapters.give_attention_back(model)
     for part in _configs(config, attention):
         if hasattr(part, CONFIG_ATTRIBUTE):

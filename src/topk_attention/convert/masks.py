@@ -31,6 +31,7 @@ class CompactMask:
     padding        [B, all tokens so far] bool, True = a real token, or None
     q_offset       position of the first query; an int, or an int tensor with a static cache
     kv_offset      position of the first key
+    may_be_none    whether eager attention gets no mask where nothing is hidden
     """
 
     batch_size: int
@@ -42,6 +43,7 @@ class CompactMask:
     padding: Tensor | None
     use_vmap: bool
     device: torch.device | str
+    may_be_none: bool = False
 
     # generate() prepares masks in advance for static caches. It treats them as the 4-D tensors that they usually are.
     ndim = 4
@@ -107,6 +109,11 @@ class CompactMask:
         lowest = torch.finfo(dtype).min
         return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, lowest)
 
+    def as_eager(self, dtype: torch.dtype) -> Tensor | None:
+        """What eager attention would get: None, or the mask of numbers in this dtype."""
+        hides_nothing = self.is_bidirectional and self.key_padding() is None
+        return None if self.may_be_none and hides_nothing else self.additive(dtype)
+
     def contiguous(self) -> CompactMask:
         return self
 
@@ -167,6 +174,7 @@ def compact_mask(
     attention_mask: Tensor | CompactMask | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    allow_is_bidirectional_skip: bool = False,
     **_: object,
 ) -> CompactMask:
     """transformers calls this in place of its own mask builders. It always returns a mask, so nothing is guessed."""
@@ -187,4 +195,5 @@ def compact_mask(
         attention_mask,
         use_vmap,
         device,
+        allow_is_bidirectional_skip,
     )

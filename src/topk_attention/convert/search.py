@@ -66,8 +66,6 @@ def attention_obstacle(module: nn.Module) -> str | None:
     arguments = _named_arguments(own_forward(module))
     if getattr(module, "sinks", None) is not None and "s_aux" not in arguments:
         return "it has attention sinks that it does not hand to attention as s_aux="
-    if "sinks" in arguments:
-        return "its attention sinks differ from query to query"
     if getattr(module, "compressor", None) is not None:  # DeepSeek-V4
         return "it adds compressed keys to the others, and hands on a mask that knows of the others alone"
     return None

@@ -181,16 +181,18 @@ def hold_stand_in(stand_in: StandIn | None, linear: Any) -> StandInTensors | Non
 
 
 def is_activation(act: Any, name: str) -> bool:
-    """Whether a callable is the activation of this name. Its values between -8 and 8 decide."""
+    """Whether a callable is the activation of this name. Its values between -8 and 8 decide, and some far outside."""
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return False
-    x = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
+    near = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
+    far = torch.tensor([12, 64, 1000], dtype=torch.float32, device="cpu")
+    x = torch.cat([near, far, -far])
     with torch.no_grad():
         try:
             values = act(x.clone())  # some work in place
         except (TypeError, RuntimeError):  # it does not map one tensor to another, element by element
             return False
-        return isinstance(values, Tensor) and torch.allclose(values, activate(x, name), rtol=0, atol=1e-5)
+        return isinstance(values, Tensor) and torch.allclose(values, activate(x, name), rtol=1e-6, atol=1e-5)
 
 
 def name_of(function: Any) -> str:
@@ -206,8 +208,9 @@ def full_name_of(function: Any) -> str:
 def activation_of(model: nn.Module, path: str, module: nn.Module, act: Any) -> str | None:
     """The activation's name in the configuration of a module, of a module around it or of one of its parts.
 
-    Where they name several (an encoder's and a decoder's), the values of `act` decide, or the first counts. Where none
-    names one, the values decide: the name, or None where they are of no known one.
+    Where they name several (an encoder's and a decoder's), the values of `act` decide. Where its values are of none of
+    those (the mergers of Qwen3-VL's images have a GELU of their own), that of any known one; else the first that is
+    named, or None.
     """
     parts = path.split(".")
     holders = [
@@ -218,9 +221,8 @@ def activation_of(model: nn.Module, path: str, module: nn.Module, act: Any) -> s
     configs = [getattr(holder, "config", None) for holder in holders]
     values = [getattr(config, name, None) for config in configs for name in _ACTIVATION_NAMES]
     named = list(dict.fromkeys(value for value in values if isinstance(value, str)))
-    if not named:
-        return known_activation(act)
-    return next((name for name in named if name in ACTIVATIONS and is_activation(act, name)), named[0])
+    of_values = next((name for name in named if name in ACTIVATIONS and is_activation(act, name)), None)
+    return of_values or known_activation(act) or next(iter(named), None)
 
 
 def known_activation(act: Any) -> str | None:

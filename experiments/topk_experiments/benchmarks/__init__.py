@@ -10,6 +10,8 @@ decode/          one query against a long cache, as when a token is generated
 generation/      whole models that generate, beside other caches and llama.cpp
 error/           how far the output is from full attention, at equal time and memory
 long_cache/      a token over a context in files
+networks/        networks of experts and of fused weights in the shapes of models, beside dense ones
+paths/           peak memory of each way through a converted model, against length
 figures.py       the figures of Gupta et al. 2021, in sizes for two cores
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import attention, decode, error, feed_forward, generation, long_cache, model
+from . import attention, decode, error, feed_forward, generation, long_cache, model, networks, paths
 
 
 def redraw(results: Path) -> list[Path]:
@@ -38,4 +40,6 @@ def redraw(results: Path) -> list[Path]:
         *model.redraw(results),
         *error.report(results / "attention-error"),
         *long_cache.report(results / "long-cache"),
+        *networks.report(results / "networks"),
+        *paths.report(results / "paths"),
     ]

@@ -91,8 +91,8 @@ def check_small(method: str, work: Work, seed: int = 0) -> float:
     Raises:
         CheckFailedError: they differ by more than rounding.
     """
-    shrink = max(1, min(work.d_model, work.d_ff) // _SMALL_SIZE)
-    small = replace(work, shrink=work.shrink * shrink, experts=min(_SMALL_EXPERTS, work.num_experts))
+    shrink = max(work.d_model, work.d_ff) // _SMALL_SIZE
+    small = replace(work, shrink=work.shrink * max(2, shrink), experts=min(_SMALL_EXPERTS, work.num_experts))
     torch.manual_seed(seed)
     model = new_model(small).double()
     x = torch.randn(1, _SMALL_TOKENS, small.d_model, dtype=torch.float64)

@@ -16,6 +16,7 @@ SHARES = (12, 4)
 OURS = {f"topk-{share}": share for share in SHARES}
 # A step of a way that moves more than this is left out, and the table says how much it would be.
 _MOST_GIB = 32.0
+_LEAST_SIZE = 48
 
 
 class Network(NamedTuple):
@@ -69,11 +70,6 @@ class Work:
         check_at_least(1, self, "shrink")
         if min(self.tokens) < 1:
             raise ValueError(f"tokens must be at least 1, got {min(self.tokens)}")
-        if min(self.d_ff, self.d_model) < 2 * max(SHARES):
-            raise ValueError(
-                f"shrink must leave {2 * max(SHARES)} neurons and numbers of a token, got {self.shrink}, which leaves "
-                f"{self.d_ff} and {self.d_model} of {self.network}"
-            )
 
     def as_record(self) -> Json:
         return asdict(self) | {"tokens": list(self.tokens)}
@@ -91,7 +87,7 @@ class Work:
         kind = getattr(transformers, about.model).config_class
         sizes = {"hidden_size": kind().hidden_size, about.d_ff: getattr(kind(), about.d_ff)} | dict(about.sizes)
         shrunk = {
-            name: size // self.shrink if name in ("hidden_size", about.d_ff) else size for name, size in sizes.items()
+            name: self._shrunk(size) if name in ("hidden_size", about.d_ff) else size for name, size in sizes.items()
         }
         if self.experts is not None and about.experts:
             shrunk[about.experts] = self.experts
@@ -99,6 +95,10 @@ class Work:
         # Attention is not computed: one head.
         few = {"num_hidden_layers": 1, "vocab_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
         return kind(**shrunk, **few, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+    def _shrunk(self, size: int) -> int:
+        """grouped_mm takes rows of whole vectors alone, and the least k should be above 1."""
+        return size if self.shrink == 1 else max(_LEAST_SIZE, size // self.shrink // 16 * 16)
 
     @property
     def d_model(self) -> int:

@@ -31,7 +31,7 @@ def test_the_check_refuses_another_number_of_neurons(monkeypatch):
         return prepared(model, work, method if backend == "reference" else "topk-4", backend=backend, **options)
 
     monkeypatch.setattr(measure, "prepared", with_another_k)
-    with pytest.raises(CheckFailedError, match="topk-12, Phi-3-mini: .* the output differs from the right one by"):
+    with pytest.raises(CheckFailedError, match=r"topk-12, Phi-3-mini: .* the output differs from the right one by"):
         measure.check_small("topk-12", Work("phi3-mini"))
 
 

@@ -35,6 +35,14 @@ class RecordTable(_MarkdownDirective):
         return record_tables.markdown(self.arguments[0])
 
 
+class RecordFile(_MarkdownDirective):
+    """A table that an experiment wrote into results/, by its path there; a line in its place where it was not run."""
+
+    def markdown(self) -> str:
+        path = record_tables.RESULTS / self.arguments[0]
+        return path.read_text("utf-8") if path.exists() else "Not measured yet."
+
+
 class CommandOptions(_MarkdownDirective):
     """What a command does and the options that it takes, such as `topk-attention calibrate`."""
 
@@ -45,5 +53,6 @@ class CommandOptions(_MarkdownDirective):
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("record-table", RecordTable)
+    app.add_directive("record-file", RecordFile)
     app.add_directive("command-options", CommandOptions)
     return {"parallel_read_safe": True}

@@ -167,6 +167,18 @@ SECTIONS = (
         "The same for feed-forward layers, in alternation with the dense layer.",
     ),
     Section(
+        "networks",
+        "Networks of experts and of fused weights",
+        None,
+        "One layer in the shapes of models, beside transformers' own ways to compute it, with random weights.",
+    ),
+    Section(
+        "paths",
+        "Peak memory of each way through a converted model",
+        None,
+        "Sinks, soft caps, masks with gradients, fused networks, experts and adapted attention, against length.",
+    ),
+    Section(
         "feed-forward-curve",
         "Training with top-k feed-forward layers",
         None,

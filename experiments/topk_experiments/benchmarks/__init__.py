@@ -11,6 +11,8 @@ generation/      whole models that generate, beside other caches and llama.cpp
 error/           how far the output is from full attention, at equal time and memory
 long_cache/      a token over a context in files
 sequence_parallel/  a training step of one sequence over processes
+networks/        networks of experts and of fused weights in the shapes of models, beside dense ones
+paths/           peak memory of each way through a converted model, against length
 figures.py       the figures of Gupta et al. 2021, in sizes for two cores
 """
 
@@ -18,7 +20,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import attention, decode, error, feed_forward, generation, long_cache, model, sequence_parallel
+from . import (
+    attention,
+    decode,
+    error,
+    feed_forward,
+    generation,
+    long_cache,
+    model,
+    networks,
+    paths,
+    sequence_parallel,
+)
 
 
 def redraw(results: Path) -> list[Path]:
@@ -40,4 +53,6 @@ def redraw(results: Path) -> list[Path]:
         *error.report(results / "attention-error"),
         *long_cache.report(results / "long-cache"),
         *sequence_parallel.report(results / "sequence-parallel"),
+        *networks.report(results / "networks"),
+        *paths.report(results / "paths"),
     ]

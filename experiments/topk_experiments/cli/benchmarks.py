@@ -25,6 +25,8 @@ from ..benchmarks.long_cache import LongCacheBenchmark, run_long_cache
 from ..benchmarks.long_cache.measure import Point as LongCachePoint
 from ..benchmarks.model import ModelBenchmark
 from ..benchmarks.model import Point as ModelPoint
+from ..benchmarks.networks import NetworkBenchmark
+from ..benchmarks.paths import PathBenchmark
 from ..benchmarks.rounds import PointBenchmark, RoundBenchmark, Setting, run_and_show_points, run_and_show_rounds
 from ..benchmarks.sequence_parallel import SequenceParallelBenchmark, run_sequence_parallel
 from ..benchmarks.sequence_parallel.measure import Point as SequencePoint
@@ -105,7 +107,8 @@ def feed_forward_kernel(
     sweep: Annotated[str | None, 'Instead of the table: "d-ff", the paper\'s figure (2,048 to 65,536).'] = None,
     works: Annotated[
         Sequence[str] | None,
-        "Rows of the table: t5-11b, t5-base, smollm2, and t5-base-N and smollm2-N for N = 1, 2, 4 and 8 tokens.",
+        "Rows of the table: t5-11b, t5-base, smollm2, phi3-mini, and t5-base-N and smollm2-N for N = 1, 2, 4 and 8 "
+        "tokens.",
     ] = None,
     d_ff: Annotated[Sequence[int] | None, "For the sweep, instead of its own."] = None,
     tokens: Annotated[int | None, typer.Option(help="For the sweep, instead of 4,096.", callback=at_least(1))] = None,
@@ -300,6 +303,29 @@ def generation(how: Json, limits: Json) -> None:
     benchmark = GenerationBenchmark(limits=Limits(**limits), **how)
     _say_if_full((benchmark.k, length) for length in benchmark.lengths)
     benchmarks.generation.run_and_show(benchmark, new_console())
+
+
+@benchmark.command()
+@taking(NetworkBenchmark, Limits, time_s=1800.0, threads=_AS_MANY)
+def networks(how: Json, limits: Json) -> None:
+    """The feed-forward network of a layer in the shapes of real models: experts and fused weights, against dense ones.
+
+    One token, many tokens, and a training step, with random weights; every neuron gives the dense answer first. The
+    largest, Mixtral's, takes 18 GiB. Networks are appended to networks.jsonl; interrupted, the same command continues
+    with those that are missing.
+    """
+    benchmarks.networks.run_and_show(NetworkBenchmark(limits=Limits(**limits), **how), new_console())
+
+
+@benchmark.command()
+@taking(PathBenchmark, Limits, time_s=1800.0)
+def paths(how: Json, limits: Json) -> None:
+    """Peak memory of each way through a converted model against length: forward and a training step, beside eager.
+
+    A model of one layer with random weights for each way and method, in a process of its own. Ways are appended to
+    paths.jsonl; interrupted, the same command continues with those that are missing.
+    """
+    benchmarks.paths.run_and_show(PathBenchmark(limits=Limits(**limits), **how), new_console())
 
 
 @benchmark.command()

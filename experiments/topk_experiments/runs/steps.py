@@ -47,17 +47,26 @@ class Limits:
         return record["outcome"] == "finished" or not is_more
 
 
-def run_within(limits: Limits, function: str, request: Json, what: str, on_message: Send | None = None) -> Json:
+def run_within(
+    limits: Limits,
+    function: str,
+    request: Json,
+    what: str,
+    on_message: Send | None = None,
+    *,
+    memory_in_use: bool = False,
+) -> Json:
     """The outcome of a function in a fresh process, with what it returned, or with the limits that stopped it.
 
-    function  "package.module:name", as `run_in_fresh_process` takes it
-    what      named in errors
+    function, memory_in_use  as `run_in_fresh_process` takes them
+    what                     named in errors
 
     Raises:
         WorkerError: the function raised an error, or its process died.
     """
     try:
-        result = run_in_fresh_process(function, request, time_limit_s=limits.time_s, on_message=on_message)
+        options: Json = {"time_limit_s": limits.time_s, "on_message": on_message, "memory_in_use": memory_in_use}
+        result = run_in_fresh_process(function, request, **options)
     except WorkerError as error:
         if error.outcome not in ("out of memory", "time limit"):
             raise WorkerError(error.outcome, f"{what} failed ({error.outcome}): {error}") from error

@@ -5,8 +5,9 @@ E experts, T tokens, S pairs of a token and an expert, D model size, F neurons o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def sum_of_experts(
     beyond  what computes the tokens of experts whose numbers are beyond the weights; None leaves these out
     """
     num_experts, size_out, _ = experts.w_out.shape
-    each = ExpertWeights(*map(_each, experts))  # type: ignore[arg-type]
+    each = ExpertWeights(**{name: _each(name, stack) for name, stack in experts._asdict().items()})
     output = x.new_zeros(x.shape[0], size_out, dtype=accumulation_dtype(x.dtype))
     first = 0
     for expert, count in enumerate(routing.counts):
@@ -111,8 +112,8 @@ def _network(
     def of(stack: Tensor | None) -> Tensor | None:
         return None if stack is None else stack[expert]
 
-    w_gate, w_in = (of(each.w_gate), of(each.w_in)) if each.gate_in is None else each.gate_in[expert].unbind()
-    b_gate, b_in = (of(each.b_gate), of(each.b_in)) if each.b_gate_in is None else each.b_gate_in[expert].unbind()
+    w_gate, w_in = (of(each.w_gate), of(each.w_in)) if each.gate_in is None else each.gate_in[expert]
+    b_gate, b_in = (of(each.b_gate), of(each.b_in)) if each.b_gate_in is None else each.b_gate_in[expert]
     assert w_in is not None
     return topk_feed_forward(
         rows,
@@ -130,9 +131,107 @@ def _network(
     )
 
 
-def _each(stack: Tensor | None) -> Tensor | Sequence[Tensor] | None:
-    """What an expert's number picks its weights from. Picked from the stack itself, the gradient of each expert would
-    be one of all of them."""
+def _each(name: str, stack: Tensor | None) -> Any:
+    """What an expert's number picks its weights from: itself, or the gate's and the others."""
     if stack is None or not (torch.is_grad_enabled() and stack.requires_grad):
         return stack
-    return stack.unbind()
+    return _Picked(stack, 2 if name.endswith("gate_in") else 1)
+
+
+class _Picked:
+    """Picks experts from a stack whose gradient comes into being once.
+
+    Picked from the stack itself, the gradient of each expert would be one of all of them. The backward pass comes to
+    the last expert first. Each writes its gradient into that of the stack as soon as it has it, and its memory serves
+    the next one: gradients that wait to be joined take twice the memory of all weights, in new pages, which cost as
+    much time as the copy.
+
+    stack  [E, ...], or with two axes that are picked from [E, 2, ...]
+    """
+
+    def __init__(self, stack: Tensor, axes: int = 1) -> None:
+        self._joint = _Joint(torch.empty_like(stack, device="meta"), axes)
+        self._parts: tuple[Tensor, ...] = _Unbound.apply(stack, self._joint)
+        self._each = stack.shape[1] if axes == 2 else 1
+
+    def __getitem__(self, expert: int) -> Tensor | tuple[Tensor, ...]:
+        first = expert * self._each
+        parts = [_Written.apply(self._parts[at], self._joint, at) for at in range(first, first + self._each)]
+        return parts[0] if self._joint.axes == 1 else tuple(parts)
+
+
+class _Joint:
+    """The gradient of a stack while its parts are written into it: one for each thread.
+
+    Backward passes in several threads may come to the same stack; on a CPU each stays in the thread of its caller.
+    """
+
+    def __init__(self, like: Tensor, axes: int) -> None:
+        self.axes = axes
+        self._like = like
+        self._of_thread: dict[int, tuple[Tensor, ...]] = {}  # the whole, and its parts
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Those of this thread's, which is made where there is none."""
+        thread = threading.get_ident()
+        if thread not in self._of_thread:
+            whole = torch.empty_like(self._like, device="cpu")
+            self._of_thread[thread] = whole, *_unbound(whole, self.axes)
+        return self._of_thread[thread][1:]
+
+    def take(self) -> tuple[Tensor, ...] | None:
+        """This thread's whole and its parts, no longer written to; None where nothing was written."""
+        return self._of_thread.pop(threading.get_ident(), None)
+
+
+def _unbound(stack: Tensor, axes: int) -> tuple[Tensor, ...]:
+    parts = stack.unbind()
+    return parts if axes == 1 else tuple(half for part in parts for half in part.unbind())
+
+
+class _Unbound(torch.autograd.Function):
+    @staticmethod
+    def forward(stack: Tensor, joint: _Joint) -> tuple[Tensor, ...]:
+        return _unbound(stack, joint.axes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        stack, ctx.joint = inputs
+        ctx.shape = stack.shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        taken = ctx.joint.take()
+        known = next((gradient for gradient in gradients if gradient is not None), None)
+        if known is None:
+            return None, None
+        if taken is None or torch.is_grad_enabled():
+            zero = torch.zeros_like(known)
+            return torch.stack([zero if one is None else one for one in gradients]).view(ctx.shape), None
+        whole, *parts = taken
+        for part, gradient in zip(parts, gradients, strict=True):
+            if gradient is None:  # of an expert without tokens
+                part.zero_()
+            elif gradient.data_ptr() != part.data_ptr():
+                part.copy_(gradient)
+        return whole, None
+
+
+class _Written(torch.autograd.Function):
+    """The same tensor; its gradient is moved into that of the stack."""
+
+    @staticmethod
+    def forward(part: Tensor, joint: _Joint, at: int) -> Tensor:
+        return part.view_as(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.joint, ctx.at = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if gradient.device.type != "cpu" or torch.is_grad_enabled():
+            return gradient, None, None
+        part = ctx.joint.parts()[ctx.at]
+        return part.copy_(gradient), None, None

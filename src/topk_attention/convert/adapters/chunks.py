@@ -46,7 +46,13 @@ def attend_in_chunks(
         return part(0)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(part, start, use_reentrant=False) for start in starts], dim=1)
-    return torch.cat([part(start) for start in starts], dim=1)
+    first = part(0)
+    # One place for all: parts that wait to be joined lie between what each call frees, which the C library then keeps.
+    output = first.new_empty(first.shape[0], query.shape[2], *first.shape[2:])
+    output[:, :_CHUNK] = first
+    for start in starts[1:]:
+        output[:, start : start + _CHUNK] = part(start)
+    return output
 
 
 def _rows_of(mask: CompactMask | Tensor | None, queries: range) -> Tensor | None:

@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
+WHEEL_ENVIRONMENTS ?=
 
-.PHONY: help install demo test check format lint types docs check-native check-exact check-generation bench bench-full \
-	bench-attention bench-feed-forward bench-model bench-generation bench-misleading report clean
+.PHONY: help install demo test check format lint types docs check-native check-exact check-generation wheel check-wheel \
+	bench bench-full bench-attention bench-feed-forward bench-model bench-generation bench-misleading report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +66,21 @@ check-native: ## check the C++ kernels by themselves, under sanitizers
 
 check-exact: install ## compare screened keys with those of all scores, to the bit, on 100,000 misleading rows
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/adversarial.py 12
+
+# From the source distribution, so that it is complete and nothing of an earlier build comes along. torch's libraries are
+# in the process already when the kernels are loaded.
+wheel: install ## build the wheel of this system into build/wheels, tagged with the oldest Linux that it serves
+	@$(PIP) --no-deps --requirement requirements-wheel.txt
+	@rm -rf build/wheels
+	@echo "Building the source distribution and the wheel (about three minutes)"
+	@TOPK_ATTENTION_KERNELS=required $(BIN)/python -m build --no-isolation --outdir build/wheels/untagged .
+	@PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir build/wheels build/wheels/untagged/topk_attention-*.whl
+	@ls -l build/wheels/*.whl
+
+check-wheel: ## try the wheel in fresh environments: make check-wheel WHEEL_ENVIRONMENTS="python3.12==2.14.1 ..."
+	@test -e build/wheels/topk_attention-*.whl || $(MAKE) wheel
+	@$(BIN)/python tests/support/check_wheel.py $(WHEEL_ENVIRONMENTS)
 
 bench-misleading: install ## times of screened attention on misleading data, beside those of scoring every key
 	$(BIN)/python tests/support/misleading_times.py

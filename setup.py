@@ -2,13 +2,18 @@
 
 The sources are compiled side by side, as many as there are cores or as MAX_JOBS says; MAX_JOBS=1 saves memory.
 
-Without torch at build time, or without a working compiler, the package installs without kernels and runs in plain
-PyTorch. Set TOPK_ATTENTION_KERNELS=required to make that an error, or =off to build no kernels.
+Without torch at build time, or without a working compiler, the package installs without kernels, says so when it is
+imported, and runs in plain PyTorch. Set TOPK_ATTENTION_KERNELS=required to make that an error, or =off to build no
+kernels.
 """
 
+import importlib.util
 import os
 import platform
+import re
+import site
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +28,7 @@ ARM_TARGETS = ["neon", "neondot"]
 TARGETS = {"x86_64": X86_TARGETS, "amd64": X86_TARGETS, "aarch64": ARM_TARGETS, "arm64": ARM_TARGETS}
 # Left out where the compiler does not know their flags: -mavxvnni needs g++ 11 or clang 12.
 OPTIONAL_TARGETS = ["avxvnni"]
+OLDEST_TORCH = (2, 10)  # the first with the stable ABI's parallel_for
 FLAGS = Path("csrc/flags")  # a file of compiler flags for all sources, and one for each target that needs more
 
 
@@ -80,15 +86,37 @@ def flags_of(name: str) -> list[str]:
     return (FLAGS / name).read_text().split() if (FLAGS / name).exists() else []
 
 
+def torch_folder() -> Path | None:
+    """Where a torch lies whose headers will do: the one that would be imported, or one installed for this interpreter.
+
+    Where pip builds in isolation, torch cannot be imported, but the interpreter is still that of the environment which
+    the package is for. A torch among the build requirements would bring gigabytes to read some headers of it, and
+    whichever they are from, the kernels are the same.
+    """
+    found = importlib.util.find_spec("torch")
+    folders = [Path(found.origin).parent] if found is not None and found.origin else []
+    installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    folders += [Path(folder) / "torch" for folder in installed]
+    return next((folder for folder in folders if version_of(folder) >= OLDEST_TORCH), None)
+
+
+def version_of(torch: Path) -> tuple[int, ...]:
+    """Major and minor number of the torch in a folder; () where there is none."""
+    file = torch / "version.py"
+    found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", file.read_text(), re.MULTILINE) if file.exists() else None
+    return tuple(map(int, found.groups())) if found else ()
+
+
 def extensions() -> list[Extension]:
     if KERNELS == "off":
         return []
-    try:
-        from torch.utils.cpp_extension import include_paths, library_paths
-    except ImportError:
+    torch = torch_folder()
+    if torch is None:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        problem = f"no torch from {oldest} on to build against, so no CPU kernels; install torch first"
         if KERNELS == "required":
-            raise
-        print("topk_attention: no torch to build against, the CPU kernels are not built", file=sys.stderr)
+            raise SystemExit(f"topk_attention: {problem}, or do not set TOPK_ATTENTION_KERNELS=required")
+        print(f"topk_attention: {problem}", file=sys.stderr)
         return []
     return [
         Extension(
@@ -98,11 +126,10 @@ def extensions() -> list[Extension]:
                 "setup.py",
                 *(str(path) for path in [*sorted(Path("csrc").rglob("*.h")), *sorted(FLAGS.iterdir())]),
             ],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
+            include_dirs=[str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
+            library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],  # in the process already when the kernels are loaded
-            # torch 2.10 is the first with the stable ABI's parallel_for.
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            define_macros=[("TORCH_TARGET_VERSION", f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000")],
             extra_compile_args=[*flags_of("all"), "-g0"],
             extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--as-needed"],
             py_limited_api=True,

@@ -203,6 +203,25 @@ def stand_ins() -> Table:
     return ["neurons per token", "left out", *names], rows
 
 
+def wheel_environments() -> Table:
+    """Where the wheel, and the source, were installed and tried."""
+    header = ["installed", "Python", "torch", "transformers", "system", "kernels", "compared with the reference"]
+    rows = []
+    for record in _lines("wheel/environments.jsonl"):
+        installed = record["installed"]
+        if "bytes" in record:
+            tag = record["wheel"].split("-")[-1].removesuffix(".whl").split(".")[0]
+            installed = f"{tag}, {record['bytes'] / 1e6:.1f} MB"
+        if "warning" in record:
+            rows.append([installed, record["python"], record["torch"], "", "", "none, warned at import", ""])
+            continue
+        calls = record["attention_calls"] + record["feed_forward_calls"]
+        result = f"{calls} calls, {len(record['targets'])} targets"
+        of_system = [record.get("transformers", ""), record["system"], record["targets"][0]]
+        rows.append([installed, record["python"], record["torch"], *of_system, result])
+    return header, rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "attention-layer": attention_layer,
     "attention-speed": attention_speed,
@@ -215,6 +234,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "pretrained": pretrained,
     "sentence-embeddings": sentence_embeddings,
     "stand-ins": stand_ins,
+    "wheel-environments": wheel_environments,
 }
 
 

@@ -343,7 +343,28 @@ def test_the_package_imports_and_works_without_its_kernels(tmp_path):
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
     assert done.stderr.count("UserWarning: topk_attention runs without its compiled kernels") == 1
-    assert "pip install --no-build-isolation ." in done.stderr
+    assert "pip install --force-reinstall --no-deps --no-build-isolation ." in done.stderr
+
+
+WARNED_AT_IMPORT = """
+import warnings
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import topk_attention
+assert len(caught) == 1 and "topk_attention runs without its compiled kernels" in str(caught[0].message), caught
+ignore = str(caught[0].message).partition("If slower is meant, ")[2].partition(" before the import")[0]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    exec(ignore)
+    topk_attention.backends._warn_of_missing_kernels()
+assert not caught, caught
+"""
+
+
+def test_missing_kernels_are_warned_of_at_import_and_the_warning_says_how_it_is_ignored(tmp_path):
+    done = run_copied_package(tmp_path, WARNED_AT_IMPORT)()
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernels_that_do_not_load_are_a_reason_and_no_error(tmp_path):

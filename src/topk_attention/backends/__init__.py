@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from typing import NamedTuple
-
-import torch
 
 from . import cpu, sdpa
 from .calls import AttentionCall, FeedForwardCall
@@ -79,23 +76,23 @@ def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
         return Choice("chunked", "the compiled kernels are for CPU tensors")
     problem = cpu.problem()
     if problem is not None:
-        if call is not None and not torch.compiler.is_compiling():
-            _warn_of_missing_kernels(problem)
         return Choice("chunked", problem)
     if _caps_before_it_adds(call):
         return Choice("chunked", _CAPS_ALL)
     return Choice("cpu", f"the fastest for CPU tensors; kernels for {cpu.cpu_target()}")
 
 
-@cache
-def _warn_of_missing_kernels(problem: str) -> None:
-    """Warn once in a process: otherwise the library would silently be slow."""
-    warnings.warn(
-        f"topk_attention runs without its compiled kernels, several times slower: {problem}; install it from a clone "
-        "with pip install --no-build-isolation . where torch and a C++ compiler are there, or say "
-        'backend="chunked" to run without them',
-        stacklevel=2,
-    )
+def _warn_of_missing_kernels() -> None:
+    """Where the kernels are missing the library says so when it is imported: otherwise it would silently be slow."""
+    problem = cpu.problem()
+    if problem is not None:
+        warnings.warn(
+            f"topk_attention runs without its compiled kernels, on a CPU several times slower: {problem}. Install a "
+            "wheel that holds them or, where torch and a C++ compiler are there, the source again: "
+            "pip install --force-reinstall --no-deps --no-build-isolation . in a clone. If slower is meant, "
+            'warnings.filterwarnings("ignore", message="topk_attention runs without") before the import hides this',
+            stacklevel=2,
+        )
 
 
 def _check_cpu(call: AttentionCall | FeedForwardCall | None) -> None:
@@ -111,3 +108,6 @@ def _device(call: AttentionCall | FeedForwardCall | None) -> str:
     if call is None:
         return "cpu"
     return call.x.device.type if isinstance(call, FeedForwardCall) else call.query.device.type
+
+
+_warn_of_missing_kernels()

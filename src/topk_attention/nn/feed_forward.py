@@ -82,7 +82,7 @@ def topk_network(
     part_gate = None if linear_gate is None else parts_of(linear_gate)
     options: dict[str, Any] = {"k": k, "activation": activation, "dropout_p": dropout_p, "backend": backend}
     options["token_chunk_size"] = token_chunk_size
-    if all(part is None or part.is_stored for part in (part_in, part_out, part_gate)):
+    if all(part is None or part.is_stored() for part in (part_in, part_out, part_gate)):
         w_in, w_out, w_gate = part_in.weight, part_out.weight, None if part_gate is None else part_gate.weight
     elif (reason := _why_call_now(names, part_in, part_out, part_gate)) is not None:
         return _called_network(*called, because=reason)
@@ -130,7 +130,7 @@ def _why_call_now(names: tuple[str, ...], *parts: LinearParts | None) -> str | N
     The first layers take it beside x. The last one reads neurons, of which only the kept ones are there.
     """
     for place, (name, part) in enumerate(zip(names, parts, strict=True)):
-        if part is None or not any(adapter.drops for adapter in part.adapters):
+        if part is None or not any(adapter.drops() for adapter in part.adapters):
             continue
         if place == 1 or part.magnitude is not None or is_observed():
             return f"{name} has an adapter with dropout, in training"
@@ -189,7 +189,7 @@ def _wide_rows(made: MadeWeights, part: LinearParts, zeros_before: int, zeros_af
             weight, ups = weight * scales, [up * scales for up in ups]
         return torch.cat([weight, before, *ups, after], dim=1)
 
-    is_made = not part.is_stored or zeros_before or zeros_after
+    is_made = not part.is_stored() or zeros_before or zeros_after
     return made.add(make, part.tensors()) if is_made else part.weight
 
 
@@ -200,7 +200,7 @@ def _long_columns(made: MadeWeights, part: LinearParts) -> Tensor:
         weight = part.numbers()
         return torch.cat([weight.t(), *(adapter.down.to(weight.dtype).t() for adapter in part.adapters)], dim=1).t()
 
-    return part.weight if part.is_stored else made.add(make, part.tensors())
+    return part.weight if part.is_stored() else made.add(make, part.tensors())
 
 
 def _called_network(

@@ -162,6 +162,7 @@ def _is_quantised(tensor: Tensor) -> bool:
     return type(tensor).__module__.partition(".")[0] == "torchao" and hasattr(tensor, "dequantize")
 
 
+# Methods, not properties: the compiler of torch 2.10 cannot read those of a named tuple.
 class Adapter(NamedTuple):
     """What LoRA adds to a layer: up (down x), with dropout of its x in training.
 
@@ -177,7 +178,6 @@ class Adapter(NamedTuple):
         """[..., R], in the dtype of x."""
         return F.linear(self.dropout(x).to(self.down.dtype), self.down).to(x.dtype)
 
-    @property
     def drops(self) -> bool:
         return isinstance(self.dropout, nn.Dropout) and self.dropout.training and self.dropout.p > 0
 
@@ -195,7 +195,6 @@ class LinearParts(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
     magnitude: Tensor | None = None
 
-    @property
     def is_stored(self) -> bool:
         """Whether the weight says everything as it is."""
         return len(self.adapters) == 0 and _is_ordinary(self.weight)

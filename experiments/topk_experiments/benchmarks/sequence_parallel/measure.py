@@ -200,10 +200,10 @@ def _check(point: Point, mesh: Any) -> float:
     batch = batch_of(point, _NUM_CHECKED)
     one(**batch).loss.backward()
     gradients_of(shared, shard_batch(batch, mesh, shift_labels=True), mesh, point)
-    errors = [
-        float((a.grad - b.grad).abs().max() / b.grad.abs().max())
-        for a, b in zip(shared.parameters(), one.parameters(), strict=True)
-    ]
+    errors = []
+    for parameter, expected in zip(shared.parameters(), one.parameters(), strict=True):
+        assert parameter.grad is not None and expected.grad is not None
+        errors.append(float((parameter.grad - expected.grad).abs().max() / expected.grad.abs().max()))
     if not max(errors) < 1e-3:
         raise ValueError(f"gradients over {point.processes} processes are off from those of one by {max(errors):.2g}")
     return max(errors)

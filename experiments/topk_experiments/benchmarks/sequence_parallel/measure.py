@@ -202,7 +202,8 @@ def _check(point: Point, mesh: Any) -> float:
     gradients_of(shared, shard_batch(batch, mesh, shift_labels=True), mesh, point)
     errors = []
     for parameter, expected in zip(shared.parameters(), one.parameters(), strict=True):
-        assert parameter.grad is not None and expected.grad is not None
+        assert parameter.grad is not None
+        assert expected.grad is not None
         errors.append(float((parameter.grad - expected.grad).abs().max() / expected.grad.abs().max()))
     if not max(errors) < 1e-3:
         raise ValueError(f"gradients over {point.processes} processes are off from those of one by {max(errors):.2g}")

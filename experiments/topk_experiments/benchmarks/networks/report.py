@@ -80,7 +80,7 @@ def _page(record: Json) -> Page:
 
 
 def _rows(work: Work, record: Json) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in record["runs"]:
         best = best_s(run)
         for name, of in run["methods"].items():

@@ -76,7 +76,7 @@ def _rows(record: Json, lengths: Sequence[int]) -> list[tuple[str, ...]]:
     method = f"top-k, k = {ATTENTION_K}" if request["method"] == "top-k" else path.rival
     if not is_finished(record):
         return [(path.label, "", method, record["outcome"], *[""] * len(lengths))]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for mode in _MODES:
         points = {point["length"]: point for point in record["points"] if point["mode"] == mode}
         cells = [_cell(points[length]) if length in points else "" for length in lengths]

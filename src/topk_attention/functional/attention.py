@@ -260,6 +260,10 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
 
                 output, indices, weights = reference.attention(call)
                 return (output, indices, weights.detach()) if call.return_selection else (output, None, None)
+            case "triton":
+                from ..backends.triton import attention
+
+                return attention.attention(call)
             case "chunked":
                 from ..backends import chunked
 

@@ -35,7 +35,7 @@ def first_entry(batch, head, query, k, num_queries, one_k, sum_of_k, head_start_
     return batch.to(tl.int64) * num_queries * sum_of_k + start_of_head + query.to(tl.int64) * k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows"])
 def sum_values_kernel(
     value_ptr,
     output_ptr,
@@ -101,7 +101,7 @@ def sum_values_kernel(
         tl.store(to[:, None] + dims[None, :], result, mask=is_row[:, None] & is_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows", "first_of_slab", "first_head", "num_targets"])
 def differentiate_rows_kernel(
     grad_ptr,
     query_ptr,

@@ -103,7 +103,7 @@ def added_to_scores(
     return added, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def score_tiles_kernel(
     query_ptr,
     key_ptr,

@@ -54,7 +54,7 @@ def visible_end(query, num_queries, num_keys, is_causal: tl.constexpr):
     return tl.zeros_like(query) + num_keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows"])
 def thresholds_kernel(
     maxima_ptr,
     threshold_ptr,
@@ -142,7 +142,7 @@ def thresholds_kernel(
     tl.store(threshold_ptr + local, threshold, mask=local < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows"])
 def list_candidates_kernel(
     bits_ptr,
     candidate_ptr,
@@ -257,7 +257,7 @@ def score_entries(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows"])
 def score_candidates_kernel(
     query_ptr,
     key_ptr,
@@ -344,7 +344,7 @@ def score_candidates_kernel(
         tl.store(score_ptr + at, scores, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows"])
 def cut_in_passes_kernel(
     query_ptr,
     key_ptr,
@@ -502,7 +502,7 @@ def cut_in_passes_kernel(
                     phase = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_rows"])
 def cut_kernel(
     candidate_ptr,
     count_ptr,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 
@@ -21,15 +20,15 @@ from .plan import MAX_DIM, MAX_K
 
 # As Triton reads it, once, when it is first imported.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes")
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The first NVIDIA GPUs for which Triton compiles bfloat16 products.
 _CAPABILITY = (8, 0)
 
 
-@cache
 def problem() -> str | None:
     """Why the kernels cannot run on this machine, None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _IS_INSTALLED:
         return "the package triton is not installed; torch for CUDA and ROCm brings it along"
     if IS_INTERPRETED:
         return None
@@ -63,7 +62,12 @@ def too_old(device: torch.device) -> str | None:
     """Why "auto" leaves a GPU to others, None where it does not."""
     if IS_INTERPRETED or torch.version.hip is not None:
         return None
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability_of(device)
     if capability < _CAPABILITY:
         return f"the Triton kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

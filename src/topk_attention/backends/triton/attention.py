@@ -37,7 +37,7 @@ from .select import (
 )
 
 # The interpreter takes its time for an operation, however large, so its programs have many rows; a GPU's have one.
-_BLOCK_ROWS = 64 if IS_INTERPRETED else 1
+_BLOCK_ROWS = 256 if IS_INTERPRETED else 1
 # How far two computations of a score may be apart, in units of the largest product of a query and a key: twice the
 # roundings of D + 8 additions each, at 2 bits less than float32 has, as tensor cores add.
 _SLACK_OF_A_ROUNDING = {tl.float32: 2.0**-20, tl.float64: 2.0**-49}

@@ -81,7 +81,7 @@ def make_plan(
     itemsize    of query and key
     adds        whether masks or biases are read in the tiles
     processors  of the device, whose number of programs the keys are split for
-    interpreted  smaller tiles, of which Triton's interpreter computes every number
+    interpreted  smaller tiles, groups and lists: tests with a dozen keys then go through every kernel
     """
     rows = num_queries * (num_heads // num_key_heads)
     padded_dim = max(16, power_of_2(head_dim))
@@ -100,11 +100,12 @@ def make_plan(
     # As long as no more than half of the keys are candidates, larger groups save memory. A row has at most k groups
     # that reach its threshold, and others of the same maximum.
     group_keys = 32
-    while group_keys > 8 and (4 * largest_k * group_keys > num_keys or largest_k * group_keys > _MOST_CANDIDATES):
+    fewest, least_capacity = (2, 4) if interpreted else (8, 16)
+    while group_keys > fewest and (4 * largest_k * group_keys > num_keys or largest_k * group_keys > _MOST_CANDIDATES):
         group_keys //= 2
     blocks = -(-num_keys // tile_keys)
     num_groups, num_words = blocks * tile_keys // group_keys, blocks * tile_keys // 32
-    capacity = max(16, power_of_2(min(num_keys, largest_k * group_keys)))
+    capacity = max(least_capacity, power_of_2(min(num_keys, largest_k * group_keys)))
     padded_k = max(16, power_of_2(largest_k))
     few = min(capacity, max(_FEW_CANDIDATES, padded_k))
     number = max(4, itemsize)
@@ -114,8 +115,8 @@ def make_plan(
         bytes_of_row += (4 + number) * padded_k
     num_tiles = batch * num_key_heads * -(-rows // tile_rows)
     slab_tiles = max(1, min(num_tiles, (slab_bytes or SLAB_BYTES) // (tile_rows * bytes_of_row)))
-    # Two programs for each processor; each has at least a few tiles of keys.
-    splits = max(1, min(2 * processors // slab_tiles, blocks // 4))
+    # Two programs for each processor, with two tiles of keys or more.
+    splits = max(1, min(2 * processors // slab_tiles, blocks // 2))
     blocks_of_split = -(-blocks // splits)
     return Plan(
         tile_rows=tile_rows,

@@ -31,7 +31,7 @@ def locate(local, first_tile, num_queries, num_heads, group_size, tile_rows: tl.
 
 @triton.jit
 def is_finite(x):
-    return (x - x) == 0
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit

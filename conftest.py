@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from topk_attention.backends import BACKENDS, cpu, triton
 from topk_attention.backends.chunked import tiles
+from triton_claims import is_triton_claim
 
 settings.register_profile("local", max_examples=100, deadline=None)
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
@@ -66,8 +67,8 @@ def pytest_collection_modifyitems(config, items):
     """Leave the tests of other backends to a process without the interpreter."""
     if not triton.IS_INTERPRETED:
         return
-    kept = [item for item in items if "triton" in item.nodeid]
-    config.hook.pytest_deselected(items=[item for item in items if "triton" not in item.nodeid])
+    kept = [item for item in items if is_triton_claim(item.nodeid)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     for item in kept:  # of inf less inf, and the like, NumPy warns where a GPU says nothing
         item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
     items[:] = kept

@@ -1,4 +1,4 @@
-"""When "auto" takes the Triton kernels and what it says otherwise; how calls are cut for them. None of it needs Triton."""
+"""When "auto" takes the Triton kernels, what it says otherwise, and how calls are cut for them, all without Triton."""
 
 import subprocess
 import sys

@@ -260,7 +260,8 @@ def main(path: str, targets: list[str]) -> None:
     for case in CASES:
         for launch in distinct(launches(case)):
             source = _source(launch)
-            same = f"{launch.kernel} {source.signature} {source.constants} {source.attrs} {launch.options.get('num_warps')}"
+            what = (launch.kernel, source.signature, source.constants, source.attrs, launch.options.get("num_warps"))
+            same = repr(what)
             if same in seen:
                 continue
             seen.add(same)

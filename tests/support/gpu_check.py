@@ -56,7 +56,14 @@ class Report:
 
 
 def inputs(
-    dtype: torch.dtype, *, batch: int = 1, heads: int = 8, key_heads: int = 2, queries: int = 300, keys: int = 1000, dim: int = 64
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    heads: int = 8,
+    key_heads: int = 2,
+    queries: int = 300,
+    keys: int = 1000,
+    dim: int = 64,
 ) -> list[Tensor]:
     shapes = ((batch, heads, queries, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, dim))
     return [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
@@ -86,7 +93,9 @@ def is_right(tensors: list[Tensor], k: Any, options: dict[str, Any], *, dtype: t
     for b, h, n in rows[:200].tolist() if plain else []:
         scores = tensors[1][b, h // group].double() @ tensors[0][b, h, n].double() * scale
         mine, theirs = ({j for j in x[b, h, n].tolist() if j >= 0} for x in (kept, expected_kept))
-        gap = max(scores[list(theirs - mine)].tolist(), default=0) - min(scores[list(mine - theirs)].tolist(), default=0)
+        gap = max(scores[list(theirs - mine)].tolist(), default=0) - min(
+            scores[list(mine - theirs)].tolist(), default=0
+        )
         size = tensors[0][b, h, n].double().norm() * tensors[1][b, h // group].double().norm(dim=-1).max() * scale
         worst = max(worst, gap / size.item())
     same = ~differs.unsqueeze(-1)
@@ -116,7 +125,9 @@ def check_right(report: Report) -> None:
         "padding mask": {"attn_mask": torch.arange(1000, device="cuda") < 700},
         "bool mask": {"attn_mask": torch.rand(1, 8, 300, 1000, device="cuda") < 0.5},
         "float mask": {"attn_mask": lambda to: torch.linspace(-1, 1, 1000, device="cuda").to(to)},
-        "relative bias": {"bias": lambda to: RelativeBias(torch.linspace(-2, 2, 8 * 1299, device="cuda").view(8, 1299).to(to))},
+        "relative bias": {
+            "bias": lambda to: RelativeBias(torch.linspace(-2, 2, 8 * 1299, device="cuda").view(8, 1299).to(to))
+        },
         "alibi": {"bias": lambda to: ALiBi((2.0 ** -torch.arange(1, 9, device="cuda")).to(to)), "is_causal": True},
         "dropout": {"dropout_p": 0.3},
         "sinks": {"sinks": lambda to: torch.linspace(-1, 1, 8, device="cuda").to(to)},
@@ -166,7 +177,13 @@ def check_same(report: Report) -> None:
             leaves = [x.requires_grad_() for x in inputs(torch.bfloat16, queries=2000, keys=2000, dim=128)]
             values = torch.randn(8, 3999, device="cuda").requires_grad_()
             output = topk_attention(
-                *leaves, k=64, is_causal=True, enable_gqa=True, bias=RelativeBias(values), dropout_p=0.1, backend="triton"
+                *leaves,
+                k=64,
+                is_causal=True,
+                enable_gqa=True,
+                bias=RelativeBias(values),
+                dropout_p=0.1,
+                backend="triton",
             )
             runs.append([output, *torch.autograd.grad(output.float().square().sum(), [*leaves, values])])
         return {"ok": all(torch.equal(a, b) for a, b in zip(*runs, strict=True))}
@@ -242,7 +259,8 @@ def check_speed(report: Report) -> None:
     for length in (8192, 16384, 32768, 65536):
         for is_causal in (True, False):
             for backward in (False, True):
-                words = f"L {length} {'causal' if is_causal else 'full'} {'forward and backward' if backward else 'forward'}"
+                what = "forward and backward" if backward else "forward"
+                words = f"L {length} {'causal' if is_causal else 'full'} {what}"
                 for kind in ("flash", "cudnn"):
                     report.attempt(
                         f"time {kind} {words}",

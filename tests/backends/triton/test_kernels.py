@@ -1,4 +1,4 @@
-"""The Triton kernels keep the keys of the reference and send its gradients, whatever the data and however calls are cut.
+"""The Triton kernels keep the keys of the reference and send its gradients, for all data and however calls are cut.
 
 The claims of tests/functional run in the same process with backend="triton"; here are those of the kernels alone.
 """

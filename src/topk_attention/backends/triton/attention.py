@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..calls import AttentionCall, accumulation_dtype, adds_to_scores, empty_output
+from ..calls import AttentionCall, accumulation_dtype, adds_to_scores
 from ..operators import (
-    AttentionGradients,
     differentiate_topk_attention,
     empty_attention_gradients,
     empty_topk_results,
@@ -25,7 +23,7 @@ from ..operators import (
     save_topk_attention,
 )
 from . import IS_INTERPRETED, keys
-from .plan import PartOfBackward, Plan, k_tables, make_plan, parts_of_backward, power_of_2
+from .plan import PartOfBackward, k_tables, make_plan, parts_of_backward, power_of_2
 from .rows import differentiate_rows_kernel, sum_values_kernel
 from .scores import measure_keys_kernel, score_tiles_kernel
 from .select import (
@@ -158,10 +156,16 @@ def topk_attention_op(
     maxima = new(rows_of_slab, plan.num_groups if plan.has_maxima else 0, dtype=dtype)
     thresholds = new(rows_of_slab, dtype=dtype)
     bits = new(rows_of_slab, plan.num_words, dtype=torch.int32)
-    candidates, scores = new(rows_of_slab, plan.capacity, dtype=torch.int32), new(rows_of_slab, plan.capacity, dtype=dtype)
+    candidates, scores = (
+        new(rows_of_slab, plan.capacity, dtype=torch.int32),
+        new(rows_of_slab, plan.capacity, dtype=dtype),
+    )
     counts = new(rows_of_slab, dtype=torch.int32)
     if not save_selection:
-        indices, weights = new(rows_of_slab, plan.padded_k, dtype=torch.int32), new(rows_of_slab, plan.padded_k, dtype=dtype)
+        indices, weights = (
+            new(rows_of_slab, plan.padded_k, dtype=torch.int32),
+            new(rows_of_slab, plan.padded_k, dtype=dtype),
+        )
 
     of_query, of_key = query.stride()[:3], key.stride()[:3]
     added = (attn_mask, bias, relative_bias)

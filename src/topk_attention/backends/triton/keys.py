@@ -20,7 +20,7 @@ SEGMENT = 1024
 
 
 class Segments(NamedTuple):
-    """The sorted entries of T targets, cut into segments; S is how many there may be, which no number on a device tells.
+    """The sorted entries of T targets, cut into segments; S is how many there may be, whatever the entries are.
 
     order         [entries] int64, positions of the sorted entries
     bounds        [T + 1] int64, where the entries of each target begin in that order

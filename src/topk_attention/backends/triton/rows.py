@@ -28,7 +28,7 @@ def survives(seed_ptr, rows, keys, fewest):
 
 @triton.jit
 def first_entry(batch, head, query, k, num_queries, one_k, sum_of_k, head_start_ptr, has_head_k: tl.constexpr):
-    """Where the entries of a row begin in the selection of the whole call, which lists [N, k] of each batch and head."""
+    """Where the entries of a row begin in the selection of a call, which lists [N, k] of each batch and head."""
     start_of_head = head.to(tl.int64) * num_queries * one_k
     if has_head_k:
         start_of_head = tl.load(head_start_ptr + head) * num_queries
@@ -95,7 +95,9 @@ def sum_values_kernel(
     for begin in tl.range(0, value_dim, block_dims):
         dims = begin + tl.arange(0, block_dims)
         is_dim = dims < value_dim
-        values = tl.load(at[:, :, None] + dims[None, None, :], mask=is_kept[:, :, None] & is_dim[None, None, :], other=0)
+        values = tl.load(
+            at[:, :, None] + dims[None, None, :], mask=is_kept[:, :, None] & is_dim[None, None, :], other=0
+        )
         products = tl.where(is_kept[:, :, None], weights[:, :, None] * values.to(acc), 0.0)
         result = tl.sum(products, 1).to(output_ptr.dtype.element_ty)
         tl.store(to[:, None] + dims[None, :], result, mask=is_row[:, None] & is_dim[None, :])

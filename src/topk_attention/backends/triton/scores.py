@@ -161,7 +161,7 @@ def score_tiles_kernel(
     threshold that too few groups reach is only lower.
     """
     local = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
-    is_row, batch, head, query, key_head = locate(local, first_tile, num_queries, num_heads, group_size, tile_rows)
+    is_row, batch, head, query, _ = locate(local, first_tile, num_queries, num_heads, group_size, tile_rows)
     dims = tl.arange(0, padded_dim)
     row = query_ptr + batch.to(tl.int64) * query_b + head.to(tl.int64) * query_h + query.to(tl.int64) * query_n
     q = tl.load(row[:, None] + dims[None, :], mask=is_row[:, None] & (dims[None, :] < head_dim), other=0.0)
@@ -169,10 +169,7 @@ def score_tiles_kernel(
     if upcast:
         q = q.to(acc)
     scale = tl.where(q_broken, float("nan"), number(scale_high, scale_low, acc))
-    if writes_bits:
-        threshold = tl.load(threshold_ptr + local)
-    else:
-        threshold = scale
+    threshold = tl.load(threshold_ptr + local) if writes_bits else scale
     mask_row = batch.to(tl.int64) * mask_b + head.to(tl.int64) * mask_h + query.to(tl.int64) * mask_n
     bias_row = batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h + query.to(tl.int64) * bias_n
     relative_row = head.to(tl.int64) * relative_h + num_queries - 1 - query

@@ -162,7 +162,7 @@ def list_candidates_kernel(
 ):
     """The places of a row's bits as a list in ascending order, as far as there is room, and their number."""
     local = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    is_row, batch, head, query, key_head = locate(local, first_tile, num_queries, num_heads, group_size, tile_rows)
+    is_row, _, _, query, _ = locate(local, first_tile, num_queries, num_heads, group_size, tile_rows)
     is_row = is_row & (local < num_rows)
     num_seen = tl.where(is_row, tl.cdiv(visible_end(query, num_queries, num_keys, is_causal), 32), 0)
     end = tl.max(num_seen, 0)
@@ -178,7 +178,7 @@ def list_candidates_kernel(
         sizes = bits_in(words)
         position = found[:, None] + tl.cumsum(sizes, 1) - sizes
         # A turn for each bit of the fullest word; most words are empty.
-        for _ in tl.range(0, tl.max(tl.max(sizes, 1), 0)):
+        for _turn in tl.range(0, tl.max(tl.max(sizes, 1), 0)):
             below = words - 1
             bit = bits_in(below & (words ^ 0xFFFFFFFF))
             keys = at[None, :] * 32 + bit
@@ -542,7 +542,7 @@ def cut_kernel(
     lists, for each batch and head, [N, k] entries; where it is not saved, there is one of this slab's rows.
     """
     local = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    is_row, batch, head, query, key_head = locate(local, first_tile, num_queries, num_heads, group_size, tile_rows)
+    is_row, batch, head, query, _ = locate(local, first_tile, num_queries, num_heads, group_size, tile_rows)
     is_row = is_row & (local < num_rows)
     count = tl.load(count_ptr + local, mask=is_row, other=0)
     is_row = is_row & (count <= most) & (count > fewest)

@@ -333,6 +333,8 @@ def topk_attention_backward_op(
     batch, num_heads, num_queries, head_dim = query.shape
     num_key_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
     results = empty_attention_gradients(query, key, value, wanted, bias_shape, relative_bias_shape, dtype)
+    if query_wanted:  # the kernels write rows, whatever the layout of the inputs
+        results = results._replace(query=torch.empty_like(query, memory_format=torch.contiguous_format))
     if key_wanted:
         results = results._replace(key=torch.zeros_like(key, memory_format=torch.contiguous_format))
     if value_wanted:
@@ -505,7 +507,7 @@ def _add_head_by_head(
 def _(grad_output, query, key, value, seed, indices, weights, head_k, scale, softcap, dropout_p, *wanted):
     *are_wanted, bias_shape, relative_shape = wanted
     empty = empty_attention_gradients(query, key, value, are_wanted, bias_shape, relative_shape, weights.dtype)
-    return tuple(empty._replace(key=empty.key.contiguous(), value=empty.value.contiguous()))
+    return tuple(x.contiguous() for x in empty)
 
 
 topk_attention_op.register_autograd(

@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 TEST_MODELS := $(VENV)/.test-models-installed
+TRITON := build/triton
+GPU_PYTHON ?= python3
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 VERSIONS_ARGUMENTS ?=
 WHEEL_ENVIRONMENTS ?=
 
-.PHONY: help install demo test test-versions check format lint types docs check-native check-exact check-generation wheel \
-	check-wheel bench bench-full bench-attention bench-feed-forward bench-model bench-generation bench-misleading report clean
+.PHONY: help install demo test test-triton test-versions compile-triton gpu-check check format lint types docs check-native \
+	check-exact check-generation wheel check-wheel bench bench-full bench-attention bench-feed-forward bench-model \
+	bench-generation bench-misleading report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +43,25 @@ demo: install ## what top-k gives and costs: a long document, the operations, pe
 
 test: install $(TEST_MODELS) ## run every test of the library and of the experiments
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist worksteal
+	@$(MAKE) --no-print-directory test-triton
+
+# Triton's interpreter has to be on before Triton is imported, so this is a process of its own.
+test-triton: install $(TRITON)/.installed ## run the tests of the Triton kernels in Triton's interpreter, and compile them for GPUs
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -p no:cacheprovider \
+		--numprocesses 2 --dist worksteal tests/backends/triton tests/functional
+
+$(TRITON)/.installed: requirements-triton.txt $(STAMP)
+	@echo "Installing Triton into $(TRITON) (190 MB the first time)"
+	@$(PIP) --no-deps --target $(TRITON) --upgrade --requirement requirements-triton.txt
+	@touch $@
+
+compile-triton: install $(TRITON)/.installed ## compile the Triton kernels for three GPUs: registers, spills, instructions a score
+	PYTHONPATH=$(TRITON) $(BIN)/python tests/support/compile_triton.py results/triton/compile.json
+
+# On a machine with a GPU, with a Python that has torch for CUDA or ROCm; nothing else is installed.
+gpu-check: ## what a GPU shows of the Triton kernels, in ten minutes: right, repeatable, fast; writes build/gpu/check.jsonl
+	PYTHONPATH=src:$(PYTHONPATH) $(GPU_PYTHON) tests/support/gpu_check.py build/gpu/check.jsonl
+
 
 # Installs each version into build/versions/, up to 2 GB for a torch, and goes on where it was interrupted.
 test-versions: install ## run a part of the tests with older and newer versions of torch and transformers

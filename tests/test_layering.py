@@ -39,7 +39,7 @@ LAYERS = {
 RANK = {
     package: {name: rank for rank, layer in enumerate(layers) for name in layer} for package, layers in LAYERS.items()
 }
-BACKENDS = {"reference", "chunked", "cpu", "sdpa"}
+BACKENDS = {"reference", "chunked", "cpu", "sdpa", "triton"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -72,7 +72,9 @@ def test_auto_chooses_a_backend_with_linear_memory_and_says_why():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r'backend must be one of "auto", "cpu", "chunked", "reference", got .fastest'):
+    with pytest.raises(
+        ValueError, match=r'backend must be one of "auto", "cpu", "triton", "chunked", "reference", got .fastest'
+    ):
         choose_backend("fastest")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-from . import cpu, sdpa
+import torch
+
+from . import cpu, sdpa, triton
 from .calls import AttentionCall, FeedForwardCall
 
 BACKENDS = {
     "cpu": "compiled kernels for CPU tensors, memory linear in length",
+    "triton": "Triton kernels for tensors on a GPU, memory linear in length",
     "chunked": "plain PyTorch in query chunks and key blocks, memory linear in length, any device",
     "reference": "dense scores, memory quadratic in length: the specification that the others are tested against",
 }
@@ -42,6 +45,13 @@ def choose_backend(requested: str, call: AttentionCall | FeedForwardCall | None 
             return Choice("chunked", "k=None is chunking alone: it selects nothing, so there is nothing to save")
         if _caps_before_it_adds(call):
             return Choice("chunked", _CAPS_ALL)
+    if requested == "triton":
+        _check_triton(call)
+        if not isinstance(call, AttentionCall):
+            return Choice("chunked", _NO_FEED_FORWARD) if call is not None else Choice(requested, "asked for by name")
+        obstacle = triton.obstacle(call)
+        if obstacle is not None:
+            return Choice("chunked", obstacle)
     return Choice(requested, "asked for by name")
 
 
@@ -55,6 +65,9 @@ def _selects_nothing(call: AttentionCall | FeedForwardCall | None) -> bool:
 _CAPS_ALL = (
     "a soft cap with something added to what it gives: every score is capped, and the kernels cap kept ones alone"
 )
+
+
+_NO_FEED_FORWARD = "the Triton kernels are for attention alone"
 
 
 def _caps_before_it_adds(call: AttentionCall | FeedForwardCall | None) -> bool:
@@ -72,6 +85,8 @@ def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
             )
     if isinstance(call, FeedForwardCall) and (call.k is None or call.k >= call.w_in.shape[0]):
         return Choice("chunked", "every neuron is kept: dense products")
+    if _device(call) == "cuda":  # ROCm's devices have this name too
+        return _choose_for_gpu(call)
     if _device(call) != "cpu":
         return Choice("chunked", "the compiled kernels are for CPU tensors")
     problem = cpu.problem()
@@ -80,6 +95,15 @@ def _choose(call: AttentionCall | FeedForwardCall | None) -> Choice:
     if _caps_before_it_adds(call):
         return Choice("chunked", _CAPS_ALL)
     return Choice("cpu", f"the fastest for CPU tensors; kernels for {cpu.cpu_target()}")
+
+
+def _choose_for_gpu(call: AttentionCall | FeedForwardCall | None) -> Choice:
+    if not isinstance(call, AttentionCall):
+        return Choice("chunked", _NO_FEED_FORWARD)
+    obstacle = triton.problem() or triton.too_old(call.query.device) or triton.obstacle(call)
+    if obstacle is not None:
+        return Choice("chunked", obstacle)
+    return Choice("triton", "top-k attention on a GPU, within the range that the Triton kernels are tested for")
 
 
 def _warn_of_missing_kernels() -> None:
@@ -102,6 +126,15 @@ def _check_cpu(call: AttentionCall | FeedForwardCall | None) -> None:
     device = _device(call)
     if device != "cpu":
         raise ValueError(f'backend="cpu" needs CPU tensors, got {device}; move them or use backend="auto"')
+
+
+def _check_triton(call: AttentionCall | FeedForwardCall | None) -> None:
+    problem = triton.problem()
+    if problem is not None:
+        raise RuntimeError(f'backend="triton" cannot run here: {problem}; use backend="auto"')
+    device = _device(call)
+    if call is not None and device != "cuda" and not (device == "cpu" and triton.IS_INTERPRETED):
+        raise ValueError(f'backend="triton" needs tensors on a GPU, got {device}; move them or use backend="auto"')
 
 
 def _device(call: AttentionCall | FeedForwardCall | None) -> str:

@@ -168,6 +168,19 @@ def run_topk_attention(
     return output, padded(indices, call, head_k, -1), padded(weights, call, head_k, 0)
 
 
+def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
+    """Flat entries, [N, k] for each batch and head, as [B, H, N, K], K the largest k; unused slots hold `fill`."""
+    batch, num_heads, num_queries, _ = call.query.shape
+    largest = max((0, *head_k))
+    if len(set(head_k)) <= 1:
+        return entries.view(batch, num_heads, num_queries, largest)
+    padded = entries.new_full((batch, num_heads, num_queries, largest), fill)
+    heads = entries.view(batch, num_queries * sum(head_k)).split([k * num_queries for k in head_k], dim=1)
+    for head, (k, of_head) in enumerate(zip(head_k, heads, strict=True)):
+        padded[:, head, :, :k] = of_head.view(batch, num_queries, k)
+    return padded
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of one of these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -18,6 +18,7 @@ from ..operators import (
     empty_topk_results,
     is_transformed,
     needs_gradient,
+    padded_entries,
     refuse_second_derivatives,
     run_topk_attention,
     save_topk_attention,
@@ -62,19 +63,6 @@ def index_inputs(call: AttentionCall) -> tuple[Tensor | int | bool, ...] | None:
         return None
     assert call.key_index is not None
     return *call.key_index, call.key.shape[2], call.keys_in_files
-
-
-def padded_entries(entries: Tensor, call: AttentionCall, head_k: Sequence[int], fill: int) -> Tensor:
-    """Flat entries, [N, k] for each batch and head, as [B, H, N, K], K the largest k; unused slots hold `fill`."""
-    batch, num_heads, num_queries, _ = call.query.shape
-    largest = max((0, *head_k))
-    if len(set(head_k)) <= 1:
-        return entries.view(batch, num_heads, num_queries, largest)
-    padded = entries.new_full((batch, num_heads, num_queries, largest), fill)
-    heads = entries.view(batch, num_queries * sum(head_k)).split([k * num_queries for k in head_k], dim=1)
-    for head, (k, of_head) in enumerate(zip(head_k, heads, strict=True)):
-        padded[:, head, :, :k] = of_head.view(batch, num_queries, k)
-    return padded
 
 
 def completed_forward(

@@ -20,14 +20,20 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what would be the same test again: nothing but the chunked backend is cut into tiles.
+    """Leave out the tests of other backends in Triton's interpreter, and elsewhere what would be the same test again.
 
-    What the compiled kernels do not compute is computed by the chunked backend, so they need no small tiles either.
+    Nothing but the chunked backend is cut into tiles. What the compiled kernels do not compute is computed by the
+    chunked backend, so they need no small tiles either.
     """
-    twice = {item for item in items if _is_cut_in_vain(getattr(item, "callspec", None))}
-    if twice:
-        config.hook.pytest_deselected(items=[item for item in items if item in twice])
-        items[:] = [item for item in items if item not in twice]
+    if triton.IS_INTERPRETED:
+        kept = [item for item in items if is_triton_claim(item.nodeid)]
+        for item in kept:  # of inf less inf, and the like, NumPy warns where a GPU says nothing
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+    else:
+        kept = [item for item in items if not _is_cut_in_vain(getattr(item, "callspec", None))]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
 
 
 def _is_cut_in_vain(callspec):
@@ -92,17 +98,6 @@ else:
     TILED = ["cpu", "chunked", "chunked-small_tiles"]
 # The kernels' files cannot be read for examples where Triton is not there.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["src/topk_attention/backends/triton/*.py"]
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leave the tests of other backends to a process without the interpreter."""
-    if not triton.IS_INTERPRETED:
-        return
-    kept = [item for item in items if is_triton_claim(item.nodeid)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    for item in kept:  # of inf less inf, and the like, NumPy warns where a GPU says nothing
-        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
-    items[:] = kept
 
 
 @pytest.fixture(params=HERE)

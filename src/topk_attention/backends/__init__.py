@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-import torch
-
 from . import cpu, sdpa, triton
 from .calls import AttentionCall, FeedForwardCall
 

@@ -145,8 +145,9 @@ def topk_attention(
                 With float masks or biases beside it "cpu" runs as "chunked" does
     backend     "auto", "cpu" (compiled kernels), "triton" (kernels for a GPU), "chunked" (plain PyTorch, any device) or
                 "reference"; a named one runs or raises; what the kernels of "triton" do not have, completion and
-                float64 say, runs as "chunked" does; "auto" takes the fastest, which is PyTorch's own for full attention;
-                for k=None "cpu" chunks queries as "chunked" does, because its kernels would save every key of every query
+                float64 say, runs as "chunked" does; "auto" takes the fastest, which is PyTorch's own for full
+                attention; for k=None "cpu" chunks queries as "chunked" does, because its kernels would save every key
+                of every query
     query_chunk_size  the most queries of one head whose scores exist at a time; by default what fits a memory budget;
                 "cpu" with a k (a few dozen queries) and PyTorch's own attention ignore it
     completion  adds the keys that a query sees and does not keep to its softmax, as one entry: see `Completion`; None

@@ -1,8 +1,8 @@
 """Exact top-k attention in Triton, for tensors on a GPU, with memory linear in length.
 
 The scores of a tile of rows are computed twice and never stored. The first pass keeps the maximum of each group of
-keys, of which the k-th largest is a threshold that k keys are proven to reach. The second pass keeps one bit for each score
-that reaches it. The keys behind these few bits are scored once more, cut to the k best, weighed, and their values
+keys, of which the k-th largest is a threshold that k keys are proven to reach. The second pass keeps one bit for each
+score that reaches it. The keys behind these few bits are scored once more, cut to the k best, weighed, and their values
 summed. The backward pass reads k rows a query, then sums by key in a fixed order, without atomic operations.
 
 Triton is imported when the first call runs here, and nowhere else in the library.

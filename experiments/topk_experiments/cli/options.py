@@ -105,7 +105,7 @@ _CALLED = {
 # Fields whose numbers begin at 0.
 _FROM_0 = {"layers"}
 # Field of a dataclass -> the callback that looks at its option.
-_CALLBACKS = {"out": written_folder, "threads": number_of_threads, "seed": seed_of_numbers}
+_CALLBACKS = {"out": written_folder, "packages": written_folder, "threads": number_of_threads, "seed": seed_of_numbers}
 
 
 def taking(*groups: type | tuple[Any, ...], **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:

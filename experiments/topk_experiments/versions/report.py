@@ -63,7 +63,7 @@ def _in_order(version: str) -> list[int]:
 
 def _claims(records: Sequence[Json]) -> str:
     """Each claim with its number of tests in the newest record that has any."""
-    of: dict[str, dict[str, int]] = next((record["claims"] for record in reversed(records) if is_finished(record)), {})
+    of: Json = next((record["claims"] for record in reversed(records) if is_finished(record)), {})
     return ", ".join(f"{name} ({sum(counts.values())})" for name, counts in of.items()) or "nothing"
 
 

@@ -97,7 +97,8 @@ else:
     HERE = [name for name in BACKENDS if name != "triton"]
     TILED = ["cpu", "chunked", "chunked-small_tiles"]
 # The kernels' files cannot be read for examples where Triton is not there.
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["src/topk_attention/backends/triton/*.py"]
+_NEED_TRITON = ["src/topk_attention/backends/triton/*.py", "tests/support/compile_triton.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else _NEED_TRITON
 
 
 @pytest.fixture(params=HERE)

@@ -178,7 +178,7 @@ def test_an_environment_variable_that_holds_no_k_is_told(value, words, tokens, m
         model(tokens)
 
 
-@pytest.mark.parametrize("name", ["sinks", "block_indices", "cache"])
+@pytest.mark.parametrize("name", ["block_indices", "cache"])
 def test_arguments_that_would_change_the_result_are_refused(name):
     from topk_attention.convert.attention_function import topk_attention_forward
 

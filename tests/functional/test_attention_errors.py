@@ -138,7 +138,7 @@ def test_scale_must_be_finite(scale):
 )
 @pytest.mark.parametrize("name", ["fast", "", "Chunked"])
 def test_an_unknown_backend_is_refused(name, inputs):
-    with pytest.raises(ValueError, match=f'backend must be one of "auto", "cpu", "chunked".*got {name!r}'):
+    with pytest.raises(ValueError, match=f'backend must be one of "auto", "cpu", "triton", "chunked".*got {name!r}'):
         attend(backend=name, **inputs)
 
 

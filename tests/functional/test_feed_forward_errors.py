@@ -95,5 +95,5 @@ def test_an_unknown_activation_is_refused(activation):
 
 @pytest.mark.parametrize("name", ["fast", ""])
 def test_an_unknown_backend_is_refused(name):
-    with pytest.raises(ValueError, match=f'backend must be one of "auto", "cpu", "chunked".*got {name!r}'):
+    with pytest.raises(ValueError, match=f'backend must be one of "auto", "cpu", "triton", "chunked".*got {name!r}'):
         apply(backend=name)

@@ -40,7 +40,9 @@ def test_reading_in_parts_gives_the_logits_of_reading_at_once(model):
 
 def test_a_cache_that_is_not_there_is_named(model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_not("hqq", None) == "the package hqq is not installed"
+    assert why_not("hqq", None) == (
+        "the package hqq is not installed; pip install --no-deps -r requirements-generation.txt"
+    )
     with pytest.raises(ValueError, match="cache 'quanto' is not there: the package optimum-quanto is not installed"):
         new_cache("quanto", model, 8)
     with pytest.raises(ValueError, match="cache must be among dynamic, static, quanto, hqq, fp8, topk, got 'paged'"):
